@@ -1,0 +1,63 @@
+# Each target works alone on a fresh machine with Python, make and a C++ compiler: it makes .venv and installs first.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# What is tested together. torchvision must match torch; the newest pair for aarch64 on PyPI without CUDA is older.
+TORCH  ?= $(if $(filter aarch64 arm64,$(shell uname -m)),torch==2.9.1 torchvision==0.24.1,torch==2.14.1 torchvision==0.29.1)
+
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help demo test test-gpu check fix bench install clean
+
+help:
+	@echo "demo      compress the embedded model and compare methods, over 5 few-shot sets"
+	@echo "test      run the tests"
+	@echo "test-gpu  run the tests on a GPU; a skipped GPU test fails"
+	@echo "check     formatting, lint and types; changes nothing"
+	@echo "fix       formatting and lint, repaired"
+	@echo "bench     kernel benchmarks"
+	@echo "install   .venv with all that tests and benchmarks need, the compiled extension included"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
+
+$(VENV)/.torch: $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	@touch $@
+
+# Without build isolation the extension is compiled against the torch that is installed.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	$(BIN)/dcvit demo --seeds 5 --out dcvit-demo --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.dev
+	DCVIT_TEST_GPU=1 $(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks kernels
+
+clean:
+	rm -rf build dist *.egg-info dcvit/*.so dcvit-demo

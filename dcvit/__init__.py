@@ -1,0 +1,40 @@
+"""Dense few-shot compression of vision transformers: `dcvit.compress` makes a pretrained model meet a budget."""
+
+from dcvit._version import __version__
+from dcvit.compression import compress
+from dcvit.config import AugmentationConfig, CompressionConfig, RecoveryConfig, SynthesisConfig
+from dcvit.errors import BudgetError, DcvitError, ImagesError, SaveFolderError, UnsupportedModelError
+from dcvit.images import FewShotImages, load_images
+from dcvit.planning import Budget, Plan, plan
+from dcvit.ranking import Ranking, rank
+from dcvit.recovery import Recovery, recover
+from dcvit.results import CompressionResult, Report, load
+from dcvit.synthesis import MetricSet, synthesize
+
+__all__ = [
+    "AugmentationConfig",
+    "Budget",
+    "BudgetError",
+    "CompressionConfig",
+    "CompressionResult",
+    "DcvitError",
+    "FewShotImages",
+    "ImagesError",
+    "MetricSet",
+    "Plan",
+    "Ranking",
+    "Recovery",
+    "RecoveryConfig",
+    "Report",
+    "SaveFolderError",
+    "SynthesisConfig",
+    "UnsupportedModelError",
+    "__version__",
+    "compress",
+    "load",
+    "load_images",
+    "plan",
+    "rank",
+    "recover",
+    "synthesize",
+]

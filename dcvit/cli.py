@@ -1,0 +1,534 @@
+"""The command line: `dcvit demo | compress | synthesize | evaluate | info`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.utils import save_image
+
+from dcvit import ops
+from dcvit._version import __version__
+from dcvit.compression import compress, freeze
+from dcvit.config import CompressionConfig, SynthesisConfig
+from dcvit.costs import MAC_CONVENTIONS
+from dcvit.demo import load_digits
+from dcvit.demo.comparison import DEMO_CONFIG, NUM_DROPPED, Comparison, compare
+from dcvit.errors import DcvitError, ImagesError, SaveFolderError
+from dcvit.evaluation import agreement, measure_latency, top1
+from dcvit.images import FewShotImages, image_files, load_images
+from dcvit.models import adapter_for, load_model, preprocessing, require_supported
+from dcvit.planning import Budget, choose_candidates
+from dcvit.progress import TerminalProgress
+from dcvit.results import check_output_folder, save_model, versions
+from dcvit.seeding import seeded
+from dcvit.synthesis import synthesize
+
+__all__ = ["main"]
+
+EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
+
+MODEL_HELP = "a timm name (deit_small_patch16_224), local-dir:FOLDER, hf-hub:OWNER/NAME, or demo (the embedded model)"
+DATA_HELP = "a folder of image files, searched recursively, or digits (scikit-learn's)"
+EPILOG = """\
+examples:
+  dcvit demo                                                     compress the embedded model, compare methods
+  dcvit info deit_small_patch16_224 --random-weights             what each block costs, which budgets can be met
+  dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
+  dcvit evaluate local-dir:small/ --data photos/ --teacher deit_small_patch16_224
+
+exit codes: 0 done, 2 bad input (one sentence says what and what to do), 130 interrupted, 1 anything else
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; the process's own if `None`.
+
+    Returns:
+        The exit code.
+    """
+    arguments = _parser().parse_args(argv)
+    progress = TerminalProgress()
+    try:
+        run: Callable[[argparse.Namespace, TerminalProgress], dict[str, Any]] = arguments.run
+        values = run(arguments, progress)
+        print(json.dumps(values, indent=2) if arguments.json else arguments.show(values))
+    except DcvitError as error:
+        progress.close()
+        print(f"dcvit: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        progress.close()
+        print("dcvit: interrupted, nothing was saved", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dcvit",
+        description="Make a pretrained vision transformer smaller and faster from a few unlabelled images.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dcvit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str,
+        run: Callable[[argparse.Namespace, TerminalProgress], dict[str, Any]],
+        show: Callable[[dict[str, Any]], str],
+        summary: str,
+        description: str,
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        sub.set_defaults(run=run, show=show)
+        return sub
+
+    demo = command(
+        "demo",
+        _demo,
+        _show_demo,
+        "compress the embedded model and compare methods",
+        "Compress the embedded digits model with a few unlabelled images, and compare the original, block dropping and "
+        "this method at the same MACs on the 797 digits held out.",
+    )
+    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1, print mean ± std")
+    demo.add_argument("--num-images", type=int, default=50, metavar="N", help="unlabelled images")
+    demo.add_argument("--epochs", type=int, default=DEMO_CONFIG.recovery.epochs, help="of each recovery, both methods")
+    demo.add_argument(
+        "--drop", type=int, default=NUM_DROPPED, metavar="N", help="whole blocks that block dropping takes"
+    )
+    _output_arguments(demo, default="dcvit-demo")
+    _impl_argument(demo)
+
+    compress_ = command(
+        "compress",
+        _compress,
+        _show_compress,
+        "compress a model to a budget",
+        "Compress a model from a few unlabelled images. The result is an ordinary timm model: after `import dcvit`, "
+        "timm.create_model('local-dir:OUT', pretrained=True).",
+    )
+    _model_arguments(compress_)
+    compress_.add_argument("--data", required=True, help=DATA_HELP)
+    budget = compress_.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--macs", type=_amount, metavar="X", help="budget: 0.75 is three quarters, 3.2G is absolute")
+    budget.add_argument("--params", type=_amount, metavar="X", help="budget in parameters, likewise")
+    compress_.add_argument(
+        "--convention", choices=MAC_CONVENTIONS, default=MAC_CONVENTIONS[0], help="whether q·kᵀ and attn·v count"
+    )
+    compress_.add_argument("--num-images", type=int, metavar="N", help="use N random images of the data, not all")
+    compress_.add_argument(
+        "--paper",
+        action="store_true",
+        help="the published settings (2000 epochs a trial), before the options below",
+    )
+    compress_.add_argument("--epochs", type=int, help="of each trial and each step")
+    compress_.add_argument("--learning-rate", type=float, metavar="RATE", help="peak; found automatically if not given")
+    compress_.add_argument("--synthesis-iterations", type=int, metavar="N", help="for the metric set")
+    compress_.add_argument("--synthesis-images", type=int, metavar="N", help="in the metric set")
+    compress_.add_argument("--candidates", type=_blocks, metavar="I,J,…", help="blocks that may be compressed, from 0")
+    compress_.add_argument("--num-blocks", type=int, metavar="K", help="compress K blocks; the fewest if not given")
+    compress_.add_argument("--seed", type=int, default=0, help="same seed, same result")
+    _output_arguments(compress_)
+    _impl_argument(compress_)
+    _device_argument(compress_)
+
+    synthesize_ = command(
+        "synthesize",
+        _synthesize,
+        _show_synthesize,
+        "make the metric set from a model",
+        "Make images that a model takes for random classes, by inverting it. Writes metric_set.safetensors "
+        "(images, targets) and images.png.",
+    )
+    _model_arguments(synthesize_)
+    settings = SynthesisConfig()
+    synthesize_.add_argument("--num-images", type=int, default=settings.num_images, metavar="N", help="in one batch")
+    synthesize_.add_argument("--iterations", type=int, default=settings.iterations, metavar="N", help="steps of Adam")
+    synthesize_.add_argument(
+        "--tv-exponent", type=float, default=settings.tv_exponent, metavar="β", help="0.6 for ViT, 1 for DeiT"
+    )
+    synthesize_.add_argument("--seed", type=int, default=0, help="same seed, same images")
+    synthesize_.add_argument("--out", required=True, metavar="FOLDER", help="where to write; empty or new")
+    _impl_argument(synthesize_)
+    _device_argument(synthesize_)
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        _show_evaluate,
+        "measure a model",
+        "Cost and latency of a model; top-1 where the data is labelled (digits, or a folder with one subfolder for "
+        "each of the model's classes, in alphabetical order); agreement with another model.",
+    )
+    _model_arguments(evaluate)
+    evaluate.add_argument("--data", required=True, help=DATA_HELP)
+    evaluate.add_argument("--teacher", metavar="MODEL", help="a model to agree with, " + MODEL_HELP)
+    _device_argument(evaluate)
+
+    info = command(
+        "info",
+        _info,
+        _show_info,
+        "what is installed, what a model costs",
+        "Versions and which kernels can run, with the reason where they cannot; for a model, what each block costs and "
+        "which budgets can be met.",
+    )
+    info.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    info.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to the name")
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to the name")
+
+
+def _output_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument(
+        "--out", default=default, required=default is None, metavar="FOLDER", help="where to save; empty or new"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in that folder")
+
+
+def _impl_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--impl", choices=get_args(ops.Impl), default="auto", help="implementation of the hot paths")
+
+
+def _device_argument(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="where to compute")
+
+
+def _amount(text: str) -> float | int:
+    """`0.75`, `4200000000`, `4.2G`, `22M` or `300K`."""
+    units = {"K": 10**3, "M": 10**6, "G": 10**9}
+    unit = units.get(text[-1:].upper())
+    if unit is not None:
+        return round(float(text[:-1]) * unit)
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _load(name: str, arguments: argparse.Namespace) -> nn.Module:
+    with seeded(0, "random weights"):
+        model = load_model(name, pretrained=not arguments.random_weights)
+    try:
+        return model.to(arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise DcvitError(f"--device {arguments.device}: not usable here ({str(error).splitlines()[0]}).") from error
+
+
+def _load_data(
+    data: str, model: nn.Module, num_images: int | None = None, seed: int = 0
+) -> tuple[FewShotImages, torch.Tensor | None]:
+    """Images, and labels where the data has them for this model."""
+    device = next(model.parameters()).device
+    if data == "digits":
+        digits = load_digits()
+        if num_images is None:
+            return load_images(digits.test_images.to(device), model), digits.test_labels
+        return load_images(digits.few_shot(num_images, seed).to(device), model), None
+    files = image_files(Path(data))
+    if num_images is not None:
+        if num_images > len(files):
+            raise ImagesError(f"--num-images {num_images}: the folder {data!r} holds only {len(files)} images.")
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:num_images]
+        files = [files[i] for i in sorted(order.tolist())]
+    return load_images(data if num_images is None else _Files(files), model), _folder_labels(Path(data), files, model)
+
+
+class _Files(torch.utils.data.Dataset[Any]):
+    """Some image files."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        from PIL import Image
+
+        with Image.open(self.files[index]) as image:
+            image.load()
+            return image
+
+
+def _folder_labels(folder: Path, files: Sequence[Path], model: nn.Module) -> torch.Tensor | None:
+    """Labels from subfolders, if there is one for each class."""
+    classes = sorted({file.relative_to(folder).parts[0] for file in files if len(file.relative_to(folder).parts) > 1})
+    if not classes or len(classes) != adapter_for(model).num_classes(model):
+        return None
+    return torch.tensor([classes.index(file.relative_to(folder).parts[0]) for file in files])
+
+
+# Each command: what it does, as values for JSON, and how a person sees them.
+
+
+def _demo(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    check_output_folder(arguments.out, overwrite=arguments.overwrite)
+    if arguments.seeds < 1:
+        raise DcvitError(f"--seeds {arguments.seeds}: expected 1 or more.")
+    config = replace(DEMO_CONFIG, impl=arguments.impl, recovery=replace(DEMO_CONFIG.recovery, epochs=arguments.epochs))
+    comparison: Comparison = compare(
+        load_model("demo"),
+        load_digits(),
+        range(arguments.seeds),
+        num_images=arguments.num_images,
+        num_dropped=arguments.drop,
+        config=config,
+        progress=progress,
+    )
+    values = comparison.to_dict()
+    save_model(comparison.result.model, arguments.out, extra={"result.json": values})
+    return {**values, "out": str(arguments.out)}
+
+
+def _show_demo(values: dict[str, Any]) -> str:
+    rows = [("method", "top-1 %", "agreement %", "MMACs", "params", "latency ms")]
+    for method in values["comparison"]:
+        several = len(method["seeds"]) > 1
+
+        def figure(name: str, scale: float, digits: int, method: Any = method, several: bool = several) -> str:
+            value = f"{method[name]['mean'] * scale:.{digits}f}"
+            return value + (f" ± {method[name]['std'] * scale:.{digits}f}" if several else "")
+
+        rows.append(
+            (
+                method["method"],
+                figure("top1", 100, 2),
+                figure("agreement", 100, 2),
+                f"{method['macs'] / 1e6:.3f}",
+                f"{method['params']:,}",
+                figure("latency_ms", 1, 2),
+            )
+        )
+    seeds = len(values["comparison"][0]["seeds"])
+    spread = f", mean ± standard deviation over {seeds} few-shot sets" if seeds > 1 else ""
+    images = values["report"]["num_images"]
+    return (
+        f"{_table(rows)}\n\n"
+        f"On the 797 held-out digits, from {images} unlabelled images{spread}; latency of a batch of 64.\n"
+        f"{_saved(values['out'])}"
+    )
+
+
+def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    check_output_folder(arguments.out, overwrite=arguments.overwrite)
+    budget = Budget(macs=arguments.macs, params=arguments.params, convention=arguments.convention)
+    config = CompressionConfig.paper() if arguments.paper else CompressionConfig()
+    config = config.with_(
+        recovery=_changed(config.recovery, epochs=arguments.epochs, learning_rate=arguments.learning_rate),
+        synthesis=_changed(
+            config.synthesis, iterations=arguments.synthesis_iterations, num_images=arguments.synthesis_images
+        ),
+        candidates=arguments.candidates,
+        num_blocks=arguments.num_blocks,
+        seed=arguments.seed,
+        impl=arguments.impl,
+    )
+    model = _load(arguments.model, arguments)
+    require_supported(model)
+    images, labels = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
+    result = compress(model, images, budget, config, progress=progress)
+    report = replace(result.report, model=arguments.model)
+    if labels is not None:
+        report = replace(
+            report,
+            teacher=replace(report.teacher, top1=top1(freeze(model), images.normalised, labels)),
+            student=replace(report.student, top1=top1(result.model, images.normalised, labels)),
+        )
+    result = replace(result, report=report)
+    result.save(arguments.out, overwrite=arguments.overwrite)
+    return {**result.to_dict(), "out": str(arguments.out)}
+
+
+def _default_digits(arguments: argparse.Namespace) -> int | None:
+    """50 images of the digits unless told otherwise: their other use is as a test set."""
+    wanted: int | None = arguments.num_images
+    return 50 if wanted is None and arguments.data == "digits" else wanted
+
+
+def _changed(config: Any, **changes: Any) -> Any:
+    """A copy of a config in which the changes that are not `None` are made."""
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _show_compress(values: dict[str, Any]) -> str:
+    teacher, student = values["teacher"], values["student"]
+    rows = [("", "original", "compressed", "ratio")]
+    for label, name, form in (
+        ("MACs", "macs", "{:,}"),
+        ("parameters", "params", "{:,}"),
+        ("latency ms", "latency_ms", "{:.2f}"),
+    ):
+        rows.append(
+            (label, form.format(teacher[name]), form.format(student[name]), f"{student[name] / teacher[name]:.4f}")
+        )
+    if teacher["top1"] is not None:
+        rows.append(("top-1 %", f"{100 * teacher['top1']:.2f}", f"{100 * student['top1']:.2f}", ""))
+    agreed = "" if values["agreement"] is None else f"agreement on the images {100 * values['agreement']:.2f} %, "
+    blocks = ", ".join(map(str, values["blocks"]))
+    return (
+        f"{_table(rows)}\n\n"
+        f"Blocks {blocks} keep {values['hidden_features']} hidden nodes (drop ratio {values['drop_ratio']:.4f}); "
+        f"{agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
+        f"{_saved(values['out'])}"
+    )
+
+
+def _saved(folder: str) -> str:
+    return f"Saved to {folder}: after `import dcvit`, timm.create_model('local-dir:{folder}', pretrained=True)."
+
+
+def _synthesize(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SaveFolderError(f"{str(out)!r} is not empty: name a folder that is empty or does not exist.")
+    model = freeze(_load(arguments.model, arguments))
+    config = SynthesisConfig(
+        num_images=arguments.num_images, iterations=arguments.iterations, tv_exponent=arguments.tv_exponent
+    )
+    metric_set = synthesize(model, config, seed=arguments.seed, impl=arguments.impl, progress=progress)
+    assert metric_set.targets is not None
+    prep = preprocessing(model)
+    images, targets = metric_set.images.cpu(), metric_set.targets.cpu()
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (prep.mean, prep.std))
+    pixels = images * std + mean
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({"images": images.contiguous(), "targets": targets}, out / "metric_set.safetensors")
+    save_image(pixels if pixels.shape[1] in (1, 3) else pixels.mean(1, keepdim=True), out / "images.png", nrow=10)
+    return {"images": list(images.shape), "loss": metric_set.loss, "seed": arguments.seed, "out": str(out)}
+
+
+def _show_synthesize(values: dict[str, Any]) -> str:
+    return f"{values['images'][0]} images, loss {values['loss']:.4g}; saved to {values['out']}."
+
+
+def _evaluate(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    model = freeze(_load(arguments.model, arguments))
+    images, labels = _load_data(arguments.data, model)
+    cost = adapter_for(model).cost(model).total
+    values: dict[str, Any] = {
+        "model": arguments.model,
+        "images": len(images),
+        "macs": {convention: cost.macs(convention) for convention in MAC_CONVENTIONS},
+        "params": cost.params,
+        "latency_ms": measure_latency({"model": model}, images.normalised[:64])["model"],
+        "top1": None if labels is None else top1(model, images.normalised, labels),
+        "agreement": None,
+    }
+    if arguments.teacher is not None:
+        teacher = freeze(_load(arguments.teacher, arguments))
+        if adapter_for(teacher).input_size(teacher) != adapter_for(model).input_size(model):
+            raise DcvitError(f"--teacher {arguments.teacher}: it takes images of another size than {arguments.model}.")
+        values["agreement"] = agreement(model, teacher, images.normalised)
+    return values
+
+
+def _show_evaluate(values: dict[str, Any]) -> str:
+    rows = [
+        ("images", f"{values['images']}"),
+        *((f"MACs {name.replace('_', ' ')}", f"{macs:,}") for name, macs in values["macs"].items()),
+        ("parameters", f"{values['params']:,}"),
+        ("latency ms", f"{values['latency_ms']:.2f}"),
+        ("top-1 %", "no labels" if values["top1"] is None else f"{100 * values['top1']:.2f}"),
+    ]
+    if values["agreement"] is not None:
+        rows.append(("agreement %", f"{100 * values['agreement']:.2f}"))
+    return _table([("", values["model"]), *rows])
+
+
+def _info(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    values: dict[str, Any] = {"versions": versions(), "implementations": ops.availability()}
+    if arguments.model is None:
+        return values
+    model = load_model(arguments.model, pretrained=not arguments.random_weights)
+    adapter = require_supported(model)
+    cost = adapter.cost(model)
+    candidates = choose_candidates(cost, None)
+    block = cost.blocks[candidates[0]]
+    lowest = (block.attention + block.hidden_node * (block.hidden_features - 1)) * len(candidates)
+    total = cost.total
+    values["model"] = {
+        "name": arguments.model,
+        "input_size": list(adapter.input_size(model)),
+        "macs": {convention: total.macs(convention) for convention in MAC_CONVENTIONS},
+        "params": total.params,
+        "blocks": len(cost.blocks),
+        "candidates": list(candidates),
+        "hidden_features": block.hidden_features,
+        "attention_macs": block.attention.macs("with_attention_products"),
+        "mlp_macs": block.mlp.macs("with_attention_products"),
+        "budget": {
+            "macs": [
+                (total - lowest).macs("with_attention_products") / total.macs("with_attention_products"),
+                (total - block.attention).macs("with_attention_products") / total.macs("with_attention_products"),
+            ],
+            "params": [(total - lowest).params / total.params, (total - block.attention).params / total.params],
+        },
+    }
+    return values
+
+
+def _show_info(values: dict[str, Any]) -> str:
+    lines = [", ".join(f"{name} {version}" for name, version in values["versions"].items()), ""]
+    for impl, problem in values["implementations"].items():
+        lines.append(f"{impl:8}{'available' if problem is None else 'not available: ' + problem}")
+    if "model" in values:
+        model = values["model"]
+        lines += [
+            "",
+            _table(
+                [
+                    ("", model["name"]),
+                    ("input", "x".join(map(str, model["input_size"]))),
+                    *((f"MACs {name.replace('_', ' ')}", f"{macs:,}") for name, macs in model["macs"].items()),
+                    ("parameters", f"{model['params']:,}"),
+                    ("blocks", f"{model['blocks']}, candidates {model['candidates'][0]} to {model['candidates'][-1]}"),
+                    ("MACs of one attention", f"{model['attention_macs']:,}"),
+                    ("MACs of one MLP", f"{model['mlp_macs']:,} ({model['hidden_features']} hidden nodes)"),
+                    *(
+                        (f"--{unit} from, to", f"{low:.4f}, {high:.4f}")
+                        for unit, (low, high) in model["budget"].items()
+                    ),
+                ]
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns, the first column to the left, the others to the right, a rule under the first row."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (
+            text.ljust(width) if not i else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * width for width in widths), *(line(row) for row in rows[1:])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Every knob of the method, frozen.
+
+The defaults are meant for a few hundred images and one machine; `CompressionConfig.paper()` is the published
+procedure of DC-ViT (arXiv 2403.18708, section 4 and supplementary), at its cost of (L + k) · 2000 epochs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from dcvit.errors import DcvitError
+from dcvit.ops import Impl
+
+__all__ = ["AugmentationConfig", "CompressionConfig", "RecoveryConfig", "SynthesisConfig"]
+
+Tokens = Literal["all", "class"]
+Updated = Literal["front", "around", "all"]
+MetricSetSource = Literal["synthetic", "images"]
+
+
+def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise DcvitError(f"{name}={value!r}: expected {expected}.")
+
+
+def _check_choice(name: str, value: object, literal: Any) -> None:
+    _check(value in get_args(literal), name, value, "one of " + ", ".join(map(repr, get_args(literal))))
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random views of the few-shot images during recovery, timm's training augmentation.
+
+    Attributes:
+        scale: Smallest and largest share of the image's area that a random crop takes.
+        ratio: Smallest and largest aspect ratio (width / height) of the crop.
+        flip: Probability of a horizontal flip.
+        color_jitter: Largest relative change of brightness, contrast and saturation (the last for RGB only).
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    color_jitter: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "0 < smallest <= largest <= 1")
+        _check(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "0 < smallest <= largest")
+        _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
+        _check(0 <= self.color_jitter < 1, "color_jitter", self.color_jitter, "a value in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """Token mimicking (METHOD steps 2 and 5).
+
+    Attributes:
+        epochs: Passes over the few-shot images, for each trial and for each progressive step.
+        learning_rate: AdamW's peak learning rate, or `"auto"`: the best of `learning_rates`, found on images held out.
+        learning_rates: The candidates of `"auto"`.
+        weight_decay: AdamW's decoupled weight decay, on all updated parameters.
+        warmup_epochs: Epochs over which the learning rate rises linearly; it then follows a half cosine to zero.
+        batch_size: Images a step.
+        tokens: Which output tokens are mimicked: all of them, or the class token only (an ablation).
+        updated: Which part of the student is updated. `"front"`: the stem and every block up to one after the last
+            compressed one. `"around"`: one block before the first compressed one to one after the last.
+            `"all"`: everything but the head. The head, and what pools for it, is always frozen.
+        augmentation: Random views; `None` shows the images as they are, and computes the teacher's tokens once.
+    """
+
+    epochs: int = 100
+    learning_rate: float | Literal["auto"] = "auto"
+    learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 5
+    batch_size: int = 64
+    tokens: Tokens = "all"
+    updated: Updated = "front"
+    augmentation: AugmentationConfig | None = field(default_factory=AugmentationConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        rate = self.learning_rate
+        _check(
+            rate == "auto" or (isinstance(rate, float) and rate > 0),
+            "learning_rate",
+            rate,
+            "a positive float or 'auto'",
+        )
+        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
+        _check(
+            len(self.learning_rates) > 0 and min(self.learning_rates) > 0,
+            "learning_rates",
+            self.learning_rates,
+            "one or more positive floats",
+        )
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _check_choice("tokens", self.tokens, Tokens)
+        _check_choice("updated", self.updated, Updated)
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """The metric set, made from the model itself (METHOD step 3).
+
+    Attributes:
+        num_images: Images synthesised, all in one batch.
+        iterations: Adam steps.
+        learning_rate: Adam's peak learning rate.
+        betas: Adam's moment decay rates.
+        warmup_iterations: Steps over which the learning rate rises linearly; it then follows a half cosine to zero.
+        jitter: Largest random roll, as a share of the image side (30 px of 224 in the paper).
+        flip: Probability that a step sees the images mirrored.
+        tv_exponent: β, the power of the four difference norms: 0.6 for ViT, 1 for DeiT and Swin.
+        tv_weight: Weight of the total variation.
+        l2_weight: Weight of the images' mean 2-norm.
+    """
+
+    num_images: int = 50
+    iterations: int = 500
+    learning_rate: float = 0.25
+    betas: tuple[float, float] = (0.5, 0.9)
+    warmup_iterations: int = 25
+    jitter: float = 30 / 224
+    flip: float = 0.5
+    tv_exponent: float = 0.6
+    tv_weight: float = 1e-4
+    l2_weight: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check(self.num_images >= 1, "num_images", self.num_images, "1 or more")
+        _check(self.iterations >= 1, "iterations", self.iterations, "1 or more")
+        _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive float")
+        _check(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two values in [0, 1)")
+        _check(self.warmup_iterations >= 0, "warmup_iterations", self.warmup_iterations, "0 or more")
+        _check(0 <= self.jitter < 1, "jitter", self.jitter, "a share of the image side in [0, 1)")
+        _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
+        _check(self.tv_exponent > 0, "tv_exponent", self.tv_exponent, "a positive float")
+        _check(self.tv_weight >= 0, "tv_weight", self.tv_weight, "0 or more")
+        _check(self.l2_weight >= 0, "l2_weight", self.l2_weight, "0 or more")
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """All of it.
+
+    Attributes:
+        recovery: How students are recovered.
+        synthesis: How the metric set is made.
+        candidates: Blocks that may be compressed, from 0; `None` is all but the first and the last.
+        num_blocks: k, if more blocks than the budget needs are to be compressed, each by less; `None` is the fewest.
+        metric_set: What blocks are ranked on: synthesised images, or the few-shot images (an ablation).
+        progressive: Compress block by block, best first, or all at once with the same number of epochs (an ablation).
+        seed: Seeds everything that is random.
+        impl: Which implementation of the three ops runs, see `dcvit.ops`.
+    """
+
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    candidates: tuple[int, ...] | None = None
+    num_blocks: int | None = None
+    metric_set: MetricSetSource = "synthetic"
+    progressive: bool = True
+    seed: int = 0
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        if self.candidates is not None:
+            wanted: Iterable[int] = self.candidates
+            object.__setattr__(self, "candidates", tuple(sorted(set(wanted))))
+            _check(bool(self.candidates), "candidates", wanted, "at least one block, or None")
+            _check(
+                all(isinstance(b, int) and not isinstance(b, bool) for b in self.candidates or ()),
+                "candidates",
+                wanted,
+                "ints, blocks count from 0",
+            )
+        _check(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", self.num_blocks, "1 or more, or None")
+        _check(self.seed >= 0, "seed", self.seed, "0 or more")
+        _check_choice("metric_set", self.metric_set, MetricSetSource)
+        _check_choice("impl", self.impl, Impl)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "CompressionConfig":
+        """The published settings for ViT: DC-ViT (arXiv 2403.18708), section 4.
+
+        For DeiT and Swin set β to 1: `replace(config.synthesis, tv_exponent=1.0)`.
+
+        Args:
+            **changes: Fields to change, for example `seed=2021`.
+        """
+        return cls(
+            recovery=RecoveryConfig(
+                epochs=2000,
+                learning_rate=3e-5,
+                weight_decay=1e-4,
+                warmup_epochs=20,
+                batch_size=64,
+                tokens="all",
+                updated="front",
+                augmentation=AugmentationConfig(),
+            ),
+            synthesis=SynthesisConfig(
+                num_images=50,
+                iterations=2000,
+                learning_rate=0.25,
+                betas=(0.5, 0.9),
+                warmup_iterations=100,
+                jitter=30 / 224,
+                flip=0.5,
+                tv_exponent=0.6,
+                tv_weight=1e-4,
+                l2_weight=1e-5,
+            ),
+            metric_set="synthetic",
+            progressive=True,
+        ).with_(**changes)
+
+    def with_(self, **changes: Any) -> "CompressionConfig":
+        """A copy with some fields changed."""
+        return replace(self, **changes)

@@ -1,0 +1,94 @@
+"""What a model costs: multiply-accumulates and parameters, counted analytically.
+
+One multiply-accumulate (MAC) is one multiplication and one addition, two FLOPs. Counted are the products of matrix
+multiplications and convolutions; norms, activations, softmax, biases and residual additions are not, as in
+`torch.utils.flop_counter`, against which the tests check every figure. All figures are per image.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dcvit.errors import BudgetError
+
+__all__ = ["MAC_CONVENTIONS", "BlockCost", "Cost", "MacConvention", "ModelCost", "linear_cost"]
+
+MacConvention = Literal["with_attention_products", "without_attention_products"]
+"""Which MACs count.
+
+`with_attention_products` counts every product. `without_attention_products` leaves out q·kᵀ and attn·v, which have
+no weights and which counters that hook layers miss: ViT-B/16 at 224 px is 17.56 GMACs with them, 16.85 without.
+"""
+
+MAC_CONVENTIONS: tuple[MacConvention, ...] = get_args(MacConvention)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a part of a model, for one image.
+
+    Attributes:
+        weight_macs: MACs of products with a weight (linear layers and convolutions).
+        attention_macs: MACs of the products inside attention, q·kᵀ and attn·v.
+        params: Number of parameters.
+    """
+
+    weight_macs: int = 0
+    attention_macs: int = 0
+    params: int = 0
+
+    def macs(self, convention: MacConvention) -> int:
+        """MACs per image under a convention."""
+        if convention not in MAC_CONVENTIONS:
+            raise BudgetError(f"convention={convention!r}: expected one of {', '.join(MAC_CONVENTIONS)}.")
+        return self.weight_macs + (self.attention_macs if convention == "with_attention_products" else 0)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.weight_macs + other.weight_macs,
+            self.attention_macs + other.attention_macs,
+            self.params + other.params,
+        )
+
+    def __mul__(self, times: int) -> "Cost":
+        return Cost(self.weight_macs * times, self.attention_macs * times, self.params * times)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return self + other * -1
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """The cost of one transformer block, split as compression splits it.
+
+    Attributes:
+        attention: What goes with the attention: its norm, projections, products and LayerScale.
+        mlp: The whole MLP branch, norm and LayerScale included.
+        hidden_node: One hidden node of the MLP; `mlp` has `hidden_features` of them.
+        hidden_features: Number of hidden nodes, 4d in a plain ViT.
+    """
+
+    attention: Cost
+    mlp: Cost
+    hidden_node: Cost
+    hidden_features: int
+
+    @property
+    def compressible(self) -> bool:
+        """Whether there is attention left to remove."""
+        return self.attention != Cost() and self.hidden_features > 0
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The cost of a model and of each of its blocks."""
+
+    total: Cost
+    blocks: tuple[BlockCost, ...]
+
+
+def linear_cost(in_features: int, out_features: int, tokens: int, *, bias: bool) -> Cost:
+    """A linear layer applied to `tokens` rows."""
+    return Cost(
+        weight_macs=tokens * in_features * out_features,
+        params=in_features * out_features + (out_features if bias else 0),
+    )

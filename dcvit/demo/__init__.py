@@ -1,0 +1,8 @@
+"""The embedded model and its data: a small ViT pretrained on scikit-learn's handwritten digits.
+
+`python -m dcvit.demo.train` makes the model that ships; `dcvit demo` compresses it.
+"""
+
+from dcvit.demo.digits import Digits, load_digits
+
+__all__ = ["Digits", "load_digits"]

@@ -1,0 +1,57 @@
+"""scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels, from the UCI repository."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcvit.errors import DcvitError
+
+__all__ = ["IMAGE_SIZE", "MEAN", "NUM_TRAIN", "STD", "Digits", "load_digits"]
+
+IMAGE_SIZE = 8
+MEAN, STD = 0.305, 0.376
+"""Of the pixels in [0, 1]."""
+
+NUM_TRAIN = 1000
+"""Images that the embedded model was trained on, and from which few-shot sets are drawn; the other 797 are held out."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Normalised images `[N, 1, 8, 8]` and labels `[N]`, split once and for all."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def few_shot(self, num_images: int, seed: int) -> Tensor:
+        """Some training images without their labels, `[num_images, 1, 8, 8]`.
+
+        Raises:
+            DcvitError: If there are not that many.
+        """
+        if not 1 <= num_images <= len(self.train_images):
+            raise DcvitError(f"num_images={num_images}: expected 1 to {len(self.train_images)}.")
+        order = torch.randperm(len(self.train_images), generator=torch.Generator().manual_seed(seed))
+        return self.train_images[order[:num_images]]
+
+
+def load_digits() -> Digits:
+    """The digits.
+
+    Raises:
+        DcvitError: If scikit-learn, which holds them, is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise DcvitError("The digits come with scikit-learn: pip install 'dcvit[demo]'.") from error
+    data = datasets.load_digits()
+    images = (torch.from_numpy(data.images).float() / 16 - MEAN) / STD
+    labels = torch.from_numpy(data.target).long()
+    # The files are in the order of writers; a fixed shuffle spreads them over both parts.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order, None], labels[order]
+    return Digits(images[:NUM_TRAIN], labels[:NUM_TRAIN], images[NUM_TRAIN:], labels[NUM_TRAIN:])

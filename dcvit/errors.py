@@ -1,0 +1,27 @@
+"""What dcvit raises when the caller's input cannot be used.
+
+Every message names the value, what was expected and the next step. All of them are `ValueError`s, so that code
+that does not know dcvit can still catch them; the command line turns them into exit code 2.
+"""
+
+__all__ = ["BudgetError", "DcvitError", "ImagesError", "SaveFolderError", "UnsupportedModelError"]
+
+
+class DcvitError(ValueError):
+    """Base class of everything that dcvit refuses."""
+
+
+class UnsupportedModelError(DcvitError):
+    """The model, or a part of it that the message names, cannot be compressed."""
+
+
+class BudgetError(DcvitError):
+    """The budget is malformed, or cannot be met by the model."""
+
+
+class ImagesError(DcvitError):
+    """The few-shot images do not fit the model."""
+
+
+class SaveFolderError(DcvitError):
+    """A folder to save to is occupied, or a folder to load from is broken or foreign."""

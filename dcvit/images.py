@@ -1,0 +1,166 @@
+"""The few-shot set: whatever the caller has, as one checked tensor.
+
+Labels are never read. All images are held in memory: a set has 50 to 1000 of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from dcvit.errors import ImagesError
+from dcvit.models import adapter_for, preprocessing
+
+__all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "image_files", "load_images"]
+
+Images = Tensor | Dataset[Any] | DataLoader[Any] | str | Path
+"""What `compress` takes as images."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class FewShotImages:
+    """The few-shot set D_T.
+
+    Attributes:
+        normalised: The images as the model takes them, `[N, C, H, W]`.
+        pixels: The same images in [0, 1], each `[C, H', W']` at its own size, from which augmentation crops.
+        mean: Per channel, of the normalisation.
+        std: Per channel.
+    """
+
+    normalised: Tensor
+    pixels: Sequence[Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.normalised)
+
+    def subset(self, indices: Sequence[int]) -> "FewShotImages":
+        """Some of the images."""
+        return FewShotImages(self.normalised[list(indices)], [self.pixels[i] for i in indices], self.mean, self.std)
+
+
+def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImages:
+    """Collect and check the few-shot images for a model.
+
+    Args:
+        images: A normalised tensor `[N, C, H, W]`; a `Dataset` or `DataLoader` of normalised tensors `[C, H, W]`
+            or PIL images, alone or as the first of a tuple; or a folder, searched recursively.
+            PIL images and files get timm's evaluation preprocessing for the model.
+        model: The model that will see them.
+
+    Returns:
+        The images on the model's device.
+
+    Raises:
+        ImagesError: If there are none, or any does not fit: size, channels, dtype, device, NaN or infinite pixels.
+    """
+    if isinstance(images, FewShotImages):
+        return images
+    prep = preprocessing(model)
+    device = next(model.parameters()).device
+    if isinstance(images, str | Path):
+        items: Iterable[Any] = map(_open, image_files(Path(images)))
+    elif isinstance(images, Tensor):
+        if images.device != device:
+            raise ImagesError(
+                f"The images are on {images.device}, the model on {device}: move one to the other's device."
+            )
+        _check_batch(images, model)
+        items = images
+    elif isinstance(images, DataLoader):
+        items = (image for batch in images for image in _first(batch))
+    elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+        items = (_first(images[i]) for i in range(len(images)))
+    elif isinstance(images, Iterable):
+        items = (_first(item) for item in images)
+    else:
+        raise ImagesError(
+            f"images is a {type(images).__name__}; expected a tensor [N, C, H, W], a Dataset, a DataLoader or a folder."
+        )
+
+    normalised: list[Tensor] = []
+    pixels: list[Tensor] = []
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (prep.mean, prep.std))
+    for item in items:
+        if isinstance(item, Image.Image):
+            normalised.append(prep.transform(item).to(device))
+            pixels.append(prep.to_pixels(item).to(device))
+        elif isinstance(item, Tensor):
+            _check_batch(item[None], model)
+            normalised.append(item.to(device))
+            pixels.append((normalised[-1] * std.to(device) + mean.to(device)).clamp(0, 1))
+        else:
+            raise ImagesError(f"An image is a {type(item).__name__}; expected a tensor [C, H, W] or a PIL image.")
+    if not normalised:
+        raise ImagesError("There are no images: pass at least one, 50 to 1000 is usual.")
+    sizes = {tuple(image.shape) for image in normalised}
+    if len(sizes) > 1:
+        raise ImagesError(f"The images have different shapes {sorted(sizes)[:3]}: resize them to one.")
+    stacked = torch.stack(normalised)
+    _check_batch(stacked, model)
+    return FewShotImages(stacked, pixels, prep.mean, prep.std)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files of a folder and its subfolders, sorted by path.
+
+    Raises:
+        ImagesError: If the folder does not exist or holds none.
+    """
+    if not folder.is_dir():
+        raise ImagesError(f"{str(folder)!r} is not a folder: expected one with image files.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ImagesError(f"The folder {str(folder)!r} holds no image files ({', '.join(IMAGE_SUFFIXES)}).")
+    return files
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except (UnidentifiedImageError, OSError) as error:
+        raise ImagesError(f"{str(path)!r} cannot be read as an image ({error}): remove or replace it.") from error
+    return image
+
+
+def _first(item: Any) -> Any:
+    """The image of an (image, label) pair, or of an item that is the image alone."""
+    return item[0] if isinstance(item, tuple | list) and len(item) > 0 else item
+
+
+def _check_batch(images: Tensor, model: nn.Module) -> None:
+    adapter = adapter_for(model)
+    channels, height, width = adapter.input_size(model)
+    dtype = next(model.parameters()).dtype
+    shape = list(images.shape)
+    if images.ndim != 4:
+        raise ImagesError(
+            f"The images have shape {shape}: expected [N, C, H, W], here [N, {channels}, {height}, {width}]."
+        )
+    if len(images) == 0:
+        raise ImagesError("There are no images: pass at least one, 50 to 1000 is usual.")
+    if images.dtype != dtype:
+        raise ImagesError(
+            f"The images are {images.dtype}: expected {dtype}, normalised as the model wants it "
+            "(timm.data.create_transform(**timm.data.resolve_model_data_config(model)))."
+        )
+    if shape[1] != channels:
+        raise ImagesError(f"The images have {shape[1]} channels (shape {shape}): the model takes {channels}.")
+    if shape[2:] != [height, width]:
+        raise ImagesError(
+            f"The images are {shape[2]}x{shape[3]}: the model takes {height}x{width}. "
+            "Resize them, or call model.set_input_size(img_size=...)."
+        )
+    if not torch.isfinite(images).all():
+        bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ImagesError(f"The images {bad[:5]} have NaN or infinite pixels: remove or repair them.")

@@ -1,0 +1,21 @@
+"""The only part of dcvit that knows timm: one adapter per model family.
+
+The algorithm sees a model through `ModelAdapter`. `require_supported` refuses what cannot be compressed,
+by name and before any work; `adapter_for` then finds the adapter wherever one is needed.
+"""
+
+from dcvit.models.adapter import ModelAdapter, adapter_for, require_supported
+from dcvit.models.loading import DEMO_MODEL, load_model, preprocessing
+from dcvit.models.vision_transformer import CompressedBlock, DroppedBlock, create_vision_transformer
+
+__all__ = [
+    "DEMO_MODEL",
+    "CompressedBlock",
+    "DroppedBlock",
+    "ModelAdapter",
+    "adapter_for",
+    "create_vision_transformer",
+    "load_model",
+    "preprocessing",
+    "require_supported",
+]

@@ -1,0 +1,114 @@
+"""What the algorithm needs to know of a model family."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dcvit.costs import ModelCost
+from dcvit.errors import UnsupportedModelError
+
+__all__ = ["ModelAdapter", "adapter_for", "require_supported"]
+
+
+class ModelAdapter(Protocol):
+    """A model family: how to read a model's structure, change it, and rebuild it.
+
+    All methods are stateless. `check` is called once, before any work; the others may assume that it passed.
+    """
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that cannot be compressed.
+
+        Raises:
+            UnsupportedModelError: Naming the part that is not handled.
+        """
+
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model takes."""
+
+    def dynamic_input(self, model: nn.Module) -> bool:
+        """Whether images may have another height and width than `input_size`."""
+
+    def cost(self, model: nn.Module) -> ModelCost:
+        """MACs and parameters of the model at its own input size, and of each block."""
+
+    def tokens(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Output tokens `[B, N, D]` after the final norm, for images `[B, C, H, W]`."""
+
+    def num_classes(self, model: nn.Module) -> int:
+        """Classes of the head, 0 for a backbone."""
+
+    def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Class logits `[B, num_classes]` from output tokens, through the pooling and the head."""
+
+    def features(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Pooled features `[B, D]` from output tokens, the input of the head."""
+
+    def hidden_features(self, model: nn.Module, block: int) -> int:
+        """Hidden nodes of a block's MLP."""
+
+    def compress_block(self, model: nn.Module, block: int, kept: Sequence[int]) -> None:
+        """In place: remove the attention of a block and all hidden nodes but `kept`."""
+
+    def drop_block(self, model: nn.Module, block: int) -> None:
+        """In place: remove a block altogether."""
+
+    def parameters(self, model: nn.Module, first_block: int, last_block: int) -> list[nn.Parameter]:
+        """The parameters of blocks `first_block` to `last_block`, inclusive; what precedes block 0 goes with it."""
+
+    def body_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """All parameters but those of the pooling and the head."""
+
+    def rebuild(self, model: nn.Module) -> nn.Module:
+        """A new, ordinary timm model of the same structure, weights and preprocessing."""
+
+    def config(self, model: nn.Module) -> Mapping[str, Any]:
+        """The `config.json` with which `timm.create_model("local-dir:…")` rebuilds the model."""
+
+
+def adapter_for(model: nn.Module) -> ModelAdapter:
+    """The adapter of a model's family. Cheap; it does not look inside the model.
+
+    Raises:
+        UnsupportedModelError: If no family fits.
+    """
+    from dcvit.models.vision_transformer import VisionTransformerAdapter
+
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"model={model!r} is a {type(model).__name__}: expected a timm model, or a name that timm knows."
+        )
+    if VisionTransformerAdapter.handles(model):
+        return VisionTransformerAdapter()
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    raise UnsupportedModelError(
+        f"Models of type {kind} are not supported; timm's VisionTransformer and VisionTransformerDistilled are. "
+        "Another family needs an adapter in dcvit/models/ (see ModelAdapter)."
+    )
+
+
+def require_supported(model: nn.Module) -> ModelAdapter:
+    """The adapter of a model, after looking for anything in it that cannot be handled.
+
+    Raises:
+        UnsupportedModelError: Naming the part: its type, a dtype other than float32 or float64, or more than one
+            device or dtype.
+    """
+    adapter = adapter_for(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    places = {(tensor.dtype, tensor.device) for tensor in tensors if tensor.is_floating_point()}
+    if len(places) > 1:
+        listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
+        raise UnsupportedModelError(f"The model's parameters are {listed}: move them to one dtype and device.")
+    ((dtype, device),) = places
+    if device.type == "meta":
+        raise UnsupportedModelError("The model is on the meta device, without weights: load it on a CPU or a GPU.")
+    if dtype not in (torch.float32, torch.float64):
+        raise UnsupportedModelError(
+            f"The model's parameters are {dtype}: recovery needs full precision, call model.float() first "
+            "(the compressed model can be cast back)."
+        )
+    adapter.check(model)
+    return adapter

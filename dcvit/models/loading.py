@@ -1,0 +1,128 @@
+"""From a model's name to the model, and from a model to its preprocessing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.transforms import functional as F
+
+from dcvit.errors import UnsupportedModelError
+from dcvit.models.adapter import adapter_for
+
+__all__ = ["DEMO_MODEL", "Preprocessing", "load_model", "preprocessing"]
+
+DEMO_MODEL = "demo"
+"""The name of the embedded model."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its images.
+
+    Attributes:
+        input_size: Channels, height, width.
+        mean: Per channel, in [0, 1] pixels.
+        std: Per channel.
+        transform: timm's evaluation transform, from a PIL image to a normalised tensor `[C, H, W]`.
+        to_pixels: From a PIL image to a tensor `[C, H, W]` of unnormalised pixels in [0, 1], at its own size.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    transform: Callable[[Any], Tensor]
+    to_pixels: Callable[[Any], Tensor]
+
+    @property
+    def pixel_range(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest normalised value of each channel, two tensors `[C]`."""
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (0 - mean) / std, (1 - mean) / std
+
+
+def load_model(model: str | nn.Module, *, pretrained: bool = True) -> nn.Module:
+    """A model in evaluation mode, from a name or as it is.
+
+    Args:
+        model: A timm model, or a name: `demo`, or one that `timm.create_model` takes (`vit_tiny_patch16_224`,
+            `local-dir:FOLDER`, `hf-hub:OWNER/NAME`).
+        pretrained: Load the weights that belong to the name; `False` initialises them at random.
+
+    Raises:
+        UnsupportedModelError: If the name is unknown, its weights cannot be had, or a folder holds no model.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, str):
+        raise UnsupportedModelError(f"model={model!r}: expected a timm model or a name, got {type(model).__name__}.")
+    name = f"local-dir:{_demo_folder()}" if model == DEMO_MODEL else model
+    if name.startswith("local-dir:"):
+        _check_folder(Path(name.removeprefix("local-dir:")))
+    try:
+        loaded: nn.Module = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # timm raises whatever its hub, registry or file reader raises
+        raise UnsupportedModelError(_why_not_loaded(model, error)) from error
+    return loaded.eval()
+
+
+def _demo_folder() -> Path:
+    return Path(__file__).parent.parent / "demo"
+
+
+def _check_folder(folder: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise UnsupportedModelError(
+                f"local-dir:{folder}: there is no {file} in that folder; expected a folder that dcvit or timm saved."
+            )
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
+        similar = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        hint = f" Similar names: {', '.join(similar)}." if similar else " `timm.list_models()` lists the names."
+        return f"model={name!r}: timm knows no model of that name ({reason}).{hint}"
+    return (
+        f"model={name!r} could not be loaded: {type(error).__name__}: {reason}. Its weights may be out of reach: "
+        "pass a model object, local-dir:FOLDER, or pretrained=False (--random-weights) for random ones."
+    )
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """Timm's own evaluation preprocessing for a model."""
+    config = resolve_model_data_config(model)
+    channels, height, width = adapter_for(model).input_size(model)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if len(mean) != channels:  # timm's defaults are RGB; a model with other channels gets their average
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    mode = {1: "L", 3: "RGB"}.get(channels)
+
+    def convert(image: Any) -> Any:
+        if mode is None:
+            raise UnsupportedModelError(
+                f"The model takes {channels} channels, but an image file has 1 or 3. Pass the images as a tensor."
+            )
+        return image.convert(mode)
+
+    evaluate = create_transform(
+        input_size=(channels, height, width),
+        is_training=False,
+        mean=mean,
+        std=std,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+    return Preprocessing(
+        input_size=(channels, height, width),
+        mean=mean,
+        std=std,
+        transform=lambda image: evaluate(convert(image)),
+        to_pixels=lambda image: F.to_tensor(convert(image)),
+    )

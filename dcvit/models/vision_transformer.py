@@ -1,0 +1,582 @@
+"""timm's `VisionTransformer`: ViT, DeiT, DINOv2, CLIP, SigLIP and the like.
+
+A model is rebuilt from what its modules show, not from its name: `_model_args` reads every constructor argument off
+the model, builds a twin on the meta device and compares the two module by module, so that a part which would be lost
+is refused by name before any work.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import timm
+import torch
+from timm.layers import (
+    AttentionPoolLatent,
+    DropPath,
+    GluMlp,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    QuickGELU,
+    RmsNorm,
+    RmsNormFp32,
+    SimpleNorm,
+    SimpleNormFp32,
+    SwiGLU,
+    SwiGLUPacked,
+)
+from timm.layers.activations import GELU, GELUTanh
+from timm.layers.attention import Attention
+from timm.models import build_model_with_cfg, register_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
+from dcvit.errors import UnsupportedModelError
+from dcvit.ops import Impl, dropped_mlp
+from dcvit.seeding import seeded
+
+__all__ = ["ARCHITECTURE", "CompressedBlock", "DroppedBlock", "VisionTransformerAdapter", "create_vision_transformer"]
+
+ARCHITECTURE = "dcvit_vision_transformer"
+"""The name under which timm's registry knows compressed vision transformers."""
+
+TimmModule: TypeAlias = Any
+"""A module of timm's, whose attributes its type does not tell."""
+
+_NORMS: dict[str, type[nn.Module]] = {
+    "layernorm": LayerNorm,
+    "layernormfp32": LayerNormFp32,
+    "rmsnorm": RmsNorm,
+    "rmsnormfp32": RmsNormFp32,
+    "simplenorm": SimpleNorm,
+    "simplenormfp32": SimpleNormFp32,
+    "torch_layernorm": nn.LayerNorm,
+}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "timm_gelu": GELU,
+    "gelu_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+}
+_BLOCKS: dict[str, type[nn.Module]] = {"pre_norm": Block, "res_post_norm": ResPostBlock}
+_MLPS: dict[str, Any] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
+
+_STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
+"""Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
+
+
+class CompressedBlock(nn.Module):
+    """A transformer block without attention and with fewer hidden nodes: x + ls2(mlp(norm2(x))).
+
+    Parameter names are those of timm's `Block`. Where the MLP is the plain one, forward is one call of
+    `dcvit.ops.dropped_mlp`, with the norm, LayerScale and residual fused; else the modules run one by one.
+
+    Args:
+        block: A timm `Block` or `ResPostBlock`; its MLP branch is taken over, not copied.
+    """
+
+    norm2: TimmModule
+    mlp: TimmModule
+    ls2: TimmModule
+    drop_path2: TimmModule
+
+    def __init__(self, block: TimmModule) -> None:
+        super().__init__()
+        self.post_norm = isinstance(block, ResPostBlock)
+        self.norm2 = block.norm2
+        self.mlp = block.mlp
+        self.ls2 = nn.Identity() if self.post_norm else block.ls2
+        self.drop_path2 = block.drop_path2
+        self.impl: Impl = "auto"
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens `[B, N, D]` to `[B, N, D]`; the attention arguments of timm's blocks have nothing to act on."""
+        if self._fusible():
+            return dropped_mlp(
+                x,
+                self.mlp.fc1.weight,
+                self.mlp.fc1.bias,
+                self.mlp.fc2.weight,
+                self.mlp.fc2.bias,
+                norm_weight=self.norm2.weight,
+                norm_bias=self.norm2.bias,
+                norm_eps=self.norm2.eps,
+                scale=getattr(self.ls2, "gamma", None),
+                residual=True,
+                impl=self.impl,
+            )
+        if self.post_norm:
+            return x + self.drop_path2(self.norm2(self.mlp(x)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _fusible(self) -> bool:
+        """Whether the fused op computes what the modules would: plain types, no hooks, nothing random active."""
+        mlp = self.mlp
+        if self.post_norm or type(mlp) is not Mlp or type(self.norm2) not in (LayerNorm, LayerNormFp32, nn.LayerNorm):
+            return False
+        if type(mlp.act) not in (nn.GELU, GELU) or getattr(mlp.act, "approximate", "none") != "none":
+            return False
+        parts = (self.norm2, mlp, mlp.fc1, mlp.act, mlp.fc2, self.ls2)
+        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+            return False
+        if type(mlp.fc1) is not nn.Linear or type(mlp.fc2) is not nn.Linear or type(mlp.norm) is not nn.Identity:
+            return False
+        if self.norm2.weight is None or type(self.ls2) not in (LayerScale, nn.Identity):
+            return False
+        active = self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0 or isinstance(self.drop_path2, DropPath))
+        return not active
+
+
+class DroppedBlock(nn.Identity):
+    """What is left of a block that was dropped whole: its output is its input."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens `[B, N, D]`, unchanged."""
+        return x
+
+
+class VisionTransformerAdapter:
+    """timm's `VisionTransformer` and `VisionTransformerDistilled`.
+
+    Modifications:
+        - a compressed block (`CompressedBlock`) loses `norm1`, `attn`, `ls1` and `drop_path1`, and the rows of
+          `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped; of a SwiGLU both gate and value;
+        - a dropped block becomes a `DroppedBlock`;
+        - everything else, parameter names included, stays.
+    """
+
+    @staticmethod
+    def handles(model: nn.Module) -> bool:
+        """Whether the model is of this family."""
+        return isinstance(model, VisionTransformer)
+
+    def check(self, model: TimmModule) -> None:
+        """See `ModelAdapter.check`."""
+        if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+            raise UnsupportedModelError(
+                f"The model is a {type(model).__qualname__}, a subclass of VisionTransformer that dcvit does not "
+                "know; it could not be rebuilt from its saved form."
+            )
+        self._model_args(model)
+
+    def input_size(self, model: TimmModule) -> tuple[int, int, int]:
+        """See `ModelAdapter.input_size`."""
+        height, width = model.patch_embed.img_size
+        return model.patch_embed.proj.in_channels, height, width
+
+    def dynamic_input(self, model: TimmModule) -> bool:
+        """See `ModelAdapter.dynamic_input`."""
+        return bool(model.dynamic_img_size)
+
+    def tokens(self, model: TimmModule, images: Tensor) -> Tensor:
+        """See `ModelAdapter.tokens`."""
+        return model.forward_features(images)
+
+    def num_classes(self, model: TimmModule) -> int:
+        """See `ModelAdapter.num_classes`."""
+        return int(model.num_classes)
+
+    def logits(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.logits`."""
+        return model.forward_head(tokens)
+
+    def features(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.features`; without pooling (`global_pool=""`) the mean over the tokens."""
+        features = model.forward_head(tokens, pre_logits=True)
+        return features if features.ndim == 2 else features.mean(dim=1)
+
+    def hidden_features(self, model: TimmModule, block: int) -> int:
+        """See `ModelAdapter.hidden_features`."""
+        module = model.blocks[block]
+        return 0 if isinstance(module, DroppedBlock) else int(module.mlp.fc2.in_features)
+
+    def cost(self, model: TimmModule) -> ModelCost:
+        """See `ModelAdapter.cost`."""
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        blocks = tuple(_block_cost(block, tokens) for block in model.blocks)
+        total = Cost(params=_num_params(model))
+        for block in blocks:
+            total += Cost(
+                block.attention.weight_macs + block.mlp.weight_macs,
+                block.attention.attention_macs + block.mlp.attention_macs,
+            )
+        conv = model.patch_embed.proj
+        total += Cost(weight_macs=model.patch_embed.num_patches * conv.weight.numel())
+        for name in ("head", "head_dist"):
+            head = getattr(model, name, None)
+            if isinstance(head, nn.Linear):
+                total += Cost(weight_macs=head.weight.numel())
+        if model.attn_pool is not None:
+            total += _latent_pool_cost(
+                model.attn_pool, tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
+            )
+        return ModelCost(total=total, blocks=blocks)
+
+    def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
+        """See `ModelAdapter.compress_block`."""
+        module = model.blocks[block]
+        _keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
+        model.blocks[block] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
+
+    def drop_block(self, model: TimmModule, block: int) -> None:
+        """See `ModelAdapter.drop_block`."""
+        model.blocks[block] = DroppedBlock()
+
+    def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
+        """See `ModelAdapter.parameters`."""
+        blocks = list(model.blocks[first_block : last_block + 1].parameters())
+        return blocks if first_block > 0 else self._stem_parameters(model) + blocks
+
+    def body_parameters(self, model: TimmModule) -> list[nn.Parameter]:
+        """See `ModelAdapter.body_parameters`."""
+        return self._stem_parameters(model) + list(model.blocks.parameters()) + list(model.norm.parameters())
+
+    @staticmethod
+    def _stem_parameters(model: TimmModule) -> list[nn.Parameter]:
+        names = ("cls_token", "reg_token", "dist_token", "pos_embed")
+        loose = [getattr(model, name, None) for name in names]
+        stem = [*model.patch_embed.parameters(), *model.norm_pre.parameters()]
+        return [p for p in loose if p is not None] + stem
+
+    def rebuild(self, model: TimmModule) -> nn.Module:
+        """See `ModelAdapter.rebuild`."""
+        weight = model.patch_embed.proj.weight
+        config = self.config(model)
+        pretrained_cfg = {**config["pretrained_cfg"], "architecture": ARCHITECTURE}
+        with seeded(0):  # what is initialised here is overwritten; the caller's random state is not its business
+            rebuilt = timm.create_model(ARCHITECTURE, pretrained_cfg=pretrained_cfg, **config["model_args"])
+        rebuilt.to(device=weight.device, dtype=weight.dtype).load_state_dict(model.state_dict())
+        return rebuilt.train(model.training)
+
+    def config(self, model: TimmModule) -> Mapping[str, Any]:
+        """See `ModelAdapter.config`."""
+        args = self._model_args(model)
+        return {
+            "architecture": ARCHITECTURE,
+            "num_classes": args["num_classes"],
+            "num_features": args["embed_dim"],
+            "global_pool": args["global_pool"],
+            "model_args": args,
+            "pretrained_cfg": self._pretrained_cfg(model),
+        }
+
+    def _pretrained_cfg(self, model: TimmModule) -> dict[str, Any]:
+        """Preprocessing and head of a model, without where its own weights came from."""
+        source = getattr(model, "pretrained_cfg", {})
+        keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license", "label_names", "label_descriptions")
+        cfg = {key: source[key] for key in keep if source.get(key) is not None}
+        return {
+            **cfg,
+            "input_size": self.input_size(model),
+            "fixed_input_size": not self.dynamic_input(model),
+            "num_classes": self.num_classes(model),
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if isinstance(model, VisionTransformerDistilled) else "head",
+        }
+
+    def _model_args(self, model: TimmModule) -> dict[str, Any]:
+        """The constructor arguments of a model, read off its modules, as values for JSON.
+
+        Raises:
+            UnsupportedModelError: Naming the first part that the arguments would not reproduce.
+        """
+        args = _read_model_args(model)
+        with torch.device("meta"):
+            twin = _build(**args)
+        original, rebuilt = _signature(model), _signature(twin)
+        for name in sorted(original.keys() | rebuilt.keys()):
+            if original.get(name) != rebuilt.get(name):
+                raise UnsupportedModelError(
+                    f"The model's part {name or '(root)'} is {original.get(name, 'absent')}, where a "
+                    f"VisionTransformer built from its sizes has {rebuilt.get(name, 'nothing')}: dcvit could not "
+                    "rebuild it from its saved form. Replace that part, or extend _read_model_args in "
+                    "dcvit/models/vision_transformer.py."
+                )
+        return args
+
+
+def _read_model_args(model: TimmModule) -> dict[str, Any]:
+    """Every constructor argument of `VisionTransformer` that shapes the model, and `per_layer_config`."""
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed:
+        raise UnsupportedModelError(
+            f"patch_embed is a {type(embed).__qualname__}; only timm's PatchEmbed (one strided convolution) is "
+            "supported. A convolutional stem would need its own cost and rebuild in the adapter."
+        )
+    if embed.img_size is None:
+        raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
+    whole = [block for block in model.blocks if type(block) in _BLOCKS.values()]
+    for i, block in enumerate(model.blocks):
+        if not isinstance(block, (*_BLOCKS.values(), CompressedBlock, DroppedBlock)):
+            raise UnsupportedModelError(
+                f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock. "
+                "Where attention and MLP run in parallel or in several branches, the cut is not defined."
+            )
+    if not whole:
+        raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
+    block = whole[0]
+    attention, mlp = block.attn, block.mlp
+    if type(attention) is not Attention:
+        raise UnsupportedModelError(
+            f"blocks.*.attn is a {type(attention).__qualname__}; only timm's Attention, whose cost is known, is "
+            "supported."
+        )
+    embed_dim = int(model.embed_dim)
+    head_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
+    per_layer = {
+        str(i): settings for i, module in enumerate(model.blocks) if (settings := _layer_settings(module)) is not None
+    }
+    args: dict[str, Any] = {
+        "img_size": list(embed.img_size),
+        "patch_size": list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "num_classes": int(model.num_classes),
+        "global_pool": model.global_pool,
+        "embed_dim": embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": attention.num_heads,
+        "intermediate_size": _fc1_features(mlp),
+        "qkv_bias": attention.qkv.bias is not None,
+        "qk_norm": not isinstance(attention.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
+        "proj_bias": attention.proj.bias is not None,
+        "layer_scale": isinstance(getattr(block, "ls1", None), LayerScale),
+        "class_token": model.cls_token is not None,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": bool(model.no_embed_class),
+        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": not isinstance(head_norm, nn.Identity),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "pool_include_prefix": bool(model.pool_include_prefix),
+        "dynamic_img_size": bool(model.dynamic_img_size),
+        "dynamic_img_pad": bool(embed.dynamic_img_pad),
+        "embed_norm_layer": None if isinstance(embed.norm, nn.Identity) else _norm_spec("patch_embed.norm", embed.norm),
+        "norm_layer": _norm_spec("blocks.*.norm1", block.norm1),
+        "act_layer": _key(_ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
+        "block_fn": _key(_BLOCKS, "blocks.*", type(block)),
+        "mlp_layer": _mlp_key(mlp),
+        "distilled": isinstance(model, VisionTransformerDistilled),
+        "per_layer_config": per_layer,
+    }
+    return args
+
+
+def _build(
+    *,
+    img_size: Any,
+    intermediate_size: int,
+    layer_scale: bool,
+    norm_layer: Mapping[str, Any],
+    embed_norm_layer: Mapping[str, Any] | None = None,  # timm leaves out arguments that are None
+    act_layer: str,
+    block_fn: str,
+    mlp_layer: str,
+    distilled: bool,
+    per_layer_config: Mapping[str, Mapping[str, Any]],
+    **kwargs: Any,
+) -> nn.Module:
+    """The model that `_read_model_args` describes, freshly initialised."""
+    embed_dim = kwargs["embed_dim"]
+    norm = _norm_layer(norm_layer)
+    model: TimmModule = (VisionTransformerDistilled if distilled else VisionTransformer)(
+        img_size=img_size if isinstance(img_size, int) else tuple(img_size),
+        patch_size=tuple(kwargs.pop("patch_size")),
+        # Half a node up: int(embed_dim * ratio) inside timm must not lose a node to rounding.
+        mlp_ratio=(intermediate_size + 0.5) / embed_dim,
+        init_values=1e-5 if layer_scale else None,  # any value: the saved one is loaded over it
+        norm_layer=norm,
+        embed_norm_layer=None if embed_norm_layer is None else _norm_layer(embed_norm_layer),
+        act_layer=_ACTIVATIONS[act_layer],
+        block_fn=_BLOCKS[block_fn],
+        mlp_layer=_MLPS[mlp_layer],
+        **kwargs,
+    )
+    for index, settings in per_layer_config.items():
+        block = model.blocks[int(index)]
+        if "mlp" in settings["skip"]:
+            model.blocks[int(index)] = DroppedBlock()
+        else:
+            _keep_hidden_nodes(block.mlp, torch.arange(settings["intermediate_size"]))
+            model.blocks[int(index)] = CompressedBlock(block)
+    return model
+
+
+@register_model
+def dcvit_vision_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's entry point for vision transformers that dcvit compressed; the arguments come from `config.json`."""
+    return build_model_with_cfg(
+        _build,
+        ARCHITECTURE,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> nn.Module:
+    """A plain, randomly initialised `VisionTransformer` that can be saved with its preprocessing.
+
+    Args:
+        model_args: Arguments of timm's `VisionTransformer`.
+        pretrained_cfg: `mean`, `std` and the like, as timm's models have them.
+    """
+    model = VisionTransformer(**model_args)
+    model.pretrained_cfg = dict(pretrained_cfg)
+    return model
+
+
+def _layer_settings(block: TimmModule) -> dict[str, Any] | None:
+    """What differs in a block, in the key names of transformers' `per_layer_config`."""
+    if isinstance(block, DroppedBlock):
+        return {"skip": ["attention", "mlp"]}
+    if isinstance(block, CompressedBlock):
+        return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
+    return None
+
+
+def _signature(model: TimmModule) -> dict[str, str]:
+    """Each module's type and settings, each parameter's and buffer's shape, by name."""
+    parts = {
+        name: f"{type(module).__qualname__}({module.extra_repr()})"
+        for name, module in model.named_modules()
+        if not isinstance(module, _STATELESS) or isinstance(module, DroppedBlock)
+    }
+    tensors = {name: f"Tensor{list(t.shape)}" for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    norms = {
+        name + ".eps": str(getattr(module, "eps", None))
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(_NORMS.values()))
+    }
+    return parts | tensors | norms
+
+
+def _key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module]) -> str:
+    for key, value in table.items():
+        if value is kind:
+            return key
+    raise UnsupportedModelError(
+        f"{part} is a {kind.__qualname__}; supported are {', '.join(t.__qualname__ for t in table.values())}."
+    )
+
+
+def _norm_spec(part: str, norm: TimmModule) -> dict[str, Any]:
+    return {"type": _key(_NORMS, part, type(norm)), "eps": norm.eps}
+
+
+def _norm_layer(spec: Mapping[str, Any]) -> Any:
+    return partial(_NORMS[spec["type"]], eps=spec["eps"])
+
+
+def _mlp_key(mlp: TimmModule) -> str:
+    if type(mlp) is Mlp:
+        return "mlp"
+    if type(mlp) is SwiGLU:
+        return "swiglu"
+    if type(mlp) is GluMlp and not mlp.gate_last:
+        return "swiglu_packed"
+    raise UnsupportedModelError(
+        f"blocks.*.mlp is a {type(mlp).__qualname__}; supported are Mlp, SwiGLU and SwiGLUPacked."
+    )
+
+
+def _fc1_features(mlp: TimmModule) -> int:
+    """The `hidden_features` argument of an MLP's constructor; a packed SwiGLU counts gate and value."""
+    return int((mlp.fc1_x if type(mlp) is SwiGLU else mlp.fc1).out_features)
+
+
+def _num_params(module: TimmModule) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
+    if isinstance(block, DroppedBlock):
+        return BlockCost(Cost(), Cost(), Cost(), 0)
+    mlp = block.mlp
+    hidden, width = mlp.fc2.in_features, mlp.fc2.out_features
+    first_layers = [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
+    rows = sum(layer.out_features for layer in first_layers)  # gate and value count twice per hidden node
+    fc1 = linear_cost(width, rows, tokens, bias=first_layers[0].bias is not None)
+    fc2 = linear_cost(hidden, width, tokens, bias=mlp.fc2.bias is not None)
+    rest = (
+        _num_params(block.norm2)
+        + _num_params(mlp.norm)
+        + (0 if isinstance(block, ResPostBlock) else _num_params(block.ls2))
+    )
+    mlp_cost = fc1 + fc2 + Cost(params=rest)
+    per_node = rows // hidden
+    node = linear_cost(width, per_node, tokens, bias=first_layers[0].bias is not None)
+    node += linear_cost(1, width, tokens, bias=False)
+    node += Cost(params=_num_params(mlp.norm) // hidden)
+    if isinstance(block, CompressedBlock):
+        return BlockCost(Cost(), mlp_cost, node, hidden)
+    attention = block.attn
+    inner = attention.num_heads * attention.head_dim
+    cost = (
+        linear_cost(width, 3 * inner, tokens, bias=False)
+        + linear_cost(inner, width, tokens, bias=False)
+        + Cost(attention_macs=2 * tokens * tokens * inner)
+    )
+    params = sum(_num_params(block.get_submodule(n)) for n in ("norm1", "attn", "ls1") if hasattr(block, n))
+    return BlockCost(Cost(cost.weight_macs, cost.attention_macs, params), mlp_cost, node, hidden)
+
+
+def _latent_pool_cost(pool: TimmModule, tokens: int) -> Cost:
+    """MACs of attention pooling with latent queries (SigLIP's head); its parameters are counted with the model's."""
+    if type(pool) is not AttentionPoolLatent:
+        raise UnsupportedModelError(
+            f"attn_pool is a {type(pool).__qualname__}; only AttentionPoolLatent is supported, whose cost is known."
+        )
+    latents, width = pool.latent_len, pool.num_heads * pool.head_dim
+    layers = [(pool.q, latents), (pool.kv, tokens), (pool.proj, latents)]
+    if pool.mlp is not None:
+        layers += [(pool.mlp.fc1, latents), (pool.mlp.fc2, latents)]
+    macs = sum(rows * layer.weight.numel() for layer, rows in layers if isinstance(layer, nn.Linear))
+    return Cost(weight_macs=macs, attention_macs=2 * latents * tokens * width)
+
+
+@torch.no_grad()
+def _keep_hidden_nodes(mlp: TimmModule, kept: Tensor) -> None:
+    """In place: only the hidden nodes `kept` stay, in that order."""
+    hidden = mlp.fc2.in_features
+    kept = kept.to(mlp.fc2.weight.device)
+    if type(mlp) is GluMlp:
+        mlp.fc1 = _linear_rows(mlp.fc1, torch.cat([kept, kept + hidden]))
+    elif type(mlp) is SwiGLU:
+        mlp.fc1_g, mlp.fc1_x = _linear_rows(mlp.fc1_g, kept), _linear_rows(mlp.fc1_x, kept)
+    else:
+        mlp.fc1 = _linear_rows(mlp.fc1, kept)
+    if not isinstance(mlp.norm, nn.Identity):
+        mlp.norm = _norm_channels(mlp.norm, kept)
+    fc2 = copy.deepcopy(mlp.fc2)
+    fc2.in_features = len(kept)
+    fc2.weight = nn.Parameter(mlp.fc2.weight[:, kept].contiguous(), requires_grad=mlp.fc2.weight.requires_grad)
+    mlp.fc2 = fc2
+
+
+def _linear_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
+    kept = copy.deepcopy(layer)
+    kept.out_features = len(rows)
+    kept.weight = nn.Parameter(layer.weight[rows], requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None:
+        kept.bias = nn.Parameter(layer.bias[rows], requires_grad=layer.bias.requires_grad)
+    return kept
+
+
+def _norm_channels(norm: TimmModule, channels: Tensor) -> nn.Module:
+    kept = copy.deepcopy(norm)
+    kept.normalized_shape = (len(channels),)
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(kept, name, nn.Parameter(parameter[channels], requires_grad=parameter.requires_grad))
+    return kept

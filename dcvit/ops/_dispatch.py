@@ -1,0 +1,239 @@
+"""How ops are made known to torch, and which implementation of an op runs.
+
+An op is a schema in the namespace `dcvit`, written in Python so that op, fake and autograd exist without a compiler.
+Implementations come in as
+
+- the overload `dcvit::<op>`: `csrc/` registers its kernels for the dispatch keys CPU ("cpp") and CUDA ("cuda");
+- the overload `dcvit::<op>.triton`: `dcvit/kernels/<op>.py` launches Triton kernels, which share those devices.
+
+Whether csrc was built is asked of torch's dispatcher. Where it was not, the overload falls back to reference kernels in
+plain torch: they keep `torch.ops.dcvit`, `torch.library.opcheck` and exported programs working, but `impl=` never
+counts them as an implementation.
+"""
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+Impl = Literal["auto", "eager", "cpp", "cuda", "triton"]
+"""The one spelling of the selector that every op takes as `impl=`."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("dcvit", "DEF")
+
+
+# --- making ops known to torch ---------------------------------------------------------------------------------------
+
+
+def define(name: str, schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    """Define `dcvit::<name>` and return it.
+
+    Args:
+        name: The op, with `.overload` if it is not the default one.
+        schema: Arguments and returns, as in `"(Tensor x) -> Tensor"`.
+        kernel: Runs on every device for which no other kernel is registered.
+        fake: Makes outputs of the right shape, dtype and device without data.
+    """
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dcvit::{name}", fake, lib=_LIBRARY)
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.dcvit, packet), overload or "default")
+    assert isinstance(op, OpOverload)
+    return op
+
+
+def register_autograd(op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give `op` a derivative; `backward` and `setup_context` are those of `torch.library.register_autograd`."""
+    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def refuse_double_backward(op: OpOverload) -> None:
+    """Make `op`, which computes a first derivative, refuse to be differentiated again."""
+
+    def backward(_ctx: Any, *_grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{op.name()} has no second derivative: only the eager implementation can be differentiated twice. "
+            "Pass impl='eager'."
+        )
+
+    register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def launcher(op: str, function: str) -> Callable[..., Any]:
+    """`dcvit.kernels.<op>.<function>`, imported when it is first called because Triton is optional."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"dcvit.kernels.{op}"), function)(*args)
+
+    return launch
+
+
+# --- choosing an implementation --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """An implementation other than eager, and the inputs that it takes.
+
+    Attributes:
+        op: What runs.
+        device: The device type that it runs on.
+        dtypes: The floating dtypes that it takes; all tensors of a call share one.
+        missing: Says why the implementation is not there, or `None` if it is.
+        limit: Says why the op's inputs are refused for a reason of the op's own, or `None` if they are not.
+    """
+
+    op: OpOverload
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    missing: Callable[[], str | None] = lambda: None
+    limit: Callable[[Mapping[str, Tensor]], str | None] = lambda tensors: None
+
+    def refuses(self, tensors: Mapping[str, Tensor | None]) -> str | None:
+        """Say why the call cannot run here, or return `None` if it can."""
+        if reason := self.missing():
+            return reason
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        first_name, first = next(iter(given.items()))
+        if first.device.type != self.device:
+            return f"it runs on {self.device} tensors, and {first_name} is on {first.device}"
+        if first.dtype not in self.dtypes:
+            return f"it takes {', '.join(map(str, self.dtypes))}, and {first_name} is {first.dtype}"
+        for name, tensor in given.items():
+            if tensor.device != first.device:
+                return (
+                    f"all tensors must share a device, and {name} is on {tensor.device}, {first_name} on {first.device}"
+                )
+            if tensor.dtype != first.dtype:
+                return f"all tensors must share a dtype, and {name} is {tensor.dtype}, {first_name} {first.dtype}"
+        if torch._C._are_functorch_transforms_active():
+            return "torch.func transforms see through eager code only"
+        return self.limit(given)
+
+
+def select(
+    name: str, impl: str, implementations: Mapping[str, Implementation], tensors: Mapping[str, Tensor | None]
+) -> OpOverload | None:
+    """Choose what runs a call.
+
+    Args:
+        name: The public function, for messages.
+        impl: "eager", a key of `implementations`, or "auto" for the first of them that does not refuse.
+        implementations: The op's table, in order of preference.
+        tensors: The floating inputs of the call by name; `None` where an optional one is left out.
+
+    Returns:
+        The overload to call, or `None` for eager.
+
+    Raises:
+        ValueError: If `impl` is unknown, or names an implementation that refuses the call.
+    """
+    if impl == "eager":
+        return None
+    if impl == "auto":
+        for implementation in implementations.values():
+            if implementation.refuses(tensors) is None:
+                return implementation.op
+        return None
+    if impl not in implementations:
+        known = ", ".join(("auto", "eager", *implementations))
+        raise ValueError(f"{name}: impl={impl!r} is unknown. Choose one of {known}.")
+    if reason := implementations[impl].refuses(tensors):
+        raise ValueError(f"{name}: impl={impl!r} cannot run: {reason}. Pass impl='auto' to take what can.")
+    return implementations[impl].op
+
+
+def cpp(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation:
+    """The kernel that `csrc/cpu` registers for `op`."""
+    return Implementation(op, "cpu", dtypes, missing=_missing_kernel(op, "CPU"), **limit)
+
+
+def cuda(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation:
+    """The kernel that `csrc/cuda` registers for `op`."""
+    return Implementation(op, "cuda", dtypes, missing=_missing_kernel(op, "CUDA"), **limit)
+
+
+def triton(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation:
+    """The launcher in `dcvit/kernels` behind the overload `op`."""
+    module = f"dcvit.kernels.{op._schema.name.removeprefix('dcvit::')}"
+
+    @_constant_in_graphs
+    def missing() -> str | None:
+        if not _exists("triton"):
+            return "Triton is not installed (pip install triton)"
+        if not _exists(module):
+            return f"{module} is not part of this installation"
+        return None
+
+    return Implementation(op, "cuda", dtypes, missing=missing, **limit)
+
+
+def _missing_kernel(op: OpOverload, key: str) -> Callable[[], str | None]:
+    @_constant_in_graphs
+    def missing() -> str | None:
+        problem = extension_problem()
+        if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
+            return None
+        return problem or f"the compiled extension holds no {key} kernel of {op.name()}"
+
+    return missing
+
+
+@functools.cache
+def extension_problem() -> str | None:
+    """Load the compiled extension, once, and say what is wrong with it; `None` if nothing is."""
+    package = Path(__file__).parent.parent
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    built = [file for suffix in suffixes if (file := package / f"_C{suffix}").is_file()]
+    if not built:
+        return "the compiled extension was never built (reinstall dcvit where a C++ compiler is found)"
+    try:
+        torch.ops.load_library(built[0])
+    except OSError as error:
+        return f"the compiled extension does not load with torch {torch.__version__} (reinstall dcvit): {error}"
+    return None
+
+
+def _constant_in_graphs(function: _Function) -> _Function:
+    # What is installed does not change while a graph lives, and dynamo cannot trace the questions that find it out.
+    # This is torch.compiler.assume_constant_result, without the second that its import of dynamo takes.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@functools.cache
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its parent package is there
+        return False
+
+
+def availability(implementations: Mapping[str, Mapping[str, Implementation]]) -> dict[str, str | None]:
+    """For each implementation, why no op can run with it on this machine; `None` if some can.
+
+    Args:
+        implementations: The tables of the ops, by op.
+    """
+    reasons: dict[str, str | None] = {"eager": None}
+    for name in ("cpp", "cuda", "triton"):
+        tables = [table[name] for table in implementations.values()]
+        problems = [table.missing() for table in tables]
+        if all(problems):
+            reasons[name] = problems[0]
+        else:
+            reasons[name] = (
+                "torch sees no GPU" if tables[0].device == "cuda" and not torch.cuda.is_available() else None
+            )
+    return reasons

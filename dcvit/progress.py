@@ -1,0 +1,63 @@
+"""How long work tells how it goes.
+
+The algorithm calls a `Progress`; what is shown is the caller's choice. `silent` shows nothing, `TerminalProgress`
+a live bar on a terminal and plain lines elsewhere.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from tqdm import tqdm
+
+__all__ = ["Progress", "TerminalProgress", "silent"]
+
+Progress = Callable[[str, int, int, float], None]
+"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"trial of block 3"`."""
+
+
+def silent(stage: str, done: int, total: int, loss: float) -> None:
+    """Show nothing."""
+
+
+class TerminalProgress:
+    """A bar with the loss and the time left on a terminal; else a line when a stage ends or every few seconds.
+
+    Args:
+        stream: Where to write, standard error unless given.
+        interval: Seconds between two lines of one stage where there is no terminal.
+    """
+
+    def __init__(self, stream: TextIO | None = None, interval: float = 10.0) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._interval = interval
+        self._stage = ""
+        self._start = self._last = 0.0
+        self._bar: tqdm[None] | None = None
+
+    def __call__(self, stage: str, done: int, total: int, loss: float) -> None:
+        """See `Progress`."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self.close()
+            self._stage, self._start, self._last = stage, now, now
+            if self._stream.isatty():
+                self._bar = tqdm(total=total, desc=stage, file=self._stream, leave=False, dynamic_ncols=True)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif done < total and now - self._last >= self._interval:
+            self._last = now
+            left = (now - self._start) / max(done, 1) * (total - done)
+            print(f"{stage}: {done}/{total}, loss {loss:.4g}, {left:.0f} s left", file=self._stream, flush=True)
+        if done >= total:
+            self.close()
+            print(f"{stage}: loss {loss:.4g}, {now - self._start:.1f} s", file=self._stream, flush=True)
+            self._stage = ""
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,48 @@
+"""Cutting a model: attention and hidden nodes out of a block, or a block out of the model.
+
+Source: DC-ViT (arXiv 2403.18708), section 3.1. Every function returns a new model and leaves the given one alone.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dcvit.models import CompressedBlock, adapter_for
+from dcvit.ops import Impl
+from dcvit.seeding import seeded
+
+__all__ = ["compress_block", "draw_kept_nodes", "drop_block"]
+
+
+def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: int) -> tuple[int, ...]:
+    """Which hidden nodes a compressed block keeps: drawn at random, ascending.
+
+    Args:
+        model: The original model.
+        block: The block, from 0.
+        hidden_features: How many nodes stay.
+        seed: The same seed and block draw the same nodes.
+    """
+    available = adapter_for(model).hidden_features(model, block)
+    with seeded(seed, "kept nodes", block) as generator:
+        kept = torch.randperm(available, generator=generator)[:hidden_features]
+    return tuple(sorted(kept.tolist()))
+
+
+def compress_block(model: nn.Module, block: int, kept: Sequence[int], impl: Impl = "auto") -> nn.Module:
+    """A copy of the model in which one block has no attention and only the hidden nodes `kept`."""
+    student = copy.deepcopy(model)
+    adapter_for(student).compress_block(student, block, kept)
+    for module in student.modules():
+        if isinstance(module, CompressedBlock):
+            module.impl = impl
+    return student
+
+
+def drop_block(model: nn.Module, block: int) -> nn.Module:
+    """A copy of the model without one block."""
+    student = copy.deepcopy(model)
+    adapter_for(student).drop_block(student, block)
+    return student

@@ -1,0 +1,111 @@
+"""Step 3: the metric set, made from the model itself.
+
+Source: DC-ViT (arXiv 2403.18708), section 3.3, after DeepInversion (arXiv 1912.08795). Starting from Gaussian noise
+with target classes y, minimise
+
+    CE(M_O(x), y) + R(x)
+
+where the prior R is an L2 term and the total variation of four difference images (`dcvit.ops.tv_prior`). The prior
+is taken of the images themselves, the cross-entropy of a jittered view: rolling and mirroring leave the prior as it
+is, but for the rows that a roll joins.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcvit.classes import class_logits, num_classes
+from dcvit.config import SynthesisConfig
+from dcvit.models import preprocessing, require_supported
+from dcvit.ops import Impl, synthesis_step
+from dcvit.progress import Progress, silent
+from dcvit.schedules import warmup_cosine
+from dcvit.seeding import seeded
+
+__all__ = ["MetricSet", "synthesize"]
+
+
+@dataclass(frozen=True)
+class MetricSet:
+    """Images on which candidates are compared.
+
+    Attributes:
+        images: Normalised, `[M, C, H, W]`.
+        targets: The classes that they were made for, `[M]`; `None` where the images were not synthesised.
+        loss: The lowest value of CE + R; NaN where the images were not synthesised.
+    """
+
+    images: Tensor
+    targets: Tensor | None = None
+    loss: float = float("nan")
+
+
+def synthesize(
+    model: nn.Module,
+    config: SynthesisConfig | None = None,
+    *,
+    seed: int = 0,
+    impl: Impl = "auto",
+    progress: Progress = silent,
+) -> MetricSet:
+    """Make images that the model takes for given classes.
+
+    A model without classes is inverted through the random projection of `dcvit.classes`.
+
+    Args:
+        model: The original model M_O, in evaluation mode with frozen weights; unchanged.
+        config: Settings of the optimisation.
+        seed: Draws targets, noise and jitter.
+        impl: Implementation of the fused step.
+        progress: Told after each iteration.
+
+    Returns:
+        The images of the iteration with the lowest loss, inside the valid pixel range.
+    """
+    config = config or SynthesisConfig()
+    adapter = require_supported(model)
+    parameter = next(model.parameters())
+    channels, height, width = adapter.input_size(model)
+    low, high = (bound.to(parameter) for bound in preprocessing(model).pixel_range)
+    rolls = round(config.jitter * height), round(config.jitter * width)
+
+    with seeded(seed, "synthesis") as generator:
+        shape = (config.num_images, channels, height, width)
+        # Drawn on the CPU, so that a seed means the same images on every device.
+        images = torch.randn(shape, generator=generator).to(parameter)
+        images.clamp_(low.view(-1, 1, 1), high.view(-1, 1, 1))
+        targets = torch.randint(num_classes(model), (config.num_images,), generator=generator).to(parameter.device)
+        exp_avg, exp_avg_sq = torch.zeros_like(images), torch.zeros_like(images)
+        best, best_loss = images.clone(), float("inf")
+        for iteration in range(config.iterations):
+            shifts = tuple(int(torch.randint(-roll, roll + 1, (), generator=generator)) for roll in rolls)
+            mirrored = float(torch.rand((), generator=generator)) < config.flip
+            seen = images.detach().requires_grad_(True)
+            view = seen.roll(shifts, dims=(2, 3))
+            view = view.flip(3) if mirrored else view
+            cross_entropy = F.cross_entropy(class_logits(model, adapter.tokens(model, view)), targets)
+            (gradient,) = torch.autograd.grad(cross_entropy, seen)
+            before = images.clone()
+            rate = config.learning_rate * warmup_cosine(iteration, config.iterations, config.warmup_iterations)
+            prior = synthesis_step(
+                images,
+                gradient,
+                exp_avg,
+                exp_avg_sq,
+                step=iteration + 1,
+                lr=rate,
+                betas=config.betas,
+                beta=config.tv_exponent,
+                tv_weight=config.tv_weight,
+                l2_weight=config.l2_weight,
+                low=low,
+                high=high,
+                impl=impl,
+            )
+            loss = float(cross_entropy.detach() + prior)
+            if loss < best_loss:
+                best, best_loss = before, loss
+            progress("synthesis", iteration + 1, config.iterations, loss)
+    return MetricSet(best, targets, best_loss)

@@ -1,0 +1,41 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dcvit
+from tests.variants import VARIANTS, Variant
+
+QUICK = dcvit.CompressionConfig(
+    recovery=dcvit.RecoveryConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4),
+    synthesis=dcvit.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1),
+)
+"""The whole method in a second or two."""
+
+
+# The models here are too small to share between threads; other processes' threads would only slow them down.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    """Each VisionTransformer variant in turn."""
+    return VARIANTS[request.param]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """A small plain ViT with 10 classes for 32x32 images."""
+    return VARIANTS["plain"].create()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Six normalised images for `model`."""
+    return torch.randn(6, 3, 32, 32)

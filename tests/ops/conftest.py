@@ -1,0 +1,63 @@
+"""Generates the tests of `matrix.OpMatrix` for every implementation, case and dtype.
+
+`DCVIT_TEST_GPU=1` says that this machine has a GPU: what would be skipped for want of one fails instead.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+import matrix
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    argument = _implementation_argument(metafunc.cls, metafunc.fixturenames)
+    if argument is None:
+        return
+    rows = []
+    for name in matrix.NAMES:
+        if name == "eager" and argument == "kernel":
+            continue
+        found, problem = matrix.implementation(metafunc.cls, name)
+        dtypes = [dtype for dtype in metafunc.cls.dtypes if found is None or dtype in found.dtypes]
+        if problem is not None:
+            # One skip tells it, instead of one for each test.
+            if metafunc.definition.originalname == "test_opcheck":
+                rows.append((name, None, None))
+        elif "case" in metafunc.fixturenames:
+            rows += [(name, case, dtype) for case in metafunc.cls.cases for dtype in dtypes]
+        elif "gradcheck" not in metafunc.definition.originalname or torch.float64 in dtypes:
+            rows.append((name, None, None))
+    if "case" in metafunc.fixturenames:
+        ids = [f"{name}-{case}-{str(dtype).removeprefix('torch.')}" for name, case, dtype in rows]
+        metafunc.parametrize((argument, "case", "dtype"), rows, ids=ids)
+    else:
+        metafunc.parametrize(argument, [name for name, _, _ in rows])
+
+
+@pytest.fixture(autouse=True)
+def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the implementation under test into the op's table, or skip with the reason."""
+    argument = _implementation_argument(request.cls, request.fixturenames)
+    if argument is None:
+        return
+    name = request.getfixturevalue(argument)
+    found, problem = matrix.implementation(request.cls, name)
+    if found is not None:
+        problem = problem or found.missing()
+        monkeypatch.setitem(request.cls.module().IMPLEMENTATIONS, name, found)
+    if problem is not None and name in matrix.GPU_NAMES and os.environ.get("DCVIT_TEST_GPU") == "1":
+        pytest.fail(f"{name}: {problem}")
+    if problem is not None:
+        pytest.skip(f"{name}: {problem}")
+
+
+def _implementation_argument(cls: type | None, arguments: list[str]) -> str | None:
+    """The argument that names the implementation, in tests of a matrix."""
+    if cls is None or not issubclass(cls, matrix.OpMatrix):
+        return None
+    return next((argument for argument in ("impl", "kernel") if argument in arguments), None)

@@ -1,0 +1,257 @@
+"""The command line as a person and a program use it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dcvit
+from dcvit.cli import main
+from dcvit.progress import TerminalProgress
+
+FEW = ["--epochs", "1", "--learning-rate", "1e-4", "--synthesis-iterations", "2", "--synthesis-images", "2"]
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of real photographs, which scikit-image ships."""
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut", "coffee", "chelsea", "rocket"):
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.jpg")
+    Image.fromarray(data.camera()).save(folder / "camera.png")  # grey
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_compress_a_timm_model_from_photographs(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    model = ["vit_tiny_patch16_224", "--random-weights"]
+    code, text, progress = run(
+        capsys,
+        "compress",
+        *model,
+        "--data",
+        str(photographs),
+        "--macs",
+        "0.85",
+        "--out",
+        out,
+        "--candidates",
+        "3,4,5",
+        *FEW,
+    )
+    assert code == 0, progress
+    assert "compressed" in text
+    assert "trial of block 4: loss" in progress
+    result = json.loads((Path(out) / "result.json").read_text())
+    assert result["student"]["macs"] <= 0.85 * result["teacher"]["macs"]
+    assert set(result["blocks"]) < {3, 4, 5}
+
+    code, text, _ = run(capsys, "evaluate", f"local-dir:{out}", "--data", str(photographs), "--json")
+    assert code == 0
+    values = json.loads(text)
+    assert values["macs"]["with_attention_products"] == result["student"]["macs"]
+    assert values["images"] == 5
+    assert values["top1"] is None
+
+    code, _, error = run(capsys, "compress", *model, "--data", str(photographs), "--macs", "0.9", "--out", out, *FEW)
+    assert code == 2
+    assert "earlier result" in error
+    assert json.loads((Path(out) / "result.json").read_text()) == result
+
+
+def test_demo_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    code, text, _ = run(capsys, "demo", "--seeds", "2", "--epochs", "1", "--num-images", "8", "--out", str(out))
+    assert code == 0
+    lines = [line for line in text.splitlines() if line.startswith(("original", "block dropping", "dcvit"))]
+    assert [line.split("  ")[0].strip() for line in lines] == [
+        "original", "block dropping, not recovered", "block dropping (PRACTISE)", "dcvit",
+    ]  # fmt: skip
+    assert all("±" in line for line in lines)
+    values = json.loads((out / "result.json").read_text())
+    wanted = "teacher student budget blocks hidden_features drop_ratio agreement mimic_loss seconds seed versions"
+    assert values.keys() >= set(wanted.split())
+    original, raw, practise, ours = values["comparison"]
+    assert original["top1"] == {"mean": values["teacher"]["top1"], "std": 0.0}
+    assert original["agreement"]["mean"] == 1.0
+    assert values["student"]["top1"] == ours["rows"][0]["top1"]
+    # At equal MACs: below block dropping's by less than one hidden node in each compressed block.
+    assert raw["macs"] == practise["macs"]
+    assert 0 <= practise["macs"] - ours["macs"] < 2 * 64 * 17 * len(values["blocks"])
+    assert dcvit.load(out).model(dcvit.demo.load_digits().test_images[:2]).shape == (2, 10)
+
+
+def test_synthesize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file
+
+    out = str(tmp_path / "set")
+    code, text, _ = run(capsys, "synthesize", "demo", "--num-images", "4", "--iterations", "3", "--out", out, "--json")
+    assert code == 0
+    assert json.loads(text)["images"] == [4, 1, 8, 8]
+    tensors = load_file(Path(out) / "metric_set.safetensors")
+    assert tensors["images"].shape == (4, 1, 8, 8)
+    assert tensors["targets"].shape == (4,)
+    with Image.open(Path(out) / "images.png") as image:
+        assert image.size[0] > 8
+    code, _, error = run(capsys, "synthesize", "demo", "--out", out)
+    assert code == 2
+    assert "is not empty" in error
+
+
+def test_evaluate_reads_labels_from_subfolders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = dcvit.demo.load_digits()
+    for i in range(100):
+        label = int(digits.test_labels[i])
+        pixels = (digits.test_images[i, 0] * dcvit.demo.digits.STD + dcvit.demo.digits.MEAN).numpy() * 255
+        (tmp_path / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(np.round(pixels).astype(np.uint8)).save(tmp_path / str(label) / f"{i}.png")
+    code, text, _ = run(capsys, "evaluate", "demo", "--data", str(tmp_path), "--teacher", "demo", "--json")
+    assert code == 0
+    values = json.loads(text)
+    assert values["top1"] > 0.9
+    assert values["agreement"] == 1.0
+    code, text, _ = run(capsys, "evaluate", "demo", "--data", "digits")
+    assert code == 0
+    assert "top-1 %" in text
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "info")
+    assert code == 0
+    assert f"dcvit {dcvit.__version__}" in text
+    assert "eager" in text
+    code, text, _ = run(capsys, "info", "deit_tiny_patch16_224", "--random-weights", "--json")
+    assert code == 0
+    values = json.loads(text)["model"]
+    assert values["candidates"] == list(range(1, 11))
+    low, high = values["budget"]["macs"]
+    model = dcvit.models.load_model("deit_tiny_patch16_224", pretrained=False)
+    assert dcvit.plan(model, dcvit.Budget(macs=low + 1e-6)).num_blocks == 10
+    assert dcvit.plan(model, dcvit.Budget(macs=high - 1e-6)).num_blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "demo", "--data", "digits", "--macs", "0", "--out", "OUT"], "must be positive"),
+        (["compress", "demo", "--data", "digits", "--macs", "1.5", "--out", "OUT"], "Pass an int"),
+        (["compress", "demo", "--data", "digits", "--macs", "0.01", "--out", "OUT"], "can meet"),
+        (["compress", "demo", "--data", "/nowhere", "--macs", "0.75", "--out", "OUT"], "is not a folder"),
+        (["compress", "demo", "--data", "digits", "--num-images", "9999", "--macs", "0.7", "--out", "OUT"], "1 to 1000"),
+        (["compress", "demmo", "--data", "digits", "--macs", "0.75", "--out", "OUT"], "timm knows no model"),
+        (["compress", "local-dir:/nowhere", "--data", "digits", "--macs", "0.75", "--out", "OUT"], r"no config.json"),
+        (["compress", "vit_tiny_patch16_224", "--random-weights", "--data", "digits", "--macs", "0.75", "--out", "OUT"],
+         "1 channels"),
+        (["compress", "resnet18", "--random-weights", "--data", "digits", "--macs", "0.75", "--out", "OUT"], "ResNet"),
+        (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--device", "qpu"], "--device"),
+        (["demo", "--seeds", "0", "--out", "OUT"], "--seeds 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code, text, error = run(capsys, *(str(out) if a == "OUT" else a for a in arguments))
+    assert code == 2
+    assert text == ""
+    assert message in error
+    assert error.startswith("dcvit: error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["frobnicate"], ["compress"], ["compress", "demo", "--data", "digits", "--out", "x"]]
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: dcvit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "compress", "synthesize", "evaluate", "info"])
+def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("\n") > 10
+    options = text.split("options:")[1]
+    for entry in options.split("\n  -")[1:]:
+        described = " ".join(entry.split()[1:])
+        assert len(described) > 8, f"{command}: an option without an explanation: {entry!r}"
+
+
+def test_interrupt_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcvit.cli.compress", interrupted)
+    code, _, error = run(
+        capsys, "compress", "demo", "--data", "digits", "--macs", "0.75", "--out", str(tmp_path / "out")
+    )
+    assert code == 130
+    assert "interrupted" in error
+
+
+def test_module_runs_as_a_program(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "dcvit", "--version"], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    assert finished.stdout.strip() == f"dcvit {dcvit.__version__}"
+
+
+class Screen:
+    """A stream that remembers, and says whether it is a terminal."""
+
+    def __init__(self, terminal: bool) -> None:
+        self.terminal = terminal
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_loss_and_time(terminal: bool) -> None:
+    screen = Screen(terminal)
+    progress = TerminalProgress(screen, interval=0.0)  # type: ignore[arg-type]
+    for done in range(1, 4):
+        progress("trial of block 3", done, 3, 0.5 / done)
+    lines = screen.text.splitlines()
+    assert lines[-1].startswith("trial of block 3: loss 0.1667")
+    if terminal:
+        assert "\r" in screen.text
+        assert "%" in screen.text
+    else:
+        assert "\r" not in screen.text
+        assert lines[0].startswith("trial of block 3: 1/3, loss 0.5, ")
+        assert lines[0].endswith("s left")
+
+
+def test_environment_is_not_needed() -> None:
+    """No variable steers the command line unseen."""
+    assert not [name for name in os.environ if name.startswith("DCVIT_") and name != "DCVIT_TEST_GPU"]

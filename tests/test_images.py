@@ -1,0 +1,123 @@
+"""The few-shot set: what is taken, and what is refused in one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import dcvit
+from dcvit.augmentation import augment
+from dcvit.images import load_images
+from dcvit.models import preprocessing
+from dcvit.seeding import seeded
+from tests.variants import VARIANTS
+
+
+class Photographs(Dataset[Any]):
+    """PIL images with labels."""
+
+    def __init__(self, count: int = 3) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), index
+
+
+def test_every_kind_of_source_gives_the_same_images(model: nn.Module, images: Tensor) -> None:
+    labels = torch.arange(len(images))
+    sources: list[Any] = [
+        images,
+        TensorDataset(images),
+        TensorDataset(images, labels),
+        DataLoader(TensorDataset(images, labels), batch_size=4),
+        DataLoader(images, batch_size=4),  # type: ignore[arg-type]
+        list(images),
+    ]
+    for source in sources:
+        assert torch.equal(load_images(source, model).normalised, images)
+
+
+def test_pil_images_and_folders_get_timms_preprocessing(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    photographs = Photographs()
+    for index in range(len(photographs)):
+        photographs[index][0].save(tmp_path / "a" / f"{index}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    transform = preprocessing(model).transform
+    expected = torch.stack([transform(photographs[i][0]) for i in range(3)])
+    for source in (photographs, tmp_path, str(tmp_path)):
+        few_shot = load_images(source, model)
+        assert torch.equal(few_shot.normalised, expected)
+        assert few_shot.pixels[0].shape == (3, 40, 50)
+
+
+def test_pixels_are_the_images_in_0_1(model: nn.Module) -> None:
+    images = torch.rand(2, 3, 32, 32) * 2 - 1  # the model's mean and std are 0.5
+    few_shot = load_images(images, model)
+    torch.testing.assert_close(torch.stack(list(few_shot.pixels)), images / 2 + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:0], "There are no images"),
+        (lambda x: x[0], r"shape \[3, 32, 32\]: expected .* here \[N, 3, 32, 32\]"),
+        (lambda x: x[:, :1], "1 channels .* takes 3"),
+        (lambda x: x[..., :30], "32x30: the model takes 32x32"),
+        (lambda x: x.double(), r"torch\.float64: expected torch\.float32"),
+        (lambda x: (x * 40).byte(), r"torch\.uint8: expected torch\.float32"),
+        (lambda x: x.masked_fill(torch.arange(6).view(-1, 1, 1, 1) == 2, float("nan")), r"images \[2\] have NaN"),
+        (lambda x: x / 0, "have NaN or infinite pixels"),
+        (lambda x: x.to("meta"), "images are on meta, the model on cpu"),
+        (lambda x: 7, "images is a int"),
+        (lambda x: TensorDataset(x[:0]), "There are no images"),
+        (lambda x: ["a", "b"], "An image is a str"),
+        (lambda x: "/nowhere/at/all", "is not a folder"),
+    ],
+)
+def test_bad_images(model: nn.Module, images: Tensor, change: Any, message: str) -> None:
+    with pytest.raises(dcvit.ImagesError, match=message):
+        dcvit.compress(model, change(images), dcvit.Budget(macs=0.75))
+
+
+def test_bad_folders(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(dcvit.ImagesError, match="holds no image files"):
+        load_images(tmp_path, model)
+    (tmp_path / "broken.png").write_bytes(b"not a png")
+    with pytest.raises(dcvit.ImagesError, match=r"broken\.png' cannot be read"):
+        load_images(tmp_path, model)
+
+
+def test_files_for_a_model_of_five_channels_are_refused(tmp_path: Path) -> None:
+    Photographs()[0][0].save(tmp_path / "a.png")
+    with pytest.raises(dcvit.UnsupportedModelError, match="takes 5 channels"):
+        load_images(tmp_path, VARIANTS["rectangle_5_channels"].create())
+
+
+def test_augmentation_is_seeded_and_does_what_it_says(model: nn.Module) -> None:
+    images = load_images(torch.rand(4, 3, 32, 32) - 0.5, model)
+
+    def views(config: dcvit.AugmentationConfig, seed: int = 0) -> Tensor:
+        with seeded(seed):
+            return augment(images, [0, 1, 2, 3], config)
+
+    full = dcvit.AugmentationConfig()
+    assert torch.equal(views(full), views(full))
+    assert not torch.equal(views(full), views(full, seed=1))
+    still = dcvit.AugmentationConfig(scale=(1, 1), ratio=(1, 1), flip=0, color_jitter=0)
+    torch.testing.assert_close(views(still), images.normalised, rtol=1e-4, atol=1e-4)
+    mirrored = dcvit.AugmentationConfig(scale=(1, 1), ratio=(1, 1), flip=1, color_jitter=0)
+    torch.testing.assert_close(views(mirrored), images.normalised.flip(-1), rtol=1e-4, atol=1e-4)
+    coloured = dcvit.AugmentationConfig(scale=(1, 1), ratio=(1, 1), flip=0, color_jitter=0.5)
+    assert not torch.allclose(views(coloured), images.normalised, atol=0.05)
+    cropped = dcvit.AugmentationConfig(scale=(0.3, 0.3), ratio=(1, 1), flip=0, color_jitter=0)
+    assert not torch.allclose(views(cropped), images.normalised, atol=0.05)

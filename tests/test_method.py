@@ -1,0 +1,201 @@
+"""The steps of the method, one by one: mimicking, synthesis, class distributions, ranking."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dcvit
+from dcvit.classes import class_logits, num_classes
+from dcvit.compression import freeze
+from dcvit.models import adapter_for, preprocessing
+from dcvit.ranking import metric_loss
+from dcvit.recovery import find_learning_rate, output_tokens, recover, updated_parameters
+from dcvit.schedules import warmup_cosine
+from dcvit.surgery import compress_block, draw_kept_nodes
+from tests.conftest import QUICK
+from tests.variants import VARIANTS, Variant
+
+PLAIN = dcvit.RecoveryConfig(epochs=30, learning_rate=1e-3, warmup_epochs=3, augmentation=None)
+
+
+def trial(model: nn.Module, block: int = 1, kept: int = 60) -> tuple[nn.Module, nn.Module]:
+    teacher = freeze(model)
+    return compress_block(teacher, block, draw_kept_nodes(teacher, block, kept, seed=0)), teacher
+
+
+def test_recovery_reduces_the_mimicking_loss_and_reports_it(model: nn.Module, images: Tensor) -> None:
+    student, teacher = trial(model)
+    few_shot = dcvit.load_images(images, teacher)
+
+    def loss() -> float:
+        difference = output_tokens(student, images, 64) - output_tokens(teacher, images, 64)
+        return float(difference.square().mean())
+
+    before = loss()
+    recovery = recover(student, teacher, few_shot, [1], PLAIN)
+    assert recovery.loss_before == pytest.approx(before)
+    assert recovery.loss_after == pytest.approx(loss())
+    assert recovery.loss_after < 0.5 * recovery.loss_before
+    assert recovery.losses[0] == pytest.approx(before)
+    assert len(recovery.losses) == 30
+
+
+def names_of(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
+    wanted = {id(p) for p in parameters}
+    return {name for name, p in model.named_parameters() if id(p) in wanted}
+
+
+def test_only_the_front_is_updated(model: nn.Module, images: Tensor) -> None:
+    student, teacher = trial(model, block=1)
+    before = copy.deepcopy(student.state_dict())
+    recover(student, teacher, dcvit.load_images(images, teacher), [1], replace(PLAIN, epochs=2))
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    front = ("patch_embed", "cls_token", "pos_embed", "blocks.0.", "blocks.1.", "blocks.2.")
+    assert changed == {name for name in before if name.startswith(front)}
+    assert names_of(student, updated_parameters(student, [1], PLAIN)) == changed
+
+
+def test_parts_that_can_be_updated(variant: Variant) -> None:
+    model = variant.create()
+    everything = {name for name, _ in model.named_parameters()}
+    heads = {n for n in everything if n.startswith(("head", "fc_norm", "attn_pool"))}
+    updated = {
+        part: names_of(model, updated_parameters(model, [2], dcvit.RecoveryConfig(updated=part)))  # type: ignore[arg-type]
+        for part in ("front", "around", "all")
+    }
+    assert updated["all"] == everything - heads
+    assert updated["front"] == updated["all"] - {n for n in everything if n.startswith("norm.")}
+    assert updated["around"] == {n for n in everything if n.startswith(("blocks.1", "blocks.2", "blocks.3"))}
+    front = names_of(model, updated_parameters(model, [0, 1], dcvit.RecoveryConfig()))
+    assert not any(name.startswith("blocks.3") for name in front)
+
+
+def test_class_token_ablation(model: nn.Module, images: Tensor) -> None:
+    student, teacher = trial(model)
+    few_shot = dcvit.load_images(images, teacher)
+    difference = output_tokens(student, images, 64)[:, 0] - output_tokens(teacher, images, 64)[:, 0]
+    recovery = recover(student, teacher, few_shot, [1], replace(PLAIN, epochs=1, tokens="class"))
+    assert recovery.loss_before == pytest.approx(float(difference.square().mean()))
+
+
+def test_recover_needs_a_learning_rate(model: nn.Module, images: Tensor) -> None:
+    student, teacher = trial(model)
+    with pytest.raises(ValueError, match="find_learning_rate"):
+        recover(student, teacher, dcvit.load_images(images, teacher), [1], dcvit.RecoveryConfig())
+
+
+def test_the_learning_rate_is_found_on_held_out_images(model: nn.Module, images: Tensor) -> None:
+    student, teacher = trial(model)
+    before = copy.deepcopy(student.state_dict())
+    few_shot = dcvit.load_images(images, teacher)
+    config = replace(PLAIN, learning_rates=(1e-7, 1e-3, 10.0))
+    assert find_learning_rate(student, teacher, few_shot, [1], config) == 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    one = few_shot.subset([0])
+    assert find_learning_rate(student, teacher, one, [1], replace(config, epochs=2)) in config.learning_rates
+
+
+def test_warmup_and_cosine() -> None:
+    shares = [warmup_cosine(step, 100, 20) for step in range(100)]
+    assert shares[:20] == [pytest.approx((i + 1) / 20) for i in range(20)]
+    assert shares[20:] == [pytest.approx(0.5 * (1 + math.cos(math.pi * i / 80))) for i in range(80)]
+    assert [warmup_cosine(step, 3, 10) for step in range(3)] == [pytest.approx((i + 1) / 3) for i in range(3)]
+    assert warmup_cosine(0, 5, 0) == 1
+
+
+def test_synthesis_lowers_the_loss_within_the_pixel_range(variant: Variant) -> None:
+    teacher = freeze(variant.create())
+    config = dcvit.SynthesisConfig(num_images=4, iterations=25, warmup_iterations=2, jitter=0, flip=0)
+    first = dcvit.synthesize(teacher, replace(config, iterations=1))
+    last = dcvit.synthesize(teacher, config)
+    assert last.images.shape == (4, *adapter_for(teacher).input_size(teacher))
+    assert last.loss < 0.98 * first.loss
+    low, high = (bound.view(-1, 1, 1) for bound in preprocessing(teacher).pixel_range)
+    assert (last.images >= low).all()
+    assert (last.images <= high).all()
+    assert last.targets is not None
+    with torch.no_grad():
+        logits = class_logits(teacher, adapter_for(teacher).tokens(teacher, last.images))
+    prior = dcvit.ops.tv_prior(last.images, beta=0.6)
+    assert float(F.cross_entropy(logits, last.targets) + prior) == pytest.approx(last.loss, rel=1e-3)
+
+
+def test_synthesis_repeats_and_leaves_the_model_alone(model: nn.Module) -> None:
+    teacher = freeze(model)
+    before = copy.deepcopy(teacher.state_dict())
+    config = dcvit.SynthesisConfig(num_images=2, iterations=4)
+    again = [dcvit.synthesize(teacher, config, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(again[0].images, again[1].images)
+    assert not torch.equal(again[0].images, again[2].images)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_random_head_keeps_angles() -> None:
+    """Backbones are ranked through a rotation of their features, so no difference between features is lost."""
+    teacher = freeze(VARIANTS["backbone"].create())
+    adapter = adapter_for(teacher)
+    images = torch.randn(5, *adapter.input_size(teacher))
+    tokens = adapter.tokens(teacher, images)
+    logits, features = class_logits(teacher, tokens), adapter.features(teacher, tokens)
+    assert num_classes(teacher) == features.shape[1] == logits.shape[1]
+    cosines = F.normalize(features, dim=1) @ F.normalize(features, dim=1).T
+    torch.testing.assert_close(logits @ logits.T / features.shape[1], cosines)
+    assert torch.equal(class_logits(teacher, tokens), logits)
+
+
+def test_single_output_models_are_ranked_from_features() -> None:
+    teacher = freeze(VARIANTS["plain"].create(num_classes=1))
+    assert num_classes(teacher) == 48
+
+
+def test_metric_loss_is_the_cross_entropy_of_two_distributions(model: nn.Module) -> None:
+    student, teacher = trial(model)
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        p, q = teacher(images).softmax(-1), student(images).softmax(-1)
+    expected = float(-(p * q.log()).sum(-1).mean())
+    assert metric_loss(student, teacher, dcvit.MetricSet(images), batch_size=2) == pytest.approx(expected, rel=1e-5)
+    assert metric_loss(teacher, teacher, dcvit.MetricSet(images)) < expected
+
+
+def test_ranking_tries_every_candidate_and_keeps_the_best(model: nn.Module, images: Tensor) -> None:
+    teacher = freeze(model)
+    with torch.no_grad():
+        teacher.blocks[2].attn.proj.weight.zero_()  # removing the attention of block 2 costs nothing
+        teacher.blocks[2].attn.proj.bias.zero_()
+    plan = replace(dcvit.plan(teacher, dcvit.Budget(macs=0.9)), hidden_features=190)
+    config = dcvit.CompressionConfig(recovery=replace(PLAIN, epochs=1, learning_rate=1e-6))
+    metric_set = dcvit.MetricSet(torch.randn(8, 3, 32, 32))
+    ranking = dcvit.rank(teacher, dcvit.load_images(images, teacher), metric_set, plan, config)
+    assert ranking.blocks[0] == 2
+    assert sorted(ranking.blocks) == [1, 2]
+    losses = [trial.metric_loss for trial in ranking.trials]
+    assert losses == sorted(losses)
+    assert metric_loss(ranking.student, teacher, metric_set) == pytest.approx(losses[0])
+    assert all(len(nodes) == 190 for nodes in ranking.kept_nodes.values())
+
+
+def test_blocks_sort_as_numbers() -> None:
+    """In the reference code block ids are strings, of which "10" comes before "2"."""
+    deep = freeze(VARIANTS["plain"].create(depth=12))
+    plan = dcvit.plan(deep, dcvit.Budget(macs=0.75))
+    config = replace(QUICK, recovery=replace(QUICK.recovery, epochs=0))
+    images = dcvit.load_images(torch.randn(1, 3, 32, 32), deep)
+    ranking = dcvit.rank(deep, images, dcvit.MetricSet(images.normalised), plan, config)
+    order = sorted(ranking.trials, key=lambda trial: (trial.metric_loss, trial.block))
+    assert list(ranking.trials) == order
+    assert {type(block) for block in ranking.blocks} == {int}
+
+
+def test_kept_nodes_are_seeded_sorted_and_distinct(model: nn.Module) -> None:
+    kept = draw_kept_nodes(model, 1, 50, seed=3)
+    assert kept == draw_kept_nodes(model, 1, 50, seed=3)
+    assert kept != draw_kept_nodes(model, 2, 50, seed=3)
+    assert kept != draw_kept_nodes(model, 1, 50, seed=4)
+    assert list(kept) == sorted(set(kept))
+    assert 0 <= kept[0] < kept[-1] < 192
