@@ -19,7 +19,7 @@ from dcvit.compression import compress, freeze
 from dcvit.config import CompressionConfig, SynthesisConfig
 from dcvit.costs import MAC_CONVENTIONS
 from dcvit.demo import load_digits
-from dcvit.demo.comparison import DEMO_CONFIG, NUM_DROPPED, Comparison, compare
+from dcvit.demo.comparison import BLOCK_DROPPING, DEMO_CONFIG, NUM_DROPPED, THIS_METHOD, Comparison, compare
 from dcvit.errors import DcvitError, ImagesError, SaveFolderError
 from dcvit.evaluation import agreement, measure_latency, top1
 from dcvit.images import FewShotImages, image_files, load_images
@@ -138,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress_.add_argument("--epochs", type=int, help="of each trial and each step")
     compress_.add_argument("--learning-rate", type=float, metavar="RATE", help="peak; found automatically if not given")
+    compress_.add_argument(
+        "--closed-form", action=argparse.BooleanOptionalAction, help="ridge regression before the gradient steps"
+    )
     compress_.add_argument("--synthesis-iterations", type=int, metavar="N", help="for the metric set")
     compress_.add_argument("--synthesis-images", type=int, metavar="N", help="in the metric set")
     compress_.add_argument("--candidates", type=_blocks, metavar="I,J,…", help="blocks that may be compressed, from 0")
@@ -321,13 +324,16 @@ def _show_demo(values: dict[str, Any]) -> str:
                 figure("latency_ms", 1, 2),
             )
         )
+    top1_of = {method["method"]: 100 * method["top1"]["mean"] for method in values["comparison"]}
+    lead = top1_of[THIS_METHOD] - top1_of[BLOCK_DROPPING]
+    verdict = f"{THIS_METHOD} is {abs(lead):.2f} points {'above' if lead >= 0 else 'below'} {BLOCK_DROPPING}."
     seeds = len(values["comparison"][0]["seeds"])
     spread = f", mean ± standard deviation over {seeds} few-shot sets" if seeds > 1 else ""
     images = values["report"]["num_images"]
     return (
         f"{_table(rows)}\n\n"
         f"On the 797 held-out digits, from {images} unlabelled images{spread}; latency of a batch of 64.\n"
-        f"{_saved(values['out'])}"
+        f"{verdict}\n{_saved(values['out'])}"
     )
 
 
@@ -336,7 +342,12 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     budget = Budget(macs=arguments.macs, params=arguments.params, convention=arguments.convention)
     config = CompressionConfig.paper() if arguments.paper else CompressionConfig()
     config = config.with_(
-        recovery=_changed(config.recovery, epochs=arguments.epochs, learning_rate=arguments.learning_rate),
+        recovery=_changed(
+            config.recovery,
+            epochs=arguments.epochs,
+            learning_rate=arguments.learning_rate,
+            closed_form=arguments.closed_form,
+        ),
         synthesis=_changed(
             config.synthesis, iterations=arguments.synthesis_iterations, num_images=arguments.synthesis_images
         ),
@@ -466,7 +477,7 @@ def _info(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
     cost = adapter.cost(model)
     candidates = choose_candidates(cost, None)
     block = cost.blocks[candidates[0]]
-    lowest = (block.attention + block.hidden_node * (block.hidden_features - 1)) * len(candidates)
+    lowest = (block.attention + block.hidden_node * block.hidden_features) * len(candidates)
     total = cost.total
     values["model"] = {
         "name": arguments.model,

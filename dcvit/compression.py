@@ -113,7 +113,8 @@ def compress_blocks(
         recovery = replace(recovery, epochs=recovery.epochs * len(blocks))
     done = len(steps)
     for cut in schedule:
-        for block in cut[done:]:
+        new = cut[done:]
+        for block in new:
             student = compress_block(student, block, kept[block], config.impl)
         done = len(cut)
         steps.append(
@@ -123,6 +124,7 @@ def compress_blocks(
                 images,
                 cut,
                 recovery,
+                new_blocks=new,
                 seed=derive_seed(config.seed, "step", done),
                 impl=config.impl,
                 progress=progress,

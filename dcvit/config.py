@@ -36,18 +36,22 @@ class AugmentationConfig:
         ratio: Smallest and largest aspect ratio (width / height) of the crop.
         flip: Probability of a horizontal flip.
         color_jitter: Largest relative change of brightness, contrast and saturation (the last for RGB only).
+        num_views: How many random views of each image there are; epochs cycle through them, and the teacher sees each
+            only once. They are held in memory. `None` draws new ones every epoch.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     color_jitter: float = 0.3
+    num_views: int | None = None
 
     def __post_init__(self) -> None:
         _check(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "0 < smallest <= largest <= 1")
         _check(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "0 < smallest <= largest")
         _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
         _check(0 <= self.color_jitter < 1, "color_jitter", self.color_jitter, "a value in [0, 1)")
+        _check(self.num_views is None or self.num_views >= 1, "num_views", self.num_views, "1 or more, or None")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class RecoveryConfig:
             compressed one. `"around"`: one block before the first compressed one to one after the last.
             `"all"`: everything but the head. The head, and what pools for it, is always frozen.
         augmentation: Random views; `None` shows the images as they are, and computes the teacher's tokens once.
+        closed_form: Fit the second MLP layer of a newly compressed block by ridge regression before the first gradient
+            step (`dcvit.closed_form`). Not part of the published method, and better.
     """
 
     epochs: int = 100
@@ -77,6 +83,7 @@ class RecoveryConfig:
     tokens: Tokens = "all"
     updated: Updated = "front"
     augmentation: AugmentationConfig | None = field(default_factory=AugmentationConfig)
+    closed_form: bool = True
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
@@ -201,6 +208,7 @@ class CompressionConfig:
                 tokens="all",
                 updated="front",
                 augmentation=AugmentationConfig(),
+                closed_form=False,
             ),
             synthesis=SynthesisConfig(
                 num_images=50,

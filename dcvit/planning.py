@@ -6,8 +6,9 @@ cost of one attention and m of one MLP:
     k   = ceil((o − p) / (a + m))          blocks are compressed
     r_d from  o − p = k · (a + r_d · m)    the share of their hidden nodes that is dropped
 
-The formulas hold for MACs and for parameters alike. Hidden nodes are whole, so the number kept is rounded down:
-a budget is an upper bound, met to within one hidden node per compressed block.
+The formulas hold for MACs and for parameters alike. Hidden nodes are whole, so the number kept is rounded down: a
+budget is an upper bound, met to within one hidden node per compressed block. At r_d = 1 none is left, and a compressed
+block adds a constant to its input; so the budgets that dropping whole blocks can meet are met in the same way.
 """
 
 from collections.abc import Iterable, Mapping
@@ -169,11 +170,10 @@ def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = No
 
     original, target = budget.amount(cost.total), budget.target(cost.total)
     attention, mlp, node = (budget.amount(c) for c in (block.attention, block.mlp, block.hidden_node))
-    droppable = block.hidden_features - 1  # one node stays: a block without any is a dropped block, another method
 
     def reachable(k: int) -> tuple[int, int]:
         """The smallest and the largest target that k blocks can meet."""
-        return original - k * (attention + droppable * node), original - k * attention
+        return original - k * (attention + block.hidden_features * node), original - k * attention
 
     excess = original - target
     counts: Iterable[int]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dcvit.augmentation import augment
-from dcvit.config import RecoveryConfig
+from dcvit.closed_form import fit_second_layer
+from dcvit.config import AugmentationConfig, RecoveryConfig
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
@@ -23,6 +24,9 @@ from dcvit.schedules import warmup_cosine
 from dcvit.seeding import seeded
 
 __all__ = ["Recovery", "find_learning_rate", "mimicking_loss", "output_tokens", "recover", "updated_parameters"]
+
+CLOSED_FORM_VIEWS = 4
+"""Random views of each image, besides the image itself, that the closed form is fitted on."""
 
 HELD_OUT_SHARE = 0.2
 """Share of the few-shot images on which learning rates are compared."""
@@ -34,6 +38,7 @@ class Recovery:
 
     Attributes:
         loss_before: Mimicking loss on the unaugmented few-shot images before the first step.
+        loss_closed_form: The same after the closed form; `None` where there was none.
         loss_after: The same after the last step.
         losses: Training loss of each epoch.
         learning_rate: The peak learning rate.
@@ -41,6 +46,7 @@ class Recovery:
     """
 
     loss_before: float
+    loss_closed_form: float | None
     loss_after: float
     losses: tuple[float, ...]
     learning_rate: float
@@ -54,6 +60,7 @@ def recover(
     blocks: Sequence[int],
     config: RecoveryConfig,
     *,
+    new_blocks: Sequence[int] | None = None,
     seed: int = 0,
     impl: Impl = "auto",
     progress: Progress = silent,
@@ -69,6 +76,7 @@ def recover(
         images: The few-shot set.
         blocks: The compressed blocks of the student, which decide what is updated.
         config: Its `learning_rate` must be a number; resolve `"auto"` with `find_learning_rate`.
+        new_blocks: Those of `blocks` that no recovery has seen yet, which the closed form fits; all if `None`.
         seed: Orders and augments the images.
         impl: Implementation of the ops.
         progress: Told after each epoch.
@@ -85,13 +93,17 @@ def recover(
     for parameter in parameters:
         parameter.requires_grad_(True)
     weight = token_weight(student, images, config)
-    # Without augmentation the teacher sees the same images every epoch, so its tokens are computed once.
     targets = output_tokens(teacher, images.normalised, config.batch_size)
     loss_before = mimicking_loss(student, targets, images, config, impl=impl)
 
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     losses: list[float] = []
+    loss_closed_form = None
     with seeded(seed, "recovery"):
+        if config.closed_form:
+            fitted = _fit_closed_form(student, teacher, images, blocks if new_blocks is None else new_blocks, config)
+            loss_closed_form = mimicking_loss(student, targets, images, config, impl=impl) if fitted else None
+        views = _Views(teacher, images, targets, config)
         for epoch in range(config.epochs):
             rate = config.learning_rate * warmup_cosine(epoch, config.epochs, config.warmup_epochs)
             for group in optimizer.param_groups:
@@ -99,12 +111,8 @@ def recover(
             total = 0.0
             for indices in torch.randperm(len(images)).split(config.batch_size):
                 chosen = indices.tolist()
-                if config.augmentation is None:
-                    views, target = images.normalised[chosen], targets[chosen]
-                else:
-                    views = augment(images, chosen, config.augmentation)
-                    target = output_tokens(teacher, views, config.batch_size)
-                loss = mimic_loss(adapter_for(student).tokens(student, views), target, weight=weight, impl=impl)
+                inputs, target = views.of(epoch, chosen)
+                loss = mimic_loss(adapter_for(student).tokens(student, inputs), target, weight=weight, impl=impl)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -114,11 +122,50 @@ def recover(
     student.requires_grad_(False)
     return Recovery(
         loss_before=loss_before,
+        loss_closed_form=loss_closed_form,
         loss_after=mimicking_loss(student, targets, images, config, impl=impl),
         losses=tuple(losses),
         learning_rate=config.learning_rate,
         seconds=time.perf_counter() - start,
     )
+
+
+def _fit_closed_form(
+    student: nn.Module, teacher: nn.Module, images: FewShotImages, blocks: Sequence[int], config: RecoveryConfig
+) -> bool:
+    """Fit the second MLP layers of some blocks, front to back; whether any could be fitted."""
+    batches = list(images.normalised.split(config.batch_size))
+    if config.augmentation is not None:
+        batches += [augment(images, range(len(images)), config.augmentation) for _ in range(CLOSED_FORM_VIEWS)]
+    fitted = [fit_second_layer(student, teacher, batches, block) for block in sorted(blocks)]
+    return any(fitted)
+
+
+class _Views:
+    """What the student sees in each epoch, and the teacher's tokens for it."""
+
+    def __init__(self, teacher: nn.Module, images: FewShotImages, tokens: Tensor, config: RecoveryConfig) -> None:
+        self._teacher, self._images, self._config = teacher, images, config
+        augmentation = config.augmentation
+        everyone = range(len(images))
+        self._fixed: list[tuple[Tensor, Tensor]] | None = None
+        if augmentation is None:
+            self._fixed = [(images.normalised, tokens)]
+        elif augmentation.num_views is not None:
+            count = min(augmentation.num_views, config.epochs)
+            self._fixed = [self._draw(everyone, augmentation) for _ in range(count)]
+
+    def of(self, epoch: int, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Views `[B, C, H, W]` of the chosen images and the teacher's tokens `[B, N, D]` for them."""
+        if self._fixed is not None:
+            views, tokens = self._fixed[epoch % len(self._fixed)]
+            return views[chosen], tokens[chosen]
+        assert self._config.augmentation is not None
+        return self._draw(chosen, self._config.augmentation)
+
+    def _draw(self, chosen: Sequence[int], augmentation: AugmentationConfig) -> tuple[Tensor, Tensor]:
+        views = augment(self._images, chosen, augmentation)
+        return views, output_tokens(self._teacher, views, self._config.batch_size)
 
 
 def find_learning_rate(

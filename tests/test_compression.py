@@ -72,7 +72,8 @@ def test_same_seed_same_result(model: nn.Module, images: Tensor) -> None:
 
 
 def test_recovery_pays(model: nn.Module, images: Tensor) -> None:
-    config = replace(QUICK, recovery=dcvit.RecoveryConfig(epochs=30, augmentation=None, learning_rates=(1e-7, 1e-3)))
+    recovery = dcvit.RecoveryConfig(epochs=30, augmentation=None, learning_rates=(1e-7, 1e-3), closed_form=False)
+    config = replace(QUICK, recovery=recovery)
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.7), config)
     assert result.report.learning_rate == 1e-3
     assert all(step.loss_after < 0.7 * step.loss_before for step in result.report.steps)
@@ -125,6 +126,7 @@ CHANGES: dict[str, Callable[[dcvit.CompressionConfig], dcvit.CompressionConfig]]
     "recovery.tokens": lambda c: replace(c, recovery=replace(c.recovery, tokens="class")),
     "recovery.updated": lambda c: replace(c, recovery=replace(c.recovery, updated="all")),
     "recovery.augmentation": lambda c: replace(c, recovery=replace(c.recovery, augmentation=None)),
+    "recovery.closed_form": lambda c: replace(c, recovery=replace(c.recovery, closed_form=False)),
     "synthesis.num_images": lambda c: replace(c, synthesis=replace(c.synthesis, num_images=4)),
     "synthesis.iterations": lambda c: replace(c, synthesis=replace(c.synthesis, iterations=5)),
     "synthesis.learning_rate": lambda c: replace(c, synthesis=replace(c.synthesis, learning_rate=0.1)),

@@ -119,5 +119,6 @@ def test_augmentation_is_seeded_and_does_what_it_says(model: nn.Module) -> None:
     torch.testing.assert_close(views(mirrored), images.normalised.flip(-1), rtol=1e-4, atol=1e-4)
     coloured = dcvit.AugmentationConfig(scale=(1, 1), ratio=(1, 1), flip=0, color_jitter=0.5)
     assert not torch.allclose(views(coloured), images.normalised, atol=0.05)
+    assert not torch.equal(views(full)[0], views(full)[1])
     cropped = dcvit.AugmentationConfig(scale=(0.3, 0.3), ratio=(1, 1), flip=0, color_jitter=0)
     assert not torch.allclose(views(cropped), images.normalised, atol=0.05)

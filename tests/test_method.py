@@ -20,7 +20,7 @@ from dcvit.surgery import compress_block, draw_kept_nodes
 from tests.conftest import QUICK
 from tests.variants import VARIANTS, Variant
 
-PLAIN = dcvit.RecoveryConfig(epochs=30, learning_rate=1e-3, warmup_epochs=3, augmentation=None)
+PLAIN = dcvit.RecoveryConfig(epochs=30, learning_rate=1e-3, warmup_epochs=3, augmentation=None, closed_form=False)
 
 
 def trial(model: nn.Module, block: int = 1, kept: int = 60) -> tuple[nn.Module, nn.Module]:

@@ -46,7 +46,8 @@ def test_any_budget_in_range_is_met_within_a_node_per_block(
     attention, hidden = budget.amount(BLOCK.attention), BLOCK.hidden_features
     mlp = budget.amount(BLOCK.mlp)
     fewest = -(-excess // (attention + mlp))
-    assert plan.num_blocks in (fewest, fewest + 1)  # one more where the formula would leave no node at all
+    assert plan.num_blocks == fewest or unit == "params"  # some parameters of an MLP stay, so there it may be one more
+    assert plan.num_blocks <= fewest + 1
     assert plan.drop_ratio * hidden == pytest.approx(hidden - plan.hidden_features)
     assert abs(plan.drop_ratio * hidden * node - (excess / plan.num_blocks - attention)) <= node
 

@@ -55,6 +55,15 @@ class ModelAdapter(Protocol):
     def drop_block(self, model: nn.Module, block: int) -> None:
         """In place: remove a block altogether."""
 
+    def block(self, model: nn.Module, block: int) -> nn.Module:
+        """A block's module, from tokens `[B, N, D]` to tokens."""
+
+    def output_layer(self, model: nn.Module, block: int) -> tuple[nn.Linear, Tensor | None] | None:
+        """The last linear layer of a compressed block and the LayerScale `[D]` behind it.
+
+        `None` where the block's output is not its input plus that layer's scaled output.
+        """
+
     def parameters(self, model: nn.Module, first_block: int, last_block: int) -> list[nn.Parameter]:
         """The parameters of blocks `first_block` to `last_block`, inclusive; what precedes block 0 goes with it."""
 

@@ -231,6 +231,17 @@ class VisionTransformerAdapter:
         """See `ModelAdapter.drop_block`."""
         model.blocks[block] = DroppedBlock()
 
+    def block(self, model: TimmModule, block: int) -> nn.Module:
+        """See `ModelAdapter.block`."""
+        return model.blocks[block]
+
+    def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Linear, Tensor | None] | None:
+        """See `ModelAdapter.output_layer`."""
+        module = model.blocks[block]
+        if not isinstance(module, CompressedBlock) or module.post_norm:
+            return None
+        return module.mlp.fc2, getattr(module.ls2, "gamma", None)
+
     def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
         """See `ModelAdapter.parameters`."""
         blocks = list(model.blocks[first_block : last_block + 1].parameters())
@@ -515,10 +526,10 @@ def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
         + (0 if isinstance(block, ResPostBlock) else _num_params(block.ls2))
     )
     mlp_cost = fc1 + fc2 + Cost(params=rest)
-    per_node = rows // hidden
+    per_node = len(first_layers) if type(mlp) is SwiGLU else 2 if type(mlp) is GluMlp else 1
     node = linear_cost(width, per_node, tokens, bias=first_layers[0].bias is not None)
     node += linear_cost(1, width, tokens, bias=False)
-    node += Cost(params=_num_params(mlp.norm) // hidden)
+    node += Cost(params=len(list(mlp.norm.parameters())))  # one weight, perhaps one bias, for each node
     if isinstance(block, CompressedBlock):
         return BlockCost(Cost(), mlp_cost, node, hidden)
     attention = block.attn
@@ -575,6 +586,8 @@ def _linear_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
 
 
 def _norm_channels(norm: TimmModule, channels: Tensor) -> nn.Module:
+    if len(channels) == 0:
+        return nn.Identity()
     kept = copy.deepcopy(norm)
     kept.normalized_shape = (len(channels),)
     for name, parameter in norm.named_parameters(recurse=False):
