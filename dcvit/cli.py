@@ -290,6 +290,7 @@ def _demo(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
     check_output_folder(arguments.out, overwrite=arguments.overwrite)
     if arguments.seeds < 1:
         raise DcvitError(f"--seeds {arguments.seeds}: expected 1 or more.")
+    torch.set_num_threads(1)  # a second one saves this small model next to nothing, and costs much on a busy machine
     config = replace(DEMO_CONFIG, impl=arguments.impl, recovery=replace(DEMO_CONFIG.recovery, epochs=arguments.epochs))
     comparison: Comparison = compare(
         load_model("demo"),

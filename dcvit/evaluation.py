@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dcvit.models import adapter_for
+
 __all__ = ["agreement", "measure_latency", "top1"]
 
 
@@ -22,8 +24,6 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 64)
 
 def agreement(student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int = 64) -> float | None:
     """Share of the images for which two models name the same class, in [0, 1]; `None` for models without classes."""
-    from dcvit.models import adapter_for
-
     if adapter_for(teacher).num_classes(teacher) < 2:
         return None
     same = predictions(student, images, batch_size) == predictions(teacher, images, batch_size)

@@ -13,11 +13,10 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -223,8 +222,8 @@ def versions() -> dict[str, str]:
     return {
         "dcvit": __version__,
         "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
+        "timm": metadata.version("timm"),
+        "numpy": metadata.version("numpy"),
         "python": platform.python_version(),
     }
 
