@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 # What is tested together. torchvision must match torch; the newest pair for aarch64 on PyPI without CUDA is older.
 TORCH  ?= $(if $(filter aarch64 arm64,$(shell uname -m)),torch==2.9.1 torchvision==0.24.1,torch==2.14.1 torchvision==0.29.1)
 
+# The demonstration runs on the CPU where there is no GPU, and does not wait for CUDA kernels to compile.
+CUDA   := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
+
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help demo test test-gpu check fix bench install clean
@@ -29,7 +32,7 @@ $(VENV)/.torch: $(BIN)/python
 
 # Without build isolation the extension is compiled against the torch that is installed.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo]'
+	DCVIT_CUDA=$(CUDA) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
@@ -60,4 +63,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks kernels
 
 clean:
-	rm -rf build dist *.egg-info dcvit/*.so dcvit-demo
+	rm -rf build dist *.egg-info dcvit/_C* dcvit-demo

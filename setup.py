@@ -1,5 +1,158 @@
-"""Everything that is not compiled stands in pyproject.toml."""
+"""Builds `dcvit/_C.abi3.so`, the compiled kernels of `csrc/`. All else stands in pyproject.toml.
 
-from setuptools import setup
+A machine without torch, a compiler or CUDA still gets a working package: what could not be built and why is printed,
+and kept in `dcvit/_C.json`, from which `dcvit info` tells it (pip shows the output of a build only with --verbose).
+"""
 
-setup()
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    torch = cpp_extension = None
+
+CSRC = Path(__file__).parent / "csrc"
+TORCH = (2, 10)
+"""The oldest torch whose stable ABI has all that csrc/ uses; a build against a newer one serves it too."""
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",  # sqrt and selections become vector instructions; no result changes
+    "-fno-trapping-math",
+    f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
+]
+NVCC_FLAGS = ["-O3", "-lineinfo", CXX_FLAGS[-1], "-Xcompiler", "-fvisibility=hidden"]
+AGAIN = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def problem() -> str | None:
+    """Say why nothing can be compiled in this environment, if nothing can."""
+    if torch is None:
+        return f"there was no torch to build against; install torch, setuptools, wheel and ninja, then run {AGAIN}"
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < TORCH:
+        oldest = ".".join(map(str, TORCH))
+        return f"torch {torch.__version__} lacks parts of the stable ABI; install {oldest} or newer, then run {AGAIN}"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler was found ({compiler}); install g++ or set CXX, then run {AGAIN}"
+    return None
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit that holds nvcc, which on the PATH may be a wrapper script."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable])
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        # What nvcc would run tells where it lies; it prints that to stderr.
+        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        if found := re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE):
+            return Path(found[1]).resolve()
+    return next((home for home in [Path("/usr/local/cuda")] if (home / "bin" / "nvcc").is_file()), None)
+
+
+def cuda_problem(home: Path | None) -> str | None:
+    """Say why the CUDA kernels cannot be compiled, if they cannot."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA; install one with CUDA, then run {AGAIN}"
+    if home is None or not (home / "bin" / "nvcc").is_file():
+        return f"no nvcc was found; install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME, then run {AGAIN}"
+    return None
+
+
+def arch_flags(nvcc: Path) -> list[str]:
+    """Flags for sm_80, sm_90 and the newest that nvcc knows, with PTX for later ones.
+
+    With TORCH_CUDA_ARCH_LIST there are none: torch makes them from it.
+    """
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []
+    told = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = sorted({int(number) for number in re.findall(r"^compute_(\d+)$", told, re.MULTILINE)})
+    newest = known[-1]
+    archs = sorted({80, 90, newest} & set(known))
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + [
+        f"-gencode=arch=compute_{newest},code=compute_{newest}"
+    ]
+
+
+def sources(folder: str) -> list[str]:
+    """Files to compile, relative to the project as setuptools wants them."""
+    return sorted(
+        str(file.relative_to(CSRC.parent)) for pattern in ("*.cpp", "*.cu") for file in (CSRC / folder).glob(pattern)
+    )
+
+
+def extension(home: Path | None) -> Extension:
+    """`dcvit._C`, with the CUDA kernels if there is a toolkit."""
+    if home is None:
+        return cpp_extension.CppExtension(
+            "dcvit._C", sources("cpu"), extra_compile_args={"cxx": CXX_FLAGS}, py_limited_api=True
+        )
+    cpp_extension.CUDA_HOME = str(home)  # torch asks where the first nvcc on the PATH lies
+    flags = {
+        "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
+        "nvcc": [*NVCC_FLAGS, "-DUSE_CUDA", *arch_flags(home / "bin" / "nvcc")],
+    }
+    return cpp_extension.CUDAExtension(
+        "dcvit._C", sources("cpu") + sources("cuda"), extra_compile_args=flags, py_limited_api=True
+    )
+
+
+class BuildKernels(build_ext if cpp_extension is None else cpp_extension.BuildExtension):
+    """Builds what can be built, and keeps what could not be and why."""
+
+    def run(self) -> None:
+        note = {"torch": None if torch is None else torch.__version__, "cpu": problem(), "cuda": None}
+        if os.environ.get("DCVIT_CUDA") == "0":
+            note["cuda"] = f"DCVIT_CUDA=0 left them out; unset it, then run {AGAIN}"
+        elif note["cpu"] is None and sources("cuda"):
+            home = cuda_home()
+            note["cuda"] = cuda_problem(home) or self.attempt(home)
+        if note["cpu"] is None and (note["cuda"] is not None or not sources("cuda")):
+            note["cpu"] = self.attempt(None)
+
+        package = Path(self.get_ext_fullpath("dcvit._C")).parent
+        package.mkdir(parents=True, exist_ok=True)
+        if note["cpu"] is not None:
+            note["cuda"] = None
+            for stale in package.glob("_C.*so"):
+                stale.unlink()
+        (package / "_C.json").write_text(json.dumps(note, indent=2) + "\n")
+        for kernels, missing in (("compiled kernels", note["cpu"]), ("CUDA kernels", note["cuda"])):
+            if missing is not None:
+                print(f"dcvit is installed without its {kernels}: {missing}.", file=sys.stderr)
+
+    def attempt(self, home: Path | None) -> str | None:
+        """Compile, and say why that failed if it did."""
+        before = self.compiler, self.inplace
+        made = vars(extension(home))
+        vars(self.extensions[0]).update({name: value for name, value in made.items() if not name.startswith("_")})
+        try:
+            super().run()
+        except Exception as error:
+            self.compiler, self.inplace = before
+            cause = str(error).strip().splitlines() or [type(error).__name__]
+            return f"compiling failed ({cause[0]}); the compiler's messages stand in the output of {AGAIN} --verbose"
+        return None
+
+
+setup(
+    ext_modules=[Extension("dcvit._C", [], py_limited_api=True, optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

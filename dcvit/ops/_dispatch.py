@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def _missing_kernel(op: OpOverload, key: str) -> Callable[[], str | None]:
         problem = extension_problem()
         if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
             return None
-        return problem or f"the compiled extension holds no {key} kernel of {op.name()}"
+        return problem or _build_note(key) or f"the compiled extension holds no {key} kernel of {op.name()}"
 
     return missing
 
@@ -193,16 +194,33 @@ def _missing_kernel(op: OpOverload, key: str) -> Callable[[], str | None]:
 @functools.cache
 def extension_problem() -> str | None:
     """Load the compiled extension, once, and say what is wrong with it; `None` if nothing is."""
-    package = Path(__file__).parent.parent
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    built = [file for suffix in suffixes if (file := package / f"_C{suffix}").is_file()]
+    built = [file for suffix in suffixes if (file := _package() / f"_C{suffix}").is_file()]
     if not built:
-        return "the compiled extension was never built (reinstall dcvit where a C++ compiler is found)"
+        reason = _build_note("CPU") or "reinstall dcvit where a C++ compiler is found"
+        return f"the compiled extension was never built ({reason})"
     try:
         torch.ops.load_library(built[0])
     except OSError as error:
-        return f"the compiled extension does not load with torch {torch.__version__} (reinstall dcvit): {error}"
+        was = _build_note("torch")
+        return (
+            f"the compiled extension{f', built against torch {was},' if was else ''} does not load with torch "
+            f"{torch.__version__} (reinstall dcvit): {error}"
+        )
     return None
+
+
+def _package() -> Path:
+    return Path(__file__).parent.parent
+
+
+def _build_note(about: str) -> str | None:
+    """What setup.py kept of the build: the "torch" that it was for, or why there are no kernels for "CPU" or "CUDA"."""
+    try:
+        note: dict[str, str | None] = json.loads((_package() / "_C.json").read_text())
+    except OSError:
+        return None
+    return note.get(about.lower())
 
 
 def _constant_in_graphs(function: _Function) -> _Function:

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks kernels | compress | gpu-static`."""

@@ -1,0 +1,29 @@
+"""`python -m benchmarks kernels | compress | gpu-static`; each takes `--help`."""
+
+import importlib
+import importlib.util
+import sys
+
+COMMANDS = {
+    "kernels": "each op x implementation x shape, against eager and torch.compile(eager)",
+    "compress": "dcvit.compress on the embedded model, with the kernels and without",
+    "gpu-static": "what the compilers say about the GPU kernels, without a GPU",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command that the first argument names."""
+    if not argv or argv[0] not in COMMANDS:
+        lines = [f"  {name:12} {text}" for name, text in COMMANDS.items()]
+        print("\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines]))
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    module = f"benchmarks.{argv[0].replace('-', '_')}"
+    if importlib.util.find_spec(module) is None:
+        print(f"{module} is not part of this checkout.", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(module).main(argv[1:])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""How an op's implementations are measured: in one process, in turn, so that all see the same machine.
+
+A round runs each contestant once; a ratio is taken within a round, and its median and quartiles are over rounds. What a
+slower or busier moment does to one of them it does to the others, which a ratio of two runs at different times is not
+spared. pytest-benchmark keeps the rounds (`--benchmark-json`), and with them machine and commit.
+"""
+
+import importlib
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = "reference"
+
+
+@dataclass
+class Case:
+    """One shape of one op.
+
+    Attributes:
+        name: For the table.
+        op: The op's name.
+        call: Runs the op once with the given `impl`, backward included where the case has one.
+        inputs: Tensors of the call by name, as the op's selector sees them; they say which implementations run.
+        reference: What the machine can do: moves `bytes`, or computes `flops`, and nothing else.
+        bytes: Memory that the op must move, or 0.
+        flops: Operations of the op's matrix products, or 0.
+        memory: Whether the memory that a call takes at most, beyond its inputs, is of interest.
+    """
+
+    name: str
+    op: str
+    call: Callable[[str], object]
+    inputs: Mapping[str, Tensor | None]
+    reference: Callable[[], object]
+    bytes: int = 0
+    flops: int = 0
+    memory: bool = False
+    others: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+
+
+@dataclass
+class Settings:
+    """What `python -m benchmarks kernels` was asked for."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    runs: int = 500 if torch.cuda.is_available() else 15
+    compile: bool = True
+
+
+settings = Settings()
+
+
+def device() -> torch.device:
+    """Where benchmarks run."""
+    return torch.device(settings.device)
+
+
+def measure(benchmark: Any, case: Case) -> None:
+    """Measure `case` with pytest-benchmark; figures go into its `extra_info`."""
+    table = importlib.import_module(f"dcvit.ops.{case.op}").IMPLEMENTATIONS
+    contestants: dict[str, Callable[[], object]] = {"eager": lambda: case.call("eager")}
+    for impl, implementation in table.items():
+        if implementation.refuses(case.inputs) is None:
+            contestants[impl] = lambda impl=impl: case.call(impl)
+    if settings.compile:
+        torch.compiler.reset()
+        contestants["compiled"] = torch.compile(lambda: case.call("eager"), dynamic=False)
+    contestants |= case.others
+    contestants[REFERENCE] = case.reference
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+
+    def one_round() -> None:
+        for name, run in contestants.items():
+            seconds[name].append(_seconds(run))
+
+    one_round()  # compiles, and touches memory for the first time
+    for times in seconds.values():
+        times.clear()
+    benchmark.pedantic(one_round, rounds=settings.runs, iterations=1, warmup_rounds=1)
+    benchmark.extra_info.update(
+        op=case.op,
+        case=case.name,
+        bytes=case.bytes,
+        flops=case.flops,
+        seconds={name: times[1:] for name, times in seconds.items()},
+        memory={name: peak_memory(contestants[name]) for name in ("eager", *table) if name in contestants}
+        if case.memory and device().type == "cpu"
+        else {},
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    if device().type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes that torch's CPU allocator holds at most during a call, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def copies(count: int) -> Callable[[], object]:
+    """A call that moves `count` bytes, half read and half written, by copying what no cache holds."""
+    source = torch.randn(max(1, count // 8), device=device())
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def header() -> str:
+    """Machine, versions and commit."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD") or "no commit"
+    changed = " with changes" if git("status", "--porcelain") else ""
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
+    name = torch.cuda.get_device_name() if device().type == "cuda" else cpu
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{name} ({platform.machine()}), {torch.get_num_threads()} threads of {os.cpu_count()} cores{load}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}; commit {commit}{changed}"
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []

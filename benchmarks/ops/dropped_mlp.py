@@ -1,0 +1,73 @@
+"""The MLP of a compressed block at ViT shapes, in training and in inference; the reference is its matrix products."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import Case, device, measure
+from dcvit.ops import dropped_mlp
+
+BATCH = 64
+SHAPES = [
+    (197, 192, 256),
+    (197, 192, 768),
+    (197, 384, 768),
+    (197, 768, 256),
+    (197, 768, 1536),
+    (197, 768, 3072),
+    (257, 1024, 1024),
+    (257, 1024, 3072),
+]
+"""Tokens, width, kept nodes; the MLP is four times as wide as the block, or as wide as what is kept."""
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize(
+    ("tokens", "width", "kept"),
+    SHAPES,
+    ids=["-".join(f"{k}{v}" for k, v in zip("ndk", s, strict=True)) for s in SHAPES],
+)
+def test_dropped_mlp(benchmark: Any, tokens: int, width: int, kept: int, mode: str) -> None:
+    torch.manual_seed(0)
+    hidden, rows, training = max(4 * width, kept), BATCH * tokens, mode == "train"
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device())
+
+    x, cotangent = draw(BATCH, tokens, width), draw(BATCH, tokens, width)
+    w1, w2 = draw(hidden, width) / width**0.5, draw(width, hidden) / hidden**0.5
+    tensors = {
+        "x": x, "w1": w1, "b1": draw(hidden), "w2": w2, "b2": draw(width),
+        "norm_weight": draw(width), "norm_bias": draw(width),
+    }  # fmt: skip
+    idx = torch.randperm(hidden, device=device())[:kept].sort().values
+    if not training:  # the finished student holds the kept nodes only
+        tensors |= {"w1": w1[idx], "b1": tensors["b1"][idx], "w2": w2[:, idx].contiguous()}
+        idx = None
+    for tensor in tensors.values():
+        tensor.requires_grad_(training)
+
+    def call(impl: str) -> None:
+        with torch.set_grad_enabled(training):
+            y = dropped_mlp(**tensors, idx=idx, residual=True, impl=impl)
+        if training:
+            torch.autograd.grad(y, list(tensors.values()), cotangent)
+
+    a, b, wide, narrow = draw(rows, width), draw(rows, kept), draw(kept, width), draw(width, kept)
+    y, u = torch.empty_like(a), torch.empty_like(b)
+
+    def products() -> None:
+        torch.mm(a, wide.T, out=u)
+        torch.mm(b, narrow.T, out=y)
+        if training:
+            torch.mm(b.T, a, out=wide)
+            torch.mm(a.T, b, out=narrow)
+            torch.mm(a, narrow, out=u)
+            torch.mm(b, wide, out=y)
+            wide.copy_(w1[:kept].detach())
+            narrow.copy_(w2[:, :kept].detach())
+
+    flops = 2 * 2 * rows * width * kept * (3 if training else 1)
+    name = f"{'forward + backward' if training else 'inference'} [{BATCH}, {tokens}, {width}], {kept} kept"
+    measure(benchmark, Case(name, "dropped_mlp", call, tensors, products, flops=flops, memory=training))

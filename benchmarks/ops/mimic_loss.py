@@ -1,0 +1,36 @@
+"""The loss of C candidates and its gradient, at the tokens of ViT-B with batch 64."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import Case, copies, device, measure
+from dcvit.ops import mimic_loss
+
+SHAPES = [(1, 64, 197, 768), (6, 64, 197, 768), (1, 64, 257, 1024), (1, 64, 197, 192)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_mimic_loss(benchmark: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    student = torch.randn(shape, device=device(), requires_grad=True)
+    teacher = torch.randn(shape[1:], device=device())
+
+    def call(impl: str) -> None:
+        torch.autograd.grad(mimic_loss(student, teacher, impl=impl).sum(), student)
+
+    # Students and teacher are read, gradients written.
+    count = 4 * (2 * student.numel() + teacher.numel())
+    others = {}
+    if shape[0] > 1:
+        alone = [candidate[None].detach().requires_grad_() for candidate in student]
+
+        def one_by_one() -> None:
+            for candidate in alone:
+                torch.autograd.grad(mimic_loss(candidate, teacher, impl="eager").sum(), candidate)
+
+        others["eager, C calls"] = one_by_one
+    name = f"forward + backward {list(shape)}"
+    inputs = {"student": student, "teacher": teacher}
+    measure(benchmark, Case(name, "mimic_loss", call, inputs, copies(count), bytes=count, others=others))

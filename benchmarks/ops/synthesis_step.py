@@ -1,0 +1,27 @@
+"""One step on 50 images: prior, its gradient, Adam and the clip."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import Case, copies, device, measure
+from dcvit.ops import synthesis_step
+
+
+@pytest.mark.parametrize("shape", [(50, 3, 224, 224)], ids=lambda shape: "x".join(map(str, shape)))
+def test_synthesis_step(benchmark: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    images, grad = torch.randn(2, *shape, device=device())
+    exp_avg, exp_avg_sq = torch.zeros(2, *shape, device=device())
+    low, high = images.new_full((shape[1],), -2.0), images.new_full((shape[1],), 2.0)
+    tensors = {
+        "images": images, "grad": 1e-3 * grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "low": low, "high": high,
+    }  # fmt: skip
+
+    def call(impl: str) -> None:
+        synthesis_step(**tensors, step=100, lr=0.01, beta=0.6, impl=impl)
+
+    # Images are read for the norms; then images, gradient and moments are read, images and moments written.
+    count = 4 * 8 * images.numel()
+    measure(benchmark, Case(f"{list(shape)}", "synthesis_step", call, tensors, copies(count), bytes=count))

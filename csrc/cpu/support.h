@@ -1,0 +1,103 @@
+// What the CPU kernels share: tensors through torch's stable ABI, the thread pool of torch, and code for several
+// generations of x86-64 in one file.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
+
+#include "../portable.h"
+
+// Compiles a function for AVX-512, AVX2 with FMA and the baseline; the loader picks what the machine runs. The body
+// must be inlined into it, so it calls DCVIT_HD functions. Elsewhere (aarch64, musl, clang) the baseline is all.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define DCVIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DCVIT_CLONES
+#endif
+
+namespace dcvit::cpu {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// What numbers of type T are computed in.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline ScalarType wide_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return dense(*tensor);
+}
+
+// A new tensor. A large one is asked for in huge pages: what malloc maps for it is fresh memory each time, and touching
+// that in pages of 4 KB took 20 of the 30 ms of mimic_loss at [1, 64, 197, 768].
+inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = {}) {
+  Tensor tensor = torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (end - begin >= 4 * kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint only
+#endif
+  return tensor;
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// Runs f(begin, end) on torch's threads over parts of [0, count); fewer than `grain` units are not worth a thread.
+template <typename F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f with a value of the C++ type that `type` stands for.
+template <typename F>
+auto dispatch_all(const char* op, ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::Half: return f(Half());
+    case ScalarType::BFloat16: return f(BFloat16());
+    default: STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16, got ", static_cast<int>(type));
+  }
+}
+
+template <typename F>
+auto dispatch_full(const char* op, ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    default: STD_TORCH_CHECK(false, op, ": expected float32 or float64, got ", static_cast<int>(type));
+  }
+}
+
+}  // namespace dcvit::cpu

@@ -1,0 +1,126 @@
+// What the ops' checks and allocations are written in, on torch's stable ABI.
+//
+// Kernels take contiguous memory; what is not is copied first. In the host build the same functions are registered for
+// the CPU, under the overload `.host`.
+#pragma once
+
+#if !defined(DCVIT_HOST) && !defined(USE_CUDA)
+#define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
+#endif
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "_view.h"
+
+#ifdef DCVIT_HOST
+#define DCVIT_KEY CPU
+#define DCVIT_OP(name) name ".host"
+#else
+#define DCVIT_KEY CUDA
+#define DCVIT_OP(name) name
+#endif
+
+namespace dcvit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Makes a tensor's device current for the launches of one call, and names its stream.
+class Device {
+ public:
+#ifdef DCVIT_HOST
+  explicit Device(const Tensor&) {}
+  ~Device() { host::forget(); }
+  void* stream() const { return nullptr; }
+#else
+  explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+#endif
+};
+
+inline std::string shape_of(const int64_t* sizes, size_t dims) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < dims; ++i) text << (i ? ", " : "") << sizes[i];
+  text << ']';
+  return text.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) { return shape_of(tensor.sizes().data(), tensor.dim()); }
+
+// Refuses a tensor of another shape, dtype or device than expected, by name.
+inline void expect(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                   ScalarType dtype, const Tensor& like) {
+  const std::string wanted = shape_of(sizes.begin(), sizes.size()), got = shape_of(tensor);
+  STD_TORCH_CHECK(wanted == got, op, ": expected ", name, " to be ", wanted, ", got ", got);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected ", name, " to be ",
+                  torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), op,
+                  ": expected ", name, " on device ", like.get_device_index(), " (CUDA ", like.is_cuda(), "), got ",
+                  tensor.get_device_index(), " (CUDA ", tensor.is_cuda(), ")");
+}
+
+inline void expect_dims(const char* op, const char* name, const Tensor& tensor, int64_t dims) {
+  STD_TORCH_CHECK(tensor.dim() == dims, op, ": expected ", name, " to have ", dims, " dimensions, got ",
+                  shape_of(tensor));
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const std::vector<int64_t> shape(sizes);
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+}
+
+inline Tensor dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes(), tensor.scalar_type());
+  return torch::stable::copy_(copy, tensor);
+}
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
+}
+
+template <class T>
+View<T> view(const Tensor& tensor) {
+  return View<T>(static_cast<T*>(tensor.data_ptr()), tensor.numel());
+}
+
+template <class T>
+View<T> view(const std::optional<Tensor>& tensor) {
+  return tensor ? view<T>(*tensor) : View<T>();
+}
+
+// Calls `function` with a value of the C++ type of `dtype`.
+template <class Function>
+void dispatch(const char* op, ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::Half:
+      return function(Half{});
+    case ScalarType::BFloat16:
+      return function(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": expected Float, Half or BFloat16, got ", torch::headeronly::toString(dtype));
+  }
+}
+
+}  // namespace dcvit

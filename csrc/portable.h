@@ -1,0 +1,8 @@
+// What lets one formula serve the CPU and CUDA.
+#pragma once
+
+#if defined(__CUDACC__)
+#define DCVIT_HD __host__ __device__ __forceinline__
+#else
+#define DCVIT_HD inline __attribute__((always_inline))
+#endif

@@ -1,0 +1,131 @@
+"""What `setup.py` does on machines that lack something: the package must install, and say what it lacks.
+
+Each test builds a small copy of the project, in which csrc/ is one op, into a wheel.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNEL = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+int64_t probe(int64_t x) { return 2 * x; }
+STABLE_TORCH_LIBRARY_FRAGMENT(dcvit_build_test, m) { m.def("probe(int x) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(dcvit_build_test, CompositeExplicitAutograd, m) { m.impl("probe", TORCH_BOX(&probe)); }
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The files of a build, with one small kernel."""
+    copy = tmp_path / "project"
+    (copy / "csrc" / "cpu").mkdir(parents=True)
+    (copy / "csrc" / "cpu" / "probe.cpp").write_text(KERNEL)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("dcvit", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return copy
+
+
+def build(project: Path, *, blocked: str | None = None, **environment: str) -> tuple[zipfile.ZipFile, str]:
+    """The wheel and what was printed; `blocked` is a module that cannot be imported."""
+    variables = {"MAX_JOBS": "1"} | {
+        name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
+    }
+    if blocked is not None:
+        modules = project.parent / "blocked"
+        modules.mkdir(exist_ok=True)
+        (modules / f"{blocked}.py").write_text(f"raise ImportError('no {blocked} here')")
+        variables["PYTHONPATH"] = str(modules)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "wheel"],
+        cwd=project, env=variables | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (project / "wheel").glob("*.whl")
+    return zipfile.ZipFile(wheel), done.stderr
+
+
+def note(wheel: zipfile.ZipFile) -> dict[str, str | None]:
+    return json.loads(wheel.read("dcvit/_C.json"))
+
+
+def sentence(kernels: str, printed: str) -> str:
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"dcvit is installed without its {kernels}: ")]
+    return line
+
+
+def test_one_file_for_every_python(project: Path, tmp_path: Path) -> None:
+    wheel, printed = build(project)
+    assert "dcvit is installed without" not in printed
+    assert wheel.filename is not None
+    assert "-cp310-abi3-" in wheel.filename
+    (extension,) = [name for name in wheel.namelist() if name.endswith(".so")]
+    assert extension == "dcvit/_C.abi3.so"
+    assert note(wheel)["cpu"] is None
+    wheel.extract(extension, tmp_path)
+    code = f"import torch; torch.ops.load_library({extension!r}); print(torch.ops.dcvit_build_test.probe(21))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "42\n"
+
+
+def test_without_torch(project: Path) -> None:
+    wheel, printed = build(project, blocked="torch")
+    assert not [name for name in wheel.namelist() if name.endswith(".so")]
+    assert "no torch to build against" in sentence("compiled kernels", printed)
+    assert "pip install --no-build-isolation" in str(note(wheel)["cpu"])
+
+
+def test_without_a_compiler(project: Path) -> None:
+    wheel, printed = build(project, CXX="no-such-compiler")
+    assert not [name for name in wheel.namelist() if name.endswith(".so")]
+    assert "no C++ compiler was found (no-such-compiler)" in sentence("compiled kernels", printed)
+    assert "install g++ or set CXX" in str(note(wheel)["cpu"])
+
+
+def test_sources_that_do_not_compile(project: Path) -> None:
+    (project / "csrc" / "cpu" / "probe.cpp").write_text("this is no C++")
+    wheel, printed = build(project)
+    assert not [name for name in wheel.namelist() if name.endswith(".so")]
+    assert "compiling failed" in sentence("compiled kernels", printed)
+
+
+def test_an_extension_that_can_no_longer_be_built_does_not_stay(project: Path) -> None:
+    stale = project / "dcvit" / "_C.abi3.so"
+    stale.write_text("of an older build")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=project, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not stale.exists()
+    assert json.loads((project / "dcvit" / "_C.json").read_text())["cpu"] is not None
+
+
+def test_cuda_sources_without_a_toolkit(project: Path) -> None:
+    (project / "csrc" / "cuda").mkdir()
+    (project / "csrc" / "cuda" / "probe.cu").write_text("not compiled here")
+    (project / "no-toolkit").mkdir()
+    wheel, printed = build(project, CUDA_HOME=str(project / "no-toolkit"))
+    assert [name for name in wheel.namelist() if name.endswith(".so")], "the CPU kernels are built all the same"
+    assert note(wheel)["cpu"] is None
+    said = sentence("CUDA kernels", printed)
+    assert "no nvcc was found" in said or "is a build without CUDA" in said
+
+
+def test_cuda_sources_that_do_not_compile(project: Path) -> None:
+    (project / "csrc" / "cuda").mkdir()
+    (project / "csrc" / "cuda" / "probe.cu").write_text("this is no CUDA")
+    wheel, printed = build(project)
+    assert [name for name in wheel.namelist() if name.endswith(".so")], "the CPU kernels are built all the same"
+    assert note(wheel)["cpu"] is None
+    assert sentence("CUDA kernels", printed)
