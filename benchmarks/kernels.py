@@ -77,9 +77,11 @@ def run(op: str, case: str | None) -> list[dict[str, Any]] | None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
         arguments = [
-            str(ROOT / "benchmarks" / "ops" / f"{op}.py"), "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore",
-            "--benchmark-disable-gc", f"--benchmark-json={file}", *(("-k", case) if case else ()),
-        ]  # fmt: skip
+            str(ROOT / "benchmarks" / "ops" / f"{op}.py"),
+            *("-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore"),
+            *("--benchmark-disable-gc", f"--benchmark-json={file}"),
+            *(("-k", case) if case else ()),
+        ]
         with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(shown):
             code = pytest.main(arguments)
         if code:
@@ -104,9 +106,10 @@ def table(result: dict[str, Any]) -> str:
         label = f"({reference})" if name == REFERENCE else name
         ratios = [ratio(seconds.get(other), times) if name != REFERENCE else "" for other in ("eager", "compiled")]
         memory = result["memory"].get(name)
+        peak = "" if memory is None else f"{memory / 1e6:.0f}"
         lines.append(
             f"  {label:18}{mean(times) * 1e3:>6.1f}  {ratios[0]:>22}  {ratios[1]:>22}  "
-            f"{work / best[name] / 1e9:>8.1f}  {best[REFERENCE] / best[name]:>5.0%}  {'' if memory is None else f'{memory / 1e6:.0f}':>8}"
+            f"{work / best[name] / 1e9:>8.1f}  {best[REFERENCE] / best[name]:>5.0%}  {peak:>8}"
         )
     return "\n".join(lines)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import dcvit  # noqa: E402
-from tests.variants import VARIANTS, Variant  # noqa: E402
+import dcvit
+from tests.variants import VARIANTS, Variant
 
 QUICK = dcvit.CompressionConfig(
     recovery=dcvit.RecoveryConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4),

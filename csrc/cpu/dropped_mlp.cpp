@@ -21,7 +21,7 @@
 namespace dcvit::cpu {
 namespace {
 
-constexpr int64_t kRows = 512;    // of a block: 6 MB of activations at 3072 nodes
+constexpr int64_t kRows = 1024;    // of a block: 6 MB of activations at 3072 nodes
 constexpr int64_t kFewRows = 64;  // fewer are not worth a thread
 constexpr int kLanes = 32;
 constexpr int64_t kGroup = 8;  // rows that are summed in T before they are added to a column's sum in double
