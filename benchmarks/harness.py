@@ -5,6 +5,7 @@ slower or busier moment does to one of them it does to the others, which a ratio
 spared. pytest-benchmark keeps the rounds (`--benchmark-json`), and with them machine and commit.
 """
 
+import functools
 import importlib
 import os
 import platform
@@ -29,22 +30,26 @@ class Case:
     Attributes:
         name: For the table.
         op: The op's name.
-        call: Runs the op once with the given `impl`, backward included where the case has one.
+        call: Runs the op once through the given function, backward included where the case has one, and returns what
+            comes out, so that no compiler leaves it out.
+        function: The op's public function, which takes `impl`.
         inputs: Tensors of the call by name, as the op's selector sees them; they say which implementations run.
         reference: What the machine can do: moves `bytes`, or computes `flops`, and nothing else.
         bytes: Memory that the op must move, or 0.
         flops: Operations of the op's matrix products, or 0.
-        memory: Whether the memory that a call takes at most, beyond its inputs, is of interest.
+        results: Bytes of what `call` returns and keeps meanwhile, if the memory that a call takes beyond them and its
+            inputs is of interest.
     """
 
     name: str
     op: str
-    call: Callable[[str], object]
+    function: Callable[..., Tensor]
+    call: Callable[[Callable[..., Tensor]], object]
     inputs: Mapping[str, Tensor | None]
     reference: Callable[[], object]
     bytes: int = 0
     flops: int = 0
-    memory: bool = False
+    results: int = 0
     others: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
@@ -68,13 +73,15 @@ def device() -> torch.device:
 def measure(benchmark: Any, case: Case) -> None:
     """Measure `case` with pytest-benchmark; figures go into its `extra_info`."""
     table = importlib.import_module(f"dcvit.ops.{case.op}").IMPLEMENTATIONS
-    contestants: dict[str, Callable[[], object]] = {"eager": lambda: case.call("eager")}
+    contestants: dict[str, Callable[[], object]] = {"eager": _caller(case, "eager")}
     for impl, implementation in table.items():
         if implementation.refuses(case.inputs) is None:
-            contestants[impl] = lambda impl=impl: case.call(impl)
+            contestants[impl] = _caller(case, impl)
     if settings.compile:
         torch.compiler.reset()
-        contestants["compiled"] = torch.compile(lambda: case.call("eager"), dynamic=False)
+        contestants["compiled"] = functools.partial(
+            case.call, torch.compile(functools.partial(case.function, impl="eager"), dynamic=False)
+        )
     contestants |= case.others
     contestants[REFERENCE] = case.reference
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -93,10 +100,16 @@ def measure(benchmark: Any, case: Case) -> None:
         bytes=case.bytes,
         flops=case.flops,
         seconds={name: times[1:] for name, times in seconds.items()},
-        memory={name: peak_memory(contestants[name]) for name in ("eager", *table) if name in contestants}
-        if case.memory and device().type == "cpu"
-        else {},
+        memory={
+            name: peak_memory(run) - case.results
+            for name, run in contestants.items()
+            if case.results and device().type == "cpu" and name != REFERENCE
+        },
     )
+
+
+def _caller(case: Case, impl: str) -> Callable[[], object]:
+    return functools.partial(case.call, functools.partial(case.function, impl=impl))
 
 
 def _seconds(run: Callable[[], object]) -> float:

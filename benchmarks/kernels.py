@@ -3,7 +3,7 @@
 The op's tests run first; if one fails, no figure of the op is shown. Ratios say how many times faster an implementation
 is than eager or than the compiled eager code: the median over rounds, with quartiles. "share" is how much of the
 machine's copy bandwidth, or of the rate of the op's matrix products alone, a call reaches; both are measured in the
-same rounds.
+same rounds. "extra MB" is the most memory that a call holds beyond its inputs and results.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "",
         f"{result['op']}  {result['case']}  ({len(seconds['eager'])} rounds)",
-        f"  {'':14}{average + ' ms':>10}  {'x eager':>22}  {'x compiled':>22}  {unit:>8}  share  {'peak MB':>8}",
+        f"  {'':14}{average + ' ms':>10}  {'x eager':>22}  {'x compiled':>22}  {unit:>8}  share  {'extra MB':>8}",
     ]
     for name, times in seconds.items():
         label = f"({reference})" if name == REFERENCE else name

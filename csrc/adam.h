@@ -12,7 +12,7 @@ namespace dcvit {
 template <typename T>
 struct Adam {
   T beta1;
-  T rest1;        // 1 - beta1
+  T rest1;  // 1 - beta1
   T beta2;
   T rest2;        // 1 - beta2
   T correction2;  // 1 - beta2^step
@@ -22,7 +22,12 @@ struct Adam {
   // The constants are worked out in double precision, as eager's are in Python.
   static Adam make(int64_t step, double lr, double beta1, double beta2, double eps) {
     const double count = static_cast<double>(step);
-    return {T(beta1), T(1 - beta1), T(beta2), T(1 - beta2), T(1 - std::pow(beta2, count)), T(eps),
+    return {T(beta1),
+            T(1 - beta1),
+            T(beta2),
+            T(1 - beta2),
+            T(1 - std::pow(beta2, count)),
+            T(eps),
             T(lr / (1 - std::pow(beta1, count)))};
   }
 

@@ -1,9 +1,11 @@
 """The MLP of a compressed block at ViT shapes, in training and in inference; the reference is its matrix products."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.harness import Case, device, measure
 from dcvit.ops import dropped_mlp
@@ -48,11 +50,10 @@ def test_dropped_mlp(benchmark: Any, tokens: int, width: int, kept: int, mode: s
     for tensor in tensors.values():
         tensor.requires_grad_(training)
 
-    def call(impl: str) -> None:
+    def call(function: Callable[..., Tensor]) -> object:
         with torch.set_grad_enabled(training):
-            y = dropped_mlp(**tensors, idx=idx, residual=True, impl=impl)
-        if training:
-            torch.autograd.grad(y, list(tensors.values()), cotangent)
+            y = function(**tensors, idx=idx, residual=True)
+        return y, torch.autograd.grad(y, list(tensors.values()), cotangent) if training else None
 
     a, b, wide, narrow = draw(rows, width), draw(rows, kept), draw(kept, width), draw(width, kept)
     y, u = torch.empty_like(a), torch.empty_like(b)
@@ -68,6 +69,7 @@ def test_dropped_mlp(benchmark: Any, tokens: int, width: int, kept: int, mode: s
             wide.copy_(w1[:kept].detach())
             narrow.copy_(w2[:, :kept].detach())
 
+    results = 4 * (x.numel() + sum(tensor.numel() for tensor in tensors.values())) if training else 0
     flops = 2 * 2 * rows * width * kept * (3 if training else 1)
     name = f"{'forward + backward' if training else 'inference'} [{BATCH}, {tokens}, {width}], {kept} kept"
-    measure(benchmark, Case(name, "dropped_mlp", call, tensors, products, flops=flops, memory=training))
+    measure(benchmark, Case(name, "dropped_mlp", dropped_mlp, call, tensors, products, flops=flops, results=results))

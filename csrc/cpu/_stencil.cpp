@@ -13,7 +13,8 @@ constexpr int kStencilLanes = 16;
 // Adds a row's squares, `below` being the next row, or null after the last. Sums in T are as long as a row's share of
 // a lane; rows are added in double.
 template <typename T>
-DCVIT_HD void add_row(const T* __restrict row, const T* __restrict below, int64_t width, double (*totals)[kStencilLanes]) {
+DCVIT_HD void add_row(const T* __restrict row, const T* __restrict below, int64_t width,
+                      double (*totals)[kStencilLanes]) {
   T sums[5][kStencilLanes] = {};
   int64_t j = 0;
   if (below) {

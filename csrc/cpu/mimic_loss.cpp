@@ -17,8 +17,8 @@ constexpr int kLanes = 32;
 
 // What one token of one student contributes: adds weight * (s - t)^2 to the lanes, writes unit = factor * (s - t).
 template <bool kUnit, typename T>
-DCVIT_HD void compare(const T* __restrict s, const T* __restrict t, T* __restrict unit, int64_t width,
-                      Wide<T> weight, Wide<T> factor, double* __restrict totals) {
+DCVIT_HD void compare(const T* __restrict s, const T* __restrict t, T* __restrict unit, int64_t width, Wide<T> weight,
+                      Wide<T> factor, double* __restrict totals) {
   Wide<T> sums[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
@@ -62,17 +62,17 @@ DCVIT_HD double compare_rows(const Problem<T>& p, int64_t c, int64_t begin, int6
   return total;
 }
 
-#define DCVIT_DEFINE(T)                                                                                         \
-  DCVIT_CLONES double squares(const Problem<T>& p, int64_t c, int64_t begin, int64_t end) {                     \
-    return p.unit ? compare_rows<true>(p, c, begin, end) : compare_rows<false>(p, c, begin, end);               \
-  }                                                                                                             \
-  /* Writes factor * (s - t) for one token. */                                                                  \
-  DCVIT_CLONES void gradient(const T* __restrict s, const T* __restrict t, T* __restrict out, int64_t width,    \
-                             Wide<T> factor) {                                                                  \
-    for (int64_t i = 0; i < width; ++i) out[i] = T(factor * (Wide<T>(s[i]) - Wide<T>(t[i])));                   \
-  }                                                                                                             \
-  DCVIT_CLONES void multiply(T* values, int64_t count, Wide<T> factor) {                                        \
-    for (int64_t i = 0; i < count; ++i) values[i] = T(Wide<T>(values[i]) * factor);                             \
+#define DCVIT_DEFINE(T)                                                                                      \
+  DCVIT_CLONES double squares(const Problem<T>& p, int64_t c, int64_t begin, int64_t end) {                  \
+    return p.unit ? compare_rows<true>(p, c, begin, end) : compare_rows<false>(p, c, begin, end);            \
+  }                                                                                                          \
+  /* Writes factor * (s - t) for one token. */                                                               \
+  DCVIT_CLONES void gradient(const T* __restrict s, const T* __restrict t, T* __restrict out, int64_t width, \
+                             Wide<T> factor) {                                                               \
+    for (int64_t i = 0; i < width; ++i) out[i] = T(factor * (Wide<T>(s[i]) - Wide<T>(t[i])));                \
+  }                                                                                                          \
+  DCVIT_CLONES void multiply(T* values, int64_t count, Wide<T> factor) {                                     \
+    for (int64_t i = 0; i < count; ++i) values[i] = T(Wide<T>(values[i]) * factor);                          \
   }
 DCVIT_DEFINE(float)
 DCVIT_DEFINE(double)
@@ -81,8 +81,9 @@ DCVIT_DEFINE(BFloat16)
 #undef DCVIT_DEFINE
 
 void check(const char* op, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight) {
-  STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 3, op, ": expected student [C, B, N, D] and teacher [B, N, D], got ",
-                  student.dim(), " and ", teacher.dim(), " dimensions");
+  STD_TORCH_CHECK(student.dim() == 4 && teacher.dim() == 3, op,
+                  ": expected student [C, B, N, D] and teacher [B, N, D], got ", student.dim(), " and ", teacher.dim(),
+                  " dimensions");
   for (int64_t i = 0; i < 3; ++i) {
     STD_TORCH_CHECK(student.size(i + 1) == teacher.size(i), op, ": expected size ", student.size(i + 1),
                     " in dimension ", i, " of teacher, as in student, got ", teacher.size(i));
@@ -111,16 +112,23 @@ std::tuple<Tensor, Tensor> mimic_loss(const Tensor& student_in, const Tensor& te
   check("mimic_loss", student_in, teacher_in, weight_in);
   const Tensor student = dense(student_in), teacher = dense(teacher_in);
   const std::optional<Tensor> weight = dense(weight_in);
-  const int64_t candidates = student.size(0), batch = student.size(1), tokens = student.size(2), width = student.size(3);
+  const int64_t candidates = student.size(0), batch = student.size(1), tokens = student.size(2),
+                width = student.size(3);
   Tensor losses = make(student, {candidates}, wide_type(student.scalar_type()));
   Tensor unit = with_unit ? make(student, {candidates, batch, tokens, width}) : make(student, {0});
 
   dispatch_all("mimic_loss", student.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Wide<T>* weights = weight ? data<Wide<T>>(*weight) : nullptr;
-    const Problem<T> p{data<T>(student), data<T>(teacher), with_unit ? data<T>(unit) : nullptr,
-                       weights,          candidates,       batch * tokens,
-                       tokens,           width,            scale_of<T>(teacher, weights)};
+    const Problem<T> p{data<T>(student),
+                       data<T>(teacher),
+                       with_unit ? data<T>(unit) : nullptr,
+                       weights,
+                       candidates,
+                       batch * tokens,
+                       tokens,
+                       width,
+                       scale_of<T>(teacher, weights)};
     const int64_t rows = std::max<int64_t>(1, kTile / std::max<int64_t>(1, width));
     const int64_t tiles = ceil_div(p.rows, rows);
     std::vector<double> partial(tiles * candidates);
@@ -145,7 +153,8 @@ Tensor mimic_loss_backward(const Tensor& grad_in, const Tensor& student_in, cons
   check("mimic_loss_backward", student_in, teacher_in, weight_in);
   const Tensor grad = dense(grad_in), student = dense(student_in), teacher = dense(teacher_in);
   const std::optional<Tensor> weight = dense(weight_in);
-  const int64_t candidates = student.size(0), batch = student.size(1), tokens = student.size(2), width = student.size(3);
+  const int64_t candidates = student.size(0), batch = student.size(1), tokens = student.size(2),
+                width = student.size(3);
   STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == candidates, "mimic_loss_backward: expected grad [", candidates,
                   "], got ", grad.numel(), " numbers");
   STD_TORCH_CHECK(grad.scalar_type() == wide_type(student.scalar_type()),
@@ -173,8 +182,8 @@ Tensor mimic_loss_backward(const Tensor& grad_in, const Tensor& student_in, cons
 
 void mimic_loss_rescale(Tensor unit, const Tensor& grad_in) {
   const Tensor grad = dense(grad_in);
-  STD_TORCH_CHECK(unit.dim() == 4 && unit.is_contiguous(), "mimic_loss_rescale: expected a contiguous unit [C, B, N, D], got ",
-                  unit.dim(), " dimensions");
+  STD_TORCH_CHECK(unit.dim() == 4 && unit.is_contiguous(),
+                  "mimic_loss_rescale: expected a contiguous unit [C, B, N, D], got ", unit.dim(), " dimensions");
   STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == unit.size(0), "mimic_loss_rescale: expected grad [", unit.size(0),
                   "], got ", grad.numel(), " numbers");
   STD_TORCH_CHECK(grad.scalar_type() == wide_type(unit.scalar_type()),
@@ -187,7 +196,8 @@ void mimic_loss_rescale(Tensor unit, const Tensor& grad_in) {
       const Wide<T> factor = data<Wide<T>>(grad)[c];
       if (factor == Wide<T>(1)) continue;
       T* values = data<T>(unit) + c * size;
-      parallel(size, kGrain * kTile, [&](int64_t begin, int64_t end) { multiply(values + begin, end - begin, factor); });
+      parallel(size, kGrain * kTile,
+               [&](int64_t begin, int64_t end) { multiply(values + begin, end - begin, factor); });
     }
   });
 }

@@ -52,7 +52,8 @@ DCVIT_HD Slopes<T> slopes_of_row(const std::array<double, 4>& kinds, double self
 // The prior's gradient at column j of a row. `left` and `right` say which neighbours exist; rows that do not exist are
 // given as any row that can be read.
 template <typename T>
-DCVIT_HD T gradient_at(const T* above, const T* row, const T* below, int64_t j, const Slopes<T>& s, bool left, bool right) {
+DCVIT_HD T gradient_at(const T* above, const T* row, const T* below, int64_t j, const Slopes<T>& s, bool left,
+                       bool right) {
   const T x = row[j];
   T sum = s.self * x + s.up * (x - above[j]) + s.down * (x - below[j]);
   if (left) sum += s.right * (x - row[j - 1]) + s.up_left * (x - above[j - 1]) + s.down_left * (x - below[j - 1]);

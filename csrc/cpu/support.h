@@ -83,20 +83,28 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <typename F>
 auto dispatch_all(const char* op, ScalarType type, const F& f) {
   switch (type) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::Half: return f(Half());
-    case ScalarType::BFloat16: return f(BFloat16());
-    default: STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16, got ", static_cast<int>(type));
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Half:
+      return f(Half());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    default:
+      STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16, got ", static_cast<int>(type));
   }
 }
 
 template <typename F>
 auto dispatch_full(const char* op, ScalarType type, const F& f) {
   switch (type) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    default: STD_TORCH_CHECK(false, op, ": expected float32 or float64, got ", static_cast<int>(type));
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    default:
+      STD_TORCH_CHECK(false, op, ": expected float32 or float64, got ", static_cast<int>(type));
   }
 }
 

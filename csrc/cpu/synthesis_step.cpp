@@ -63,9 +63,9 @@ DCVIT_CLONES void step(const Plane<double>& plane, int64_t height, int64_t width
   step_plane(plane, height, width, kinds, self, adam, rows);
 }
 
-Tensor synthesis_step(Tensor images_out, const Tensor& grad_in, Tensor exp_avg_out, Tensor exp_avg_sq_out, int64_t step_number,
-                      double lr, double beta1, double beta2, double eps, double beta, double tv_weight,
-                      double l2_weight, const Tensor& low_in, const Tensor& high_in) {
+Tensor synthesis_step(Tensor images_out, const Tensor& grad_in, Tensor exp_avg_out, Tensor exp_avg_sq_out,
+                      int64_t step_number, double lr, double beta1, double beta2, double eps, double beta,
+                      double tv_weight, double l2_weight, const Tensor& low_in, const Tensor& high_in) {
   STD_TORCH_CHECK(images_out.dim() == 4, "synthesis_step: expected images [B, C, H, W], got ", images_out.dim(),
                   " dimensions");
   for (const Tensor& tensor : {grad_in, exp_avg_out, exp_avg_sq_out}) {
@@ -101,13 +101,14 @@ Tensor synthesis_step(Tensor images_out, const Tensor& grad_in, Tensor exp_avg_o
       // From the end, which the first pass left in the cache.
       for (int64_t p = end - 1; p >= begin; --p) {
         const int64_t at = p * size;
-        const Plane<T> plane{data<T>(images) + at,     data<T>(grad) + at,           data<T>(exp_avg) + at,
+        const Plane<T> plane{data<T>(images) + at,     data<T>(grad) + at,         data<T>(exp_avg) + at,
                              data<T>(exp_avg_sq) + at, data<T>(low)[p % channels], data<T>(high)[p % channels]};
         step(plane, height, width, kinds, l2_slope(norms.images[p / channels], l2_weight, batch), adam, rows.data());
       }
     });
   });
-  for (auto [changed, out] : {std::pair(&images, &images_out), {&exp_avg, &exp_avg_out}, {&exp_avg_sq, &exp_avg_sq_out}}) {
+  for (auto [changed, out] :
+       {std::pair(&images, &images_out), {&exp_avg, &exp_avg_out}, {&exp_avg_sq, &exp_avg_sq_out}}) {
     if (changed->data_ptr() != out->data_ptr()) torch::stable::copy_(*out, *changed);
   }
   return value;

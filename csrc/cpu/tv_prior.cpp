@@ -41,8 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> tv_prior(const Tensor& images_in, double beta
   Tensor value = make(images, {}), differences = make(images, {4}), image_norms = make(images, {images.size(0)});
   dispatch_full("tv_prior", images.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Norms norms =
-        measure(data<T>(images), images.size(0), images.size(1), images.size(2), images.size(3));
+    const Norms norms = measure(data<T>(images), images.size(0), images.size(1), images.size(2), images.size(3));
     *data<T>(value) = T(prior_value(norms, beta, tv_weight, l2_weight));
     std::copy(norms.differences.begin(), norms.differences.end(), data<T>(differences));
     std::copy(norms.images.begin(), norms.images.end(), data<T>(image_norms));
