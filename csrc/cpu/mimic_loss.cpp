@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> mimic_loss(const Tensor& student_in, const Tensor& te
   const int64_t candidates = student.size(0), batch = student.size(1), tokens = student.size(2),
                 width = student.size(3);
   Tensor losses = make(student, {candidates}, wide_type(student.scalar_type()));
-  Tensor unit = with_unit ? make(student, {candidates, batch, tokens, width}) : make(student, {0});
+  Tensor unit = with_unit ? make_huge(student, {candidates, batch, tokens, width}) : make(student, {0});
 
   dispatch_all("mimic_loss", student.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -160,7 +160,7 @@ Tensor mimic_loss_backward(const Tensor& grad_in, const Tensor& student_in, cons
   STD_TORCH_CHECK(grad.scalar_type() == wide_type(student.scalar_type()),
                   "mimic_loss_backward: expected grad in the dtype of the losses, got ",
                   static_cast<int>(grad.scalar_type()));
-  Tensor out = make(student, {candidates, batch, tokens, width});
+  Tensor out = make_huge(student, {candidates, batch, tokens, width});
   dispatch_all("mimic_loss_backward", student.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Wide<T>* weights = weight ? data<Wide<T>>(*weight) : nullptr;

@@ -52,10 +52,15 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return dense(*tensor);
 }
 
-// A new tensor. A large one is asked for in huge pages: what malloc maps for it is fresh memory each time, and touching
-// that in pages of 4 KB took 20 of the 30 ms of mimic_loss at [1, 64, 197, 768].
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = {}) {
-  Tensor tensor = torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+}
+
+// A new tensor for an op that only memory bounds, in huge pages if it is large. What malloc maps for it is fresh memory
+// each time; touching that in pages of 4 KB took half of mimic_loss at [1, 64, 197, 768]. Ops with matrix products do
+// not ask: the gain is small beside the products, and the kernel may first have to make room.
+inline Tensor make_huge(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  Tensor tensor = make(like, sizes);
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t(2) << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());

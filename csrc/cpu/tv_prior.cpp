@@ -64,7 +64,7 @@ Tensor tv_prior_backward(const Tensor& grad, const Tensor& images_in, const Tens
   STD_TORCH_CHECK(grad.numel() == 1, "tv_prior_backward: expected one number as grad, got ", grad.numel());
   const Tensor images = dense(images_in), norms = dense(norms_in), image_norms = dense(image_norms_in);
   const int64_t batch = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
-  Tensor out = make(images, {batch, channels, height, width});
+  Tensor out = make_huge(images, {batch, channels, height, width});
   dispatch_full("tv_prior_backward", images.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const int64_t size = height * width;
