@@ -83,35 +83,34 @@ DCVIT_HD void stats_rows(const T* x, W* stats, int64_t rows, int64_t width, doub
   for (int64_t row = 0; row < rows; ++row) row_stats(x + row * width, width, eps, stats + 2 * row);
 }
 
-// out = GELU(u + bias); keeps u + bias in `pre`, which may be u, unless it is null.
-template <bool kKeep, typename T, typename W = Wide<T>>
-DCVIT_HD void activate_rows(const W* u, const W* bias, W* out, T* pre, int64_t rows, int64_t kept) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const W* from = u + row * kept;
-    W* to = out + row * kept;
-    T* keep = kKeep ? pre + row * kept : nullptr;
+// out = GELU(u); keeps u in `pre` unless that is null. `out` may be u.
+template <typename T, typename W = Wide<T>>
+DCVIT_HD void gelu_all(const W* u, W* out, T* pre, int64_t count) {
+  if (pre) {
 #pragma GCC ivdep
-    for (int64_t k = 0; k < kept; ++k) {
-      const W value = from[k] + bias[k];
-      if constexpr (kKeep) keep[k] = T(value);
-      to[k] = gelu(value);
+    for (int64_t i = 0; i < count; ++i) {
+      pre[i] = T(u[i]);
+      out[i] = gelu(u[i]);
     }
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) out[i] = gelu(u[i]);
   }
 }
 
-// y = x + scale * (z + bias), where x may be null and z may be y.
+// y = x + scale * z, where x may be null and z may be y.
 template <typename T, typename W = Wide<T>>
-DCVIT_HD void finish_rows(const W* z, const W* bias, const W* scale, const T* x, T* y, int64_t rows, int64_t out) {
+DCVIT_HD void finish_rows(const W* z, const W* scale, const T* x, T* y, int64_t rows, int64_t out) {
   for (int64_t row = 0; row < rows; ++row) {
     const W* from = z + row * out;
     T* to = y + row * out;
     const T* skip = x ? x + row * out : nullptr;
     if (skip) {
 #pragma GCC ivdep
-      for (int64_t e = 0; e < out; ++e) to[e] = T(W(skip[e]) + scale[e] * (from[e] + bias[e]));
+      for (int64_t e = 0; e < out; ++e) to[e] = T(W(skip[e]) + scale[e] * from[e]);
     } else {
 #pragma GCC ivdep
-      for (int64_t e = 0; e < out; ++e) to[e] = T(scale[e] * (from[e] + bias[e]));
+      for (int64_t e = 0; e < out; ++e) to[e] = T(scale[e] * from[e]);
     }
   }
 }
@@ -270,17 +269,11 @@ DCVIT_HD void narrow(const W* grad, const T* skip, T* out, int64_t count) {
                               const Wide<T>* weight, const Wide<T>* bias) {                                           \
     normalise_rows(x, out, rows, width, stats, weight, bias);                                                         \
   }                                                                                                                   \
-  DCVIT_CLONES void activate(const Wide<T>* u, const Wide<T>* bias, Wide<T>* out, T* pre, int64_t rows,               \
-                             int64_t kept) {                                                                          \
-    if (pre) {                                                                                                        \
-      activate_rows<true>(u, bias, out, pre, rows, kept);                                                             \
-    } else {                                                                                                          \
-      activate_rows<false>(u, bias, out, pre, rows, kept);                                                            \
-    }                                                                                                                 \
+  DCVIT_CLONES void activate(const Wide<T>* u, Wide<T>* out, T* pre, int64_t count) {                                 \
+    gelu_all(u, out, pre, count);                                                                                     \
   }                                                                                                                   \
-  DCVIT_CLONES void finish(const Wide<T>* z, const Wide<T>* bias, const Wide<T>* scale, const T* x, T* y,             \
-                           int64_t rows, int64_t out) {                                                               \
-    finish_rows(z, bias, scale, x, y, rows, out);                                                                     \
+  DCVIT_CLONES void finish(const Wide<T>* z, const Wide<T>* scale, const T* x, T* y, int64_t rows, int64_t out) {     \
+    finish_rows(z, scale, x, y, rows, out);                                                                           \
   }                                                                                                                   \
   DCVIT_CLONES void activation_gradient(const T* pre, Wide<T>* grad, Wide<T>* activation, double* sums, int64_t rows, \
                                         int64_t kept) {                                                               \
@@ -351,6 +344,19 @@ void multiply(const Matrix<W>& a, const Matrix<W>& b, const Matrix<W>& c, bool a
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
   }
+}
+
+// c = a b with the bias added to each row. Writing the bias first costs the BLAS no more than writing zeros.
+template <typename W>
+void multiply(const Matrix<W>& a, const Matrix<W>& b, const std::vector<W>& bias, const Matrix<W>& c) {
+  if (c.rows == 0 || c.columns == 0) return;
+  if (a.columns == 0) {
+    for (int64_t row = 0; row < c.rows; ++row) std::copy(bias.begin(), bias.end(), c.data + row * c.columns);
+    return;
+  }
+  const Matrix<W> row{const_cast<W*>(bias.data()), 1, c.columns};
+  const Tensor left = a.view(), right = b.view(), start = row.view(), out = c.view();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), start.get(), left.get(), right.get(), 1, 1));
 }
 
 // --- the op ------------------------------------------------------------------------------------------------------
@@ -531,12 +537,14 @@ std::tuple<Tensor, Tensor, Tensor> dropped_mlp(const Tensor& x, const Tensor& w1
       W* act = data<W>(activation) + slot * blocks.rows * a.kept;
       T* keep = save ? data<T>(pre) + first * a.kept : nullptr;
       W* u = same && save ? reinterpret_cast<W*>(keep) : act;
-      multiply<W>({h, count, a.width}, weights.first(a).t(), {u, count, a.kept});
-      activate(u, weights.b1.data(), act, keep, count, a.kept);
+      multiply<W>({h, count, a.width}, weights.first(a).t(), weights.b1, {u, count, a.kept});
+      activate(u, act, same ? nullptr : keep, count * a.kept);
       T* result = data<T>(y) + first * a.out;
       W* z = same ? reinterpret_cast<W*>(result) : data<W>(output) + slot * blocks.rows * a.out;
-      multiply<W>({act, count, a.kept}, weights.second(a).t(), {z, count, a.out});
-      finish(z, weights.b2.data(), weights.scale.data(), residual ? rows : nullptr, result, count, a.out);
+      multiply<W>({act, count, a.kept}, weights.second(a).t(), weights.b2, {z, count, a.out});
+      if (!same || residual || a.scale) {
+        finish(z, weights.scale.data(), residual ? rows : nullptr, result, count, a.out);
+      }
     });
   });
   return {y, pre, stats};
@@ -657,8 +665,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dropp
           } else {
             to_wide(u, values, count * a.kept);
           }
-          const std::vector<W> none(a.kept, W(0));
-          activate(values, none.data(), values, static_cast<T*>(nullptr), count, a.kept);
+          activate(values, values, static_cast<T*>(nullptr), count * a.kept);
         }
       });
       const bool add = start > 0;

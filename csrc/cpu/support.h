@@ -2,6 +2,7 @@
 // generations of x86-64 in one file.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -41,6 +42,8 @@ using torch::stable::Tensor;
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+constexpr size_t kMaxDim = 4;
+
 inline ScalarType wide_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
 inline Tensor dense(const Tensor& tensor) {
@@ -52,8 +55,20 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return dense(*tensor);
 }
 
+// A new contiguous tensor, by the shortest way that the stable ABI has: a small op makes several in each call.
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = {}) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+  int64_t strides[kMaxDim], stride = 1;
+  STD_TORCH_CHECK(sizes.size() <= kMaxDim, "make: expected at most ", kMaxDim, " dimensions, got ", sizes.size());
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, sizes.begin()[i]);
+  }
+  const int32_t dtype = torch::stable::detail::to<int32_t>(
+      torch::stable::detail::from(type.value_or(like.scalar_type())));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // A new tensor for an op that only memory bounds, in huge pages if it is large. What malloc maps for it is fresh memory

@@ -8,7 +8,6 @@ so with the LayerNorm in front, LayerScale and the residual this op is all that 
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ def dropped_mlp(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor
-    y, _, _ = op(rows, w1, b1, w2, b2, idx, norm_weight, norm_bias, norm_eps, scale, residual, save)
+    y, _, _ = _dispatch.call(op, rows, w1, b1, w2, b2, idx, norm_weight, norm_bias, norm_eps, scale, residual, save)
     return y.reshape(*x.shape[:-1], w2.shape[0])
 
 
@@ -95,16 +94,15 @@ def _check(
         )
     hidden, width = w1.shape
     out = w2.shape[0]
-    expected = {
-        "x": (x, (*x.shape[:-1], width)),
-        "b1": (b1, (hidden,)),
-        "w2": (w2, (out, hidden)),
-        "b2": (b2, (out,)),
-        "norm_weight": (norm_weight, (width,)),
-        "norm_bias": (norm_bias, (width,)),
-        "scale": (scale, (out,)),
-    }
-    for name, (tensor, shape) in expected.items():
+    for name, tensor, shape in (
+        ("x", x, (*x.shape[:-1], width)),
+        ("b1", b1, (hidden,)),
+        ("w2", w2, (out, hidden)),
+        ("b2", b2, (out,)),
+        ("norm_weight", norm_weight, (width,)),
+        ("norm_bias", norm_bias, (width,)),
+        ("scale", scale, (out,)),
+    ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
                 f"dropped_mlp: {name} is {list(tensor.shape)}, expected {list(shape)} for w1 {list(w1.shape)} "
@@ -318,8 +316,8 @@ def _autograd(op_backward: OpOverload, ctx: Any, grad: Tensor | None, *_: None) 
     need_x, need_w1, need_b1, need_w2, need_b2, _, need_nw, need_nb, _, need_scale, *_ = ctx.needs_input_grad
     needed = (need_x, need_w1, need_b1, need_w2, need_b2, need_nw, need_nb, need_scale)
     output_mask = sum(1 << i for i, need in enumerate(needed) if need)
-    gradients = op_backward(
-        grad, x, w1, w2, b2, idx, norm_weight, norm_bias, scale, ctx.residual, pre, stats, output_mask
+    gradients = _dispatch.call(
+        op_backward, grad, x, w1, w2, b2, idx, norm_weight, norm_bias, scale, ctx.residual, pre, stats, output_mask
     )
     of = {name: g if need else None for name, g, need in zip(_INPUTS, gradients, needed, strict=True)}
     return (
@@ -331,8 +329,8 @@ def _autograd(op_backward: OpOverload, ctx: Any, grad: Tensor | None, *_: None) 
 # Implementations, in order of preference.
 
 
-def _no_autocast(tensors: Mapping[str, Tensor]) -> str | None:
-    if torch.is_autocast_enabled(tensors["x"].device.type):
+def _no_autocast(x: Tensor) -> str | None:
+    if torch.is_autocast_enabled(x.device.type):
         return "autocast casts the inputs of matrix products, which eager code leaves to torch"
     return None
 

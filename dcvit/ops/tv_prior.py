@@ -46,7 +46,7 @@ def tv_prior(
     if op is None:
         return eager(images, beta, tv_weight, l2_weight)
     value: Tensor
-    value, _, _ = op(images, beta, tv_weight, l2_weight)
+    value, _, _ = _dispatch.call(op, images, beta, tv_weight, l2_weight)
     return value
 
 
@@ -168,7 +168,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(op_backward: OpOverload, ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return op_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
+    return _dispatch.call(op_backward, grad, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 # Implementations, in order of preference.
