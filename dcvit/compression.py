@@ -13,6 +13,7 @@ from dcvit.config import CompressionConfig
 from dcvit.evaluation import agreement, measure_latency
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.models import adapter_for, load_model, require_supported
+from dcvit.ops import Impl
 from dcvit.planning import Budget, Plan, plan
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank
@@ -22,7 +23,7 @@ from dcvit.seeding import derive_seed
 from dcvit.surgery import compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
-__all__ = ["compress", "compress_blocks", "freeze"]
+__all__ = ["compress", "compress_blocks", "freeze", "fuse"]
 
 
 def compress(
@@ -56,9 +57,10 @@ def compress(
     config = config or CompressionConfig()
     timer = _Timer()
     with timer("prepare"):
-        teacher = freeze(load_model(model))
-        chosen_plan = plan(teacher, budget, config)
-        few_shot = load_images(images, teacher)
+        original = freeze(load_model(model))
+        chosen_plan = plan(original, budget, config)
+        few_shot = load_images(images, original)
+        teacher = fuse(original, config.impl)
     with timer("metric set"):
         if metric_set is None:
             metric_set = _metric_set(teacher, few_shot, config, progress)
@@ -74,7 +76,7 @@ def compress(
         )
         student = adapter_for(student).rebuild(student).eval()
     with timer("report"):
-        report = _report(model, teacher, student, few_shot, chosen_plan, config, ranking.trials, steps)
+        report = _report(model, original, student, few_shot, chosen_plan, config, ranking.trials, steps)
     return CompressionResult(student, chosen_plan, replace(report, seconds=timer.seconds))
 
 
@@ -142,6 +144,18 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     require_supported(model)
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
+    """The teacher with its blocks' MLPs computed by `dcvit.ops`; students cut from it inherit that.
+
+    On a GPU, where it is not yet measured what the ops gain, and with `impl="eager"` it is the teacher itself.
+    """
+    if impl == "eager" or next(teacher.parameters()).device.type != "cpu":
+        return teacher
+    fused = copy.deepcopy(teacher, {id(parameter): parameter for parameter in teacher.parameters()})
+    adapter_for(fused).fuse(fused, impl)
+    return fused
 
 
 def _metric_set(teacher: nn.Module, images: FewShotImages, config: CompressionConfig, progress: Progress) -> MetricSet:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dcvit.models import CompressedBlock, adapter_for
+from dcvit.models import MlpHalf, adapter_for
 from dcvit.ops import Impl
 from dcvit.seeding import seeded
 
@@ -36,7 +36,7 @@ def compress_block(model: nn.Module, block: int, kept: Sequence[int], impl: Impl
     student = copy.deepcopy(model)
     adapter_for(student).compress_block(student, block, kept)
     for module in student.modules():
-        if isinstance(module, CompressedBlock):
+        if isinstance(module, MlpHalf):
             module.impl = impl
     return student
 

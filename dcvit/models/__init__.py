@@ -6,12 +6,13 @@ by name and before any work; `adapter_for` then finds the adapter wherever one i
 
 from dcvit.models.adapter import ModelAdapter, adapter_for, require_supported
 from dcvit.models.loading import DEMO_MODEL, load_model, preprocessing
-from dcvit.models.vision_transformer import CompressedBlock, DroppedBlock, create_vision_transformer
+from dcvit.models.vision_transformer import CompressedBlock, DroppedBlock, MlpHalf, create_vision_transformer
 
 __all__ = [
     "DEMO_MODEL",
     "CompressedBlock",
     "DroppedBlock",
+    "MlpHalf",
     "ModelAdapter",
     "adapter_for",
     "create_vision_transformer",

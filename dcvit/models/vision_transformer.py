@@ -74,11 +74,11 @@ _STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
 """Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
 
 
-class CompressedBlock(nn.Module):
-    """A transformer block without attention and with fewer hidden nodes: x + ls2(mlp(norm2(x))).
+class MlpHalf(nn.Module):
+    """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
 
-    Parameter names are those of timm's `Block`. Where the MLP is the plain one, forward is one call of
-    `dcvit.ops.dropped_mlp`, with the norm, LayerScale and residual fused; else the modules run one by one.
+    Where the MLP is the plain one, it is one call of `dcvit.ops.dropped_mlp`, with the norm, LayerScale and residual
+    fused; else the modules run one by one.
 
     Args:
         block: A timm `Block` or `ResPostBlock`; its MLP branch is taken over, not copied.
@@ -98,42 +98,69 @@ class CompressedBlock(nn.Module):
         self.drop_path2 = block.drop_path2
         self.impl: Impl = "auto"
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`; the attention arguments of timm's blocks have nothing to act on."""
-        if self._fusible():
+    def mlp_half(self, x: Tensor) -> Tensor:
+        """Tokens `[B, N, D]` to `[B, N, D]`."""
+        norm, mlp, scale, drop_path = self.norm2, self.mlp, self.ls2, self.drop_path2
+        if self._fusible(norm, mlp, scale, drop_path):
+            fc1, fc2 = mlp.fc1, mlp.fc2
             return dropped_mlp(
                 x,
-                self.mlp.fc1.weight,
-                self.mlp.fc1.bias,
-                self.mlp.fc2.weight,
-                self.mlp.fc2.bias,
-                norm_weight=self.norm2.weight,
-                norm_bias=self.norm2.bias,
-                norm_eps=self.norm2.eps,
-                scale=getattr(self.ls2, "gamma", None),
+                fc1.weight,
+                fc1.bias,
+                fc2.weight,
+                fc2.bias,
+                norm_weight=norm.weight,
+                norm_bias=norm.bias,
+                norm_eps=norm.eps,
+                scale=getattr(scale, "gamma", None),
                 residual=True,
                 impl=self.impl,
             )
         if self.post_norm:
-            return x + self.drop_path2(self.norm2(self.mlp(x)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+            return x + drop_path(norm(mlp(x)))
+        return x + drop_path(scale(mlp(norm(x))))
 
-    def _fusible(self) -> bool:
+    def _fusible(self, norm: TimmModule, mlp: TimmModule, scale: nn.Module, drop_path: nn.Module) -> bool:
         """Whether the fused op computes what the modules would: plain types, no hooks, nothing random active."""
-        mlp = self.mlp
-        if self.post_norm or type(mlp) is not Mlp or type(self.norm2) not in (LayerNorm, LayerNormFp32, nn.LayerNorm):
+        if self.post_norm or type(mlp) is not Mlp:
             return False
-        if type(mlp.act) not in (nn.GELU, GELU) or getattr(mlp.act, "approximate", "none") != "none":
-            return False
-        parts = (self.norm2, mlp, mlp.fc1, mlp.act, mlp.fc2, self.ls2)
-        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
-            return False
-        if type(mlp.fc1) is not nn.Linear or type(mlp.fc2) is not nn.Linear or type(mlp.norm) is not nn.Identity:
-            return False
-        if self.norm2.weight is None or type(self.ls2) not in (LayerScale, nn.Identity):
-            return False
-        active = self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0 or isinstance(self.drop_path2, DropPath))
-        return not active
+        fc1, act, fc2 = mlp.fc1, mlp.act, mlp.fc2
+        return (
+            type(norm) in (LayerNorm, LayerNormFp32, nn.LayerNorm)
+            and norm.weight is not None
+            and type(fc1) is nn.Linear
+            and type(act) in (nn.GELU, GELU)
+            and getattr(act, "approximate", "none") == "none"
+            and type(mlp.norm) is nn.Identity
+            and type(fc2) is nn.Linear
+            and type(scale) in (LayerScale, nn.Identity)
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in (norm, mlp, fc1, act, fc2, scale))
+            and not (self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0 or isinstance(drop_path, DropPath)))
+        )
+
+
+class CompressedBlock(MlpHalf):
+    """A transformer block without attention and with fewer hidden nodes."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens `[B, N, D]` to `[B, N, D]`; the attention arguments of timm's blocks have nothing to act on."""
+        return self.mlp_half(x)
+
+
+class WholeBlock(MlpHalf):
+    """timm's `Block`, computed with the fused MLP while a model is compressed; no finished model holds one.
+
+    Args:
+        block: A timm `Block`; taken over, not copied.
+    """
+
+    def __init__(self, block: TimmModule) -> None:
+        super().__init__(block)
+        self.norm1, self.attn, self.ls1, self.drop_path1 = block.norm1, block.attn, block.ls1, block.drop_path1
+
+    def forward(self, x: Tensor, **attention: Any) -> Tensor:
+        """Tokens `[B, N, D]` to `[B, N, D]`; what timm's `Attention` takes goes to it."""
+        return self.mlp_half(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attention))))
 
 
 class DroppedBlock(nn.Identity):
@@ -226,6 +253,15 @@ class VisionTransformerAdapter:
         module = model.blocks[block]
         _keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
         model.blocks[block] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
+
+    def fuse(self, model: TimmModule, impl: Impl) -> None:
+        """See `ModelAdapter.fuse`."""
+        for i, block in enumerate(model.blocks):
+            if type(block) is Block and not block._forward_hooks and not block._forward_pre_hooks:
+                model.blocks[i] = WholeBlock(block)
+        for module in model.modules():
+            if isinstance(module, MlpHalf):
+                module.impl = impl
 
     def drop_block(self, model: TimmModule, block: int) -> None:
         """See `ModelAdapter.drop_block`."""
@@ -325,9 +361,9 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         )
     if embed.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
-    whole = [block for block in model.blocks if type(block) in _BLOCKS.values()]
+    whole = [block for block in model.blocks if _timm_type(block) in _BLOCKS.values()]
     for i, block in enumerate(model.blocks):
-        if not isinstance(block, (*_BLOCKS.values(), CompressedBlock, DroppedBlock)):
+        if not isinstance(block, (*_BLOCKS.values(), MlpHalf, DroppedBlock)):
             raise UnsupportedModelError(
                 f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock. "
                 "Where attention and MLP run in parallel or in several branches, the cut is not defined."
@@ -375,7 +411,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "embed_norm_layer": None if isinstance(embed.norm, nn.Identity) else _norm_spec("patch_embed.norm", embed.norm),
         "norm_layer": _norm_spec("blocks.*.norm1", block.norm1),
         "act_layer": _key(_ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
-        "block_fn": _key(_BLOCKS, "blocks.*", type(block)),
+        "block_fn": _key(_BLOCKS, "blocks.*", _timm_type(block)),
         "mlp_layer": _mlp_key(mlp),
         "distilled": isinstance(model, VisionTransformerDistilled),
         "per_layer_config": per_layer,
@@ -460,7 +496,7 @@ def _layer_settings(block: TimmModule) -> dict[str, Any] | None:
 def _signature(model: TimmModule) -> dict[str, str]:
     """Each module's type and settings, each parameter's and buffer's shape, by name."""
     parts = {
-        name: f"{type(module).__qualname__}({module.extra_repr()})"
+        name: f"{_timm_type(module).__qualname__}({module.extra_repr()})"
         for name, module in model.named_modules()
         if not isinstance(module, _STATELESS) or isinstance(module, DroppedBlock)
     }
@@ -471,6 +507,11 @@ def _signature(model: TimmModule) -> dict[str, str]:
         if isinstance(module, tuple(_NORMS.values()))
     }
     return parts | tensors | norms
+
+
+def _timm_type(module: nn.Module) -> type[nn.Module]:
+    """A module's type, as the finished model has it."""
+    return Block if isinstance(module, WholeBlock) else type(module)
 
 
 def _key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module]) -> str:
