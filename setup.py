@@ -23,17 +23,22 @@ except ImportError:
     torch = cpp_extension = None
 
 CSRC = Path(__file__).parent / "csrc"
-TORCH = (2, 10)
-"""The oldest torch whose stable ABI has all that csrc/ uses; a build against a newer one serves it too."""
+STABLE = (2, 10)
+"""The oldest torch whose stable ABI has all that csrc/ uses; a build against a newer one serves it too.
+
+For an older torch the CPU kernels are built on ATen, as `csrc/cpu/torch.h` tells, and serve no other torch.
+"""
+ATEN = torch is not None and torch.__version__ < STABLE
+TARGET = f"-DTORCH_TARGET_VERSION=0x{STABLE[0]:02x}{STABLE[1]:02x}000000000000"
 CXX_FLAGS = [
     "-O3",
     "-g0",
     "-fvisibility=hidden",
     "-fno-math-errno",  # sqrt and selections become vector instructions; no result changes
     "-fno-trapping-math",
-    f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
+    "-DDCVIT_ATEN" if ATEN else TARGET,
 ]
-NVCC_FLAGS = ["-O3", "-lineinfo", CXX_FLAGS[-1], "-Xcompiler", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-lineinfo", TARGET, "-Xcompiler", "-fvisibility=hidden"]
 AGAIN = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -41,14 +46,26 @@ def problem() -> str | None:
     """Say why nothing can be compiled in this environment, if nothing can."""
     if torch is None:
         return f"there was no torch to build against; install torch, setuptools, wheel and ninja, then run {AGAIN}"
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < TORCH:
-        oldest = ".".join(map(str, TORCH))
-        return f"torch {torch.__version__} lacks parts of the stable ABI; install {oldest} or newer, then run {AGAIN}"
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler was found ({compiler}); install g++ or set CXX, then run {AGAIN}"
+    if shutil.which(compiler()[0]) is None:
+        return f"no C++ compiler was found ({compiler()[0]}); install g++ or set CXX, then run {AGAIN}"
     return None
+
+
+def compiler() -> list[str]:
+    """The C++ compiler, which may have a launcher before it."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def openmp_flags() -> list[str]:
+    """What ATen's headers need for loops on torch's threads; without it they run on one.
+
+    What gcc makes of it calls the OpenMP runtime that torch brings, so nothing is linked. Other compilers would bring a
+    runtime of its own, whose threads are not torch's.
+    """
+    if not ATEN or sys.platform != "linux":
+        return []
+    told = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    return ["-fopenmp"] if "Free Software Foundation" in told else []
 
 
 def cuda_home() -> Path | None:
@@ -69,6 +86,12 @@ def cuda_problem(home: Path | None) -> str | None:
     """Say why the CUDA kernels cannot be compiled, if they cannot."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA; install one with CUDA, then run {AGAIN}"
+    if ATEN:
+        oldest = ".".join(map(str, STABLE))
+        return (
+            f"torch {torch.__version__} lacks parts of the stable ABI that CUDA kernels need; "
+            f"install torch {oldest} or newer, then run {AGAIN}"
+        )
     if home is None or not (home / "bin" / "nvcc").is_file():
         return f"no nvcc was found; install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME, then run {AGAIN}"
     return None
@@ -101,7 +124,10 @@ def extension(home: Path | None) -> Extension:
     """`dcvit._C`, with the CUDA kernels if there is a toolkit."""
     if home is None:
         return cpp_extension.CppExtension(
-            "dcvit._C", sources("cpu"), extra_compile_args={"cxx": CXX_FLAGS}, py_limited_api=True
+            "dcvit._C",
+            sources("cpu"),
+            extra_compile_args={"cxx": [*CXX_FLAGS, *openmp_flags()]},
+            py_limited_api=True,
         )
     cpp_extension.CUDA_HOME = str(home)  # torch asks where the first nvcc on the PATH lies
     flags = {
@@ -117,7 +143,8 @@ class BuildKernels(build_ext if cpp_extension is None else cpp_extension.BuildEx
     """Builds what can be built, and keeps what could not be and why."""
 
     def run(self) -> None:
-        note = {"torch": None if torch is None else torch.__version__, "cpu": problem(), "cuda": None}
+        version = None if torch is None else torch.__version__
+        note = {"torch": version, "only": version if ATEN else None, "cpu": problem(), "cuda": None}
         if os.environ.get("DCVIT_CUDA") == "0":
             note["cuda"] = f"DCVIT_CUDA=0 left them out; unset it, then run {AGAIN}"
         elif note["cpu"] is None and sources("cuda"):

@@ -33,9 +33,14 @@ def counted_macs(model: nn.Module) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter:
         model(images)
     total = counter.get_total_flops() // 2
-    attention = sum(
-        sum(counts.get(op, 0) for op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)) // 2
+    batched = {
+        name: sum(counts.get(op, 0) for op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)) // 2
         for name, counts in counter.get_flop_counts().items()
+    }
+    # Less those of its layers: torch 2.9 runs a linear layer without a bias as a batched product, too.
+    attention = sum(
+        count - sum(batched[part] for part in batched if part.rpartition(".")[0] == name)
+        for name, count in batched.items()
         if name.endswith((".attn", ".attn_pool"))
     )
     return total, total - attention

@@ -8,8 +8,6 @@
 // Kept rows of the weights are packed once a call. That is the copy that the BLAS needs in any case to read them in
 // order; it costs M times less than a product.
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <cmath>
 #include <tuple>
 #include <utility>
@@ -269,9 +267,7 @@ DCVIT_HD void narrow(const W* grad, const T* skip, T* out, int64_t count) {
                               const Wide<T>* weight, const Wide<T>* bias) {                                           \
     normalise_rows(x, out, rows, width, stats, weight, bias);                                                         \
   }                                                                                                                   \
-  DCVIT_CLONES void activate(const Wide<T>* u, Wide<T>* out, T* pre, int64_t count) {                                 \
-    gelu_all(u, out, pre, count);                                                                                     \
-  }                                                                                                                   \
+  DCVIT_CLONES void activate(const Wide<T>* u, Wide<T>* out, T* pre, int64_t count) { gelu_all(u, out, pre, count); } \
   DCVIT_CLONES void finish(const Wide<T>* z, const Wide<T>* scale, const T* x, T* y, int64_t rows, int64_t out) {     \
     finish_rows(z, scale, x, y, rows, out);                                                                           \
   }                                                                                                                   \
@@ -322,11 +318,7 @@ struct Matrix {
     const int64_t sizes[] = {rows, columns};
     const int64_t strides[] = {transposed ? 1 : std::max<int64_t>(1, columns),
                                transposed ? std::max<int64_t>(1, rows) : 1};
-    const int32_t type = kType<W> == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, type, aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
+    return matrix_at(data, sizes, strides);
   }
 };
 
@@ -338,11 +330,12 @@ void multiply(const Matrix<W>& a, const Matrix<W>& b, const Matrix<W>& c, bool a
     if (!add) std::fill(c.data, c.data + c.rows * c.columns, W(0));
     return;
   }
-  const Tensor left = a.view(), right = b.view(), out = c.view();
+  const Tensor left = a.view(), right = b.view();
+  Tensor out = c.view();
   if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1));
+    addmm_into(out, out, left, right);
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+    mm_into(out, left, right);
   }
 }
 
@@ -355,8 +348,9 @@ void multiply(const Matrix<W>& a, const Matrix<W>& b, const std::vector<W>& bias
     return;
   }
   const Matrix<W> row{const_cast<W*>(bias.data()), 1, c.columns};
-  const Tensor left = a.view(), right = b.view(), start = row.view(), out = c.view();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), start.get(), left.get(), right.get(), 1, 1));
+  const Tensor left = a.view(), right = b.view(), start = row.view();
+  Tensor out = c.view();
+  addmm_into(out, start, left, right);
 }
 
 // --- the op ------------------------------------------------------------------------------------------------------
@@ -478,7 +472,7 @@ struct Blocks {
   int64_t rows;   // of a block
 
   Blocks(int64_t total, int64_t largest) {
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = num_threads();
     slots = std::clamp<int64_t>(total / kFewRows, 1, threads);
     each = std::max<int64_t>(1, ceil_div(total, slots * largest));
     rows = std::max<int64_t>(1, ceil_div(total, slots * each));
@@ -594,7 +588,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dropp
     const Weights<T> weights(a, true);
 
     // Rows of a pass: enough for each thread, as many as the products over rows need, and no more memory than that.
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = num_threads();
     const int64_t pass_rows =
         std::min(std::max<int64_t>(1, a.rows), std::clamp<int64_t>(kRows * threads, kRows, 4 * kRows));
     const int64_t passes = std::max<int64_t>(1, ceil_div(a.rows, pass_rows));
@@ -736,9 +730,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dropp
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dcvit, CPU, m) {
-  m.impl("dropped_mlp", TORCH_BOX(&dropped_mlp));
-  m.impl("dropped_mlp_backward", TORCH_BOX(&dropped_mlp_backward));
+DCVIT_LIBRARY_IMPL(dcvit, CPU, m) {
+  m.impl("dropped_mlp", DCVIT_KERNEL(&dropped_mlp));
+  m.impl("dropped_mlp_backward", DCVIT_KERNEL(&dropped_mlp_backward));
 }
 
 }  // namespace dcvit::cpu

@@ -204,10 +204,10 @@ void mimic_loss_rescale(Tensor unit, const Tensor& grad_in) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dcvit, CPU, m) {
-  m.impl("mimic_loss", TORCH_BOX(&mimic_loss));
-  m.impl("mimic_loss_backward", TORCH_BOX(&mimic_loss_backward));
-  m.impl("mimic_loss_rescale", TORCH_BOX(&mimic_loss_rescale));
+DCVIT_LIBRARY_IMPL(dcvit, CPU, m) {
+  m.impl("mimic_loss", DCVIT_KERNEL(&mimic_loss));
+  m.impl("mimic_loss_backward", DCVIT_KERNEL(&mimic_loss_backward));
+  m.impl("mimic_loss_rescale", DCVIT_KERNEL(&mimic_loss_rescale));
 }
 
 }  // namespace dcvit::cpu

@@ -1,15 +1,5 @@
-// What the CPU kernels share: tensors through torch's stable ABI, the thread pool of torch, and code for several
-// generations of x86-64 in one file.
+// What the CPU kernels share: tensors and threads of torch, and code for several generations of x86-64 in one file.
 #pragma once
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -22,6 +12,7 @@
 #include <type_traits>
 
 #include "../portable.h"
+#include "torch.h"
 
 // Compiles a function for AVX-512, AVX2 with FMA and the baseline; the loader picks what the machine runs. The body
 // must be inlined into it, so it calls DCVIT_HD functions. Elsewhere (aarch64, musl, clang) the baseline is all.
@@ -33,42 +24,15 @@
 
 namespace dcvit::cpu {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // What numbers of type T are computed in.
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-constexpr size_t kMaxDim = 4;
-
 inline ScalarType wide_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   if (!tensor) return std::nullopt;
   return dense(*tensor);
-}
-
-// A new contiguous tensor, by the shortest way that the stable ABI has: a small op makes several in each call.
-inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = {}) {
-  int64_t strides[kMaxDim], stride = 1;
-  STD_TORCH_CHECK(sizes.size() <= kMaxDim, "make: expected at most ", kMaxDim, " dimensions, got ", sizes.size());
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(1, sizes.begin()[i]);
-  }
-  const int32_t dtype = torch::stable::detail::to<int32_t>(
-      torch::stable::detail::from(type.value_or(like.scalar_type())));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 // A new tensor for an op that only memory bounds, in huge pages if it is large. What malloc maps for it is fresh memory
@@ -94,7 +58,7 @@ T* data(const Tensor& tensor) {
 // Runs f(begin, end) on torch's threads over parts of [0, count); fewer than `grain` units are not worth a thread.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
-  if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
+  if (count > 0) parallel_for(0, count, grain < 1 ? 1 : grain, f);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -109,13 +109,13 @@ Tensor synthesis_step(Tensor images_out, const Tensor& grad_in, Tensor exp_avg_o
   });
   for (auto [changed, out] :
        {std::pair(&images, &images_out), {&exp_avg, &exp_avg_out}, {&exp_avg_sq, &exp_avg_sq_out}}) {
-    if (changed->data_ptr() != out->data_ptr()) torch::stable::copy_(*out, *changed);
+    if (changed->data_ptr() != out->data_ptr()) copy_into(*out, *changed);
   }
   return value;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dcvit, CPU, m) { m.impl("synthesis_step", TORCH_BOX(&synthesis_step)); }
+DCVIT_LIBRARY_IMPL(dcvit, CPU, m) { m.impl("synthesis_step", DCVIT_KERNEL(&synthesis_step)); }
 
 }  // namespace dcvit::cpu

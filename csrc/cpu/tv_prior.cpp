@@ -84,9 +84,9 @@ Tensor tv_prior_backward(const Tensor& grad, const Tensor& images_in, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dcvit, CPU, m) {
-  m.impl("tv_prior", TORCH_BOX(&tv_prior));
-  m.impl("tv_prior_backward", TORCH_BOX(&tv_prior_backward));
+DCVIT_LIBRARY_IMPL(dcvit, CPU, m) {
+  m.impl("tv_prior", DCVIT_KERNEL(&tv_prior));
+  m.impl("tv_prior_backward", DCVIT_KERNEL(&tv_prior_backward));
 }
 
 }  // namespace dcvit::cpu

@@ -4,10 +4,10 @@
 // _host_shim.h, which stands in for CUDA.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstdint>
 #include <string>
-
-#include <torch/headeronly/util/Exception.h>
 
 #include "_view.h"
 
@@ -44,7 +44,7 @@ DCVIT_D void store_vec(View<T> view, int64_t i, Vec<T, N> value) {
 }
 
 // Declares N elements of memory shared by the threads of the block, as a view.
-#define DCVIT_SHARED(T, name, N)                    \
+#define DCVIT_SHARED(T, name, N)                                        \
   __shared__ __align__(16) unsigned char name##_bytes[sizeof(T) * (N)]; \
   const View<T> name(reinterpret_cast<T*>(name##_bytes), N)
 

@@ -35,8 +35,7 @@ Sizes check(const char* op, const Tensor& x, const Tensor& w1, const Tensor& w2,
 std::tuple<Tensor, Tensor, Tensor> dropped_mlp(Tensor x, Tensor w1, Optional b1, Tensor w2, Optional b2, Optional idx,
                                                Optional norm_weight, Optional norm_bias, double norm_eps,
                                                Optional scale, bool residual, bool save) {
-  const Sizes sizes =
-      check("dropped_mlp", x, w1, w2, b2, idx, norm_weight, norm_bias, scale, residual);
+  const Sizes sizes = check("dropped_mlp", x, w1, w2, b2, idx, norm_weight, norm_bias, scale, residual);
   if (b1) expect("dropped_mlp", "b1", *b1, {sizes.hidden}, x.scalar_type(), x);
   const Device device(x);
   void* const stream = device.stream();
@@ -49,37 +48,37 @@ std::tuple<Tensor, Tensor, Tensor> dropped_mlp(Tensor x, Tensor w1, Optional b1,
   Tensor pre = empty(x, {save ? rows : 0, kept}, x.scalar_type());
   Tensor activation = empty(x, {rows, kept}, x.scalar_type());
   Tensor stats = empty(x, {norm_weight ? rows : 0, 2}, ScalarType::Float);
-  dispatch("dropped_mlp", x.scalar_type(), [&, rows = rows, width = width, hidden = hidden, kept = kept,
-                                            out = out](auto number) {
-    using T = decltype(number);
-    if (norm_weight) launch_row_stats<T>(rows, width, norm_eps, view<const T>(x), view<float>(stats), stream);
-    const auto kept_nodes = view<const int64_t>(idx);
-    Operand<T> input{view<const T>(x), rows, width, width};
-    if (norm_weight) {
-      input.stats = view<const float>(stats);
-      input.norm_weight = view<const T>(norm_weight);
-      input.norm_bias = view<const T>(norm_bias);
-    }
-    Operand<T> first{view<const T>(w1), kept, width, width, kept_nodes};
-    Result<T> nodes;
-    if (save) nodes.out = view<T>(pre);
-    nodes.activation = view<T>(activation);
-    nodes.stride = kept;
-    nodes.column_index = kept_nodes;
-    nodes.bias = view<const T>(b1);
-    launch_hidden<T>(input, first, nodes, stream);
+  dispatch("dropped_mlp", x.scalar_type(),
+           [&, rows = rows, width = width, hidden = hidden, kept = kept, out = out](auto number) {
+             using T = decltype(number);
+             if (norm_weight) launch_row_stats<T>(rows, width, norm_eps, view<const T>(x), view<float>(stats), stream);
+             const auto kept_nodes = view<const int64_t>(idx);
+             Operand<T> input{view<const T>(x), rows, width, width};
+             if (norm_weight) {
+               input.stats = view<const float>(stats);
+               input.norm_weight = view<const T>(norm_weight);
+               input.norm_bias = view<const T>(norm_bias);
+             }
+             Operand<T> first{view<const T>(w1), kept, width, width, kept_nodes};
+             Result<T> nodes;
+             if (save) nodes.out = view<T>(pre);
+             nodes.activation = view<T>(activation);
+             nodes.stride = kept;
+             nodes.column_index = kept_nodes;
+             nodes.bias = view<const T>(b1);
+             launch_hidden<T>(input, first, nodes, stream);
 
-    Operand<T> active{view<const T>(activation), rows, kept, kept};
-    Operand<T> second{view<const T>(w2), out, kept, hidden};
-    second.column_index = kept_nodes;
-    Result<T> outputs;
-    outputs.out = view<T>(y);
-    outputs.stride = out;
-    outputs.bias = view<const T>(b2);
-    outputs.scale = view<const T>(scale);
-    if (residual) outputs.other = view<const T>(x);
-    launch_output<T>(active, second, outputs, stream);
-  });
+             Operand<T> active{view<const T>(activation), rows, kept, kept};
+             Operand<T> second{view<const T>(w2), out, kept, hidden};
+             second.column_index = kept_nodes;
+             Result<T> outputs;
+             outputs.out = view<T>(y);
+             outputs.stride = out;
+             outputs.bias = view<const T>(b2);
+             outputs.scale = view<const T>(scale);
+             if (residual) outputs.other = view<const T>(x);
+             launch_output<T>(active, second, outputs, stream);
+           });
   return {y, pre, keep_stats ? stats : empty(x, {0, 2}, ScalarType::Float)};
 }
 

@@ -14,6 +14,8 @@
 #error "for the host build only"
 #endif
 
+#include <ucontext.h>
+
 #include <csetjmp>
 #include <cstdint>
 #include <cstdlib>
@@ -28,8 +30,6 @@
 #include <tuple>
 #include <utility>
 #include <vector>
-
-#include <ucontext.h>
 
 #include "_view.h"
 
@@ -173,9 +173,10 @@ inline State common_state(int first, int last) {
     const Fiber& other = m.fibers[thread];
     if (other.state == one.state && (one.state == State::kDone || other.line == one.line)) continue;
     const auto place = [](const Fiber& fiber) {
-      return fiber.state == State::kDone ? std::string("its end")
-             : std::string(fiber.state == State::kAtBlockBarrier ? "a barrier" : "a warp operation") + " in line " +
-                   std::to_string(fiber.line);
+      return fiber.state == State::kDone
+                 ? std::string("its end")
+                 : std::string(fiber.state == State::kAtBlockBarrier ? "a barrier" : "a warp operation") + " in line " +
+                       std::to_string(fiber.line);
     };
     m.error = std::string(m.kernel) + ", block " + std::to_string(blockIdx.x) + ": thread " + std::to_string(first) +
               " is at " + place(one) + ", thread " + std::to_string(thread) + " at " + place(other);
@@ -215,7 +216,8 @@ inline void run_block(int threads) {
 
 inline void touch(Shadow* shadow, int64_t size, int64_t i, int n, bool write, int line) {
   if (shadow == nullptr) fail(line, "an argument that is not given is used");
-  if (i < 0 || i + n > size) fail(line, "elements ", i, " to ", i + n - 1, " of ", size, " are ", write ? "written" : "read");
+  if (i < 0 || i + n > size)
+    fail(line, "elements ", i, " to ", i + n - 1, " of ", size, " are ", write ? "written" : "read");
   Machine& m = machine();
   const Access now{shadow->shared ? m.block_runs : m.launches, blockIdx.x, threadIdx.x, m.epoch};
   const auto races = [&](const Access& before) {
@@ -225,7 +227,8 @@ inline void touch(Shadow* shadow, int64_t size, int64_t i, int n, bool write, in
   for (int64_t j = i; j < i + n; ++j) {
     Cell& cell = shadow->cells[j];
     const char* memory = shadow->shared ? "shared" : "global";
-    if (shadow->shared && !write && cell.write.run != now.run) fail(line, "shared element ", j, " is read, but was never written");
+    if (shadow->shared && !write && cell.write.run != now.run)
+      fail(line, "shared element ", j, " is read, but was never written");
     if (races(cell.write))
       fail(line, memory, " element ", j, write ? " is written" : " is read", ", which block ", cell.write.block,
            ", thread ", cell.write.thread, " writes without a barrier between them");
@@ -340,7 +343,8 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
             const Arguments&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "CUDA takes at most 4 KiB of parameters");
   if (blocks <= 0 || blocks > 0x7fffffff || threads <= 0 || threads > 1024 || threads % 32 != 0)
-    throw std::runtime_error(std::string(name) + ": expected 1 to 2147483647 blocks of whole warps, up to 1024 threads, got " +
+    throw std::runtime_error(std::string(name) +
+                             ": expected 1 to 2147483647 blocks of whole warps, up to 1024 threads, got " +
                              std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads");
   host::Machine& m = host::machine();
   const std::lock_guard<std::mutex> lock(m.mutex);

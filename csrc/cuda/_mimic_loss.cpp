@@ -67,8 +67,10 @@ Tensor mimic_loss_backward(Tensor grad, Tensor student, Tensor teacher, std::opt
 
 void mimic_loss_rescale(Tensor unit, Tensor grad) {
   expect_dims("mimic_loss_rescale", "unit", unit, 4);
-  STD_TORCH_CHECK(unit.is_contiguous(), "mimic_loss_rescale: expected unit to be contiguous, as mimic_loss returned it, "
-                  "got strides ", shape_of(unit.strides().data(), unit.dim()));
+  STD_TORCH_CHECK(unit.is_contiguous(),
+                  "mimic_loss_rescale: expected unit to be contiguous, as mimic_loss returned it, "
+                  "got strides ",
+                  shape_of(unit.strides().data(), unit.dim()));
   expect("mimic_loss_rescale", "grad", grad, {unit.size(0)}, ScalarType::Float, unit);
   if (unit.numel() == 0) return;
   const Device device(unit);

@@ -11,8 +11,10 @@ Tensor synthesis_step(Tensor images, Tensor grad, Tensor exp_avg, Tensor exp_avg
                       Tensor low, Tensor high) {
   expect_dims(kOp, "images", images, 4);
   const Images shape{images.size(0), images.size(1), images.size(2), images.size(3)};
-  for (const auto& [name, tensor] : {std::pair<const char*, Tensor>{"images", images}, {"grad", grad},
-                                     {"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}})
+  for (const auto& [name, tensor] : {std::pair<const char*, Tensor>{"images", images},
+                                     {"grad", grad},
+                                     {"exp_avg", exp_avg},
+                                     {"exp_avg_sq", exp_avg_sq}})
     expect(kOp, name, tensor, {shape.batch, shape.channels, shape.height, shape.width}, ScalarType::Float, images);
   expect(kOp, "low", low, {shape.channels}, ScalarType::Float, images);
   expect(kOp, "high", high, {shape.channels}, ScalarType::Float, images);
@@ -33,8 +35,8 @@ Tensor synthesis_step(Tensor images, Tensor grad, Tensor exp_avg, Tensor exp_avg
   Tensor halo = empty(images, {in_place ? shape.planes() * shape.bands() : 0, 2, shape.width}, ScalarType::Float);
 
   if (images.numel() > 0)
-    launch_prior_sums(shape, view<const float>(x), view<double>(partials),
-                      in_place ? view<float>(halo) : View<float>(), device.stream());
+    launch_prior_sums(shape, view<const float>(x), view<double>(partials), in_place ? view<float>(halo) : View<float>(),
+                      device.stream());
   launch_prior_value(shape, {beta, tv_weight, l2_weight}, view<const double>(partials), view<double>(image_sums),
                      view<float>(value), view<float>(norms), view<float>(image_norms), view<float>(slopes),
                      device.stream());
@@ -42,8 +44,8 @@ Tensor synthesis_step(Tensor images, Tensor grad, Tensor exp_avg, Tensor exp_avg
   const Tensor source = in_place ? x : torch::stable::clone(x);
   launch_synthesis_step(shape, Adam<float>::make(step, lr, beta1, beta2, eps), view<const float>(source),
                         in_place ? view<const float>(halo) : View<const float>(), view<const float>(slopes),
-                        view<float>(x), view<const float>(grad), view<float>(m), view<float>(v),
-                        view<const float>(low), view<const float>(high), device.stream());
+                        view<float>(x), view<const float>(grad), view<float>(m), view<float>(v), view<const float>(low),
+                        view<const float>(high), device.stream());
   for (const auto& [kept, changed] : {std::pair<Tensor, Tensor>{images, x}, {exp_avg, m}, {exp_avg_sq, v}}) {
     if (kept.data_ptr() == changed.data_ptr()) continue;
     Tensor strided = kept;

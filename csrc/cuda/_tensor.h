@@ -8,19 +8,19 @@
 #define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
 #endif
 
-#include <initializer_list>
-#include <optional>
-#include <sstream>
-#include <string>
-#include <tuple>
-#include <vector>
-
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "_view.h"
 
@@ -71,8 +71,8 @@ inline void expect(const char* op, const char* name, const Tensor& tensor, std::
                    ScalarType dtype, const Tensor& like) {
   const std::string wanted = shape_of(sizes.begin(), sizes.size()), got = shape_of(tensor);
   STD_TORCH_CHECK(wanted == got, op, ": expected ", name, " to be ", wanted, ", got ", got);
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected ", name, " to be ",
-                  torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected ", name, " to be ", torch::headeronly::toString(dtype),
+                  ", got ", torch::headeronly::toString(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), op,
                   ": expected ", name, " on device ", like.get_device_index(), " (CUDA ", like.is_cuda(), "), got ",
                   tensor.get_device_index(), " (CUDA ", tensor.is_cuda(), ")");

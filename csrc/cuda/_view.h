@@ -4,11 +4,11 @@
 // its bounds, its alignment, and the accesses of the other threads; see _host_shim.h.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
 
 #include "../portable.h"
 

@@ -1,8 +1,7 @@
-#include "dropped_mlp.h"
-
 #include "../gelu.h"
 #include "_device.h"
 #include "_mma.h"
+#include "dropped_mlp.h"
 
 namespace dcvit {
 namespace {
@@ -26,7 +25,9 @@ struct Tile {
   static constexpr int kOwnRows = 8, kOwnColumns = 8;  // of a thread
   static constexpr int kRowLanes = 4, kRowParts = 4;   // lanes, and then warps, that share a row
   // The padding of 16 bytes puts the eight rows that ldmatrix reads into different banks.
-  DCVIT_HD static constexpr int stride(Along along, int extent) { return (along == Along::kInner ? kDepth : extent) + 8; }
+  DCVIT_HD static constexpr int stride(Along along, int extent) {
+    return (along == Along::kInner ? kDepth : extent) + 8;
+  }
   DCVIT_HD static constexpr int size(Along along, int extent) {
     return stride(along, extent) * (along == Along::kInner ? extent : kDepth);
   }
@@ -40,8 +41,9 @@ struct Tile {
 
   template <Along kAlong>
   DCVIT_D static void put(View<T> shared, int extent, int outer, int depth, const Vec<T, kWide<T>>& values) {
-    store_vec(shared, kAlong == Along::kInner ? outer * stride(kAlong, extent) + depth
-                                              : depth * stride(kAlong, extent) + outer, values);
+    store_vec(shared,
+              kAlong == Along::kInner ? outer * stride(kAlong, extent) + depth : depth * stride(kAlong, extent) + outer,
+              values);
   }
 
   // 16 of the outer index times 16 of the depth.
@@ -59,8 +61,8 @@ struct Tile {
     const int first_row = threadIdx.x / 128 * 64, first_column = threadIdx.x / 32 % 4 * 32;
 #pragma unroll
     for (int depth = 0; depth < kDepth; depth += 16) {
-      // The matrices' order is that of the instruction's registers: rows first for a, depth first for b. Where the depth
-      // is across the rows of the tile, a lane names a row of it by depth.
+      // The matrices' order is that of the instruction's registers: rows first for a, depth first for b. Where the
+      // depth is across the rows of the tile, a lane names a row of it by depth.
       Fragments left[4], right[2];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -140,8 +142,8 @@ DCVIT_D Vec<T, kWide<T>> load_operand(const Operand<T>& operand, int64_t row, in
   if (operand.column_index.given()) {
 #pragma unroll
     for (int j = 0; j < W; ++j)
-      values[j] = column + j < operand.columns ? load(operand.data, start + load(operand.column_index, column + j))
-                                               : T(0.0f);
+      values[j] =
+          column + j < operand.columns ? load(operand.data, start + load(operand.column_index, column + j)) : T(0.0f);
   } else {
     values = load_upto<W>(operand.data, start + column, start + operand.columns, operand.wide);
   }
@@ -161,7 +163,8 @@ DCVIT_D Vec<T, kWide<T>> load_operand(const Operand<T>& operand, int64_t row, in
     if (!operand.column_scale.given()) return values;
     const Vec<T, W> scale = load_upto<W>(operand.column_scale, column, operand.columns, operand.wide);
 #pragma unroll
-    for (int j = 0; j < W; ++j) values[j] = static_cast<T>(static_cast<float>(values[j]) * static_cast<float>(scale[j]));
+    for (int j = 0; j < W; ++j)
+      values[j] = static_cast<T>(static_cast<float>(values[j]) * static_cast<float>(scale[j]));
   } else if constexpr (kTransform == Transform::kGelu) {
 #pragma unroll
     for (int j = 0; j < W; ++j) values[j] = static_cast<T>(gelu(static_cast<float>(values[j])));
@@ -247,8 +250,8 @@ DCVIT_D void finish_pair(const Result<T>& result, int64_t row, int64_t column, i
 }
 
 template <class T, Along kA, Transform kTransformA, Along kB, Transform kTransformB, Finish kFinish>
-__global__ __launch_bounds__(kThreads, 1) void product_kernel(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b,
-                                                           Result<T> result) {
+__global__ __launch_bounds__(kThreads, 1) void product_kernel(int64_t m, int64_t n, int64_t k, Operand<T> a,
+                                                              Operand<T> b, Result<T> result) {
   using Sums = Tile<T>;
   constexpr int kSizeA = Sums::size(kA, Sums::kRows), kSizeB = Sums::size(kB, Sums::kColumns);
   DCVIT_SHARED(T, even_a, kSizeA);
@@ -403,7 +406,7 @@ __global__ __launch_bounds__(kThreads) void column_sums_kernel(int64_t rows, int
                                                                View<const T> values, View<const T> x,
                                                                View<const float> stats, View<double> partials) {
   constexpr int W = kWide<T>, kWarps = kThreads / kWarp, kOwn = kWarp * W;
-  DCVIT_SHARED(float, sums, kWarps * kOwn);
+  DCVIT_SHARED(float, sums, kWarps* kOwn);
   const int64_t tiles = (columns + kOwn - 1) / kOwn, chunk = blockIdx.x / tiles;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t first = blockIdx.x % tiles * kOwn, column = first + lane * W;
@@ -504,8 +507,8 @@ template <class T>
 void launch_norm_gradient(int64_t rows, int64_t width, View<const T> grad, View<const T> x, View<const float> stats,
                           View<const T> norm_weight, View<const T> residual, View<T> gradient, void* stream) {
   if (rows == 0) return;
-  const bool wide = width % kWide<T> == 0 && aligned(grad) && aligned(x) && aligned(norm_weight) &&
-                    aligned(residual) && aligned(gradient);
+  const bool wide = width % kWide<T> == 0 && aligned(grad) && aligned(x) && aligned(norm_weight) && aligned(residual) &&
+                    aligned(gradient);
   launch("norm_gradient_kernel", norm_gradient_kernel<T>, ceil_div(rows, kThreads / kWarp), kThreads, stream, rows,
          width, wide, grad, x, stats, norm_weight, residual, gradient);
 }
@@ -514,9 +517,9 @@ template <class T>
 void launch_column_sums(int64_t rows, int64_t columns, View<const T> values, View<const T> x, View<const float> stats,
                         View<double> partials, void* stream) {
   if (rows == 0 || columns == 0) return;
-  launch("column_sums_kernel", column_sums_kernel<T>,
-         ceil_div(rows, kSummedRows) * ceil_div(columns, kWarp * kWide<T>), kThreads, stream, rows, columns,
-         columns % kWide<T> == 0 && aligned(values) && aligned(x), values, x, stats, partials);
+  launch("column_sums_kernel", column_sums_kernel<T>, ceil_div(rows, kSummedRows) * ceil_div(columns, kWarp * kWide<T>),
+         kThreads, stream, rows, columns, columns % kWide<T> == 0 && aligned(values) && aligned(x), values, x, stats,
+         partials);
 }
 
 template <class T>
@@ -536,8 +539,8 @@ void launch_finish_sums(int64_t columns, View<const double> partials, View<const
   template void launch_second_weight_gradient(Operand<T>, Operand<T>, Result<T>, void*);                               \
   template int64_t product_columns<T>(int64_t);                                                                        \
   template void launch_row_stats(int64_t, int64_t, double, View<const T>, View<float>, void*);                         \
-  template void launch_norm_gradient(int64_t, int64_t, View<const T>, View<const T>, View<const float>,                \
-                                     View<const T>, View<const T>, View<T>, void*);                                    \
+  template void launch_norm_gradient(int64_t, int64_t, View<const T>, View<const T>, View<const float>, View<const T>, \
+                                     View<const T>, View<T>, void*);                                                   \
   template void launch_column_sums(int64_t, int64_t, View<const T>, View<const T>, View<const float>, View<double>,    \
                                    void*);                                                                             \
   template void launch_finish_sums(int64_t, View<const double>, View<const T>, View<const double>,                     \

@@ -9,26 +9,26 @@ namespace dcvit {
 template <class T>
 struct Operand {
   View<const T> data;
-  int64_t rows, columns;              // as the product sees it
-  int64_t stride;                     // from row to row of `data`
-  View<const int64_t> row_index{};    // which row of `data` stands there
+  int64_t rows, columns;            // as the product sees it
+  int64_t stride;                   // from row to row of `data`
+  View<const int64_t> row_index{};  // which row of `data` stands there
   View<const int64_t> column_index{};
-  View<const float> stats{};          // LayerNorm: mean and 1/std of each row, and its weight and bias
+  View<const float> stats{};  // LayerNorm: mean and 1/std of each row, and its weight and bias
   View<const T> norm_weight{}, norm_bias{};
   View<const T> column_scale{};
-  bool wide = false;                  // set by the launch: rows can be read in vectors
+  bool wide = false;  // set by the launch: rows can be read in vectors
 };
 
 // What becomes of a product [m, n]; which of it is used is said at each launch.
 template <class T>
 struct Result {
   View<T> out{}, activation{};
-  int64_t stride = 0;                 // from row to row of `out`
-  View<const int64_t> row_index{};    // where the row stands in `out`
+  int64_t stride = 0;               // from row to row of `out`
+  View<const int64_t> row_index{};  // where the row stands in `out`
   View<const int64_t> column_index{};
   View<const T> bias{}, scale{}, other{};
-  View<double> partials{};            // [m, product_columns]
-  bool pairs = false;                 // set by the launch: two columns can be moved at once
+  View<double> partials{};  // [m, product_columns]
+  bool pairs = false;       // set by the launch: two columns can be moved at once
 };
 
 // act = GELU(u) and, if `out` is given, out = u, for u = LayerNorm(a) b^T + bias[column_index].
@@ -51,8 +51,8 @@ void launch_input_gradient(Operand<T> a, Operand<T> b, Result<T> result, void* s
 template <class T>
 void launch_first_weight_gradient(Operand<T> a, Operand<T> b, Result<T> result, void* stream);
 
-// g = a^T GELU(b): out[:, column_index] = scale * g if `out` is given, scale by row; and if `partials` is given, parts of
-// the sums over each row of g * other[:, column_index].
+// g = a^T GELU(b): out[:, column_index] = scale * g if `out` is given, scale by row; and if `partials` is given, parts
+// of the sums over each row of g * other[:, column_index].
 template <class T>
 void launch_second_weight_gradient(Operand<T> a, Operand<T> b, Result<T> result, void* stream);
 

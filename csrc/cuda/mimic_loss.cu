@@ -1,8 +1,7 @@
-#include "mimic_loss.h"
-
 #include <algorithm>
 
 #include "_device.h"
+#include "mimic_loss.h"
 
 namespace dcvit {
 namespace {
@@ -39,7 +38,7 @@ __global__ __launch_bounds__(kThreads) void mimic_pass_kernel(MimicShape shape, 
                                                               View<const double> weight_sum, View<const float> grad,
                                                               View<double> partials, View<T> gradient) {
   constexpr int W = kWide<T>;
-  DCVIT_SHARED(double, sums, kGroup * (kThreads / kWarp));
+  DCVIT_SHARED(double, sums, kGroup*(kThreads / kWarp));
   const int64_t numbers = shape.numbers();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * kTile<T> + threadIdx.x * W;
@@ -85,8 +84,7 @@ __global__ __launch_bounds__(kThreads) void mimic_pass_kernel(MimicShape shape, 
           slopes[j] = static_cast<T>(slope * weighted);
         }
         sum += part;
-        if (gradient.given())
-          store_upto(gradient, base + start + v * kThreads * W, base + numbers, wide, slopes);
+        if (gradient.given()) store_upto(gradient, base + start + v * kThreads * W, base + numbers, wide, slopes);
       }
       if (partials.given()) {
         const double total = warp_sum(sum);
@@ -142,8 +140,8 @@ void launch_weight_sum(View<const float> weight, View<double> weight_sum, void* 
 
 template <class T>
 void launch_mimic_pass(MimicShape shape, View<const T> student, View<const T> teacher, View<const float> weight,
-                       View<const double> weight_sum, View<const float> grad, View<double> partials,
-                       View<T> gradient, void* stream) {
+                       View<const double> weight_sum, View<const float> grad, View<double> partials, View<T> gradient,
+                       void* stream) {
   const bool wide = aligned(student) && aligned(teacher) && aligned(gradient) &&
                     (shape.candidates == 1 || shape.numbers() % kWide<T> == 0);
   launch("mimic_pass_kernel", mimic_pass_kernel<T>, mimic_blocks<T>(shape), kThreads, stream, shape, wide, student,
@@ -165,10 +163,10 @@ void launch_mimic_rescale(int64_t candidates, View<T> gradient, View<const float
          gradient, grad);
 }
 
-#define DCVIT_INSTANTIATE(T)                                                                                           \
-  template int64_t mimic_blocks<T>(const MimicShape&);                                                                 \
-  template void launch_mimic_pass(MimicShape, View<const T>, View<const T>, View<const float>, View<const double>,     \
-                                  View<const float>, View<double>, View<T>, void*);                                    \
+#define DCVIT_INSTANTIATE(T)                                                                                       \
+  template int64_t mimic_blocks<T>(const MimicShape&);                                                             \
+  template void launch_mimic_pass(MimicShape, View<const T>, View<const T>, View<const float>, View<const double>, \
+                                  View<const float>, View<double>, View<T>, void*);                                \
   template void launch_mimic_rescale(int64_t, View<T>, View<const float>, void*);
 DCVIT_INSTANTIATE(float)
 DCVIT_INSTANTIATE(Half)

@@ -17,12 +17,12 @@ int64_t mimic_blocks(const MimicShape& shape);
 // sum_n weight_n, into `weight_sum` [1].
 void launch_weight_sum(View<const float> weight, View<double> weight_sum, void* stream);
 
-// Reads the teacher once for all candidates. `partials` [C, mimic_blocks] and `gradient` [C, B, N, D] are written if they
-// are given; `grad` [C] is 1 if it is not.
+// Reads the teacher once for all candidates. `partials` [C, mimic_blocks] and `gradient` [C, B, N, D] are written if
+// they are given; `grad` [C] is 1 if it is not.
 template <class T>
 void launch_mimic_pass(MimicShape shape, View<const T> student, View<const T> teacher, View<const float> weight,
-                       View<const double> weight_sum, View<const float> grad, View<double> partials,
-                       View<T> gradient, void* stream);
+                       View<const double> weight_sum, View<const float> grad, View<double> partials, View<T> gradient,
+                       void* stream);
 
 // The losses [C] from `partials` [C, blocks].
 void launch_mimic_losses(MimicShape shape, int64_t blocks, View<const double> partials, View<const double> weight_sum,

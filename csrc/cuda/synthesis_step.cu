@@ -1,21 +1,18 @@
-#include "synthesis_step.h"
-
 #include <algorithm>
 
 #include "_device.h"
 #include "_strip.h"
+#include "synthesis_step.h"
 
 namespace dcvit {
 namespace {
 
 // A block owns a band of a plane. Its threads walk down together, so that when row r is written all have read it, as
 // their own row and as their neighbours' row.
-__global__ __launch_bounds__(kWidestInPlace / kStrip) void synthesis_step_kernel(Images shape, Adam<float> adam, bool wide,
-                                                              View<const float> source, View<const float> halo,
-                                                              View<const float> slopes, View<float> images,
-                                                              View<const float> grad, View<float> exp_avg,
-                                                              View<float> exp_avg_sq, View<const float> low,
-                                                              View<const float> high) {
+__global__ __launch_bounds__(kWidestInPlace / kStrip) void synthesis_step_kernel(
+    Images shape, Adam<float> adam, bool wide, View<const float> source, View<const float> halo,
+    View<const float> slopes, View<float> images, View<const float> grad, View<float> exp_avg, View<float> exp_avg_sq,
+    View<const float> low, View<const float> high) {
   const int64_t bands = shape.bands(), width = shape.width;
   const int64_t plane = blockIdx.x / bands, band = blockIdx.x % bands;
   const int64_t first = band * kBand, last = first + kBand < shape.height ? first + kBand : shape.height;

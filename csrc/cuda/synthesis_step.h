@@ -6,7 +6,8 @@
 
 namespace dcvit {
 
-// Rows as wide as this are owned by one block, whose threads see the old neighbours although the images change in place.
+// Rows as wide as this are owned by one block, whose threads see the old neighbours although the images change in
+// place.
 constexpr int64_t kWidestInPlace = 512 * kStrip;
 
 // Adam on `grad` plus the prior's gradient, and the clip. The neighbours come from `source` and, for the rows beyond a

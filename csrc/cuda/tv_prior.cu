@@ -1,8 +1,7 @@
-#include "tv_prior.h"
-
 #include "../prior.h"
 #include "_device.h"
 #include "_strip.h"
+#include "tv_prior.h"
 
 namespace dcvit {
 namespace {
@@ -10,8 +9,8 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ __launch_bounds__(kThreads, 2) void prior_sums_kernel(Images shape, int64_t chunks, bool wide,
-                                                              View<const float> images, View<double> partials,
-                                                              View<float> halo) {
+                                                                 View<const float> images, View<double> partials,
+                                                                 View<float> halo) {
   const int64_t image = blockIdx.x / chunks, item = blockIdx.x % chunks * kThreads + threadIdx.x;
   const int64_t strips = shape.strips(), bands = shape.bands(), width = shape.width;
   double sums[kSums] = {};
@@ -79,8 +78,7 @@ __global__ __launch_bounds__(kThreads) void prior_value_kernel(Images shape, Pri
   for (int64_t image = threadIdx.x; image < shape.batch; image += kThreads) {
     const double norm = sqrt(load(image_sums, image * kSums));
     store(image_norms, image, static_cast<float>(norm));
-    if (slopes.given())
-      store(slopes, 4 + image, static_cast<float>(l2_slope(norm, settings.l2_weight, shape.batch)));
+    if (slopes.given()) store(slopes, 4 + image, static_cast<float>(l2_slope(norm, settings.l2_weight, shape.batch)));
     sums[0] += norm;
     for (int i = 1; i < kSums; ++i) sums[i] += load(image_sums, image * kSums + i);
   }
@@ -96,8 +94,8 @@ __global__ __launch_bounds__(kThreads) void prior_value_kernel(Images shape, Pri
 }
 
 __global__ __launch_bounds__(kThreads) void prior_slopes_kernel(PriorSettings settings, View<const float> grad,
-                                                                View<const float> norms,
-                                                                View<const float> image_norms, View<float> slopes) {
+                                                                View<const float> norms, View<const float> image_norms,
+                                                                View<float> slopes) {
   const double factor = load(grad, 0);
   if (threadIdx.x < 4)
     store(slopes, threadIdx.x,

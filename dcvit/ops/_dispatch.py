@@ -223,6 +223,9 @@ def extension_problem() -> str | None:
     if not built:
         reason = _build_note("CPU") or "reinstall dcvit where a C++ compiler is found"
         return f"the compiled extension was never built ({reason})"
+    only = _build_note("only")
+    if only not in (None, torch.__version__):  # it might load all the same, and crash
+        return f"the compiled extension serves torch {only} alone, not torch {torch.__version__} (reinstall dcvit)"
     try:
         torch.ops.load_library(built[0])
     except OSError as error:
@@ -239,7 +242,11 @@ def _package() -> Path:
 
 
 def _build_note(about: str) -> str | None:
-    """What setup.py kept of the build: the "torch" that it was for, or why there are no kernels for "CPU" or "CUDA"."""
+    """What setup.py kept of the build.
+
+    That is the "torch" that it was for, the "only" torch that can load it if others cannot, or why there are no kernels
+    for "CPU" or "CUDA".
+    """
     try:
         note: dict[str, str | None] = json.loads((_package() / "_C.json").read_text())
     except OSError:

@@ -3,7 +3,10 @@
 `DCVIT_TEST_GPU=1` says that this machine has a GPU: what would be skipped for want of one fails instead.
 """
 
+import importlib
 import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 import matrix
+
+
+def _mend_interpreter() -> None:
+    """Let Triton 3.5, that of torch 2.9, interpret with NumPy 2.4, to which an array of one number is no scalar."""
+    try:
+        if not version("triton").startswith("3.5."):
+            return
+    except PackageNotFoundError:
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any) -> None:
+        patch(tensor)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = mended
+
+
+_mend_interpreter()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -24,6 +24,8 @@ _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
 @functools.cache
 def load() -> str | None:
     """Register the kernels on the overloads `.host`; return why that is impossible, or `None`."""
+    if torch.__version__ < (2, 10):
+        return f"csrc/cuda needs the stable ABI of torch 2.10 or newer, and this is torch {torch.__version__}"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return "no C++ compiler (install g++)"

@@ -93,6 +93,8 @@ def test_a_broken_extension_is_told_from_one_that_was_never_built(
     assert "never built" in str(_dispatch.extension_problem.__wrapped__())
     (tmp_path / "_C.abi3.so").write_text("built for another torch")
     assert "does not load with torch" in str(_dispatch.extension_problem.__wrapped__())
+    (tmp_path / "_C.json").write_text('{"only": "2.9.0"}')
+    assert "serves torch 2.9.0 alone" in str(_dispatch.extension_problem.__wrapped__())
 
 
 @pytest.mark.parametrize("op", sorted(set(dcvit.ops.__all__) - {"Impl", "availability"}))
