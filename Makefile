@@ -10,6 +10,7 @@ TORCH  ?= $(if $(filter aarch64 arm64,$(shell uname -m)),torch==2.9.1 torchvisio
 CUDA   := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
+FORMATTED := $(filter %.h %.cpp %.cu,$(SOURCES))
 
 .PHONY: help demo test test-gpu check fix bench install clean
 
@@ -52,11 +53,13 @@ test-gpu: $(VENV)/.dev
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev
