@@ -10,9 +10,11 @@ tests of its own. `conftest.py` generates each for every case, dtype and impleme
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
@@ -268,13 +270,20 @@ class Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Let torch fill the memory that it hands out with NaN."""
+    """Fill the memory that torch hands out with NaN, and with glibc what malloc hands out with 3.4e38."""
     assert torch.utils.deterministic.fill_uninitialized_memory
+    # Tensors that kernels make through the stable ABI are not filled by torch.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    m_perturb = -6
     torch.use_deterministic_algorithms(True)
+    if mallopt:
+        mallopt(m_perturb, 0x80)  # new memory gets its complement, 0x7f
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        if mallopt:
+            mallopt(m_perturb, 0)
 
 
 def _largest(difference: Tensor) -> float:
