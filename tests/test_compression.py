@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import dcvit
-from dcvit.models import adapter_for
+from dcvit.compression import fuse
+from dcvit.models import MlpHalf, adapter_for, vision_transformer
 from tests.conftest import QUICK
 from tests.variants import Variant
 
@@ -52,6 +53,36 @@ def test_every_variant_end_to_end(variant: Variant, tmp_path: Path) -> None:
         assert torch.equal(rebuilt(images), expected)
     assert loaded.plan == result.plan
     assert asdict(loaded.report) == asdict(result.report)
+
+
+def test_fused_blocks_compute_what_timms_do(variant: Variant) -> None:
+    teacher = variant.create().double()
+    images = torch.randn(3, *adapter_for(teacher).input_size(teacher), dtype=torch.float64)
+    fused = fuse(teacher, "auto")
+    with torch.no_grad():
+        expected = teacher(images)
+        # In float64 a wrong term shows, and the order of sums does not.
+        torch.testing.assert_close(fused(images), expected, rtol=1e-9, atol=1e-9)
+        assert torch.equal(adapter_for(fused).rebuild(fused)(images), expected)
+    shared = dict(teacher.named_parameters())
+    assert shared.keys() == dict(fused.named_parameters()).keys()
+    assert all(parameter is shared[name] for name, parameter in fused.named_parameters())
+    assert adapter_for(fused).cost(fused) == adapter_for(teacher).cost(teacher)
+
+
+def test_whole_blocks_run_the_op_unless_someone_listens(model: nn.Module, images: Tensor) -> None:
+    calls: list[int] = []
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    model.blocks[2].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+    fused = fuse(model, "auto")
+    assert [isinstance(block, MlpHalf) for block in fused.blocks] == [True, False] + [True] * (len(fused.blocks) - 2)
+    ran: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(vision_transformer, "dropped_mlp", lambda x, *_, impl, **__: (ran.append(impl), x)[1])
+        fused(images)
+    assert ran == ["auto"] * (len(fused.blocks) - 2), "blocks 1 and 2 keep their modules"
+    assert calls == [1]
+    assert fuse(model, "eager") is model
 
 
 def test_the_callers_model_and_random_state_are_untouched(model: nn.Module, images: Tensor) -> None:

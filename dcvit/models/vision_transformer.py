@@ -100,42 +100,49 @@ class MlpHalf(nn.Module):
 
     def mlp_half(self, x: Tensor) -> Tensor:
         """Tokens `[B, N, D]` to `[B, N, D]`."""
-        norm, mlp, scale, drop_path = self.norm2, self.mlp, self.ls2, self.drop_path2
-        if self._fusible(norm, mlp, scale, drop_path):
-            fc1, fc2 = mlp.fc1, mlp.fc2
+        # Not by attribute, which nn.Module resolves in Python: that took as long as the op saves on small models.
+        parts: dict[str, TimmModule] = self._modules
+        norm, mlp, scale = parts["norm2"], parts["mlp"], parts["ls2"]
+        if self._fusible(norm, mlp, scale):
+            layers, norm_weights = mlp._modules, norm._parameters
+            fc1, fc2 = layers["fc1"]._parameters, layers["fc2"]._parameters
             return dropped_mlp(
                 x,
-                fc1.weight,
-                fc1.bias,
-                fc2.weight,
-                fc2.bias,
-                norm_weight=norm.weight,
-                norm_bias=norm.bias,
+                fc1["weight"],
+                fc1["bias"],
+                fc2["weight"],
+                fc2["bias"],
+                norm_weight=norm_weights["weight"],
+                norm_bias=norm_weights["bias"],
                 norm_eps=norm.eps,
-                scale=getattr(scale, "gamma", None),
+                scale=scale._parameters["gamma"] if type(scale) is LayerScale else None,
                 residual=True,
                 impl=self.impl,
             )
         if self.post_norm:
-            return x + drop_path(norm(mlp(x)))
-        return x + drop_path(scale(mlp(norm(x))))
+            return x + self.drop_path2(norm(mlp(x)))
+        return x + self.drop_path2(scale(mlp(norm(x))))
 
-    def _fusible(self, norm: TimmModule, mlp: TimmModule, scale: nn.Module, drop_path: nn.Module) -> bool:
+    def _fusible(self, norm: TimmModule, mlp: TimmModule, scale: TimmModule) -> bool:
         """Whether the fused op computes what the modules would: plain types, no hooks, nothing random active."""
         if self.post_norm or type(mlp) is not Mlp:
             return False
-        fc1, act, fc2 = mlp.fc1, mlp.act, mlp.fc2
+        layers = mlp._modules
+        fc1, act, fc2 = layers["fc1"], layers["act"], layers["fc2"]
         return (
             type(norm) in (LayerNorm, LayerNormFp32, nn.LayerNorm)
-            and norm.weight is not None
+            and norm._parameters["weight"] is not None
             and type(fc1) is nn.Linear
             and type(act) in (nn.GELU, GELU)
             and getattr(act, "approximate", "none") == "none"
-            and type(mlp.norm) is nn.Identity
+            and type(layers["norm"]) is nn.Identity
             and type(fc2) is nn.Linear
             and type(scale) in (LayerScale, nn.Identity)
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in (norm, mlp, fc1, act, fc2, scale))
-            and not (self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0 or isinstance(drop_path, DropPath)))
+            and not (norm._forward_hooks or mlp._forward_hooks or scale._forward_hooks)
+            and not (fc1._forward_hooks or act._forward_hooks or fc2._forward_hooks)
+            and not (norm._forward_pre_hooks or mlp._forward_pre_hooks or scale._forward_pre_hooks)
+            and not (fc1._forward_pre_hooks or act._forward_pre_hooks or fc2._forward_pre_hooks)
+            and not (self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0 or isinstance(self.drop_path2, DropPath)))
         )
 
 
