@@ -131,7 +131,7 @@ class MlpHalf(nn.Module):
         fc1, act, fc2 = layers["fc1"], layers["act"], layers["fc2"]
         return (
             type(norm) in (LayerNorm, LayerNormFp32, nn.LayerNorm)
-            and norm._parameters["weight"] is not None
+            and norm._parameters.get("weight") is not None
             and type(fc1) is nn.Linear
             and type(act) in (nn.GELU, GELU)
             and getattr(act, "approximate", "none") == "none"
