@@ -20,7 +20,7 @@ from dcvit.ranking import Trial, rank
 from dcvit.recovery import Recovery, find_learning_rate, recover
 from dcvit.results import CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
-from dcvit.surgery import compress_block, draw_kept_nodes
+from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
 __all__ = ["compress", "compress_blocks", "freeze", "fuse"]
@@ -154,7 +154,8 @@ def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
     if impl == "eager" or next(teacher.parameters()).device.type != "cpu":
         return teacher
     fused = copy.deepcopy(teacher, {id(parameter): parameter for parameter in teacher.parameters()})
-    adapter_for(fused).fuse(fused, impl)
+    adapter_for(fused).fuse(fused)
+    choose_impl(fused, impl)
     return fused
 
 

@@ -1,6 +1,6 @@
 """Cutting a model: attention and hidden nodes out of a block, or a block out of the model.
 
-Source: DC-ViT (arXiv 2403.18708), section 3.1. Every function returns a new model and leaves the given one alone.
+Source: DC-ViT (arXiv 2403.18708), section 3.1. Cuts return a new model and leave the given one alone.
 """
 
 import copy
@@ -13,7 +13,7 @@ from dcvit.models import MlpHalf, adapter_for
 from dcvit.ops import Impl
 from dcvit.seeding import seeded
 
-__all__ = ["compress_block", "draw_kept_nodes", "drop_block"]
+__all__ = ["choose_impl", "compress_block", "draw_kept_nodes", "drop_block"]
 
 
 def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: int) -> tuple[int, ...]:
@@ -35,10 +35,15 @@ def compress_block(model: nn.Module, block: int, kept: Sequence[int], impl: Impl
     """A copy of the model in which one block has no attention and only the hidden nodes `kept`."""
     student = copy.deepcopy(model)
     adapter_for(student).compress_block(student, block, kept)
-    for module in student.modules():
+    choose_impl(student, impl)
+    return student
+
+
+def choose_impl(model: nn.Module, impl: Impl) -> None:
+    """In place: the implementation of `dcvit.ops` that a model's blocks run."""
+    for module in model.modules():
         if isinstance(module, MlpHalf):
             module.impl = impl
-    return student
 
 
 def drop_block(model: nn.Module, block: int) -> nn.Module:

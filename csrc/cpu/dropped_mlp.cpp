@@ -342,15 +342,8 @@ void multiply(const Matrix<W>& a, const Matrix<W>& b, const Matrix<W>& c, bool a
 // c = a b with the bias added to each row. Writing the bias first costs the BLAS no more than writing zeros.
 template <typename W>
 void multiply(const Matrix<W>& a, const Matrix<W>& b, const std::vector<W>& bias, const Matrix<W>& c) {
-  if (c.rows == 0 || c.columns == 0) return;
-  if (a.columns == 0) {
-    for (int64_t row = 0; row < c.rows; ++row) std::copy(bias.begin(), bias.end(), c.data + row * c.columns);
-    return;
-  }
-  const Matrix<W> row{const_cast<W*>(bias.data()), 1, c.columns};
-  const Tensor left = a.view(), right = b.view(), start = row.view();
-  Tensor out = c.view();
-  addmm_into(out, start, left, right);
+  for (int64_t row = 0; row < c.rows; ++row) std::copy(bias.begin(), bias.end(), c.data + row * c.columns);
+  multiply(a, b, c, true);
 }
 
 // --- the op ------------------------------------------------------------------------------------------------------

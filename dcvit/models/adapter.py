@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dcvit.costs import ModelCost
 from dcvit.errors import UnsupportedModelError
-from dcvit.ops import Impl
 
 __all__ = ["ModelAdapter", "adapter_for", "require_supported"]
 
@@ -53,9 +52,10 @@ class ModelAdapter(Protocol):
     def compress_block(self, model: nn.Module, block: int, kept: Sequence[int]) -> None:
         """In place: remove the attention of a block and all hidden nodes but `kept`."""
 
-    def fuse(self, model: nn.Module, impl: Impl) -> None:
-        """In place: compute with dcvit's ops what they can compute of blocks that stay whole, and choose their
-        implementation. Outputs change by rounding, names and weights not at all.
+    def fuse(self, model: nn.Module) -> None:
+        """In place: compute with dcvit's ops what they can compute of blocks that stay whole.
+
+        Outputs change by rounding, names and weights not at all.
         """
 
     def drop_block(self, model: nn.Module, block: int) -> None:

@@ -261,14 +261,11 @@ class VisionTransformerAdapter:
         _keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
         model.blocks[block] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
 
-    def fuse(self, model: TimmModule, impl: Impl) -> None:
+    def fuse(self, model: TimmModule) -> None:
         """See `ModelAdapter.fuse`."""
         for i, block in enumerate(model.blocks):
             if type(block) is Block and not block._forward_hooks and not block._forward_pre_hooks:
                 model.blocks[i] = WholeBlock(block)
-        for module in model.modules():
-            if isinstance(module, MlpHalf):
-                module.impl = impl
 
     def drop_block(self, model: TimmModule, block: int) -> None:
         """See `ModelAdapter.drop_block`."""

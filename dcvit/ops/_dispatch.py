@@ -194,6 +194,7 @@ def triton(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation
     """The launcher in `dcvit/kernels` behind the overload `op`."""
     module = f"dcvit.kernels.{op._schema.name.removeprefix('dcvit::')}"
 
+    @_constant_in_graphs
     def missing() -> str | None:
         if not _exists("triton"):
             return "Triton is not installed (pip install triton)"
@@ -201,7 +202,7 @@ def triton(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation
             return f"{module} is not part of this installation"
         return None
 
-    return Implementation(op, "cuda", dtypes, missing=_constant_in_graphs(missing), **limit)
+    return Implementation(op, "cuda", dtypes, missing=missing, **limit)
 
 
 def _missing_kernel(op: OpOverload, key: str) -> Callable[[], str | None]:
