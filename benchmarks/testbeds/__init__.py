@@ -1,0 +1,12 @@
+"""Test beds: a pretrained model, few-shot images and held-out images each, and how close a student comes.
+
+bed = dinov2(seed=0)
+result = dcvit.compress(bed.model, bed.images, dcvit.Budget(macs=0.75))
+measure(bed, result.model)
+"""
+
+from benchmarks.testbeds.bed import TestBed
+from benchmarks.testbeds.beds import dinov2
+from benchmarks.testbeds.measures import Measures, measure
+
+__all__ = ["Measures", "TestBed", "dinov2", "measure"]

@@ -1,0 +1,58 @@
+"""What a test bed is."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dcvit.models import adapter_for
+
+__all__ = ["TestBed", "output_tokens"]
+
+
+@dataclass(frozen=True, eq=False)
+class TestBed:
+    """A pretrained model, few-shot images to compress it with, and held-out images to judge the result on.
+
+    Attributes:
+        name: For tables.
+        model: The original, frozen and in evaluation mode.
+        images: The few-shot set, normalised, `[N, C, H, W]`.
+        held_out: Normalised, `[M, C, H, W]`, the same for every seed.
+        labels: Class of each held-out image, `[M]`; `None` where there is none.
+        probe: From pooled features `[B, D]` to class logits, fitted on the original and frozen, for a model without
+            a head; else `None`.
+    """
+
+    __test__: ClassVar[bool] = False  # no test class, whatever pytest makes of the name
+
+    name: str
+    model: nn.Module
+    images: Tensor
+    held_out: Tensor
+    labels: Tensor | None = None
+    probe: nn.Module | None = None
+
+    @cached_property
+    def teacher_tokens(self) -> Tensor:
+        """The original's output tokens on the held-out images, `[M, T, D]`, computed once."""
+        return output_tokens(self.model, self.held_out)
+
+    @torch.no_grad()
+    def predictions(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Most likely class `[M]` from a model's output tokens `[M, T, D]`, through its head or the probe."""
+        adapter = adapter_for(model)
+        tokens = tokens.to(next(model.parameters()).device)
+        if self.probe is None:
+            return adapter.logits(model, tokens).argmax(-1).cpu()
+        return self.probe(adapter.features(model, tokens).cpu()).argmax(-1)
+
+
+@torch.no_grad()
+def output_tokens(model: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
+    """A model's output tokens after the final norm, `[M, T, D]` on the CPU, for images `[M, C, H, W]`."""
+    device = next(model.parameters()).device
+    tokens = adapter_for(model).tokens
+    return torch.cat([tokens(model, batch.to(device)).cpu() for batch in images.split(batch_size)])

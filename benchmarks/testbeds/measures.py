@@ -1,0 +1,59 @@
+"""How close a student is to a test bed's model, on the held-out images."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.testbeds.bed import TestBed, output_tokens
+
+__all__ = ["Measures", "measure"]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """A student against its teacher.
+
+    Attributes:
+        error: r = ‖s − t‖² / ‖t − mean(t)‖² over all output tokens; 0 is exact, 1 is as good as a constant.
+        agreement: Share of images for which both name the same class.
+        top1: Share of images whose class is named rightly; `None` without labels.
+        cosine_class: Mean cosine similarity of the class token.
+        cosine_patch: Mean cosine similarity of the patch tokens.
+    """
+
+    error: float
+    agreement: float
+    top1: float | None
+    cosine_class: float
+    cosine_patch: float
+
+
+def measure(bed: TestBed, student: nn.Module) -> Measures:
+    """Compare a student with a bed's model on the bed's held-out images.
+
+    Args:
+        bed: The test bed; its model has one class token in front.
+        student: In evaluation mode, with the same output tokens.
+    """
+    teacher_tokens = bed.teacher_tokens
+    student_tokens = output_tokens(student, bed.held_out)
+    named = bed.predictions(student, student_tokens)
+    agreed = named == bed.predictions(bed.model, teacher_tokens)
+    cosine = F.cosine_similarity(student_tokens, teacher_tokens, dim=-1).double()
+    return Measures(
+        error=relative_error(student_tokens, teacher_tokens),
+        agreement=float(agreed.double().mean()),
+        top1=None if bed.labels is None else float((named == bed.labels).double().mean()),
+        cosine_class=float(cosine[:, 0].mean()),
+        cosine_patch=float(cosine[:, 1:].mean()),
+    )
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> float:
+    """‖s − t‖² / ‖t − mean(t)‖² of tokens `[M, T, D]`, mean(t) over images and tokens, summed in float64."""
+    mean = teacher.mean((0, 1), dtype=torch.float64)
+    missed = sum(float((s.double() - t.double()).square().sum()) for s, t in zip(student, teacher, strict=True))
+    spread = sum(float((t.double() - mean).square().sum()) for t in teacher)
+    return missed / spread
