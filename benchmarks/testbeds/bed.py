@@ -47,7 +47,8 @@ class TestBed:
         tokens = tokens.to(next(model.parameters()).device)
         if self.probe is None:
             return adapter.logits(model, tokens).argmax(-1).cpu()
-        return self.probe(adapter.features(model, tokens).cpu()).argmax(-1)
+        logits: Tensor = self.probe(adapter.features(model, tokens).cpu())
+        return logits.argmax(-1)
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from benchmarks.testbeds import dinov2_weights
 from benchmarks.testbeds.bed import TestBed, output_tokens
 from benchmarks.testbeds.cache import cache_folder, fingerprint, writing
-from benchmarks.testbeds.crops import COLOUR, GREY, HELD_OUT_SHARE, SIDE, crops, normalised
-from dcvit.models import adapter_for
+from benchmarks.testbeds.crops import HELD_OUT_SHARE, PHOTOGRAPHS, SIDE, crops, normalised
+from dcvit.compression import freeze
+from dcvit.demo import load_digits
+from dcvit.models import DEMO_MODEL, adapter_for, load_model
 from dcvit.seeding import derive_seed
 
-__all__ = ["dinov2"]
+__all__ = ["digits", "dinov2", "photographs"]
 
-PHOTOGRAPHS = COLOUR + GREY
 NUM_HELD_OUT = 200
 HELD_OUT_SEED = 0
 
@@ -22,6 +23,40 @@ NUM_PROBE = 30 * len(PHOTOGRAPHS)
 
 PROBE_SEED = derive_seed(0, "probe")
 """Of 63 bits, so that no few-shot set has it by chance."""
+
+
+def digits(seed: int, num_images: int = 50) -> TestBed:
+    """The embedded ViT on scikit-learn's digits: 8 blocks, 8 px, top-1 on the 797 digits held out.
+
+    Args:
+        seed: Draws the few-shot set.
+        num_images: Its size.
+
+    Raises:
+        DcvitError: If there are not that many digits, or scikit-learn is not installed.
+    """
+    data = load_digits()
+    images = data.few_shot(num_images, seed)
+    return TestBed("digits", freeze(load_model(DEMO_MODEL)), images, data.test_images, data.test_labels)
+
+
+def photographs(seed: int, num_images: int = 50) -> TestBed:
+    """A small ViT that tells from a crop of 64 px which of 18 photographs it is of.
+
+    Few-shot and held-out images are crops of separate regions. The first call trains the model for a few minutes and
+    caches it (`python -m benchmarks.testbeds.train_photographs`).
+
+    Args:
+        seed: Draws the few-shot set.
+        num_images: Its size.
+
+    Raises:
+        DcvitError: If there are to be no images, or the photographs cannot be had.
+    """
+    # Here, because Python warns when a package has already imported the module that it is told to run.
+    from benchmarks.testbeds.train_photographs import IMAGE_SIZE, trained_model
+
+    return _on_photographs("photographs", freeze(trained_model()), IMAGE_SIZE, seed, num_images)
 
 
 def dinov2(seed: int, num_images: int = 50, image_size: int = 112) -> TestBed:
@@ -40,16 +75,16 @@ def dinov2(seed: int, num_images: int = 50, image_size: int = 112) -> TestBed:
         DcvitError: If an argument does not fit, or the weights or photographs cannot be had.
     """
     model = dinov2_weights.backbone(image_size)
+    return _on_photographs(f"dinov2-{image_size}", model, image_size, seed, num_images, probe=_probe(model, image_size))
+
+
+def _on_photographs(
+    name: str, model: nn.Module, image_size: int, seed: int, num_images: int, probe: nn.Module | None = None
+) -> TestBed:
     few_shot = crops(PHOTOGRAPHS, "few-shot", num_images, image_size, seed)
     held_out = crops(PHOTOGRAPHS, "held-out", NUM_HELD_OUT, image_size, HELD_OUT_SEED)
-    return TestBed(
-        name=f"dinov2-{image_size}",
-        model=model,
-        images=normalised(few_shot.pixels, model),
-        held_out=normalised(held_out.pixels, model),
-        labels=held_out.labels,
-        probe=_probe(model, image_size),
-    )
+    images, held_out_images = normalised(few_shot.pixels, model), normalised(held_out.pixels, model)
+    return TestBed(name, model, images, held_out_images, held_out.labels, probe)
 
 
 def _probe(model: nn.Module, image_size: int) -> nn.Module:
@@ -63,7 +98,8 @@ def _probe(model: nn.Module, image_size: int) -> nn.Module:
         with writing(path) as temporary:
             save_file(_logistic_regression(features, training.labels), temporary)
     weights = load_file(path)
-    probe = nn.Linear(*reversed(weights["weight"].shape))
+    num_classes, width = weights["weight"].shape
+    probe = nn.Linear(width, num_classes)
     probe.load_state_dict(weights)
     return probe.requires_grad_(False).eval()
 

@@ -18,7 +18,7 @@ from dcvit.errors import DcvitError
 from dcvit.models.loading import preprocessing
 from dcvit.seeding import seeded
 
-__all__ = ["COLOUR", "GREY", "Crops", "Region", "crops", "load_photograph", "normalised"]
+__all__ = ["COLOUR", "GREY", "PHOTOGRAPHS", "Crops", "Region", "crops", "load_photograph", "normalised"]
 
 COLOUR = (
     "astronaut",
@@ -35,6 +35,7 @@ COLOUR = (
 """Names in `skimage.data`, and of the files of `sklearn.datasets.load_sample_image`."""
 
 GREY = ("brick", "camera", "coins", "grass", "gravel", "moon", "page", "text")
+PHOTOGRAPHS = COLOUR + GREY
 
 HELD_OUT_SHARE = 0.4
 """Of a photograph's width."""
@@ -100,7 +101,7 @@ def _box(width: int, height: int, region: Region, x: float, y: float, scale: flo
     return left, top, left + side, top + side
 
 
-@lru_cache(maxsize=len(COLOUR + GREY))
+@lru_cache(maxsize=len(PHOTOGRAPHS))
 def load_photograph(name: str) -> Image.Image:
     """A photograph of `COLOUR` or `GREY` in RGB, from an installed package.
 

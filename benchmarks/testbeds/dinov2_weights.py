@@ -105,7 +105,7 @@ def read_onnx() -> Any:
 
 
 def convert(onnx_model: Any) -> dict[str, Tensor]:
-    """timm's state dict, with position embeddings `[1, 1 + 37·37, 384]` of the pretraining's 518 px."""
+    """The state dict under timm's names, with position embeddings `[1, 1 + 37·37, 384]` of the pretraining's 518 px."""
     from onnx import numpy_helper
 
     stored = {tensor.name: tensor for tensor in onnx_model.graph.initializer}
