@@ -37,6 +37,18 @@ class ModelAdapter(Protocol):
     def tokens(self, model: nn.Module, images: Tensor) -> Tensor:
         """Output tokens `[B, N, D]` after the final norm, for images `[B, C, H, W]`."""
 
+    def embed(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Tokens `[B, N, D]` that the first block takes, for images `[B, C, H, W]`."""
+
+    def run_blocks(self, model: nn.Module, tokens: Tensor, first: int, stop: int) -> Tensor:
+        """Tokens `[B, N, D]` through the blocks `first` to `stop - 1`."""
+
+    def final_norm(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Output tokens from those of the last block, `[B, N, D]`.
+
+        `tokens` is `embed`, `run_blocks` over all blocks and `final_norm`, so that a part of it can be run alone.
+        """
+
     def num_classes(self, model: nn.Module) -> int:
         """Classes of the head, 0 for a backbone."""
 

@@ -215,6 +215,18 @@ class VisionTransformerAdapter:
         """See `ModelAdapter.tokens`."""
         return model.forward_features(images)
 
+    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
+        """See `ModelAdapter.embed`."""
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    def run_blocks(self, model: TimmModule, tokens: Tensor, first: int, stop: int) -> Tensor:
+        """See `ModelAdapter.run_blocks`."""
+        return model.blocks[first:stop](tokens)
+
+    def final_norm(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.final_norm`."""
+        return model.norm(tokens)
+
     def num_classes(self, model: TimmModule) -> int:
         """See `ModelAdapter.num_classes`."""
         return int(model.num_classes)
