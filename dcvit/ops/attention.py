@@ -51,7 +51,7 @@ def attention(qkv: Tensor, *, impl: Impl = "auto") -> Tensor:
 
 
 def eager(qkv: Tensor) -> Tensor:
-    """The op in plain torch."""
+    """The op in plain torch, whose fused attention on the CPU has no second derivative; its "math" backend has one."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
