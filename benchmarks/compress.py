@@ -41,7 +41,7 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print times, ratios and profile."""
     parser = argparse.ArgumentParser("python -m benchmarks compress", description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=20, help="pairs; 6 are the fewest that give an interval")
+    parser.add_argument("--runs", type=int, default=16, help="pairs; 6 are the fewest that give an interval")
     parser.add_argument("--threads", type=int, default=1, help="one is what the demonstration takes")
     parser.add_argument("--epochs", type=int, help="of a recovery; a quarter of the demonstration's if not given")
     parser.add_argument("--macs", type=float, default=0.75, help="budget, as a share of the model")
