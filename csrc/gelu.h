@@ -3,9 +3,8 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
+#include "exp.h"
 #include "portable.h"
 
 namespace dcvit {
@@ -21,32 +20,6 @@ struct Normal {
   T cdf;
   T bell;  // exp(-u^2 / 2)
 };
-
-// exp(x) for x in [-87, 0], to 1e-7 relative, without a branch, so that loops over it become vector code.
-DCVIT_HD float exp_nonpositive(float x) {
-#if defined(__CUDA_ARCH__)
-  return ::expf(x);
-#else
-  // exp(x) = 2^n exp(r) with |r| <= log(2) / 2. Adding 1.5 * 2^23 leaves n in the low bits.
-  const float shifted = x * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  float power = 1.0f / 5040.0f;
-  power = power * r + 1.0f / 720.0f;
-  power = power * r + 1.0f / 120.0f;
-  power = power * r + 1.0f / 24.0f;
-  power = power * r + 1.0f / 6.0f;
-  power = power * r + 0.5f;
-  power = power * r + 1.0f;
-  power = power * r + 1.0f;
-  uint32_t bits, exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  std::memcpy(&bits, &power, sizeof bits);
-  bits += exponent << 23;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
-#endif
-}
 
 // Phi(-t) exp(t^2 / 2) is smooth and positive for t >= 0. Its rational minimax fit of degrees 4 and 5 on [0, 14] is off
 // by 6e-9 relative; all coefficients are positive, so nothing cancels. The tail is not 1 minus something near 1.

@@ -161,7 +161,7 @@ class CompressionConfig:
         metric_set: What blocks are ranked on: synthesised images, or the few-shot images (an ablation).
         progressive: Compress block by block, best first, or all at once with the same number of epochs (an ablation).
         seed: Seeds everything that is random.
-        impl: Which implementation of the three ops runs, see `dcvit.ops`.
+        impl: Which implementation of the ops runs, see `dcvit.ops`.
     """
 
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)

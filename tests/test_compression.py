@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dcvit
 from dcvit.compression import fuse
 from dcvit.models import MlpHalf, adapter_for, vision_transformer
+from dcvit.ops import attention
 from tests.conftest import QUICK
 from tests.variants import Variant
 
@@ -83,6 +84,35 @@ def test_whole_blocks_run_the_op_unless_someone_listens(model: nn.Module, images
     assert ran == ["auto"] * (len(fused.blocks) - 2), "blocks 1 and 2 keep their modules"
     assert calls == [1]
     assert fuse(model, "eager") is model
+
+
+def test_whole_blocks_run_the_attention_op_unless_something_is_between(model: nn.Module, images: Tensor) -> None:
+    calls: list[int] = []
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda *_: calls.append(1))
+    model.blocks[2].attn.register_forward_pre_hook(lambda *_: calls.append(2))
+    model.blocks[3].attn.q_norm = nn.LayerNorm(model.blocks[3].attn.head_dim)
+    fused = fuse(model, "auto")
+    ran: list[str] = []
+
+    def counted(qkv: Tensor, *, impl: Any) -> Tensor:
+        ran.append(impl)
+        return attention(qkv, impl=impl)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(vision_transformer, "attention", counted)
+        for module in [*model.modules(), *fused.modules()]:
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # which calls attn_drop
+        torch.testing.assert_close(fused(images), model(images))
+        assert ran == ["auto"] * (len(fused.blocks) - 3), "blocks 1 to 3 keep their modules"
+        assert calls == [1, 2] * 2
+        ran.clear()
+        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+        fused.blocks[0](torch.randn(2, 1, model.embed_dim), attn_mask=mask)
+        assert not ran, "the op takes no mask"
+        fused.blocks[0].attn.attn_drop.p = 0.5
+        fused.blocks[0].train()(torch.randn(2, 5, model.embed_dim))
+        assert not ran, "the op has no dropout"
 
 
 def test_the_callers_model_and_random_state_are_untouched(model: nn.Module, images: Tensor) -> None:

@@ -82,7 +82,7 @@ using torch::stable::Tensor;
 
 // The shortest way that the stable ABI has: a small op makes several tensors in each call.
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = {}) {
-  constexpr size_t kMaxDim = 4;
+  constexpr size_t kMaxDim = 5;
   STD_TORCH_CHECK(sizes.size() <= kMaxDim, "make: expected at most ", kMaxDim, " dimensions, got ", sizes.size());
   int64_t strides[kMaxDim], stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
-from dcvit.ops import Impl, dropped_mlp
+from dcvit.ops import Impl, attention, dropped_mlp
 from dcvit.seeding import seeded
 
 __all__ = ["ARCHITECTURE", "CompressedBlock", "DroppedBlock", "VisionTransformerAdapter", "create_vision_transformer"]
@@ -72,6 +72,10 @@ _MLPS: dict[str, Any] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPa
 
 _STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
 """Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
+
+
+_INSIDE_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
+"""Parts of timm's `Attention` that `dcvit.ops.attention` leaves out, because they do nothing."""
 
 
 class MlpHalf(nn.Module):
@@ -155,7 +159,7 @@ class CompressedBlock(MlpHalf):
 
 
 class WholeBlock(MlpHalf):
-    """timm's `Block`, computed with the fused MLP while a model is compressed; no finished model holds one.
+    """timm's `Block`, computed with dcvit's ops while a model is compressed; no finished model holds one.
 
     Args:
         block: A timm `Block`; taken over, not copied.
@@ -165,9 +169,29 @@ class WholeBlock(MlpHalf):
         super().__init__(block)
         self.norm1, self.attn, self.ls1, self.drop_path1 = block.norm1, block.attn, block.ls1, block.drop_path1
 
-    def forward(self, x: Tensor, **attention: Any) -> Tensor:
+    def forward(self, x: Tensor, **masks: Any) -> Tensor:
         """Tokens `[B, N, D]` to `[B, N, D]`; what timm's `Attention` takes goes to it."""
-        return self.mlp_half(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **attention))))
+        attn: TimmModule = self._modules["attn"]
+        normed = self.norm1(x)
+        if self._plain(attn) and not any(mask is not None and mask is not False for mask in masks.values()):
+            qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+            # An explicit choice is of the MLPs: which heads the attention takes depends on the model.
+            mixed = attn.proj(attention(qkv, impl="eager" if self.impl == "eager" else "auto"))
+        else:
+            mixed = attn(normed, **masks)
+        return self.mlp_half(x + self.drop_path1(self.ls1(mixed)))
+
+    def _plain(self, attn: TimmModule) -> bool:
+        """Whether attention is no more than qkv, softmax and proj: no hooks between, nothing random active."""
+        parts: dict[str, TimmModule] = attn._modules
+        return (
+            type(attn) is Attention
+            and type(parts["q_norm"]) is type(parts["k_norm"]) is type(parts["norm"]) is nn.Identity
+            and parts.get("gate") is None
+            and not (attn._forward_hooks or attn._forward_pre_hooks)
+            and not any(parts[name]._forward_hooks or parts[name]._forward_pre_hooks for name in _INSIDE_ATTENTION)
+            and not (self.training and (parts["attn_drop"].p > 0 or parts["proj_drop"].p > 0))
+        )
 
 
 class DroppedBlock(nn.Identity):

@@ -278,7 +278,7 @@ def availability(implementations: Mapping[str, Mapping[str, Implementation]]) ->
     """
     reasons: dict[str, str | None] = {"eager": None}
     for name in ("cpp", "cuda", "triton"):
-        tables = [table[name] for table in implementations.values()]
+        tables = [table[name] for table in implementations.values() if name in table]
         problems = [table.missing() for table in tables]
         if all(problems):
             reasons[name] = problems[0]

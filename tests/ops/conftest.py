@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if argument is None:
         return
     rows = []
-    for name in matrix.NAMES:
+    for name in matrix.names(metafunc.cls):
         if name == "eager" and argument == "kernel":
             continue
         found, problem = matrix.implementation(metafunc.cls, name)

@@ -205,6 +205,13 @@ class DifferentiableMatrix(OpMatrix):
             torch.autograd.grad(gradient.sum(), first)
 
 
+def names(matrix: type[OpMatrix]) -> list[str]:
+    """Those of `NAMES` that the op has."""
+    backend = {"cpp": "cpp", "host": "cuda", "cuda": "cuda", "interpreted": "triton", "triton": "triton"}
+    table = matrix.module().IMPLEMENTATIONS
+    return [name for name in NAMES if name not in backend or backend[name] in table]
+
+
 def implementation(matrix: type[OpMatrix], name: str) -> tuple[_dispatch.Implementation | None, str | None]:
     """What `name` stands for in the op's table, `None` for eager, and why it cannot be tested here."""
     table = matrix.module().IMPLEMENTATIONS

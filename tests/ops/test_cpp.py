@@ -5,6 +5,7 @@ from typing import Any
 
 import matrix
 import pytest
+import test_attention
 import test_dropped_mlp
 import test_mimic_loss
 import test_synthesis_step
@@ -15,6 +16,7 @@ CASES: dict[str, tuple[type[matrix.OpMatrix], Callable[[], matrix.Inputs]]] = {
     # More rows than a block, and than the backward takes in a pass, and the last block is shorter.
     "dropped_mlp": (test_dropped_mlp.TestMatrix, lambda: test_dropped_mlp.make(2567, width=8, hidden=40, kept=33)),
     "dropped_mlp, whole": (test_dropped_mlp.TestMatrix, lambda: test_dropped_mlp.make(2567, width=8, kept=None)),
+    "attention": (test_attention.TestMatrix, lambda: test_attention.make(37, 19, 3, 16)),
     "mimic_loss": (test_mimic_loss.TestMatrix, lambda: test_mimic_loss.make(2, 7, 197, 129, weight="drawn")),
     "tv_prior": (test_tv_prior.TestMatrix, lambda: test_tv_prior.make(5, 3, 97, 131)),
     "synthesis_step": (test_synthesis_step.TestMatrix, lambda: test_synthesis_step.make(5, 3, 97, 131)),
@@ -56,7 +58,7 @@ def test_the_same_from_run_to_run(name: str) -> None:
         assert torch.equal(value, second[key]), key
 
 
-@pytest.mark.parametrize("name", ["mimic_loss", "tv_prior", "synthesis_step"])
+@pytest.mark.parametrize("name", ["attention", "mimic_loss", "tv_prior", "synthesis_step"])
 def test_the_same_for_any_number_of_threads(name: str) -> None:
     """The sums are over parts that depend on the shape alone; of matrix products that is the BLAS's business."""
     _, _, one = results(name, 1)

@@ -1,0 +1,24 @@
+"""What the benchmarks conclude from their figures."""
+
+import pytest
+
+from benchmarks.compress import median_interval, verdict
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, None), (5, None), (6, (1, 6)), (9, (2, 8)), (20, (6, 15))])
+def test_interval_of_a_median_is_that_of_the_tables(count: int, expected: tuple[int, int] | None) -> None:
+    """Ranks for 95 %, as tables of the sign test list them."""
+    assert median_interval([float(i) for i in range(count, 0, -1)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([1.25] * 5 + [1.5], "1.250, 95 % interval [1.250, 1.500]: faster"),
+        ([0.5] * 6, "0.500, 95 % interval [0.500, 0.500]: slower"),
+        ([0.5, 1.5] * 3, "1.000, 95 % interval [0.500, 1.500]: no difference shown"),
+        ([2.0] * 5, "2.000, too few pairs for an interval"),
+    ],
+)
+def test_verdict_says_whether_one_is_excluded(ratios: list[float], expected: str) -> None:
+    assert verdict(ratios) == expected
