@@ -2,9 +2,10 @@
 
 from dcvit._version import __version__
 from dcvit.compression import compress
-from dcvit.config import AugmentationConfig, CompressionConfig, RecoveryConfig, SynthesisConfig
+from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.errors import BudgetError, DcvitError, ImagesError, SaveFolderError, UnsupportedModelError
 from dcvit.images import FewShotImages, load_images
+from dcvit.metric import Metric
 from dcvit.planning import Budget, Plan, plan
 from dcvit.ranking import Ranking, rank
 from dcvit.recovery import Recovery, recover
@@ -20,11 +21,13 @@ __all__ = [
     "DcvitError",
     "FewShotImages",
     "ImagesError",
+    "Metric",
     "MetricSet",
+    "MimickingConfig",
     "Plan",
     "Ranking",
+    "ReconstructionConfig",
     "Recovery",
-    "RecoveryConfig",
     "Report",
     "SaveFolderError",
     "SynthesisConfig",

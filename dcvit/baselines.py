@@ -53,18 +53,18 @@ def block_dropping(
         teacher: The original, frozen.
         images: The few-shot set.
         num_blocks: How many blocks go.
-        config: Candidates, recovery and seed; the rest is not used.
+        config: Candidates, mimicking and seed; the rest is not used.
         progress: Told after each epoch.
     """
     candidates = choose_candidates(require_supported(teacher).cost(teacher), config.candidates)
     seed, impl = config.seed, config.impl
-    if config.recovery.learning_rate == "auto":
+    if config.mimicking.learning_rate == "auto":
         block = candidates[len(candidates) // 2]
         rate = find_learning_rate(
-            drop_block(teacher, block), teacher, images, [block], config.recovery,
+            drop_block(teacher, block), teacher, images, [block], config.mimicking,
             seed=derive_seed(seed, "learning rate"), impl=impl, progress=progress,
         )  # fmt: skip
-        config = replace(config, recovery=replace(config.recovery, learning_rate=rate))
+        config = replace(config, recovery=replace(config.mimicking, learning_rate=rate))
     trials, _ = run_trials(
         teacher,
         images,
@@ -81,7 +81,7 @@ def block_dropping(
         teacher,
         images,
         blocks,
-        replace(config.recovery, epochs=config.recovery.epochs * num_blocks),
+        replace(config.mimicking, epochs=config.mimicking.epochs * num_blocks),
         seed=derive_seed(seed, "step", num_blocks),
         impl=impl,
         progress=progress,

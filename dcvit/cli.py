@@ -16,10 +16,18 @@ from torchvision.utils import save_image
 from dcvit import ops
 from dcvit._version import __version__
 from dcvit.compression import compress, freeze
-from dcvit.config import CompressionConfig, SynthesisConfig
+from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.costs import MAC_CONVENTIONS
 from dcvit.demo import load_digits
-from dcvit.demo.comparison import BLOCK_DROPPING, DEMO_CONFIG, NUM_DROPPED, THIS_METHOD, Comparison, compare
+from dcvit.demo.comparison import (
+    BLOCK_DROPPING,
+    DEMO_CONFIG,
+    NUM_DROPPED,
+    PUBLISHED_DEMO_CONFIG,
+    THIS_METHOD,
+    Comparison,
+    compare,
+)
 from dcvit.errors import DcvitError, ImagesError, SaveFolderError
 from dcvit.evaluation import agreement, measure_latency, top1
 from dcvit.images import FewShotImages, image_files, load_images
@@ -107,7 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1, print mean ± std")
     demo.add_argument("--num-images", type=int, default=50, metavar="N", help="unlabelled images")
-    demo.add_argument("--epochs", type=int, default=DEMO_CONFIG.recovery.epochs, help="of each recovery, both methods")
+    demo.add_argument(
+        "--epochs",
+        type=int,
+        default=PUBLISHED_DEMO_CONFIG.mimicking.epochs,
+        help="of each recovery of block dropping and of the published procedure",
+    )
     demo.add_argument(
         "--drop", type=int, default=NUM_DROPPED, metavar="N", help="whole blocks that block dropping takes"
     )
@@ -136,10 +149,16 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the published settings (2000 epochs a trial), before the options below",
     )
-    compress_.add_argument("--epochs", type=int, help="of each trial and each step")
-    compress_.add_argument("--learning-rate", type=float, metavar="RATE", help="peak; found automatically if not given")
     compress_.add_argument(
-        "--closed-form", action=argparse.BooleanOptionalAction, help="ridge regression before the gradient steps"
+        "--recovery",
+        choices=("reconstruction", "mimicking"),
+        help="block by block (default), or by mimicking the output tokens as published (--paper's)",
+    )
+    compress_.add_argument(
+        "--epochs", type=int, help="gradient steps: of each chosen block; mimicking, of each trial and each step"
+    )
+    compress_.add_argument(
+        "--learning-rate", type=float, metavar="RATE", help="peak, of mimicking; found automatically if not given"
     )
     compress_.add_argument("--synthesis-iterations", type=int, metavar="N", help="for the metric set")
     compress_.add_argument("--synthesis-images", type=int, metavar="N", help="in the metric set")
@@ -291,14 +310,15 @@ def _demo(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
     if arguments.seeds < 1:
         raise DcvitError(f"--seeds {arguments.seeds}: expected 1 or more.")
     torch.set_num_threads(1)  # a second one saves this small model next to nothing, and costs much on a busy machine
-    config = replace(DEMO_CONFIG, impl=arguments.impl, recovery=replace(DEMO_CONFIG.recovery, epochs=arguments.epochs))
+    mimicking = replace(PUBLISHED_DEMO_CONFIG.mimicking, epochs=arguments.epochs)
     comparison: Comparison = compare(
         load_model("demo"),
         load_digits(),
         range(arguments.seeds),
         num_images=arguments.num_images,
         num_dropped=arguments.drop,
-        config=config,
+        config=replace(DEMO_CONFIG, impl=arguments.impl),
+        published=replace(PUBLISHED_DEMO_CONFIG, recovery=mimicking),
         progress=progress,
     )
     values = comparison.to_dict()
@@ -343,12 +363,7 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     budget = Budget(macs=arguments.macs, params=arguments.params, convention=arguments.convention)
     config = CompressionConfig.paper() if arguments.paper else CompressionConfig()
     config = config.with_(
-        recovery=_changed(
-            config.recovery,
-            epochs=arguments.epochs,
-            learning_rate=arguments.learning_rate,
-            closed_form=arguments.closed_form,
-        ),
+        recovery=_recovery(arguments, config),
         synthesis=_changed(
             config.synthesis, iterations=arguments.synthesis_iterations, num_images=arguments.synthesis_images
         ),
@@ -371,6 +386,22 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     result = replace(result, report=report)
     result.save(arguments.out, overwrite=arguments.overwrite)
     return {**result.to_dict(), "out": str(arguments.out)}
+
+
+def _recovery(arguments: argparse.Namespace, config: CompressionConfig) -> ReconstructionConfig | MimickingConfig:
+    """The recovery that the options ask for, on top of a config's."""
+    kind = {"reconstruction": ReconstructionConfig, "mimicking": MimickingConfig, None: type(config.recovery)}
+    wanted = kind[arguments.recovery]
+    if arguments.paper and wanted is not MimickingConfig:
+        raise DcvitError("--recovery reconstruction: --paper recovers by mimicking; leave one of the two out.")
+    if arguments.learning_rate is not None and wanted is not MimickingConfig:
+        raise DcvitError(
+            f"--learning-rate {arguments.learning_rate:g}: it is mimicking's, and block reconstruction finds its own "
+            "step size; add --recovery mimicking, or leave it out."
+        )
+    recovery = config.recovery if isinstance(config.recovery, wanted) else wanted()
+    changed: ReconstructionConfig | MimickingConfig = _changed(recovery, epochs=arguments.epochs)
+    return changed if arguments.learning_rate is None else _changed(changed, learning_rate=arguments.learning_rate)
 
 
 def _default_digits(arguments: argparse.Namespace) -> int | None:

@@ -2,28 +2,42 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from dcvit.config import CompressionConfig
+from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.evaluation import agreement, measure_latency
 from dcvit.images import FewShotImages, Images, load_images
+from dcvit.metric import Metric
 from dcvit.models import adapter_for, load_model, require_supported
-from dcvit.ops import Impl
-from dcvit.planning import Budget, Plan, plan
+from dcvit.ops import Impl, mimic_loss
+from dcvit.planning import Budget, Plan, plan_options
 from dcvit.progress import Progress, silent
-from dcvit.ranking import Trial, rank
-from dcvit.recovery import Recovery, find_learning_rate, recover
+from dcvit.ranking import Trial, rank, rank_reconstructed
+from dcvit.reconstruction import (
+    Reconstruction,
+    Rows,
+    TeacherStates,
+    Views,
+    draw_views,
+    find_step_size,
+    reconstruct_block,
+)
+from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
+from dcvit.refinement import Refinement, num_steps, refine
 from dcvit.results import CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
-__all__ = ["compress", "compress_blocks", "freeze", "fuse"]
+__all__ = ["compress", "compress_blocks", "freeze", "fuse", "reconstruct_blocks"]
+
+HELD_OUT_VIEWS = 50
+"""Views of held-out images that the metric looks at."""
 
 
 def compress(
@@ -58,26 +72,149 @@ def compress(
     timer = _Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
-        chosen_plan = plan(original, budget, config)
+        plans = plan_options(original, budget, config)
         few_shot = load_images(images, original)
         teacher = fuse(original, config.impl)
     with timer("metric set"):
         if metric_set is None:
             metric_set = _metric_set(teacher, few_shot, config, progress)
+    procedure = _published if isinstance(config.recovery, MimickingConfig) else _reconstructed
+    outcome = procedure(teacher, few_shot, metric_set, plans, config, timer, progress)
+    with timer("report"):
+        student = adapter_for(outcome.student).rebuild(outcome.student).eval()
+        report = _report(model, original, student, few_shot, outcome, config)
+    return CompressionResult(student, outcome.plan, replace(report, seconds=timer.seconds))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a procedure arrives at."""
+
+    student: nn.Module
+    plan: Plan
+    trials: tuple[Trial, ...]
+    learning_rate: float
+    steps: tuple[Recovery, ...] = ()
+    reconstructions: tuple[Reconstruction, ...] = ()
+    refinement: Refinement | None = None
+
+
+def _published(
+    teacher: nn.Module,
+    images: FewShotImages,
+    metric_set: MetricSet,
+    plans: Sequence[Plan],
+    config: CompressionConfig,
+    timer: "_Timer",
+    progress: Progress,
+) -> _Outcome:
+    """The published procedure: mimicking after each cut, in the trials and block by block."""
+    chosen_plan = plans[0]
     with timer("learning rate"):
-        config = _resolve_learning_rate(teacher, few_shot, chosen_plan, config, progress)
+        config = _resolve_learning_rate(teacher, images, chosen_plan, config, progress)
     with timer("ranking"):
-        ranking = rank(teacher, few_shot, metric_set, chosen_plan, config, progress=progress)
+        metric = Metric(teacher, [metric_set.images], config.metric, config.mimicking.batch_size)
+        ranking = rank(teacher, images, metric, chosen_plan, config, progress=progress)
         blocks = ranking.blocks[: chosen_plan.num_blocks]
         chosen_plan = replace(chosen_plan, blocks=blocks, kept_nodes={b: ranking.kept_nodes[b] for b in blocks})
     with timer("compression"):
+        first = ranking.trials[0].recovery
+        assert first is not None
         student, steps = compress_blocks(
-            teacher, ranking.student, few_shot, chosen_plan, config, first=ranking.trials[0].recovery, progress=progress
+            teacher, ranking.student, images, chosen_plan, config, first=first, progress=progress
         )
-        student = adapter_for(student).rebuild(student).eval()
-    with timer("report"):
-        report = _report(model, original, student, few_shot, chosen_plan, config, ranking.trials, steps)
-    return CompressionResult(student, chosen_plan, replace(report, seconds=timer.seconds))
+    return _Outcome(student, chosen_plan, ranking.trials, steps[-1].learning_rate, steps=steps)
+
+
+def _reconstructed(
+    teacher: nn.Module,
+    images: FewShotImages,
+    metric_set: MetricSet,
+    plans: Sequence[Plan],
+    config: CompressionConfig,
+    timer: "_Timer",
+    progress: Progress,
+) -> _Outcome:
+    """Block reconstruction, in the trials and of the chosen blocks; then mimicking that cannot harm."""
+    recovery = config.reconstruction
+    steps = num_steps(teacher, recovery)
+    with timer("views"):
+        views = draw_views(teacher, images, recovery, config.seed)
+        states = TeacherStates(teacher, views, recovery.batch_size, keep_output=steps > 0)
+        image_sets = [metric_set.images]
+        if config.metric == "mimicking" and bool(views.held_out.any()):
+            image_sets.append(views.images[views.held_out][:HELD_OUT_VIEWS])
+        refines = steps > 0 and bool(views.held_out.any())
+        metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
+    with timer("ranking"):
+        step_size = _step_size(teacher, views, states, plans[0], config)
+        # Trials tell which number of blocks is best only if what they show is what comes out.
+        options = plans[:1] if refines else plans
+        chosen, trials = rank_reconstructed(
+            teacher, views, states, metric, options, config, step_size, progress=progress
+        )
+        blocks = tuple(trial.block for trial in trials[: chosen.num_blocks])
+    with timer("compression"):
+        student, kept, reconstructions = reconstruct_blocks(
+            teacher, views, states, dict.fromkeys(blocks, chosen.hidden_features), config, step_size,
+            refit=not refines, progress=progress,
+        )  # fmt: skip
+    refinement = None
+    if refines:
+        with timer("refinement"):
+            assert states.output is not None
+            refinement = refine(
+                student, views, states.output, blocks, recovery, steps,
+                seed=derive_seed(config.seed, "refinement"), impl=config.impl, progress=progress,
+            )  # fmt: skip
+    chosen = replace(chosen, blocks=blocks, kept_nodes={block: kept[block] for block in blocks})
+    return _Outcome(student, chosen, trials, step_size, reconstructions=reconstructions, refinement=refinement)
+
+
+def reconstruct_blocks(
+    teacher: nn.Module,
+    views: Views,
+    states: TeacherStates,
+    hidden_features: Mapping[int, int],
+    config: CompressionConfig,
+    step_size: float,
+    *,
+    refit: bool = True,
+    progress: Progress = silent,
+) -> tuple[nn.Module, dict[int, tuple[int, ...]], tuple[Reconstruction, ...]]:
+    """Compress blocks of a copy of the teacher, front to back, each on what the ones before it give.
+
+    Args:
+        teacher: The original, frozen.
+        views: The images that blocks are reconstructed on.
+        states: The teacher's tokens for them.
+        hidden_features: How many hidden nodes each block keeps, by block.
+        config: Its `recovery` must be a `ReconstructionConfig`.
+        step_size: Of the gradient steps.
+        refit: Learn from the held-out images too once they have judged; not if they are to judge again.
+        progress: Told after each block.
+
+    Returns:
+        The student, the hidden nodes kept in each block, and how each reconstruction went.
+    """
+    recovery = config.reconstruction
+    student = copy.deepcopy(teacher)
+    adapter = adapter_for(student)
+    batches = [adapter.embed(teacher, images) for images in views.images.split(recovery.batch_size)]
+    at, kept, reports = 0, {}, []
+    for done, block in enumerate(sorted(hidden_features), 1):
+        with torch.no_grad():
+            batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
+        at = block
+        rows = Rows(views.rows(torch.cat(batches)), states.before(block + 1), views.held_out_rows)
+        kept[block], report = reconstruct_block(
+            student, block, hidden_features[block], rows, recovery,
+            step_size=step_size, epochs=recovery.epochs, refit=refit,
+            seed=derive_seed(config.seed, "reconstruction", block), impl=config.impl,
+        )  # fmt: skip
+        reports.append(report)
+        progress("reconstruction", done, len(hidden_features), report.error_after)
+    return student, kept, tuple(reports)
 
 
 def compress_blocks(
@@ -105,7 +242,7 @@ def compress_blocks(
     Returns:
         The student, and the recovery of each step.
     """
-    blocks, kept, recovery = chosen_plan.blocks, chosen_plan.kept_nodes, config.recovery
+    blocks, kept, recovery = chosen_plan.blocks, chosen_plan.kept_nodes, config.mimicking
     if config.progressive:
         student, steps = first_student, [first]
         schedule = [blocks[: count + 1] for count in range(1, len(blocks))]
@@ -126,7 +263,6 @@ def compress_blocks(
                 images,
                 cut,
                 recovery,
-                new_blocks=new,
                 seed=derive_seed(config.seed, "step", done),
                 impl=config.impl,
                 progress=progress,
@@ -169,7 +305,7 @@ def _resolve_learning_rate(
     teacher: nn.Module, images: FewShotImages, chosen_plan: Plan, config: CompressionConfig, progress: Progress
 ) -> CompressionConfig:
     """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
-    if config.recovery.learning_rate != "auto":
+    if config.mimicking.learning_rate != "auto":
         return config
     block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
     kept = draw_kept_nodes(teacher, block, chosen_plan.hidden_features, config.seed)
@@ -179,12 +315,25 @@ def _resolve_learning_rate(
         teacher,
         images,
         [block],
-        config.recovery,
+        config.mimicking,
         seed=derive_seed(config.seed, "learning rate"),
         impl=config.impl,
         progress=progress,
     )
-    return replace(config, recovery=replace(config.recovery, learning_rate=rate))
+    return replace(config, recovery=replace(config.mimicking, learning_rate=rate))
+
+
+def _step_size(
+    teacher: nn.Module, views: Views, states: TeacherStates, chosen_plan: Plan, config: CompressionConfig
+) -> float:
+    """The step size of reconstruction, found on the middle candidate."""
+    recovery = config.reconstruction
+    block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
+    rows = Rows(states.before(block), states.before(block + 1), views.held_out_rows)
+    return find_step_size(
+        teacher, block, chosen_plan.hidden_features, rows, recovery,
+        seed=derive_seed(config.seed, "step size"), impl=config.impl,
+    )  # fmt: skip
 
 
 def _report(
@@ -192,16 +341,14 @@ def _report(
     teacher: nn.Module,
     student: nn.Module,
     images: FewShotImages,
-    chosen_plan: Plan,
+    outcome: _Outcome,
     config: CompressionConfig,
-    trials: tuple[Trial, ...],
-    steps: tuple[Recovery, ...],
 ) -> Report:
-    adapter = adapter_for(teacher)
-    latency = measure_latency({"teacher": teacher, "student": student}, images.normalised[: config.recovery.batch_size])
+    adapter, batch_size = adapter_for(teacher), config.recovery.batch_size
+    latency = measure_latency({"teacher": teacher, "student": student}, images.normalised[:batch_size])
     figures = {
         name: ModelFigures(
-            macs=(cost := adapter.cost(subject).total).macs(chosen_plan.budget.convention),
+            macs=(cost := adapter.cost(subject).total).macs(outcome.plan.budget.convention),
             params=cost.params,
             latency_ms=latency[name],
         )
@@ -213,10 +360,12 @@ def _report(
         student=figures["student"],
         num_images=len(images),
         agreement=agreement(student, teacher, images.normalised),
-        mimic_loss=steps[-1].loss_after,
-        learning_rate=steps[-1].learning_rate,
-        trials=trials,
-        steps=steps,
+        mimic_loss=float(mimic_loss(*(output_tokens(m, images.normalised, batch_size) for m in (student, teacher)))),
+        learning_rate=outcome.learning_rate,
+        trials=outcome.trials,
+        reconstructions=outcome.reconstructions,
+        refinement=outcome.refinement,
+        steps=outcome.steps,
         seed=config.seed,
     )
 

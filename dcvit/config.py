@@ -11,10 +11,13 @@ from typing import Any, Literal, get_args
 from dcvit.errors import DcvitError
 from dcvit.ops import Impl
 
-__all__ = ["AugmentationConfig", "CompressionConfig", "RecoveryConfig", "SynthesisConfig"]
+__all__ = ["AugmentationConfig", "CompressionConfig", "MimickingConfig", "ReconstructionConfig", "SynthesisConfig"]
 
 Tokens = Literal["all", "class"]
 Updated = Literal["front", "around", "all"]
+Nodes = Literal["greedy", "random"]
+Structure = Literal["searched", "fewest"]
+MetricKind = Literal["mimicking", "cross_entropy"]
 MetricSetSource = Literal["synthetic", "images"]
 
 
@@ -55,7 +58,64 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
-class RecoveryConfig:
+class ReconstructionConfig:
+    """Block reconstruction (`dcvit.reconstruction`): a compressed block learns alone what the teacher's block gives.
+
+    Attributes:
+        num_views: Images that blocks are reconstructed on: the few-shot images and random views of them. Never fewer
+            than the few-shot images.
+        num_rows: Tokens drawn from them, at least one from each; each is one equation.
+        nodes: Which hidden nodes a block keeps: those that explain the missing output best (`"greedy"`), or
+            `"random"` ones as published.
+        epochs: Of the gradient steps after the closed form, passes over the rows; 0 leaves it at the closed form.
+        trial_epochs: The same in a trial, which sees fewer rows.
+        step_sizes: Candidates of the gradient steps' size, as a share of a parameter tensor's root mean square; the
+            best on held-out images is taken.
+        batch_rows: Rows a gradient step.
+        refinement_steps: Gradient steps on the output tokens at the end (`dcvit.refinement`), at most; 0 leaves them
+            out.
+        refinement_macs: Multiply-accumulates that they may take together, so that a large model is not held up: they
+            gain least, and cost most, of all.
+        refinement_batch: Views a step.
+        augmentation: Random views; `None` leaves it at the few-shot images.
+        batch_size: Images a pass through a model.
+    """
+
+    num_views: int = 1000
+    num_rows: int = 32768
+    nodes: Nodes = "greedy"
+    epochs: int = 6
+    trial_epochs: int = 0
+    step_sizes: tuple[float, ...] = (0.01, 0.03, 0.1)
+    batch_rows: int = 256
+    refinement_steps: int = 1000
+    refinement_macs: float = 6e12
+    refinement_batch: int = 50
+    augmentation: AugmentationConfig | None = field(default_factory=AugmentationConfig)
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _check(self.num_views >= 1, "num_views", self.num_views, "1 or more")
+        _check(self.num_rows >= 1, "num_rows", self.num_rows, "1 or more")
+        _check_choice("nodes", self.nodes, Nodes)
+        _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        _check(self.trial_epochs >= 0, "trial_epochs", self.trial_epochs, "0 or more")
+        object.__setattr__(self, "step_sizes", tuple(self.step_sizes))
+        _check(
+            len(self.step_sizes) > 0 and min(self.step_sizes) > 0,
+            "step_sizes",
+            self.step_sizes,
+            "one or more positive floats",
+        )
+        _check(self.batch_rows >= 1, "batch_rows", self.batch_rows, "1 or more")
+        _check(self.refinement_steps >= 0, "refinement_steps", self.refinement_steps, "0 or more")
+        _check(self.refinement_macs >= 0, "refinement_macs", self.refinement_macs, "0 or more")
+        _check(self.refinement_batch >= 1, "refinement_batch", self.refinement_batch, "1 or more")
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class MimickingConfig:
     """Token mimicking (METHOD steps 2 and 5).
 
     Attributes:
@@ -70,8 +130,6 @@ class RecoveryConfig:
             compressed one. `"around"`: one block before the first compressed one to one after the last.
             `"all"`: everything but the head. The head, and what pools for it, is always frozen.
         augmentation: Random views; `None` shows the images as they are, and computes the teacher's tokens once.
-        closed_form: Fit the second MLP layer of a newly compressed block by ridge regression before the first gradient
-            step (`dcvit.closed_form`). Not part of the published method, and better.
     """
 
     epochs: int = 100
@@ -83,7 +141,6 @@ class RecoveryConfig:
     tokens: Tokens = "all"
     updated: Updated = "front"
     augmentation: AugmentationConfig | None = field(default_factory=AugmentationConfig)
-    closed_form: bool = True
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
@@ -125,11 +182,11 @@ class SynthesisConfig:
         l2_weight: Weight of the images' mean 2-norm.
     """
 
-    num_images: int = 50
-    iterations: int = 500
+    num_images: int = 16
+    iterations: int = 60
     learning_rate: float = 0.25
     betas: tuple[float, float] = (0.5, 0.9)
-    warmup_iterations: int = 25
+    warmup_iterations: int = 3
     jitter: float = 30 / 224
     flip: float = 0.5
     tv_exponent: float = 0.6
@@ -154,21 +211,30 @@ class CompressionConfig:
     """All of it.
 
     Attributes:
-        recovery: How students are recovered.
+        recovery: How cut students recover: block by block (`ReconstructionConfig`), or by mimicking the teacher's
+            output tokens as published (`MimickingConfig`).
         synthesis: How the metric set is made.
         candidates: Blocks that may be compressed, from 0; `None` is all but the first and the last.
-        num_blocks: k, if more blocks than the budget needs are to be compressed, each by less; `None` is the fewest.
+        num_blocks: k, if it is to be a certain number; the more blocks, the less each loses.
+        structure: k where `num_blocks` does not say: as few blocks as meet the budget, as published (`"fewest"`); or
+            (`"searched"`), where these would drop nearly all hidden nodes, one more if its trials promise less loss.
+            Not where refinement follows, which makes more of the fewest.
         metric_set: What blocks are ranked on: synthesised images, or the few-shot images (an ablation).
-        progressive: Compress block by block, best first, or all at once with the same number of epochs (an ablation).
+        metric: How a student is compared with its teacher on them, see `dcvit.metric`: by all output tokens
+            (`"mimicking"`), or by class distributions as published.
+        progressive: Of mimicking: compress block by block, best first, or all at once with the same number of epochs
+            (an ablation).
         seed: Seeds everything that is random.
         impl: Which implementation of the ops runs, see `dcvit.ops`.
     """
 
-    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    recovery: ReconstructionConfig | MimickingConfig = field(default_factory=ReconstructionConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     candidates: tuple[int, ...] | None = None
     num_blocks: int | None = None
+    structure: Structure = "searched"
     metric_set: MetricSetSource = "synthetic"
+    metric: MetricKind = "mimicking"
     progressive: bool = True
     seed: int = 0
     impl: Impl = "auto"
@@ -187,6 +253,14 @@ class CompressionConfig:
         _check(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", self.num_blocks, "1 or more, or None")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
         _check_choice("metric_set", self.metric_set, MetricSetSource)
+        _check_choice("structure", self.structure, Structure)
+        _check_choice("metric", self.metric, MetricKind)
+        _check(
+            isinstance(self.recovery, ReconstructionConfig | MimickingConfig),
+            "recovery",
+            self.recovery,
+            "a ReconstructionConfig or a MimickingConfig",
+        )
         _check_choice("impl", self.impl, Impl)
 
     @classmethod
@@ -199,7 +273,7 @@ class CompressionConfig:
             **changes: Fields to change, for example `seed=2021`.
         """
         return cls(
-            recovery=RecoveryConfig(
+            recovery=MimickingConfig(
                 epochs=2000,
                 learning_rate=3e-5,
                 weight_decay=1e-4,
@@ -208,7 +282,6 @@ class CompressionConfig:
                 tokens="all",
                 updated="front",
                 augmentation=AugmentationConfig(),
-                closed_form=False,
             ),
             synthesis=SynthesisConfig(
                 num_images=50,
@@ -222,9 +295,33 @@ class CompressionConfig:
                 tv_weight=1e-4,
                 l2_weight=1e-5,
             ),
+            structure="fewest",
             metric_set="synthetic",
+            metric="cross_entropy",
             progressive=True,
         ).with_(**changes)
+
+    @property
+    def reconstruction(self) -> ReconstructionConfig:
+        """`recovery`, where it is block reconstruction.
+
+        Raises:
+            DcvitError: Where it is not.
+        """
+        if isinstance(self.recovery, ReconstructionConfig):
+            return self.recovery
+        raise DcvitError(f"recovery={self.recovery!r}: this needs block reconstruction, pass ReconstructionConfig().")
+
+    @property
+    def mimicking(self) -> MimickingConfig:
+        """`recovery`, where it is mimicking.
+
+        Raises:
+            DcvitError: Where it is not.
+        """
+        if isinstance(self.recovery, MimickingConfig):
+            return self.recovery
+        raise DcvitError(f"recovery={self.recovery!r}: this needs mimicking, pass MimickingConfig().")
 
     def with_(self, **changes: Any) -> "CompressionConfig":
         """A copy with some fields changed."""

@@ -22,7 +22,10 @@ from dcvit.costs import MAC_CONVENTIONS, Cost, MacConvention, ModelCost
 from dcvit.errors import BudgetError
 from dcvit.models import require_supported
 
-__all__ = ["Budget", "Plan", "plan"]
+__all__ = ["Budget", "Plan", "plan", "plan_options"]
+
+ALMOST_ALL = 0.9
+"""Drop ratio from which a search of the structure considers one block more than the fewest."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,35 @@ def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = No
         candidates=candidates,
         cost=student,
     )
+
+
+def plan_options(model: nn.Module, budget: Budget, config: CompressionConfig) -> tuple[Plan, ...]:
+    """The structures among which the trials choose: `plan`, and where k is searched, perhaps one block more.
+
+    The fewest blocks are usually best: of a DINOv2 ViT-S two with 86 % of their MLPs dropped lose less than three with
+    39 %. Where almost no hidden node is left, that turns: one block more is then considered.
+
+    Args:
+        model: The original model.
+        budget: What the compressed model may cost.
+        config: Its `candidates`, `num_blocks` and `structure` bound the choice.
+
+    Raises:
+        UnsupportedModelError, BudgetError: As `plan` does.
+    """
+    fewest = plan(model, budget, config)
+    more = fewest.num_blocks + 1
+    if (
+        config.num_blocks is not None
+        or config.structure == "fewest"
+        or fewest.drop_ratio <= ALMOST_ALL
+        or more > len(fewest.candidates)
+    ):
+        return (fewest,)
+    try:
+        return fewest, plan(model, budget, config.with_(num_blocks=more))
+    except BudgetError:  # the attentions alone would be more than the budget takes away
+        return (fewest,)
 
 
 def choose_candidates(cost: ModelCost, wanted: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -1,27 +1,31 @@
 """Steps 2 and 4: try every candidate block alone, and rank them by how well they recover.
 
 Source: DC-ViT (arXiv 2403.18708), sections 3.2 and 3.3. Latency does not tell the blocks of a ViT apart, so the metric
-loss does: the cross-entropy between the class distributions of teacher and candidate on the metric set.
+loss does (`dcvit.metric`).
+
+A trial recovers its candidate by mimicking, as published (`rank`), or by block reconstruction (`rank_reconstructed`).
+With one block cut, a student's tokens before that block are the teacher's: those trials share one pass of the teacher
+over the views and one over the metric's images.
 """
 
+import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dcvit.classes import class_logits
 from dcvit.config import CompressionConfig
 from dcvit.images import FewShotImages
-from dcvit.models import adapter_for
+from dcvit.metric import Metric
 from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
+from dcvit.reconstruction import Reconstruction, Rows, TeacherStates, Views, choose_nodes, reconstruct_block
 from dcvit.recovery import Recovery, recover
 from dcvit.seeding import derive_seed
 from dcvit.surgery import compress_block, draw_kept_nodes
-from dcvit.synthesis import MetricSet
 
-__all__ = ["Ranking", "Trial", "metric_loss", "rank", "run_trials"]
+__all__ = ["Ranking", "Trial", "rank", "rank_reconstructed", "run_trials"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,16 @@ class Trial:
     Attributes:
         block: The block, from 0.
         metric_loss: What it is ranked by, lower is better.
-        recovery: How the recovery went.
+        recovery: How the mimicking went; `None` where the block was reconstructed.
+        reconstruction: How the reconstruction went; `None` where the student mimicked.
+        seconds: Wall-clock time.
     """
 
     block: int
     metric_loss: float
-    recovery: Recovery
+    recovery: Recovery | None = None
+    reconstruction: Reconstruction | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,18 +70,18 @@ class Ranking:
 def rank(
     teacher: nn.Module,
     images: FewShotImages,
-    metric_set: MetricSet,
+    metric: Metric,
     plan: Plan,
     config: CompressionConfig,
     *,
     progress: Progress = silent,
 ) -> Ranking:
-    """Compress each candidate block alone, recover it, and sort by metric loss.
+    """Compress each candidate block alone, let it mimic, and sort by metric loss, as published.
 
     Args:
         teacher: The original, frozen.
         images: The few-shot set.
-        metric_set: What the metric loss is measured on.
+        metric: What the candidates are ranked by.
         plan: Says which blocks are candidates and how many hidden nodes they keep.
         config: Its `recovery.learning_rate` must be a number.
         progress: Told after each epoch.
@@ -84,7 +92,7 @@ def rank(
         return compress_block(teacher, block, kept[block], config.impl)
 
     def score(student: nn.Module, _: Recovery) -> float:
-        return metric_loss(student, teacher, metric_set, config.recovery.batch_size)
+        return metric.loss(student)
 
     trials, student = run_trials(teacher, images, plan.candidates, cut, score, config, progress=progress)
     return Ranking(trials, student, kept)
@@ -100,7 +108,7 @@ def run_trials(
     *,
     progress: Progress = silent,
 ) -> tuple[tuple[Trial, ...], nn.Module]:
-    """Cut, recover and score each candidate alone.
+    """Cut, recover by mimicking and score each candidate alone.
 
     Args:
         teacher: The original, frozen.
@@ -123,29 +131,78 @@ def run_trials(
             teacher,
             images,
             [block],
-            config.recovery,
+            config.mimicking,
             seed=derive_seed(config.seed, "trial", block),
             impl=config.impl,
             progress=progress,
             stage=f"trial of block {block}",
         )
-        trial = Trial(block, score(student, recovery), recovery)
+        trial = Trial(block, score(student, recovery), recovery, seconds=recovery.seconds)
         if best is None or trial.metric_loss < min(t.metric_loss for t in trials):
             best = student
         trials.append(trial)
     assert best is not None
-    return tuple(sorted(trials, key=lambda trial: (trial.metric_loss, trial.block))), best
+    return _best_first(trials), best
 
 
-@torch.no_grad()
-def metric_loss(student: nn.Module, teacher: nn.Module, metric_set: MetricSet, batch_size: int = 64) -> float:
-    """Cross-entropy between the class distributions of teacher and student, averaged over the metric set."""
-    total = 0.0
-    for images in metric_set.images.split(batch_size):
-        expected, found = _log_probabilities(teacher, images), _log_probabilities(student, images)
-        total += float(-(expected.exp() * found).sum())
-    return total / len(metric_set.images)
+def rank_reconstructed(
+    teacher: nn.Module,
+    views: Views,
+    states: TeacherStates,
+    metric: Metric,
+    plans: Sequence[Plan],
+    config: CompressionConfig,
+    step_size: float,
+    *,
+    progress: Progress = silent,
+) -> tuple[Plan, tuple[Trial, ...]]:
+    """Reconstruct each candidate block alone at the size of each plan, and choose the plan of least loss.
+
+    A plan's loss is the sum of its k best trials'. Errors of different blocks add up as long as they are small, and a
+    sum needs no trial of a whole structure.
+
+    Args:
+        teacher: The original, frozen.
+        views: The images that blocks are reconstructed on.
+        states: The teacher's tokens for them.
+        metric: What the candidates are ranked by.
+        plans: Say which blocks are candidates, and how many hidden nodes they keep.
+        config: Its `recovery` must be a `ReconstructionConfig`.
+        step_size: Of the gradient steps.
+        progress: Told after each trial.
+
+    Returns:
+        The chosen plan and its trials, best first.
+    """
+    recovery, candidates = config.reconstruction, plans[0].candidates
+    trials: list[list[Trial]] = [[] for _ in plans]
+    most, done = max(plan.hidden_features for plan in plans), 0
+    for block in candidates:
+        rows = Rows(states.before(block), states.before(block + 1), views.held_out_rows).thinned()
+        seed = derive_seed(config.seed, "trial", block)
+        # The first of the most useful nodes are the most useful ones of a smaller block, too.
+        nodes = choose_nodes(teacher, block, most, rows, recovery, seed) if recovery.nodes == "greedy" else None
+        for plan, of_plan in zip(plans, trials, strict=True):
+            start = time.perf_counter()
+            student = copy.deepcopy(teacher)
+            _, reconstruction = reconstruct_block(
+                student, block, plan.hidden_features, rows, recovery,
+                kept=nodes and nodes[: plan.hidden_features], step_size=step_size,
+                epochs=recovery.trial_epochs, refit=False,
+                seed=seed, impl=config.impl,
+            )  # fmt: skip
+            loss = metric.loss(student, block)
+            of_plan.append(Trial(block, loss, None, reconstruction, time.perf_counter() - start))
+            done += 1
+            progress("trials", done, len(candidates) * len(plans), loss)
+
+    ranked = [_best_first(of_plan) for of_plan in trials]
+    promised = [
+        sum(trial.metric_loss for trial in best[: plan.num_blocks]) for plan, best in zip(plans, ranked, strict=True)
+    ]
+    chosen = promised.index(min(promised))
+    return plans[chosen], ranked[chosen]
 
 
-def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    return class_logits(model, adapter_for(model).tokens(model, images)).log_softmax(-1)
+def _best_first(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    return tuple(sorted(trials, key=lambda trial: (trial.metric_loss, trial.block)))

@@ -14,19 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dcvit.augmentation import augment
-from dcvit.closed_form import fit_second_layer
-from dcvit.config import AugmentationConfig, RecoveryConfig
+from dcvit.config import AugmentationConfig, MimickingConfig
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
+from dcvit.optimisation import warmup_cosine
 from dcvit.progress import Progress, silent
-from dcvit.schedules import warmup_cosine
 from dcvit.seeding import seeded
 
 __all__ = ["Recovery", "find_learning_rate", "mimicking_loss", "output_tokens", "recover", "updated_parameters"]
-
-CLOSED_FORM_VIEWS = 4
-"""Random views of each image, besides the image itself, that the closed form is fitted on."""
 
 HELD_OUT_SHARE = 0.2
 """Share of the few-shot images on which learning rates are compared."""
@@ -38,7 +34,6 @@ class Recovery:
 
     Attributes:
         loss_before: Mimicking loss on the unaugmented few-shot images before the first step.
-        loss_closed_form: The same after the closed form; `None` where there was none.
         loss_after: The same after the last step.
         losses: Training loss of each epoch.
         learning_rate: The peak learning rate.
@@ -46,7 +41,6 @@ class Recovery:
     """
 
     loss_before: float
-    loss_closed_form: float | None
     loss_after: float
     losses: tuple[float, ...]
     learning_rate: float
@@ -58,9 +52,8 @@ def recover(
     teacher: nn.Module,
     images: FewShotImages,
     blocks: Sequence[int],
-    config: RecoveryConfig,
+    config: MimickingConfig,
     *,
-    new_blocks: Sequence[int] | None = None,
     seed: int = 0,
     impl: Impl = "auto",
     progress: Progress = silent,
@@ -76,7 +69,6 @@ def recover(
         images: The few-shot set.
         blocks: The compressed blocks of the student, which decide what is updated.
         config: Its `learning_rate` must be a number; resolve `"auto"` with `find_learning_rate`.
-        new_blocks: Those of `blocks` that no recovery has seen yet, which the closed form fits; all if `None`.
         seed: Orders and augments the images.
         impl: Implementation of the ops.
         progress: Told after each epoch.
@@ -98,11 +90,7 @@ def recover(
 
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     losses: list[float] = []
-    loss_closed_form = None
     with seeded(seed, "recovery"):
-        if config.closed_form:
-            fitted = _fit_closed_form(student, teacher, images, blocks if new_blocks is None else new_blocks, config)
-            loss_closed_form = mimicking_loss(student, targets, images, config, impl=impl) if fitted else None
         views = _Views(teacher, images, targets, config)
         for epoch in range(config.epochs):
             rate = config.learning_rate * warmup_cosine(epoch, config.epochs, config.warmup_epochs)
@@ -122,7 +110,6 @@ def recover(
     student.requires_grad_(False)
     return Recovery(
         loss_before=loss_before,
-        loss_closed_form=loss_closed_form,
         loss_after=mimicking_loss(student, targets, images, config, impl=impl),
         losses=tuple(losses),
         learning_rate=config.learning_rate,
@@ -130,21 +117,10 @@ def recover(
     )
 
 
-def _fit_closed_form(
-    student: nn.Module, teacher: nn.Module, images: FewShotImages, blocks: Sequence[int], config: RecoveryConfig
-) -> bool:
-    """Fit the second MLP layers of some blocks, front to back; whether any could be fitted."""
-    batches = list(images.normalised.split(config.batch_size))
-    if config.augmentation is not None:
-        batches += [augment(images, range(len(images)), config.augmentation) for _ in range(CLOSED_FORM_VIEWS)]
-    fitted = [fit_second_layer(student, teacher, batches, block) for block in sorted(blocks)]
-    return any(fitted)
-
-
 class _Views:
     """What the student sees in each epoch, and the teacher's tokens for it."""
 
-    def __init__(self, teacher: nn.Module, images: FewShotImages, tokens: Tensor, config: RecoveryConfig) -> None:
+    def __init__(self, teacher: nn.Module, images: FewShotImages, tokens: Tensor, config: MimickingConfig) -> None:
         self._teacher, self._images, self._config = teacher, images, config
         augmentation = config.augmentation
         everyone = range(len(images))
@@ -173,7 +149,7 @@ def find_learning_rate(
     teacher: nn.Module,
     images: FewShotImages,
     blocks: Sequence[int],
-    config: RecoveryConfig,
+    config: MimickingConfig,
     *,
     seed: int = 0,
     impl: Impl = "auto",
@@ -219,7 +195,7 @@ def find_learning_rate(
     return min(scores, key=scores.__getitem__)
 
 
-def updated_parameters(student: nn.Module, blocks: Sequence[int], config: RecoveryConfig) -> list[nn.Parameter]:
+def updated_parameters(student: nn.Module, blocks: Sequence[int], config: MimickingConfig) -> list[nn.Parameter]:
     """The parameters that recovery updates, for the compressed blocks of a student.
 
     Published (`updated="front"`): everything up to one block after the last compressed one. The final norm and the
@@ -233,7 +209,7 @@ def updated_parameters(student: nn.Module, blocks: Sequence[int], config: Recove
     return adapter.parameters(student, first, last)
 
 
-def token_weight(student: nn.Module, images: FewShotImages, config: RecoveryConfig) -> Tensor | None:
+def token_weight(student: nn.Module, images: FewShotImages, config: MimickingConfig) -> Tensor | None:
     """Token weights `[N]` of the loss; `None` weighs all alike."""
     if config.tokens == "all":
         return None
@@ -252,7 +228,7 @@ def output_tokens(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
 
 @torch.no_grad()
 def mimicking_loss(
-    student: nn.Module, targets: Tensor, images: FewShotImages, config: RecoveryConfig, *, impl: Impl = "auto"
+    student: nn.Module, targets: Tensor, images: FewShotImages, config: MimickingConfig, *, impl: Impl = "auto"
 ) -> float:
     """The mimicking loss of a student on the unaugmented images, against the teacher's tokens `[N, T, D]`."""
     tokens = output_tokens(student, images.normalised, config.batch_size)

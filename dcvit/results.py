@@ -26,7 +26,9 @@ from dcvit.errors import SaveFolderError, UnsupportedModelError
 from dcvit.models import adapter_for, load_model
 from dcvit.planning import Plan
 from dcvit.ranking import Trial
+from dcvit.reconstruction import Reconstruction
 from dcvit.recovery import Recovery
+from dcvit.refinement import Refinement
 
 __all__ = ["CompressionResult", "ModelFigures", "Report", "check_output_folder", "load", "save_model", "versions"]
 
@@ -61,9 +63,11 @@ class Report:
         num_images: Size of the few-shot set.
         agreement: Share of images for which both name the same class; `None` without classes.
         mimic_loss: Final mimicking loss on the few-shot images.
-        learning_rate: Peak learning rate of the recovery, given or found.
+        learning_rate: Given or found: the peak learning rate of the mimicking, or the step size of reconstruction.
         trials: The trial of each candidate block, best first.
-        steps: The recovery of each progressive step; the first is the best trial's.
+        reconstructions: How each chosen block was reconstructed, front to back.
+        refinement: How the student mimicked after that; `None` if it did not.
+        steps: How the published mimicking went after each progressive step; the first is the best trial's.
         seed: The seed.
         seconds: Wall-clock time of each stage.
         versions: Of what computed it.
@@ -77,6 +81,8 @@ class Report:
     mimic_loss: float
     learning_rate: float
     trials: tuple[Trial, ...]
+    reconstructions: tuple[Reconstruction, ...]
+    refinement: Refinement | None
     steps: tuple[Recovery, ...]
     seed: int
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -90,7 +96,9 @@ class Report:
                 **values,
                 "teacher": ModelFigures(**values["teacher"]),
                 "student": ModelFigures(**values["student"]),
-                "trials": tuple(Trial(**{**t, "recovery": _recovery(t["recovery"])}) for t in values["trials"]),
+                "trials": tuple(_trial(trial) for trial in values["trials"]),
+                "refinement": None if values["refinement"] is None else Refinement(**values["refinement"]),
+                "reconstructions": tuple(Reconstruction(**block) for block in values["reconstructions"]),
                 "steps": tuple(_recovery(step) for step in values["steps"]),
             }
         )
@@ -242,6 +250,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SaveFolderError(f"{str(path)!r} holds a {type(values).__name__}: expected a dcvit result.")
     return values
+
+
+def _trial(values: Mapping[str, Any]) -> Trial:
+    recovery, reconstruction = values["recovery"], values["reconstruction"]
+    return Trial(
+        **{
+            **values,
+            "recovery": None if recovery is None else _recovery(recovery),
+            "reconstruction": None if reconstruction is None else Reconstruction(**reconstruction),
+        }
+    )
 
 
 def _recovery(values: Mapping[str, Any]) -> Recovery:

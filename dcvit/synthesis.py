@@ -20,8 +20,8 @@ from dcvit.classes import class_logits, num_classes
 from dcvit.config import SynthesisConfig
 from dcvit.models import preprocessing, require_supported
 from dcvit.ops import Impl, synthesis_step
+from dcvit.optimisation import warmup_cosine
 from dcvit.progress import Progress, silent
-from dcvit.schedules import warmup_cosine
 from dcvit.seeding import seeded
 
 __all__ = ["MetricSet", "synthesize"]

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,29 @@ if not torch.cuda.is_available():
 import dcvit
 from tests.variants import VARIANTS, Variant
 
+SYNTHESIS = dcvit.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1)
+
 QUICK = dcvit.CompressionConfig(
-    recovery=dcvit.RecoveryConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4),
-    synthesis=dcvit.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1),
+    recovery=dcvit.ReconstructionConfig(
+        num_views=60,
+        num_rows=300,
+        epochs=2,
+        step_sizes=(0.03,),
+        batch_rows=16,
+        refinement_steps=0,
+        batch_size=4,
+    ),
+    synthesis=SYNTHESIS,
 )
-"""The whole method in a second or two."""
+"""Block reconstruction, as by default but for the amounts and the refinement, in half a second."""
+
+REFINED = QUICK.with_(recovery=replace(QUICK.reconstruction, refinement_steps=200, refinement_batch=4))
+"""The same with the refinement, of as few steps as are worth it."""
+
+PUBLISHED = dcvit.CompressionConfig.paper(
+    recovery=dcvit.MimickingConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4), synthesis=SYNTHESIS
+)
+"""The published procedure likewise."""
 
 
 # The models here are too small to share between threads; other processes' threads would only slow them down.

@@ -4,17 +4,30 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import dcvit
+from dcvit import cli
 from dcvit.cli import main
 from dcvit.progress import TerminalProgress
 
-FEW = ["--epochs", "1", "--learning-rate", "1e-4", "--synthesis-iterations", "2", "--synthesis-images", "2"]
+FEW = ["--synthesis-iterations", "2", "--synthesis-images", "2"]
+PAPER = dcvit.CompressionConfig.paper()
+MIMICKING = ["--recovery", "mimicking", "--epochs", "1", "--learning-rate", "1e-4"]
+
+
+def quickly(*args: Any, **kwargs: Any) -> dcvit.CompressionResult:
+    """`dcvit.compress`, on fewer views and without the refinement where blocks are reconstructed."""
+    model, images, budget, config = args
+    if isinstance(config.recovery, dcvit.ReconstructionConfig):
+        config = replace(config, recovery=replace(config.recovery, num_views=10, num_rows=1000, refinement_steps=0))
+    return dcvit.compress(model, images, budget, config, **kwargs)
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +48,20 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
+@pytest.mark.parametrize(
+    ("recovery", "stage"),
+    [([], "reconstruction: loss"), (MIMICKING, "trial of block 4: loss")],
+    ids=["default", "mimicking"],
+)
 def test_compress_a_timm_model_from_photographs(
-    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recovery: list[str],
+    stage: str,
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("dcvit.cli.compress", quickly)
     out = str(tmp_path / "out")
     model = ["vit_tiny_patch16_224", "--random-weights"]
     code, text, progress = run(
@@ -52,11 +76,12 @@ def test_compress_a_timm_model_from_photographs(
         out,
         "--candidates",
         "3,4,5",
+        *recovery,
         *FEW,
     )
     assert code == 0, progress
     assert "compressed" in text
-    assert "trial of block 4: loss" in progress
+    assert stage in progress
     result = json.loads((Path(out) / "result.json").read_text())
     assert result["student"]["macs"] <= 0.85 * result["teacher"]["macs"]
     assert set(result["blocks"]) < {3, 4, 5}
@@ -67,6 +92,8 @@ def test_compress_a_timm_model_from_photographs(
     assert values["macs"]["with_attention_products"] == result["student"]["macs"]
     assert values["images"] == 5
     assert values["top1"] is None
+    steps, blocks = (result["report"][name] for name in ("steps", "reconstructions"))
+    assert (len(steps), len(blocks)) == ((len(result["blocks"]), 0) if recovery else (0, len(result["blocks"])))
 
     code, _, error = run(capsys, "compress", *model, "--data", str(photographs), "--macs", "0.9", "--out", out, *FEW)
     assert code == 2
@@ -74,7 +101,47 @@ def test_compress_a_timm_model_from_photographs(
     assert json.loads((Path(out) / "result.json").read_text()) == result
 
 
-def test_demo_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], dcvit.ReconstructionConfig()),
+        (["--recovery", "reconstruction"], dcvit.ReconstructionConfig()),
+        (["--epochs", "3"], dcvit.ReconstructionConfig(epochs=3)),
+        (["--recovery", "mimicking"], dcvit.MimickingConfig()),
+        (
+            ["--recovery", "mimicking", "--epochs", "3", "--learning-rate", "0.01"],
+            dcvit.MimickingConfig(epochs=3, learning_rate=0.01),
+        ),
+        (["--paper"], PAPER.recovery),
+        (["--paper", "--recovery", "mimicking", "--epochs", "3"], replace(PAPER.mimicking, epochs=3)),
+        (["--paper", "--learning-rate", "0.01"], replace(PAPER.mimicking, learning_rate=0.01)),
+    ],
+)
+def test_options_of_the_recovery(
+    options: list[str], expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dcvit.CompressionConfig] = []
+
+    def caught(*args: Any, **kwargs: Any) -> None:
+        seen.append(args[3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcvit.cli.compress", caught)
+    out = str(tmp_path / "out")
+    assert (
+        main(["compress", "demo", "--data", "digits", "--macs", "0.75", "--seed", "4", "--out", out, *options]) == 130
+    )
+    (config,) = seen
+    assert config.recovery == expected
+    others = PAPER if "--paper" in options else dcvit.CompressionConfig()
+    assert config == others.with_(recovery=config.recovery, seed=4)
+
+
+def test_demo_writes_what_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = replace(cli.DEMO_CONFIG.reconstruction, num_views=50, refinement_steps=200, refinement_batch=10)
+    monkeypatch.setattr(cli, "DEMO_CONFIG", replace(cli.DEMO_CONFIG, recovery=fewer))
     out = tmp_path / "demo"
     code, text, _ = run(capsys, "demo", "--seeds", "2", "--epochs", "1", "--num-images", "8", "--out", str(out))
     assert code == 0
@@ -163,6 +230,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["compress", "resnet18", "--random-weights", "--data", "digits", "--macs", "0.75", "--out", "OUT"], "ResNet"),
         (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--device", "qpu"], "--device"),
         (["demo", "--seeds", "0", "--out", "OUT"], "--seeds 0"),
+        (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--learning-rate", "0.01"],
+         "add --recovery mimicking"),
+        (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--recovery", "reconstruction",
+          "--paper"], "leave one of the two out"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_2(

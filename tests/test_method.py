@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dcvit
+from dcvit import recovery as recovery_module
+from dcvit.baselines import block_dropping
 from dcvit.classes import class_logits, num_classes
 from dcvit.compression import freeze
 from dcvit.models import adapter_for, preprocessing
-from dcvit.ranking import metric_loss
+from dcvit.optimisation import relative_adam, set_step_size, warmup_cosine
 from dcvit.recovery import find_learning_rate, output_tokens, recover, updated_parameters
-from dcvit.schedules import warmup_cosine
 from dcvit.surgery import compress_block, draw_kept_nodes
-from tests.conftest import QUICK
+from tests.conftest import PUBLISHED
 from tests.variants import VARIANTS, Variant
 
-PLAIN = dcvit.RecoveryConfig(epochs=30, learning_rate=1e-3, warmup_epochs=3, augmentation=None, closed_form=False)
+PLAIN = dcvit.MimickingConfig(epochs=30, learning_rate=1e-3, warmup_epochs=3, augmentation=None)
 
 
 def trial(model: nn.Module, block: int = 1, kept: int = 60) -> tuple[nn.Module, nn.Module]:
@@ -65,13 +66,13 @@ def test_parts_that_can_be_updated(variant: Variant) -> None:
     everything = {name for name, _ in model.named_parameters()}
     heads = {n for n in everything if n.startswith(("head", "fc_norm", "attn_pool"))}
     updated = {
-        part: names_of(model, updated_parameters(model, [2], dcvit.RecoveryConfig(updated=part)))  # type: ignore[arg-type]
+        part: names_of(model, updated_parameters(model, [2], dcvit.MimickingConfig(updated=part)))  # type: ignore[arg-type]
         for part in ("front", "around", "all")
     }
     assert updated["all"] == everything - heads
     assert updated["front"] == updated["all"] - {n for n in everything if n.startswith("norm.")}
     assert updated["around"] == {n for n in everything if n.startswith(("blocks.1", "blocks.2", "blocks.3"))}
-    front = names_of(model, updated_parameters(model, [0, 1], dcvit.RecoveryConfig()))
+    front = names_of(model, updated_parameters(model, [0, 1], dcvit.MimickingConfig()))
     assert not any(name.startswith("blocks.3") for name in front)
 
 
@@ -86,7 +87,7 @@ def test_class_token_ablation(model: nn.Module, images: Tensor) -> None:
 def test_recover_needs_a_learning_rate(model: nn.Module, images: Tensor) -> None:
     student, teacher = trial(model)
     with pytest.raises(ValueError, match="find_learning_rate"):
-        recover(student, teacher, dcvit.load_images(images, teacher), [1], dcvit.RecoveryConfig())
+        recover(student, teacher, dcvit.load_images(images, teacher), [1], dcvit.MimickingConfig())
 
 
 def test_the_learning_rate_is_found_on_held_out_images(model: nn.Module, images: Tensor) -> None:
@@ -98,6 +99,49 @@ def test_the_learning_rate_is_found_on_held_out_images(model: nn.Module, images:
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     one = few_shot.subset([0])
     assert find_learning_rate(student, teacher, one, [1], replace(config, epochs=2)) in config.learning_rates
+
+
+def test_a_fixed_number_of_views(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `num_views` the teacher sees each view once, however many epochs there are."""
+    student, teacher = trial(model)
+    drawn: list[Tensor] = []
+    seen: list[int] = []
+    real = recovery_module.augment
+    monkeypatch.setattr(recovery_module, "augment", lambda *args: drawn.append(real(*args)) or drawn[-1])
+    teacher.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    settings = replace(PLAIN, epochs=7, batch_size=4, augmentation=dcvit.AugmentationConfig(num_views=3))
+    recovery = recover(student, teacher, dcvit.load_images(images, teacher), [1], settings)
+    assert len(drawn) == 3
+    assert sum(seen) == (1 + 3) * len(images)  # the images themselves, and three views of each
+    assert recovery.losses[0] != recovery.losses[3]
+
+
+def test_published_baselines_need_mimicking(model: nn.Module, images: Tensor) -> None:
+    teacher = freeze(model)
+    few_shot = dcvit.load_images(images, teacher)
+    with pytest.raises(dcvit.DcvitError, match=r"ReconstructionConfig.*this needs mimicking, pass MimickingConfig\(\)"):
+        block_dropping(teacher, few_shot, 1, dcvit.CompressionConfig())
+    dropped = block_dropping(teacher, few_shot, 2, PUBLISHED)
+    assert dropped.blocks == tuple(trial.block for trial in dropped.trials[:2])
+    assert len(dropped.recovery.losses) == 2 * PUBLISHED.mimicking.epochs
+    assert [trial.metric_loss for trial in dropped.trials] == [trial.recovery.loss_after for trial in dropped.trials]
+
+
+def test_steps_are_a_share_of_each_tensors_size() -> None:
+    """Adam's first step moves every entry by its learning rate."""
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight.fill_(-20.0)
+        layer.bias.zero_()  # which is taken to be of size 0.001
+    optimizer = relative_adam(layer, 0.1)
+    for step_size in (0.1, 0.05):
+        set_step_size(optimizer, step_size)
+        before = [p.detach().clone() for p in layer.parameters()]
+        optimizer.zero_grad()
+        layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        moved = [float((old - new).detach().mean()) for old, new in zip(before, layer.parameters(), strict=True)]
+        assert moved == [pytest.approx(step_size * 20, rel=1e-4), pytest.approx(step_size * 1e-3, rel=1e-4)]
 
 
 def test_warmup_and_cosine() -> None:
@@ -153,30 +197,20 @@ def test_single_output_models_are_ranked_from_features() -> None:
     assert num_classes(teacher) == 48
 
 
-def test_metric_loss_is_the_cross_entropy_of_two_distributions(model: nn.Module) -> None:
-    student, teacher = trial(model)
-    images = torch.randn(5, 3, 32, 32)
-    with torch.no_grad():
-        p, q = teacher(images).softmax(-1), student(images).softmax(-1)
-    expected = float(-(p * q.log()).sum(-1).mean())
-    assert metric_loss(student, teacher, dcvit.MetricSet(images), batch_size=2) == pytest.approx(expected, rel=1e-5)
-    assert metric_loss(teacher, teacher, dcvit.MetricSet(images)) < expected
-
-
 def test_ranking_tries_every_candidate_and_keeps_the_best(model: nn.Module, images: Tensor) -> None:
     teacher = freeze(model)
     with torch.no_grad():
         teacher.blocks[2].attn.proj.weight.zero_()  # removing the attention of block 2 costs nothing
         teacher.blocks[2].attn.proj.bias.zero_()
     plan = replace(dcvit.plan(teacher, dcvit.Budget(macs=0.9)), hidden_features=190)
-    config = dcvit.CompressionConfig(recovery=replace(PLAIN, epochs=1, learning_rate=1e-6))
-    metric_set = dcvit.MetricSet(torch.randn(8, 3, 32, 32))
-    ranking = dcvit.rank(teacher, dcvit.load_images(images, teacher), metric_set, plan, config)
+    config = PUBLISHED.with_(recovery=replace(PLAIN, epochs=1, learning_rate=1e-6))
+    metric = dcvit.Metric(teacher, [torch.randn(8, 3, 32, 32)], config.metric)
+    ranking = dcvit.rank(teacher, dcvit.load_images(images, teacher), metric, plan, config)
     assert ranking.blocks[0] == 2
     assert sorted(ranking.blocks) == [1, 2]
     losses = [trial.metric_loss for trial in ranking.trials]
     assert losses == sorted(losses)
-    assert metric_loss(ranking.student, teacher, metric_set) == pytest.approx(losses[0])
+    assert metric.loss(ranking.student) == pytest.approx(losses[0])
     assert all(len(nodes) == 190 for nodes in ranking.kept_nodes.values())
 
 
@@ -184,9 +218,9 @@ def test_blocks_sort_as_numbers() -> None:
     """In the reference code block ids are strings, of which "10" comes before "2"."""
     deep = freeze(VARIANTS["plain"].create(depth=12))
     plan = dcvit.plan(deep, dcvit.Budget(macs=0.75))
-    config = replace(QUICK, recovery=replace(QUICK.recovery, epochs=0))
+    config = PUBLISHED.with_(recovery=replace(PUBLISHED.mimicking, epochs=0))
     images = dcvit.load_images(torch.randn(1, 3, 32, 32), deep)
-    ranking = dcvit.rank(deep, images, dcvit.MetricSet(images.normalised), plan, config)
+    ranking = dcvit.rank(deep, images, dcvit.Metric(deep, [images.normalised], config.metric), plan, config)
     order = sorted(ranking.trials, key=lambda trial: (trial.metric_loss, trial.block))
     assert list(ranking.trials) == order
     assert {type(block) for block in ranking.blocks} == {int}

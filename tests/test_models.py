@@ -82,6 +82,28 @@ def test_a_cut_saves_what_the_block_cost_says(variant: Variant) -> None:
     assert adapter.cost(dropped).blocks[1].attention == Cost()
 
 
+def test_parts_run_one_by_one_are_the_whole(variant: Variant) -> None:
+    whole = variant.create()
+    for model in (whole, cut(whole)):
+        adapter, images = adapter_for(model), images_for(model)
+        seen: list[Tensor] = []
+        handles = [
+            adapter.block(model, block).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            for block in range(4)
+        ]
+        with torch.no_grad():
+            expected = adapter.tokens(model, images)
+            for handle in handles:
+                handle.remove()
+            embedded = adapter.embed(model, images)
+            assert torch.equal(embedded, seen[0])
+            assert torch.equal(adapter.final_norm(model, adapter.run_blocks(model, embedded, 0, 4)), expected)
+            assert torch.equal(adapter.run_blocks(model, embedded, 0, 0), embedded)
+            assert torch.equal(adapter.run_blocks(model, embedded, 0, 2), seen[2])
+            assert torch.equal(adapter.run_blocks(model, seen[1], 1, 3), seen[3])
+            assert torch.equal(adapter.final_norm(model, adapter.run_blocks(model, seen[2], 2, 4)), expected)
+
+
 def test_keeping_every_node_removes_the_attention_branch_alone(variant: Variant) -> None:
     model = variant.create()
     adapter = adapter_for(model)

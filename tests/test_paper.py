@@ -16,7 +16,7 @@ PAPER = dcvit.CompressionConfig.paper()
 
 
 def test_published_settings() -> None:
-    recovery = PAPER.recovery
+    recovery = PAPER.mimicking
     assert (recovery.epochs, recovery.learning_rate, recovery.weight_decay) == (2000, 3e-5, 1e-4)
     assert (recovery.warmup_epochs, recovery.batch_size) == (20, 64)
     assert (recovery.tokens, recovery.updated) == ("all", "front")
@@ -27,6 +27,7 @@ def test_published_settings() -> None:
     assert (round(synthesis.jitter * 224), synthesis.flip) == (30, 0.5)
     assert (synthesis.tv_exponent, synthesis.tv_weight, synthesis.l2_weight) == (0.6, 1e-4, 1e-5)
     assert (PAPER.metric_set, PAPER.progressive, PAPER.candidates, PAPER.num_blocks) == ("synthetic", True, None, None)
+    assert (PAPER.metric, PAPER.structure) == ("cross_entropy", "fewest")
     assert dcvit.CompressionConfig.paper(seed=5) == replace(PAPER, seed=5)
 
 
@@ -70,7 +71,7 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
     """The paper's config as it is, but for the number of epochs and iterations, which are cut to a hundredth."""
     epochs, iterations = 24, 20
     config = PAPER.with_(
-        recovery=replace(PAPER.recovery, epochs=epochs), synthesis=replace(PAPER.synthesis, iterations=iterations)
+        recovery=replace(PAPER.mimicking, epochs=epochs), synthesis=replace(PAPER.synthesis, iterations=iterations)
     )
     Recorder.runs = []
     monkeypatch.setattr(recovery_module.torch.optim, "AdamW", Recorder)

@@ -1,0 +1,408 @@
+"""Block reconstruction: what a compressed block can learn without the rest of the model.
+
+A compressed block computes x + γ ⊙ (W₂ h(x) + b₂), where h(x) are its kept hidden nodes. Everything that it should
+learn is known: x is what the student gives it, and its output should be what the teacher's block gives. N views of T
+tokens are N·T equations for it, tens of thousands, and solving them needs neither the model behind the block nor its
+gradients:
+
+1. **Which nodes to keep**: those that explain the missing output best together (`dcvit.regression.select_inputs`).
+2. **Closed form**: W₂ and b₂ by ridge regression, anchored at the original W₂, to the whole missing output, attention
+   included. λ is the one that predicts held-out images best.
+3. **Gradient steps** on the block alone, from there: they bend the hidden nodes themselves towards what the removed
+   attention computed. The epoch that is best on the held-out images is kept, the closed form if none is better.
+4. W₂ and b₂ once more in closed form, now on all images, anchored at what the steps found.
+
+As in BRECQ (arXiv 2102.05426, block reconstruction for quantisation), with the closed form of CORP (arXiv 2602.05243)
+and ReplaceMe (arXiv 2505.02819). Blocks are reconstructed front to back on the student's own activations, so that each
+also makes good what the ones before it got wrong.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dcvit.augmentation import augment
+from dcvit.config import ReconstructionConfig
+from dcvit.images import FewShotImages
+from dcvit.models import adapter_for
+from dcvit.ops import Impl, mimic_loss
+from dcvit.optimisation import relative_adam, set_step_size, warmup_cosine
+from dcvit.regression import NormalEquations, best_ridge, select_inputs
+from dcvit.seeding import seeded
+from dcvit.surgery import choose_impl, draw_kept_nodes
+
+__all__ = [
+    "Reconstruction",
+    "Rows",
+    "TeacherStates",
+    "Views",
+    "choose_nodes",
+    "draw_views",
+    "find_step_size",
+    "reconstruct_block",
+]
+
+HELD_OUT_EVERY = 5
+"""One image of so many is held out, with all its views."""
+
+FEW_ROWS = 16384
+"""Rows that suffice to choose nodes, whose products are the most expensive ones, and to try a block."""
+
+CHUNK = 4096
+"""Rows that pass through a block at a time."""
+
+RIDGE_UNJUDGED = 1e-2
+"""λ where a single image leaves none to hold out, as a share of the mean squared hidden node."""
+
+SMALLEST_SCALE = 1e-12
+"""A channel that LayerScale multiplies by less asks for nothing."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """The images that blocks are reconstructed on.
+
+    Attributes:
+        images: The few-shot images, then random views of them: `[V, C, H, W]`, normalised.
+        held_out: Which views are of held-out images, `[V]`.
+        tokens: The tokens of each view that serve as equations, `[V, S]`.
+    """
+
+    images: Tensor
+    held_out: Tensor
+    tokens: Tensor
+
+    def rows(self, states: Tensor) -> Tensor:
+        """The chosen tokens `[V·S, D]` of all tokens `[V, N, D]`."""
+        return states.gather(1, self.tokens[..., None].expand(-1, -1, states.shape[-1])).flatten(0, 1)
+
+    @property
+    def held_out_rows(self) -> Tensor:
+        """Which rows are of held-out images, `[V·S]`."""
+        return self.held_out.repeat_interleave(self.tokens.shape[1])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The equations of one block.
+
+    Attributes:
+        given: What the student's block gets, `[R, D]`.
+        wanted: What the teacher's block gives, `[R, D]`.
+        held_out: Which rows judge and are not learnt from, `[R]`.
+    """
+
+    given: Tensor
+    wanted: Tensor
+    held_out: Tensor
+
+    def thinned(self) -> "Rows":
+        """At most `FEW_ROWS` of them, evenly spread."""
+        some = slice(None, None, max(1, -(-len(self.given) // FEW_ROWS)))
+        return Rows(self.given[some], self.wanted[some], self.held_out[some])
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the reconstruction of one block did.
+
+    Errors are shares of what the teacher's block adds to its input that stay unexplained on the held-out images: 0 is
+    perfect, 1 is no better than leaving the block out.
+
+    Attributes:
+        block: The block, from 0.
+        ridge: λ of the closed form, a share of the mean squared hidden node; `None` where there was none.
+        error_before: With the original weights of the kept nodes.
+        error_closed_form: After the closed form, from the images that are not held out; `None` where there was none.
+        error_after: After the gradient steps, likewise.
+        epochs: Of the gradient steps, up to the best.
+    """
+
+    block: int
+    ridge: float | None
+    error_before: float
+    error_closed_form: float | None
+    error_after: float
+    epochs: int
+
+
+class TeacherStates:
+    """The teacher's tokens before each block and after the last, at the rows of some views.
+
+    Args:
+        teacher: The original.
+        views: The images.
+        batch_size: Images a pass.
+        keep_output: Whether to keep the output tokens of all views, which `output` then holds, `[V, N, D]`.
+    """
+
+    def __init__(self, teacher: nn.Module, views: Views, batch_size: int, *, keep_output: bool = False) -> None:
+        adapter = adapter_for(teacher)
+        depth = len(adapter.cost(teacher).blocks)
+        collected: list[list[Tensor]] = [[] for _ in range(depth + 1)]
+        outputs: list[Tensor] = []
+        with torch.no_grad():
+            for images, tokens in zip(views.images.split(batch_size), views.tokens.split(batch_size), strict=True):
+                states = adapter.embed(teacher, images)
+                for block in range(depth + 1):
+                    if block:
+                        states = adapter.run_blocks(teacher, states, block - 1, block)
+                    index = tokens[..., None].expand(-1, -1, states.shape[-1])
+                    collected[block].append(states.gather(1, index).flatten(0, 1))
+                if keep_output:
+                    outputs.append(adapter.final_norm(teacher, states))
+        self._before = [torch.cat(parts) for parts in collected]
+        self.output = torch.cat(outputs) if keep_output else None
+
+    def before(self, block: int) -> Tensor:
+        """What a block gets, `[R, D]`; for the number of blocks, what the last one gives."""
+        return self._before[block]
+
+
+def draw_views(
+    teacher: nn.Module,
+    images: FewShotImages,
+    config: ReconstructionConfig,
+    seed: int,
+) -> Views:
+    """The few-shot images and as many random views as make `config.num_views`, with the rows that they give.
+
+    Args:
+        teacher: Says how many tokens an image has.
+        images: The few-shot set.
+        config: How many, and how they differ.
+        seed: Draws views and rows.
+    """
+    count, augmentation = len(images), config.augmentation
+    folds = 0 if augmentation is None else max(0, config.num_views // count - 1)
+    with seeded(seed, "views") as generator, torch.no_grad():
+        batches = [images.normalised]
+        if augmentation is not None:
+            batches += [augment(images, range(count), augmentation) for _ in range(folds)]
+        views = torch.cat(batches)
+        available = adapter_for(teacher).embed(teacher, images.normalised[:1]).shape[1]
+        wanted = min(available, max(1, config.num_rows // len(views)))
+        # One row of random numbers a view: the places of the largest are a draw without replacement.
+        tokens = torch.rand(len(views), available, generator=generator).topk(wanted).indices
+    every = torch.arange(count).repeat(folds + 1) % HELD_OUT_EVERY == 1
+    device = images.normalised.device
+    return Views(views, every.to(device), tokens.to(device))
+
+
+def reconstruct_block(
+    student: nn.Module,
+    block: int,
+    hidden_features: int,
+    rows: Rows,
+    config: ReconstructionConfig,
+    *,
+    kept: Sequence[int] | None = None,
+    step_size: float,
+    epochs: int,
+    refit: bool = True,
+    seed: int = 0,
+    impl: Impl = "auto",
+) -> tuple[tuple[int, ...], Reconstruction]:
+    """Compress a block of a student, in place, and let it reproduce what the teacher's block gives.
+
+    Args:
+        student: Any cut of the teacher in which the block is whole; nothing but that block changes.
+        block: The block, from 0.
+        hidden_features: How many hidden nodes stay.
+        rows: The block's equations.
+        config: How.
+        kept: The hidden nodes that stay, where they are chosen already.
+        step_size: Of the gradient steps, see `ReconstructionConfig.step_sizes`.
+        epochs: Of the gradient steps, passes over the rows.
+        refit: Learn from the held-out images too once they have judged. Not in a trial: they judge that as well.
+        seed: Draws random nodes and orders the rows.
+        impl: Implementation of the ops.
+
+    Returns:
+        The hidden nodes kept, ascending, and how it went.
+    """
+    adapter = adapter_for(student)
+    chosen = choose_nodes(student, block, hidden_features, rows, config, seed) if kept is None else kept
+    kept = tuple(sorted(chosen))
+    adapter.compress_block(student, block, kept)
+    choose_impl(student, impl)
+    module = adapter.block(student, block)
+    layer = adapter.output_layer(student, block)
+    error_before = error_after = _error(module, rows)
+    ridge = error_closed_form = None
+    judged = bool(rows.held_out.any())
+    steps = epochs if judged and hidden_features else 0
+    if layer is not None:
+        ridge, error_closed_form = _fit_output_layer(module, *layer, rows, on_all=refit and not steps)
+        error_after = error_closed_form
+    best_epoch = 0
+    if steps:
+        best_epoch, error_after = _descend(module, rows, config, step_size, steps, error_after, seed, impl)
+        if layer is not None:
+            _, error_after = _fit_output_layer(module, *layer, rows, on_all=refit, at_most=error_after)
+    return kept, Reconstruction(block, ridge, error_before, error_closed_form, error_after, best_epoch)
+
+
+def find_step_size(
+    student: nn.Module,
+    block: int,
+    hidden_features: int,
+    rows: Rows,
+    config: ReconstructionConfig,
+    *,
+    seed: int = 0,
+    impl: Impl = "auto",
+) -> float:
+    """The step size of `config.step_sizes` with the lowest held-out error after one epoch.
+
+    The arguments are those of `reconstruct_block`; the student is not changed.
+    """
+    errors: dict[float, float] = {}
+    for step_size in config.step_sizes:
+        _, report = reconstruct_block(
+            copy.deepcopy(student), block, hidden_features, rows, config,
+            step_size=step_size, epochs=1, seed=seed, impl=impl,
+        )  # fmt: skip
+        errors[step_size] = report.error_after
+    return min(errors, key=errors.__getitem__)
+
+
+def choose_nodes(
+    student: nn.Module, block: int, count: int, rows: Rows, config: ReconstructionConfig, seed: int
+) -> tuple[int, ...]:
+    """The hidden nodes that a block is to keep: most useful first, or in any order if drawn at random.
+
+    Args:
+        student: Any cut of the teacher in which the block is whole; not changed.
+        block: The block, from 0.
+        count: How many.
+        rows: The block's equations.
+        config: How they are chosen.
+        seed: Draws random ones.
+    """
+    if config.nodes == "random" or count == 0:
+        return draw_kept_nodes(student, block, count, seed)
+    student = copy.deepcopy(student)
+    adapter = adapter_for(student)
+    adapter.compress_block(student, block, range(adapter.hidden_features(student, block)))
+    layer = adapter.output_layer(student, block)
+    if layer is None:
+        return draw_kept_nodes(student, block, count, seed)
+    equations = NormalEquations.of(_equations(adapter.block(student, block), layer[0], rows.thinned()))
+    return tuple(select_inputs(equations, count).tolist())
+
+
+@torch.no_grad()
+def _equations(
+    module: nn.Module, layer: nn.Linear, rows: Rows, chosen: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden nodes `[R, K]` and missing output `[R, D]` of a block, of some rows or all, piece by piece."""
+    hidden: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, args: hidden.append(args[0][0]))
+    given = rows.given if chosen is None else rows.given[chosen]
+    wanted = rows.wanted if chosen is None else rows.wanted[chosen]
+    try:
+        for x, y in zip(given.split(CHUNK), wanted.split(CHUNK), strict=True):
+            module(x[None])
+            yield hidden.pop(), y - x
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _fit_output_layer(
+    module: nn.Module,
+    layer: nn.Linear,
+    scale: Tensor | None,
+    rows: Rows,
+    *,
+    on_all: bool,
+    at_most: float = float("inf"),
+) -> tuple[float, float]:
+    """Closed form: the layer in place, and λ and the held-out error.
+
+    Args:
+        module: The compressed block.
+        layer: Its last linear layer.
+        scale: The LayerScale behind it, `[D]`.
+        rows: The equations.
+        on_all: Once λ is found, solve for the held-out images too.
+        at_most: The held-out error to beat; else the layer stays as it is.
+    """
+    used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
+    constant = layer.bias is not None
+    gamma = layer.weight.new_ones(layer.out_features) if scale is None else scale
+    anchor = (layer.weight * gamma[:, None]).T
+    if bool(rows.held_out.any()):
+        held_out = NormalEquations.of(_equations(module, layer, rows, rows.held_out))
+        ridge, error = best_ridge(used, held_out, anchor, constant=constant)
+        if error > at_most:
+            return ridge, at_most
+        solution = (used + held_out if on_all else used).solve(ridge, anchor, constant=constant)
+    else:
+        ridge = RIDGE_UNJUDGED
+        solution = used.solve(ridge, anchor, constant=constant)
+        error = used.error(solution)
+    wanted = solution.to(layer.weight) / torch.where(gamma.abs() > SMALLEST_SCALE, gamma, torch.inf)
+    switched_off = (gamma.abs() <= SMALLEST_SCALE)[:, None]
+    layer.weight.copy_(torch.where(switched_off, layer.weight, wanted[:-1].T))
+    if constant:
+        layer.bias.copy_(torch.where(switched_off[:, 0], layer.bias, wanted[-1]))
+    return ridge, error
+
+
+def _descend(
+    module: nn.Module,
+    rows: Rows,
+    config: ReconstructionConfig,
+    step_size: float,
+    epochs: int,
+    error: float,
+    seed: int,
+    impl: Impl,
+) -> tuple[int, float]:
+    """Gradient steps on a block alone, in place; the best epoch and its held-out error.
+
+    Epoch 0 is the start, with the given error: nothing worse is ever kept.
+    """
+    given, wanted = rows.given[~rows.held_out], rows.wanted[~rows.held_out]
+    energy = (wanted - given).square().mean().clamp_min(torch.finfo(given.dtype).tiny)
+    parameters = list(module.parameters())
+    was_trainable = [p.requires_grad for p in parameters]
+    module.requires_grad_(True)
+    optimizer = relative_adam(module, step_size)
+    best, best_epoch = copy.deepcopy(module.state_dict()), 0
+    per_epoch = -(-len(given) // config.batch_rows)
+    total, step = epochs * per_epoch, 0
+    with seeded(seed, "rows"), torch.enable_grad():
+        for epoch in range(1, epochs + 1):
+            for chosen in torch.randperm(len(given)).split(config.batch_rows):
+                set_step_size(optimizer, step_size * warmup_cosine(step, total, per_epoch // 2))
+                index = chosen.to(given.device)
+                loss = mimic_loss(module(given[index][None]), wanted[index][None], impl=impl) / energy
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                step += 1
+            found = _error(module, rows)
+            if found < error:
+                error, best_epoch, best = found, epoch, copy.deepcopy(module.state_dict())
+    module.load_state_dict(best)
+    for parameter, trainable in zip(parameters, was_trainable, strict=True):
+        parameter.requires_grad_(trainable)
+    return best_epoch, error
+
+
+@torch.no_grad()
+def _error(module: nn.Module, rows: Rows) -> float:
+    """Share of the teacher's block's contribution that a block misses, on the held-out rows, or all without any."""
+    judged = rows.held_out if bool(rows.held_out.any()) else ~rows.held_out
+    given, wanted = rows.given[judged], rows.wanted[judged]
+    missed = energy = 0.0
+    for x, y in zip(given.split(CHUNK), wanted.split(CHUNK), strict=True):
+        missed += float((module(x[None])[0] - y).double().square().sum())
+        energy += float((y - x).double().square().sum())
+    return missed / max(energy, torch.finfo(torch.float64).tiny)

@@ -1,0 +1,150 @@
+"""Ridge regression from sums: normal equations, held-out error, and which inputs to keep.
+
+    min over W, c of  Σ ‖y − W h − c‖² + λ ‖W − W₀‖²
+
+for inputs h `[K]` and targets y `[D]`. Everything below needs only Σ hhᵀ, Σ hyᵀ and Σ ‖y‖², so its memory does not grow
+with the number of equations. The constant c is never penalised.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["RIDGES", "NormalEquations", "best_ridge", "select_inputs"]
+
+RIDGES = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+"""Candidates of λ, as shares of the mean squared input."""
+
+CHUNK = 4096
+"""Equations whose products are summed in the inputs' own precision before they are added in float64."""
+
+PRINCIPAL_TARGETS = 64
+"""Directions of the targets that `select_inputs` looks at; they hold nearly all that can be explained."""
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """The sums over some equations, in float64; two of them add up.
+
+    Attributes:
+        gram: Σ ĥĥᵀ `[K + 1, K + 1]`, where ĥ is h and a one.
+        moment: Σ ĥyᵀ `[K + 1, D]`.
+        energy: Σ ‖y‖².
+        count: Number of equations.
+    """
+
+    gram: Tensor
+    moment: Tensor
+    energy: float
+    count: int
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> "NormalEquations":
+        """The sums over batches of inputs `[R, K]` and targets `[R, D]`, at least one batch."""
+        gram = moment = None
+        energy, count = 0.0, 0
+        for inputs, targets in pairs:
+            for h, y in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
+                h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
+                products, moments = (h.T @ h).double(), (h.T @ y).double()
+                gram = products if gram is None else gram.add_(products)
+                moment = moments if moment is None else moment.add_(moments)
+                energy += float(y.double().square().sum())
+                count += len(h)
+        if gram is None or moment is None:
+            raise ValueError("NormalEquations.of: expected at least one equation.")
+        return cls(gram, moment, energy, count)
+
+    def __add__(self, other: "NormalEquations") -> "NormalEquations":
+        return NormalEquations(
+            self.gram + other.gram, self.moment + other.moment, self.energy + other.energy, self.count + other.count
+        )
+
+    @property
+    def num_inputs(self) -> int:
+        """K."""
+        return len(self.gram) - 1
+
+    def of_inputs(self, kept: Tensor) -> "NormalEquations":
+        """The same equations with only some inputs, given by index."""
+        index = torch.cat([kept, kept.new_tensor([self.num_inputs])])
+        return NormalEquations(self.gram[index][:, index], self.moment[index], self.energy, self.count)
+
+    def solve(self, ridge: float, anchor: Tensor | None = None, *, constant: bool = True) -> Tensor:
+        """W transposed, and c as its last row: `[K + 1, D]` in float64.
+
+        Args:
+            ridge: λ as a share of the mean squared input.
+            anchor: W₀ transposed `[K, D]`; zero if not given.
+            constant: Whether there is a c; its row is zero otherwise.
+        """
+        inputs = self.num_inputs
+        gram, moment = self.gram.clone(), self.moment.clone()
+        penalty = self._penalty(ridge)
+        gram.diagonal()[:inputs] += penalty
+        if anchor is not None:
+            moment[:inputs] += penalty * anchor.double()
+        if not constant:
+            gram, moment = gram[:inputs, :inputs], moment[:inputs]
+        solution: Tensor = torch.linalg.solve(gram, moment)
+        return solution if constant else torch.cat([solution, solution.new_zeros(1, solution.shape[1])])
+
+    def error(self, weights: Tensor) -> float:
+        """Share of the targets' energy that some weights `[K + 1, D]` leave unexplained; 0 is perfect."""
+        residual = float((weights * (self.gram @ weights - 2 * self.moment)).sum()) + self.energy
+        return max(residual, 0.0) / max(self.energy, torch.finfo(torch.float64).tiny)
+
+    def _penalty(self, ridge: float) -> float:
+        mean = float(self.gram.diagonal()[:-1].mean()) if self.num_inputs else 0.0
+        return max(ridge * mean, torch.finfo(self.gram.dtype).tiny)
+
+
+def best_ridge(
+    used: NormalEquations, held_out: NormalEquations, anchor: Tensor | None = None, *, constant: bool = True
+) -> tuple[float, float]:
+    """The λ of `RIDGES` whose solution of some equations explains others best, and its error on those."""
+    errors = {ridge: held_out.error(used.solve(ridge, anchor, constant=constant)) for ridge in RIDGES}
+    ridge = min(errors, key=errors.__getitem__)
+    return ridge, errors[ridge]
+
+
+def select_inputs(equations: NormalEquations, count: int, ridge: float = 1e-2) -> Tensor:
+    """Which inputs to keep so that the rest is missed least: greedy forward selection.
+
+    Each step takes the input that lowers the regression's error most, given those taken before (orthogonal least
+    squares, Chen, Billings and Luo 1989), by a Cholesky factorisation that pivots on that gain. The targets are seen
+    through their `PRINCIPAL_TARGETS` directions of largest moment.
+
+    Args:
+        equations: Sums over all inputs.
+        count: How many to keep.
+        ridge: λ as a share of the mean squared input.
+
+    Returns:
+        The indices `[count]`, most useful first.
+    """
+    inputs = equations.num_inputs
+    # The constant comes first: it is always there.
+    ones, total = equations.gram[:inputs, inputs], equations.gram[inputs, inputs]
+    gram = equations.gram[:inputs, :inputs] - torch.outer(ones, ones) / total
+    moment = equations.moment[:inputs] - torch.outer(ones, equations.moment[inputs]) / total
+    gram.diagonal().add_(equations._penalty(ridge))
+    if moment.shape[1] > PRINCIPAL_TARGETS:
+        moment = moment @ torch.linalg.eigh(moment.T @ moment).eigenvectors[:, -PRINCIPAL_TARGETS:]
+    diagonal = gram.diagonal().clone()
+    floor = 1e-12 * float(diagonal.max()) if inputs else 0.0
+    factor = gram.new_zeros(count, inputs)  # rows of Lᵀ
+    chosen: list[int] = []
+    for step in range(count):
+        gain = moment.square().sum(1) / diagonal
+        gain[chosen] = -1.0
+        pivot = int(gain.argmax())
+        column = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / diagonal[pivot].sqrt()
+        factor[step] = column
+        moment -= torch.outer(column, moment[pivot] / diagonal[pivot].sqrt())
+        # What is left of an input that the chosen ones nearly span is rounding: it must not look like a gain.
+        diagonal = (diagonal - column.square()).clamp_min(floor)
+        chosen.append(pivot)
+    return torch.tensor(chosen, dtype=torch.int64, device=gram.device)
