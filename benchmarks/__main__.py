@@ -1,4 +1,4 @@
-"""`python -m benchmarks kernels | compress | gpu-static`; each takes `--help`."""
+"""`python -m benchmarks kernels | compress | recovery | gpu-static`; each takes `--help`."""
 
 import importlib
 import importlib.util
@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "kernels": "each op x implementation x shape, against eager and torch.compile(eager)",
     "compress": "dcvit.compress on the embedded model, with the kernels and without",
+    "recovery": "how well methods recover: method x test bed x budget x seeds, with time and memory",
     "gpu-static": "what the compilers say about the GPU kernels, without a GPU",
 }
 

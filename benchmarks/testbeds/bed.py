@@ -1,12 +1,13 @@
 """What a test bed is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dcvit.config import AugmentationConfig
 from dcvit.models import adapter_for
 
 __all__ = ["TestBed", "output_tokens"]
@@ -24,6 +25,7 @@ class TestBed:
         labels: Class of each held-out image, `[M]`; `None` where there is none.
         probe: From pooled features `[B, D]` to class logits, fitted on the original and frozen, for a model without
             a head; else `None`.
+        augmentation: The random views that suit its images; its `flip` suits synthesised ones too.
     """
 
     __test__: ClassVar[bool] = False  # no test class, whatever pytest makes of the name
@@ -34,6 +36,7 @@ class TestBed:
     held_out: Tensor
     labels: Tensor | None = None
     probe: nn.Module | None = None
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     @cached_property
     def teacher_tokens(self) -> Tensor:

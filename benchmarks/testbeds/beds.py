@@ -10,6 +10,7 @@ from benchmarks.testbeds.cache import cache_folder, fingerprint, writing
 from benchmarks.testbeds.crops import HELD_OUT_SHARE, PHOTOGRAPHS, SIDE, crops, normalised
 from dcvit.compression import freeze
 from dcvit.demo import load_digits
+from dcvit.demo.comparison import DIGIT_VIEWS
 from dcvit.models import DEMO_MODEL, adapter_for, load_model
 from dcvit.seeding import derive_seed
 
@@ -36,8 +37,8 @@ def digits(seed: int, num_images: int = 50) -> TestBed:
         DcvitError: If there are not that many digits, or scikit-learn is not installed.
     """
     data = load_digits()
-    images = data.few_shot(num_images, seed)
-    return TestBed("digits", freeze(load_model(DEMO_MODEL)), images, data.test_images, data.test_labels)
+    model, images = freeze(load_model(DEMO_MODEL)), data.few_shot(num_images, seed)
+    return TestBed("digits", model, images, data.test_images, data.test_labels, augmentation=DIGIT_VIEWS)
 
 
 def photographs(seed: int, num_images: int = 50) -> TestBed:

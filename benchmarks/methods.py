@@ -1,0 +1,214 @@
+"""What `python -m benchmarks recovery` compares: the methods, and the test beds that they run on."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
+
+from torch import nn
+
+import dcvit
+from benchmarks.naive import naive_closed_form
+from benchmarks.testbeds import TestBed, digits, dinov2, photographs
+from dcvit.baselines import block_dropping
+from dcvit.compression import freeze, fuse
+from dcvit.config import CompressionConfig
+from dcvit.errors import BudgetError
+from dcvit.images import load_images
+from dcvit.models import adapter_for
+from dcvit.planning import Budget, Plan, choose_candidates, plan
+from dcvit.progress import Progress, silent
+from dcvit.recovery import recover
+from dcvit.surgery import compress_block, draw_kept_nodes
+from dcvit.synthesis import synthesize
+
+__all__ = ["BEDS", "GRADIENT_METHODS", "METHODS", "Info", "Options", "num_whole_blocks"]
+
+BEDS: dict[str, Callable[[int], TestBed]] = {"digits": digits, "photographs": photographs, "dinov2": dinov2}
+"""From a seed to a test bed whose few-shot set it draws."""
+
+METRIC_SET_SHARE = 0.25
+"""The share of an allowance that synthesis may take, so that the recoveries get most of it."""
+
+TIMED_STEPS = 5
+"""Steps between which the time of one is measured."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is told beyond test bed, budget and seed.
+
+    Attributes:
+        allowance: Seconds that a gradient method may take; `None` lets it run as published.
+        progress: Told how it goes.
+    """
+
+    allowance: float | None = None
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class Info:
+    """How a method came to its model.
+
+    Attributes:
+        seconds: Wall-clock time of the compression.
+        blocks: The blocks that were compressed or dropped, best first.
+        epochs: Of each recovery, for the published procedures; else `None`.
+        iterations: Of the synthesis, likewise; `None` where there was none.
+    """
+
+    seconds: float
+    blocks: tuple[int, ...]
+    epochs: int | None = None
+    iterations: int | None = None
+
+
+Method = Callable[[TestBed, Budget, int, Options], tuple[nn.Module, Info]]
+"""From test bed, budget, seed and options to the compressed model."""
+
+
+def default(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
+    """What `dcvit.compress` does unless told otherwise."""
+    return _compress(bed, budget, CompressionConfig(seed=seed), options)
+
+
+def closed_form_only(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
+    """The default without any gradient step on the student's weights."""
+    config = CompressionConfig(seed=seed)
+    # The step size is not used, but looked for among those there are.
+    recovery = replace(config.reconstruction, epochs=0, trial_epochs=0, refinement_steps=0, step_sizes=(0.1,))
+    return _compress(bed, budget, replace(config, recovery=recovery), options)
+
+
+def naive(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
+    """See `benchmarks.naive`."""
+    start = time.perf_counter()
+    model, blocks = naive_closed_form(bed.model, load_images(bed.images, bed.model), budget, bed.augmentation, seed)
+    return model, Info(time.perf_counter() - start, blocks)
+
+
+def paper(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
+    """DC-ViT as published, or as much of it as the allowance permits."""
+    config = _published(bed, budget, seed, options)
+    model, info = _compress(bed, budget, config, options)
+    return model, replace(info, epochs=config.mimicking.epochs, iterations=config.synthesis.iterations)
+
+
+def whole_blocks(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
+    """PRACTISE: as few whole blocks as meet the budget dropped, with the epochs of `paper`."""
+    count = num_whole_blocks(bed.model, budget)
+    config = _published(bed, budget, seed, options)
+    start = time.perf_counter()
+    images = load_images(bed.images, bed.model)
+    dropped = block_dropping(bed.model, images, count, config, progress=options.progress)
+    return dropped.model, Info(time.perf_counter() - start, dropped.blocks, config.mimicking.epochs)
+
+
+METHODS: dict[str, Method] = {
+    "default": default,
+    "closed form only": closed_form_only,
+    "naive closed form": naive,
+    "paper": paper,
+    "block dropping (PRACTISE)": whole_blocks,
+}
+
+GRADIENT_METHODS = frozenset({"paper", "block dropping (PRACTISE)"})
+"""Those that an allowance shortens."""
+
+
+def num_whole_blocks(model: nn.Module, budget: Budget) -> int:
+    """The smallest number of whole blocks without which a model meets a budget.
+
+    Raises:
+        BudgetError: If even without all candidates it does not.
+    """
+    cost = adapter_for(model).cost(model)
+    left, target = budget.amount(cost.total), budget.target(cost.total)
+    candidates = choose_candidates(cost, None)
+    for count, block in enumerate(candidates):
+        if left <= target:
+            return count
+        left -= budget.amount(cost.blocks[block].attention + cost.blocks[block].mlp)
+    if left <= target:
+        return len(candidates)
+    raise BudgetError(
+        f"{budget.unit}={budget.value!r} asks for {target:,}: without all {len(candidates)} blocks that may go "
+        f"{left:,} are left. Ask for more."
+    )
+
+
+def _compress(bed: TestBed, budget: Budget, config: CompressionConfig, options: Options) -> tuple[nn.Module, Info]:
+    start = time.perf_counter()
+    result = dcvit.compress(bed.model, bed.images, budget, _suited(config, bed), progress=options.progress)
+    return result.model, Info(time.perf_counter() - start, result.plan.blocks)
+
+
+def _suited(config: CompressionConfig, bed: TestBed) -> CompressionConfig:
+    """The config with the views that suit a test bed's images."""
+    return replace(
+        config,
+        recovery=replace(config.recovery, augmentation=bed.augmentation),
+        synthesis=replace(config.synthesis, flip=bed.augmentation.flip),
+    )
+
+
+def _published(bed: TestBed, budget: Budget, seed: int, options: Options) -> CompressionConfig:
+    """The published settings, with as many iterations and epochs as the allowance permits."""
+    config = _suited(CompressionConfig.paper(seed=seed), bed)
+    if options.allowance is None:
+        return config
+    planned = plan(bed.model, budget, config)
+    iteration, epoch = _step_seconds(bed, planned, config)
+    return shortened(config, options.allowance, len(planned.candidates) + planned.num_blocks, iteration, epoch)
+
+
+def shortened(
+    config: CompressionConfig, allowance: float, recoveries: int, iteration: float, epoch: float
+) -> CompressionConfig:
+    """A published config that fits into an allowance, at least one iteration and one epoch of it.
+
+    Args:
+        config: The published settings, the most that is done.
+        allowance: Seconds for synthesis and all recoveries.
+        recoveries: L + k.
+        iteration: Seconds of an iteration of the synthesis.
+        epoch: Seconds of an epoch of a recovery.
+    """
+
+    def fitting(seconds: float, each: float, most: int) -> int:
+        return max(1, min(most, int(seconds / each)))
+
+    synthesis, recovery = config.synthesis, config.mimicking
+    iterations = fitting(METRIC_SET_SHARE * allowance, iteration, synthesis.iterations)
+    epochs = fitting((allowance - iterations * iteration) / recoveries, epoch, recovery.epochs)
+    # A warm-up keeps its share: of full length it would leave nothing to a short schedule.
+    warmup_iterations = round(synthesis.warmup_iterations * iterations / synthesis.iterations)
+    warmup_epochs = round(recovery.warmup_epochs * epochs / recovery.epochs)
+    return replace(
+        config,
+        synthesis=replace(synthesis, iterations=iterations, warmup_iterations=warmup_iterations),
+        recovery=replace(recovery, epochs=epochs, warmup_epochs=warmup_epochs),
+    )
+
+
+def _step_seconds(bed: TestBed, planned: Plan, config: CompressionConfig) -> tuple[float, float]:
+    """Seconds of an iteration of the synthesis, and of an epoch of the last candidate's recovery, the longest."""
+    teacher, block = fuse(freeze(bed.model), config.impl), planned.candidates[-1]
+    kept = draw_kept_nodes(teacher, block, planned.hidden_features, config.seed)
+    student, images = compress_block(teacher, block, kept, config.impl), load_images(bed.images, teacher)
+    steps = TIMED_STEPS + 1
+    synthesis = replace(config.synthesis, iterations=steps)
+    recovery = replace(config.mimicking, epochs=steps)
+    return (
+        _seconds_each(lambda progress: synthesize(teacher, synthesis, progress=progress)),
+        _seconds_each(lambda progress: recover(student, teacher, images, [block], recovery, progress=progress)),
+    )
+
+
+def _seconds_each(run: Callable[[Progress], object]) -> float:
+    """Median time between two calls of the progress that `run` is given."""
+    times: list[float] = []
+    run(lambda *_: times.append(time.perf_counter()))
+    return median(after - before for before, after in pairwise(times))

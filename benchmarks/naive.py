@@ -1,0 +1,123 @@
+"""The throw-away version of closed-form recovery, the one to beat: what an afternoon with plain torch gives.
+
+Random hidden nodes, one ridge regression per block with a fixed λ towards zero, the images and four random views of
+each. Blocks are ranked by the mimicking loss on the few-shot images themselves; the best are then solved front to back
+on the student's own activations.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dcvit.augmentation import augment
+from dcvit.config import AugmentationConfig
+from dcvit.errors import DcvitError
+from dcvit.images import FewShotImages
+from dcvit.models import adapter_for
+from dcvit.planning import Budget, plan
+from dcvit.seeding import seeded
+from dcvit.surgery import draw_kept_nodes
+
+__all__ = ["naive_closed_form", "solve_block"]
+
+NUM_VIEWS = 4
+"""Random views of each image, beside the image itself."""
+
+RIDGE = 0.01
+"""λ, as a share of the Gram matrix's mean diagonal."""
+
+BATCH_SIZE = 50
+
+
+@torch.no_grad()
+def naive_closed_form(
+    teacher: nn.Module, images: FewShotImages, budget: Budget, augmentation: AugmentationConfig, seed: int
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """Compress a model to a budget.
+
+    Args:
+        teacher: The original, frozen; unchanged.
+        images: The few-shot set.
+        budget: Met by METHOD's k and r_d.
+        augmentation: Of the random views.
+        seed: Draws views and hidden nodes.
+
+    Returns:
+        The compressed model, and the compressed blocks, best first.
+    """
+    adapter, planned = adapter_for(teacher), plan(teacher, budget)
+    with seeded(seed, "naive views"):
+        every = range(len(images))
+        views = torch.cat([images.normalised, *(augment(images, every, augmentation) for _ in range(NUM_VIEWS))])
+    tokens = torch.cat([adapter.embed(teacher, batch) for batch in views.split(BATCH_SIZE)])
+    kept = {block: draw_kept_nodes(teacher, block, planned.hidden_features, seed) for block in planned.candidates}
+    depth = len(adapter.cost(teacher).blocks)
+    target = adapter.tokens(teacher, images.normalised)
+
+    losses: dict[int, float] = {}
+    for block, before, after in _walk(teacher, tokens):
+        if block in kept:
+            student = copy.deepcopy(teacher)
+            solve_block(student, block, kept[block], before, after)
+            output = adapter.final_norm(student, _run(student, before[: len(images)], block, depth))
+            losses[block] = float((output - target).square().mean())
+    chosen = tuple(sorted(losses, key=losses.__getitem__)[: planned.num_blocks])
+
+    student, given = copy.deepcopy(teacher), tokens
+    for block, _, after in _walk(teacher, tokens):
+        if block in chosen:
+            solve_block(student, block, kept[block], given, after)
+        given = _run(student, given, block, block + 1)
+    return adapter.rebuild(student).eval(), chosen
+
+
+@torch.no_grad()
+def solve_block(student: nn.Module, block: int, kept: tuple[int, ...], given: Tensor, wanted: Tensor) -> None:
+    """Compress a block in place, and fit its second MLP layer to all that it is to add to its input.
+
+    Args:
+        student: The model that the block belongs to.
+        block: The block, from 0.
+        kept: The hidden nodes that stay.
+        given: What the block gets, `[B, N, D]`.
+        wanted: What it should give, `[B, N, D]`.
+
+    Raises:
+        DcvitError: If the block's output is not its input plus that layer's.
+    """
+    adapter = adapter_for(student)
+    adapter.compress_block(student, block, kept)
+    found = adapter.output_layer(student, block)
+    if found is None or found[0].bias is None:
+        raise DcvitError(f"Block {block} does not end in a linear layer with a bias: no closed form fits it.")
+    layer, scale = found
+    hidden: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0].flatten(0, 1).double()))
+    _run(student, given, block, block + 1)
+    handle.remove()
+    nodes, missing = torch.cat(hidden), (wanted - given).flatten(0, 1).double()
+    if scale is not None:
+        missing = missing / scale  # LayerScale comes after the layer
+    penalty = RIDGE * nodes.square().sum(0).mean()
+    mean, constant = nodes.mean(0), missing.mean(0)  # the bias is not penalised
+    nodes = nodes - mean
+    gram = nodes.T @ nodes
+    gram.diagonal().add_(penalty)
+    weight = torch.linalg.solve(gram, nodes.T @ (missing - constant))
+    layer.weight.copy_(weight.T)
+    layer.bias.copy_(constant - mean @ weight)
+
+
+def _walk(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each block with the tokens before and after it, for the tokens before the first."""
+    for block in range(len(adapter_for(model).cost(model).blocks)):
+        after = _run(model, tokens, block, block + 1)
+        yield block, tokens, after
+        tokens = after
+
+
+def _run(model: nn.Module, tokens: Tensor, first: int, stop: int) -> Tensor:
+    run_blocks = adapter_for(model).run_blocks
+    return torch.cat([run_blocks(model, batch, first, stop) for batch in tokens.split(BATCH_SIZE)])

@@ -1,0 +1,486 @@
+"""How well methods recover: method x test bed x budget x seeds, with time and memory: `python -m benchmarks recovery`.
+
+Each run is a process of its own, so that its peak memory is its own. Finished runs are kept in a file (`--out`), and a
+table that was interrupted goes on where it stopped; a run counts as finished only for the same settings and the same
+code. All of a seed is run before the next seed, so an interrupted table is a whole one of fewer seeds.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shlex import join
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from benchmarks.harness import ROOT, header
+from benchmarks.methods import BEDS, GRADIENT_METHODS, METHODS, Options
+from benchmarks.testbeds import measure
+from benchmarks.testbeds.cache import fingerprint
+from dcvit.errors import DcvitError
+from dcvit.models import adapter_for
+from dcvit.planning import Budget
+from dcvit.progress import TerminalProgress, silent
+
+RUNS = ROOT / "benchmarks" / ".runs" / "recovery.jsonl"
+
+MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/methods.py", "benchmarks/naive.py", "benchmarks/testbeds")
+"""What a run's figures depend on."""
+
+BEGIN, END = "<!-- begin recovery -->", "<!-- end recovery -->"
+"""What of a results file is this command's."""
+
+BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
+SEEDS = 5
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run to be made: with the version of the code, what a finished run is known by.
+
+    Attributes:
+        bed: Name of the test bed.
+        method: Name of the method.
+        budget: Share of the MACs to take away.
+        seed: Draws the few-shot set, and seeds the method.
+        threads: Of torch.
+        allowance: Seconds that a gradient method may take; `None` as published.
+    """
+
+    bed: str
+    method: str
+    budget: float
+    seed: int
+    threads: int
+    allowance: float | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Attributes:
+        request: What was asked for.
+        code: Version of the code, see `code_version`.
+        header: Machine, versions and commit.
+        removed: Share of the MACs that was taken away.
+        error: r, see `benchmarks.testbeds.Measures`, as for the next four.
+        agreement: Share of images.
+        top1: Share of images.
+        cosine_class: Of the class token.
+        cosine_patch: Of the patch tokens.
+        seconds: Wall-clock time of the compression.
+        blocks: What was compressed or dropped, best first.
+        epochs: Of each recovery, for the published procedures.
+        iterations: Of the synthesis, for the published procedure.
+        memory: Peak resident set up to the end of the compression, in MiB.
+        memory_before: The same up to its start.
+        wall: Seconds of the whole process.
+    """
+
+    request: Request
+    code: str
+    header: str
+    removed: float
+    error: float
+    agreement: float
+    top1: float | None
+    cosine_class: float
+    cosine_patch: float
+    seconds: float
+    blocks: tuple[int, ...]
+    epochs: int | None
+    iterations: int | None
+    memory: float
+    memory_before: float
+    wall: float
+
+    @property
+    def key(self) -> tuple[Request, str]:
+        """What the run is known by."""
+        return self.request, self.code
+
+    @property
+    def seconds_per_block(self) -> float:
+        """Wall-clock time of the compression over the number of blocks."""
+        return self.seconds / len(self.blocks)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Record":
+        """The inverse of `dataclasses.asdict`, after JSON."""
+        return cls(**{**values, "request": Request(**values["request"]), "blocks": tuple(values["blocks"])})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, then print the table.
+
+    Returns:
+        1 if a run failed.
+    """
+    options = _parser().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    if options.run:
+        print(json.dumps(_measured(json.loads(options.run), options.verbose)), flush=True)
+        return 0
+    seeds = None if options.seeds is None else range(options.seeds)
+    known, failed = read_records(options.out), 0
+    if options.table:
+        records = latest(known, options.beds, options.methods, options.budgets, seeds)
+    else:
+        wanted = requests(
+            options.beds or BEDS, options.methods or METHODS, options.budgets or BUDGETS, seeds or range(SEEDS),
+            options.threads, options.paper_hours,
+        )  # fmt: skip
+        records, failed = _run_missing(wanted, [] if options.force else known, options.out, options.verbose)
+    text = report(records) if records else "No finished runs."
+    print(text)
+    if options.results and records:
+        existing = options.results.read_text() if options.results.is_file() else ""
+        options.results.write_text(with_section(existing, text))
+    if failed:
+        print(f"{failed} runs failed; the same command tries them again.", file=sys.stderr)
+    return int(failed > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks recovery", description=__doc__.partition("\n")[0])
+    parser.add_argument("--beds", nargs="+", choices=BEDS, help="all if not given")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
+                        help="of " + ", ".join(map(repr, METHODS)) + "; all if not given")  # fmt: skip
+    parser.add_argument("--budgets", nargs="+", type=_share,
+                        help=f"shares of the MACs to take away; {BUDGETS} if not given")  # fmt: skip
+    parser.add_argument("--seeds", type=_count,
+                        help=f"how many, each draws another few-shot set; {SEEDS} if not given")  # fmt: skip
+    parser.add_argument("--threads", type=_count, default=1, help="of torch; 1 if not given")
+    parser.add_argument("--paper-hours", type=float,
+                        help="what a run of a published procedure may take: an hour if not given, and as published on "
+                        "the digits")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=RUNS, help="JSON lines of finished runs")
+    parser.add_argument("--force", action="store_true", help="run again what is finished")
+    parser.add_argument("--table", action="store_true",
+                        help="only print what is in the file, the last run of each kind")  # fmt: skip
+    parser.add_argument("--results", type=Path, help="write the table into this Markdown file, too")
+    parser.add_argument("--verbose", action="store_true", help="say how each run goes")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one request, in the process of its own
+    return parser
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share between 0 and 1, both excluded")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return value
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def requests(
+    beds: Iterable[str],
+    methods: Iterable[str],
+    budgets: Iterable[float],
+    seeds: Iterable[int],
+    threads: int,
+    paper_hours: float | None,
+) -> list[Request]:
+    """All runs of a table, seed by seed.
+
+    Args:
+        beds: Names of test beds.
+        methods: Names of methods.
+        budgets: Shares of the MACs to take away.
+        seeds: The seeds.
+        threads: Of torch.
+        paper_hours: Allowance of a gradient method; `None` is an hour, and on the digits as long as it takes.
+    """
+
+    def allowance(bed: str, method: str) -> float | None:
+        hours = (None if bed == "digits" else 1.0) if paper_hours is None else paper_hours
+        return None if hours is None or method not in GRADIENT_METHODS else 3600 * hours
+
+    return [
+        Request(bed, method, budget, seed, threads, allowance(bed, method))
+        for seed in seeds for bed in beds for budget in budgets for method in methods
+    ]  # fmt: skip
+
+
+def _run_missing(
+    wanted: Sequence[Request], known: Sequence[Record], out: Path, verbose: bool
+) -> tuple[list[Record], int]:
+    """The record of each run, made where there is none yet, and how many runs failed."""
+    finished = {record.key: record for record in known}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prepared: set[str] = set()
+    records, failed = [], 0
+    for count, request in enumerate(wanted, 1):
+        label = f"{count}/{len(wanted)} {request.bed}, {request.budget:.0%}, seed {request.seed}, {request.method}"
+        code = code_version()  # each time: it may change while the table is made
+        record = finished.get((request, code))
+        if record is None:
+            if request.bed not in prepared:
+                _prepare(request.bed)
+                prepared.add(request.bed)
+            try:
+                record = run_apart(request, code, verbose)
+            except DcvitError as error:
+                print(f"{label}: {error}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
+            with out.open("a") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+            print(f"{label}: r {record.error:.4f}, {record.seconds:.1f} s", file=sys.stderr, flush=True)
+        records.append(record)
+    return records, failed
+
+
+def run_apart(request: Request, code: str, verbose: bool = False) -> Record:
+    """One run in a process of its own.
+
+    Linux starts a process's peak memory at what its parent holds; the parent here has imported what the child
+    imports anyway, and must load no more.
+
+    Raises:
+        DcvitError: If it failed; what it said has gone to standard error.
+    """
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks", "recovery", "--threads", str(request.threads)]
+    command += ["--run", json.dumps(asdict(request)), *(["--verbose"] if verbose else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise DcvitError(f"the run ended with status {done.returncode}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Record.from_dict({**found, "request": asdict(request), "code": code, "wall": time.perf_counter() - start})
+
+
+def _prepare(bed: str) -> None:
+    """Have a test bed make what it caches, so that no run's time and memory contain it; not in this process."""
+    code = f"from benchmarks.methods import BEDS; BEDS[{bed!r}](0)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=sys.stderr, check=False)
+
+
+def _measured(request: dict[str, Any], verbose: bool) -> dict[str, Any]:
+    """Make a run in this process; the fields of its `Record` that are known here."""
+    asked = Request(**request)
+    machine, bed = header(), BEDS[asked.bed](asked.seed)
+    options = Options(asked.allowance, TerminalProgress(interval=60) if verbose else silent)
+    before = peak_memory()
+    model, info = METHODS[asked.method](bed, Budget(macs=1 - asked.budget), asked.seed, options)
+    memory = peak_memory()
+    measures = measure(bed, model)
+    original, left = (adapter_for(m).cost(m).total.macs("with_attention_products") for m in (bed.model, model))
+    return {
+        "header": machine,
+        "removed": 1 - left / original,
+        **asdict(measures),
+        **asdict(info),
+        "memory": memory,
+        "memory_before": before,
+    }
+
+
+def peak_memory() -> float:
+    """The peak resident set of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The finished runs of a file, in its order."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [Record.from_dict(json.loads(line)) for line in lines]
+
+
+def latest(
+    records: Iterable[Record],
+    beds: Container[str] | None,
+    methods: Container[str] | None,
+    budgets: Container[float] | None,
+    seeds: Container[int] | None,
+) -> list[Record]:
+    """The last run of each bed, method, budget and seed, among those asked for; `None` asks for all."""
+    found: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        request = record.request
+        place = (request.bed, request.method, request.budget, request.seed)
+        if all(wanted is None or p in wanted for p, wanted in zip(place, (beds, methods, budgets, seeds), strict=True)):
+            found[place] = record
+    return list(found.values())
+
+
+def code_version() -> str:
+    """The last commit that touched what is measured, and a fingerprint of what has changed since.
+
+    A commit of something else, such as the results, does not make finished runs outdated.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments, "--", *MEASURED]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("log", "-1", "--format=%h") or "no commit"
+    if commit != "no commit" and not git("status", "--porcelain"):
+        return commit
+    places = [ROOT / place for place in MEASURED]
+    files = sorted(f for place in places for f in ([place] if place.is_file() else place.rglob("*")))
+    sources = [f for f in files if f.suffix in (".py", ".cpp", ".cu", ".h")]
+    return f"{commit}+{fingerprint(*[(str(f.relative_to(ROOT)), f.read_bytes()) for f in sources])}"
+
+
+# --- table -----------------------------------------------------------------------------------------------------------
+
+
+def report(records: Sequence[Record]) -> str:
+    """The section of a results file: how it was measured, the table, and the ratios."""
+    hours = sum(record.wall for record in records) / 3600
+    before = mean(record.memory_before for record in records)
+    codes = list(dict.fromkeys(record.code for record in records))
+    return "\n".join(
+        [
+            "## Recovery",
+            "",
+            records[-1].header,
+            "",
+            f"    {command(records)}",
+            "",
+            f"{len(records)} runs, {hours:.2f} hours in all, of the code as of {', '.join(codes)}. Mean ± standard "
+            "deviation over the seeds, each of which draws another few-shot set. MACs are the share taken away, asked "
+            "for and reached, attention products included. r = ‖s − t‖² / ‖t − mean(t)‖² over all output tokens of the "
+            "held-out images; lower is better, 0 is exact. Agreement and top-1 are percentages. Time is the wall clock "
+            "of the whole compression, of `dcvit.compress` with its report; per block it is divided by the number of "
+            "blocks compressed or dropped. Memory is the peak resident set of a fresh process up to the end of the "
+            "compression: it includes the interpreter, torch and the test bed, "
+            f"{before:.0f} MiB before the compression starts. Epochs are those of each recovery by a published "
+            "procedure, iterations those of the synthesis of its metric set; 2000 are as published, fewer are as many "
+            "as the time allowed permits.",
+            "",
+            table(records),
+            "",
+            "How the default compares: its r as a ratio to that of the naive closed form, and its time per block as a "
+            "ratio to that of the paper's procedure with the epochs above (below 1 the default is better); of means "
+            "over the seeds that both have.",
+            "",
+            ratios(records),
+        ]
+    )
+
+
+def command(records: Sequence[Record]) -> str:
+    """The command that makes a table of these runs."""
+
+    def all_of(field: str, order: Iterable[Any] | None = None) -> list[str]:
+        found = {getattr(record.request, field) for record in records}
+        return [str(value) for value in (sorted(found) if order is None else order) if value in found]
+
+    parts = ["--beds", *all_of("bed", BEDS), "--methods", *all_of("method", METHODS)]
+    parts += ["--budgets", *all_of("budget"), "--seeds", str(1 + max(record.request.seed for record in records))]
+    parts += ["--threads", all_of("threads")[-1]]
+    allowed = {record.request.allowance for record in records} - {None}
+    if allowed and allowed != {3600.0}:
+        parts += ["--paper-hours", f"{max(filter(None, allowed)) / 3600:g}"]
+    return join(["python", "-m", "benchmarks", "recovery", *parts])
+
+
+def table(records: Iterable[Record]) -> str:
+    """Method by method for each test bed and budget."""
+    rows = []
+    for (bed, budget), of_methods in _grouped(records).items():
+        for method, runs in of_methods.items():
+            rows.append(
+                [
+                    bed,
+                    f"{budget:.0%}",
+                    method,
+                    str(len(runs)),
+                    spread([100 * run.removed for run in runs], 1),
+                    spread([run.error for run in runs], 4),
+                    spread([100 * run.agreement for run in runs], 1),
+                    spread([None if run.top1 is None else 100 * run.top1 for run in runs], 1),
+                    spread([run.cosine_class for run in runs], 4),
+                    spread([run.cosine_patch for run in runs], 4),
+                    spread([run.seconds for run in runs], 1),
+                    spread([run.seconds_per_block for run in runs], 2),
+                    spread([run.memory for run in runs], 0),
+                    _between([run.epochs for run in runs if run.epochs is not None]),
+                    _between([run.iterations for run in runs if run.iterations is not None]),
+                ]
+            )
+    titles = ["bed", "MACs asked", "method", "seeds", "MACs %", "r", "agreement %", "top-1 %", "cosine, class"]
+    return _markdown([*titles, "cosine, patches", "s", "s / block", "peak MiB", "epochs", "iterations"], rows)
+
+
+def ratios(records: Iterable[Record]) -> str:
+    """The default against the naive closed form in r, and against the paper's procedure in time per block."""
+    rows = []
+    for (bed, budget), runs in _grouped(records).items():
+        default, naive, paper = (runs.get(name, []) for name in ("default", "naive closed form", "paper"))
+        error = _ratio(default, naive, lambda run: run.error)
+        seconds = _ratio(default, paper, lambda run: run.seconds_per_block)
+        rows.append([bed, f"{budget:.0%}", error, seconds])
+    return _markdown(["bed", "MACs asked", "r, default / naive closed form", "s / block, default / paper"], rows)
+
+
+def spread(values: Sequence[float | None], decimals: int) -> str:
+    """Mean ± standard deviation; the mean alone of one value, and a dash where there is none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return NOTHING
+    deviation = f" ± {stdev(known):.{decimals}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{decimals}f}{deviation}"
+
+
+def with_section(existing: str, text: str) -> str:
+    """A results file with this command's section, in place of an earlier one or at the end."""
+    section = f"{BEGIN}\n{text}\n{END}\n"
+    if BEGIN in existing and END in existing:
+        before, _, rest = existing.partition(BEGIN)
+        return before + section + rest.partition(END)[2].lstrip("\n")
+    return f"{existing.rstrip()}\n\n{section}" if existing.strip() else f"# Results\n\n{section}"
+
+
+def _grouped(records: Iterable[Record]) -> dict[tuple[str, float], dict[str, list[Record]]]:
+    """The runs of each test bed and budget, by method, in the order of the registries."""
+    beds, methods = list(BEDS), list(METHODS)
+
+    def place(record: Record) -> tuple[int, float, int, int]:
+        request = record.request
+        return beds.index(request.bed), request.budget, methods.index(request.method), request.seed
+
+    found: dict[tuple[str, float], dict[str, list[Record]]] = {}
+    for record in sorted(records, key=place):
+        request = record.request
+        found.setdefault((request.bed, request.budget), {}).setdefault(request.method, []).append(record)
+    return found
+
+
+def _ratio(ours: Sequence[Record], theirs: Sequence[Record], figure: Callable[[Record], float]) -> str:
+    """The ratio of the means over the seeds that both have."""
+    one, other = ({run.request.seed: figure(run) for run in runs} for runs in (ours, theirs))
+    seeds = one.keys() & other.keys()
+    return f"{sum(one[s] for s in seeds) / sum(other[s] for s in seeds):.3g}" if seeds else NOTHING
+
+
+def _between(values: Sequence[int]) -> str:
+    low, high = min(values, default=None), max(values, default=None)
+    return NOTHING if low is None else str(low) if low == high else f"{low}–{high}"
+
+
+def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
