@@ -3,11 +3,10 @@
 Whole runs, in pairs of one with `impl="eager"` and one with `impl="auto"`, in one process and in changing order. A
 pair's ratio is spared what a slower or busier moment does to both, and the interval of the median ratio assumes nothing
 of its distribution. Many short runs tell more than a few long ones, so a run is the demonstration's with a quarter of
-its epochs and of the synthesis' steps; what does not get shorter with them, such as measuring the latency for the
-report, is the same with both and weighs more than in the demonstration.
+its refinement, the longest stage; the others, such as measuring the latency for the report, weigh more than there.
 
-The profile shows where a run's time goes, by stage and of the operators that take most; the latter of a tenth of the
-demonstration's length, because a profiler keeps every call in memory.
+The profile shows where a run's time goes, by stage and of the operators that take most; the latter with as little
+refinement as there can be, because a profiler keeps every call in memory.
 """
 
 import argparse
@@ -25,6 +24,7 @@ from dcvit.demo import load_digits
 from dcvit.demo.comparison import DEMO_CONFIG
 from dcvit.models.loading import load_model
 from dcvit.ops import Impl
+from dcvit.refinement import FEWEST_STEPS
 
 IMPLS: tuple[Impl, Impl] = ("eager", "auto")
 
@@ -43,31 +43,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks compress", description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=16, help="pairs; 6 are the fewest that give an interval")
     parser.add_argument("--threads", type=int, default=1, help="one is what the demonstration takes")
-    parser.add_argument("--epochs", type=int, help="of a recovery; a quarter of the demonstration's if not given")
+    parser.add_argument("--steps", type=int, help="of the refinement; a quarter of the demonstration's if not given")
     parser.add_argument("--macs", type=float, default=0.75, help="budget, as a share of the model")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     print(header())
     model, images = load_model("demo").eval(), load_digits().few_shot(50, 0)
-    full = DEMO_CONFIG.recovery.epochs
+    recovery = DEMO_CONFIG.reconstruction
 
-    def run(impl: Impl, epochs: int) -> Run:
-        recovery = replace(DEMO_CONFIG.recovery, epochs=epochs)
-        iterations = max(1, round(DEMO_CONFIG.synthesis.iterations * epochs / full))
-        synthesis = replace(DEMO_CONFIG.synthesis, iterations=iterations)
-        config = replace(DEMO_CONFIG, impl=impl, recovery=recovery, synthesis=synthesis)
+    def run(impl: Impl, steps: int) -> Run:
+        config = replace(DEMO_CONFIG, impl=impl, recovery=replace(recovery, refinement_steps=steps))
         wall, cpu = time.perf_counter(), time.process_time()
         result = dcvit.compress(model, dcvit.load_images(images, model), dcvit.Budget(macs=options.macs), config)
         return Run(time.perf_counter() - wall, time.process_time() - cpu, dict(result.report.seconds))
 
-    epochs = options.epochs or full // 4
-    print(f"{options.runs} pairs of runs of {epochs} epochs (the demonstration has {full})\n")
+    steps = options.steps or recovery.refinement_steps // 4
+    print(
+        f"{options.runs} pairs of runs of {steps} refinement steps (the demonstration: {recovery.refinement_steps})\n"
+    )
     for impl in IMPLS:
-        run(impl, 1)
+        run(impl, FEWEST_STEPS)
     runs: dict[Impl, list[Run]] = {impl: [] for impl in IMPLS}
     for pair in range(options.runs):
         for impl in IMPLS if pair % 2 == 0 else IMPLS[::-1]:
-            runs[impl].append(run(impl, epochs))
+            runs[impl].append(run(impl, steps))
 
     eager, auto = runs["eager"], runs["auto"]
     for stage in ("in all", *eager[0].stages):
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for impl in IMPLS:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            run(impl, max(1, full // 10))
+            run(impl, FEWEST_STEPS)
         events = sorted(profile.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
         total = sum(event.self_cpu_time_total for event in events)
         print(f"\nimpl={impl!r}: share of the time inside operators")

@@ -139,7 +139,7 @@ def test_the_callers_model_and_random_state_are_untouched(
 
 @both_procedures
 def test_same_seed_same_result(model: nn.Module, images: Tensor, config: dcvit.CompressionConfig) -> None:
-    runs = [dcvit.compress(model, images, dcvit.Budget(macs=0.8), replace(config, seed=seed)) for seed in (3, 3, 4)]
+    runs = [dcvit.compress(model, images, dcvit.Budget(macs=0.62), replace(config, seed=seed)) for seed in (3, 3, 4)]
     assert same(runs[0], runs[1])
     assert runs[0].plan == runs[1].plan
     assert [asdict(run.report)["reconstructions"] for run in runs[:2]] == [

@@ -345,7 +345,8 @@ def test_fewer_of_the_most_useful_nodes_are_the_first_ones(model: nn.Module) -> 
     most = choose_nodes(problem.teacher, BLOCK, 20, problem.rows, CONFIG, seed=0)
     assert choose_nodes(problem.teacher, BLOCK, 6, problem.rows, CONFIG, seed=0) == most[:6]
     assert list(most) != sorted(most)
-    assert all(torch.equal(value, before[name]) for name, value in problem.teacher.state_dict().items())
+    after = problem.teacher.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 # Little to go on.
@@ -412,4 +413,5 @@ def test_step_size_is_found_on_held_out_images(model: nn.Module) -> None:
     for candidates in (tuple(sizes), tuple(sizes)[::-1]):
         config = replace(CONFIG, step_sizes=candidates)
         assert find_step_size(problem.teacher, BLOCK, 5, problem.rows, config) == 0.02
-    assert all(torch.equal(value, before[name]) for name, value in problem.teacher.state_dict().items())
+    after = problem.teacher.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
