@@ -147,7 +147,8 @@ def _reconstructed(
         refines = steps > 0 and bool(views.held_out.any())
         metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
     with timer("ranking"):
-        step_size = _step_size(teacher, views, states, plans[0], config)
+        descends = recovery.epochs > 0 or recovery.trial_epochs > 0
+        step_size = _step_size(teacher, views, states, plans[0], config) if descends else 0.0
         # Trials tell which number of blocks is best only if what they show is what comes out.
         options = plans[:1] if refines else plans
         chosen, trials = rank_reconstructed(

@@ -262,6 +262,18 @@ def test_metric_set_can_be_swapped(model: nn.Module, images: Tensor) -> None:
     assert "synthesis" not in stages
 
 
+@both_procedures
+def test_blocks_are_ranked_by_the_metric_that_is_asked_for(
+    model: nn.Module, images: Tensor, config: dcvit.CompressionConfig
+) -> None:
+    """A cross-entropy is at least the teacher's entropy; a relative error of a recovered student is far below it."""
+    given, teacher = dcvit.MetricSet(torch.randn(4, 3, 32, 32)), freeze(model)
+    entropy = dcvit.Metric(teacher, [given.images], "cross_entropy").loss(teacher)
+    for metric, low, high in (("cross_entropy", 0.999 * entropy, 2 * entropy), ("mimicking", 0, 0.5 * entropy)):
+        result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), replace(config, metric=metric), metric_set=given)
+        assert all(low <= trial.metric_loss <= high for trial in result.report.trials)
+
+
 Change = Callable[[dcvit.CompressionConfig], dcvit.CompressionConfig]
 
 
