@@ -100,8 +100,12 @@ class Rows:
     held_out: Tensor
 
     def thinned(self) -> "Rows":
-        """At most `FEW_ROWS` of them, evenly spread."""
-        some = slice(None, None, max(1, -(-len(self.given) // FEW_ROWS)))
+        """At most `FEW_ROWS` of them, drawn at random but always the same."""
+        if len(self.given) <= FEW_ROWS:
+            return self
+        # Not every n-th: that could leave out all rows that are held out.
+        order = torch.randperm(len(self.given), generator=torch.Generator().manual_seed(0))
+        some = order[:FEW_ROWS].sort().values.to(self.given.device)
         return Rows(self.given[some], self.wanted[some], self.held_out[some])
 
 
@@ -116,7 +120,8 @@ class Reconstruction:
         block: The block, from 0.
         ridge: λ of the closed form, a share of the mean squared hidden node; `None` where there was none.
         error_before: With the original weights of the kept nodes.
-        error_closed_form: After the closed form, from the images that are not held out; `None` where there was none.
+        error_closed_form: After the closed form, from the images that are not held out, if that was better; `None`
+            where there was none.
         error_after: After the gradient steps, likewise.
         epochs: Of the gradient steps, up to the best.
     """
@@ -236,7 +241,9 @@ def reconstruct_block(
     judged = bool(rows.held_out.any())
     steps = epochs if judged and hidden_features else 0
     if layer is not None:
-        ridge, error_closed_form = _fit_output_layer(module, *layer, rows, on_all=refit and not steps)
+        ridge, error_closed_form = _fit_output_layer(
+            module, *layer, rows, on_all=refit and not steps, at_most=error_before
+        )
         error_after = error_closed_form
     best_epoch = 0
     if steps:
