@@ -7,16 +7,15 @@ version they differ by rounding that training amplifies.
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.testbeds.cache import cache_folder, fingerprint
 from benchmarks.testbeds.crops import HELD_OUT_SHARE, PHOTOGRAPHS, SIDE, crops, normalised
+from dcvit.demo.train import fit_classifier
 from dcvit.evaluation import top1
 from dcvit.models import create_vision_transformer, load_model
 from dcvit.results import save_model
@@ -82,25 +81,16 @@ def train(epochs: int = EPOCHS) -> nn.Module:
 def _train(epochs: int) -> nn.Module:
     model = create_vision_transformer(ARCHITECTURE, PREPROCESSING)
     training = crops(PHOTOGRAPHS, "few-shot", NUM_CROPS, IMAGE_SIZE, SEED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = epochs * math.ceil(NUM_CROPS / BATCH_SIZE)
-    step, start = 0, time.perf_counter()
-    model.train()
-    for epoch in range(epochs):
-        for chosen in torch.randperm(NUM_CROPS).split(BATCH_SIZE):
-            # Linear warm-up over a tenth of the training under half a cosine.
-            share = min((step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * share
-            images = normalised(_recoloured(training.pixels[chosen]), model)
-            loss = F.cross_entropy(model(images), training.labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-        print(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.4f}, {time.perf_counter() - start:.0f} s", flush=True)
-    return model.eval()
+    return fit_classifier(
+        model,
+        lambda chosen: (normalised(_recoloured(training.pixels[chosen]), model), training.labels[chosen]),
+        NUM_CROPS,
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        report_every=1,
+    )
 
 
 def _recoloured(pixels: Tensor) -> Tensor:

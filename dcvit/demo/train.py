@@ -8,6 +8,8 @@ training amplifies, and the held-out accuracy by a point or so.
 import argparse
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,25 +50,63 @@ def train(epochs: int = EPOCHS, seed: int = 0) -> nn.Module:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     digits = load_digits()
-    model = create_vision_transformer(ARCHITECTURE, PREPROCESSING)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = epochs * (NUM_TRAIN // BATCH_SIZE)
-    step = 0
+    return fit_classifier(
+        create_vision_transformer(ARCHITECTURE, PREPROCESSING),
+        lambda chosen: (_moved(digits.train_images[chosen]), digits.train_labels[chosen]),
+        NUM_TRAIN,
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        report_every=20,
+    )
+
+
+def fit_classifier(
+    model: nn.Module,
+    examples: Callable[[Tensor], tuple[Tensor, Tensor]],
+    count: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    report_every: int,
+) -> nn.Module:
+    """Train a classifier with AdamW, in place; it comes back in evaluation mode.
+
+    Draws from torch's global generator.
+
+    Args:
+        model: The classifier.
+        examples: From indices `[B]` to images `[B, C, H, W]` as the model takes them, and their classes `[B]`.
+        count: How many examples there are.
+        epochs: Passes over them.
+        batch_size: Examples a step.
+        learning_rate: At the peak.
+        weight_decay: Decoupled.
+        report_every: Epochs between two printed lines.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    steps = epochs * math.ceil(count / batch_size)
+    step, start = 0, time.perf_counter()
     model.train()
     for epoch in range(epochs):
-        for chosen in torch.randperm(NUM_TRAIN).split(BATCH_SIZE):
+        for chosen in torch.randperm(count).split(batch_size):
             # Linear warm-up over a tenth of the training under half a cosine.
             share = min((step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * share
-            loss = F.cross_entropy(model(_moved(digits.train_images[chosen])), digits.train_labels[chosen])
+                group["lr"] = learning_rate * share
+            images, labels = examples(chosen)
+            loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
-        if (epoch + 1) % 20 == 0:
-            print(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.4f}", flush=True)
+        if (epoch + 1) % report_every == 0:
+            seconds = time.perf_counter() - start
+            print(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
     return model.eval()
 
 
