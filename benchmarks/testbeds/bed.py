@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from dcvit import recovery
 from dcvit.config import AugmentationConfig
 from dcvit.models import adapter_for
 
@@ -54,9 +55,6 @@ class TestBed:
         return logits.argmax(-1)
 
 
-@torch.no_grad()
 def output_tokens(model: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
     """A model's output tokens after the final norm, `[M, T, D]` on the CPU, for images `[M, C, H, W]`."""
-    device = next(model.parameters()).device
-    tokens = adapter_for(model).tokens
-    return torch.cat([tokens(model, batch.to(device)).cpu() for batch in images.split(batch_size)])
+    return recovery.output_tokens(model, images.to(next(model.parameters()).device), batch_size).cpu()
