@@ -400,8 +400,10 @@ def _recovery(arguments: argparse.Namespace, config: CompressionConfig) -> Recon
             "step size; add --recovery mimicking, or leave it out."
         )
     recovery = config.recovery if isinstance(config.recovery, wanted) else wanted()
-    changed: ReconstructionConfig | MimickingConfig = _changed(recovery, epochs=arguments.epochs)
-    return changed if arguments.learning_rate is None else _changed(changed, learning_rate=arguments.learning_rate)
+    changed: ReconstructionConfig | MimickingConfig = _changed(
+        recovery, epochs=arguments.epochs, learning_rate=arguments.learning_rate
+    )
+    return changed
 
 
 def _default_digits(arguments: argparse.Namespace) -> int | None:

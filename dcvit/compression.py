@@ -20,7 +20,6 @@ from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import (
     Reconstruction,
-    Rows,
     TeacherStates,
     Views,
     draw_views,
@@ -140,20 +139,18 @@ def _reconstructed(
     steps = num_steps(teacher, recovery)
     with timer("views"):
         views = draw_views(teacher, images, recovery, config.seed)
-        states = TeacherStates(teacher, views, recovery.batch_size, keep_output=steps > 0)
+        refines = steps > 0 and bool(views.held_out.any())
+        states = TeacherStates(teacher, views, recovery.batch_size, keep_output=refines)
         image_sets = [metric_set.images]
         if config.metric == "mimicking" and bool(views.held_out.any()):
             image_sets.append(views.images[views.held_out][:HELD_OUT_VIEWS])
-        refines = steps > 0 and bool(views.held_out.any())
         metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
     with timer("ranking"):
         descends = recovery.epochs > 0 or recovery.trial_epochs > 0
-        step_size = _step_size(teacher, views, states, plans[0], config) if descends else 0.0
+        step_size = _step_size(teacher, states, plans[0], config) if descends else 0.0
         # Trials tell which number of blocks is best only if what they show is what comes out.
         options = plans[:1] if refines else plans
-        chosen, trials = rank_reconstructed(
-            teacher, views, states, metric, options, config, step_size, progress=progress
-        )
+        chosen, trials = rank_reconstructed(teacher, states, metric, options, config, step_size, progress=progress)
         blocks = tuple(trial.block for trial in trials[: chosen.num_blocks])
     with timer("compression"):
         student, kept, reconstructions = reconstruct_blocks(
@@ -207,7 +204,7 @@ def reconstruct_blocks(
         with torch.no_grad():
             batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
         at = block
-        rows = Rows(views.rows(torch.cat(batches)), states.before(block + 1), views.held_out_rows)
+        rows = states.rows(block, views.rows(torch.cat(batches)))
         kept[block], report = reconstruct_block(
             student, block, hidden_features[block], rows, recovery,
             step_size=step_size, epochs=recovery.epochs, refit=refit,
@@ -324,13 +321,11 @@ def _resolve_learning_rate(
     return replace(config, recovery=replace(config.mimicking, learning_rate=rate))
 
 
-def _step_size(
-    teacher: nn.Module, views: Views, states: TeacherStates, chosen_plan: Plan, config: CompressionConfig
-) -> float:
+def _step_size(teacher: nn.Module, states: TeacherStates, chosen_plan: Plan, config: CompressionConfig) -> float:
     """The step size of reconstruction, found on the middle candidate."""
     recovery = config.reconstruction
     block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
-    rows = Rows(states.before(block), states.before(block + 1), views.held_out_rows)
+    rows = states.rows(block)
     return find_step_size(
         teacher, block, chosen_plan.hidden_features, rows, recovery,
         seed=derive_seed(config.seed, "step size"), impl=config.impl,

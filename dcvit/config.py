@@ -30,6 +30,13 @@ def _check_choice(name: str, value: object, literal: Any) -> None:
     _check(value in get_args(literal), name, value, "one of " + ", ".join(map(repr, get_args(literal))))
 
 
+def _freeze_positive(config: object, name: str) -> None:
+    """Make a field a tuple, of one or more positive floats."""
+    values = tuple(getattr(config, name))
+    object.__setattr__(config, name, values)
+    _check(len(values) > 0 and min(values) > 0, name, values, "one or more positive floats")
+
+
 @dataclass(frozen=True)
 class AugmentationConfig:
     """Random views of the few-shot images during recovery, timm's training augmentation.
@@ -100,13 +107,7 @@ class ReconstructionConfig:
         _check_choice("nodes", self.nodes, Nodes)
         _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         _check(self.trial_epochs >= 0, "trial_epochs", self.trial_epochs, "0 or more")
-        object.__setattr__(self, "step_sizes", tuple(self.step_sizes))
-        _check(
-            len(self.step_sizes) > 0 and min(self.step_sizes) > 0,
-            "step_sizes",
-            self.step_sizes,
-            "one or more positive floats",
-        )
+        _freeze_positive(self, "step_sizes")
         _check(self.batch_rows >= 1, "batch_rows", self.batch_rows, "1 or more")
         _check(self.refinement_steps >= 0, "refinement_steps", self.refinement_steps, "0 or more")
         _check(self.refinement_macs >= 0, "refinement_macs", self.refinement_macs, "0 or more")
@@ -151,13 +152,7 @@ class MimickingConfig:
             rate,
             "a positive float or 'auto'",
         )
-        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
-        _check(
-            len(self.learning_rates) > 0 and min(self.learning_rates) > 0,
-            "learning_rates",
-            self.learning_rates,
-            "one or more positive floats",
-        )
+        _freeze_positive(self, "learning_rates")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")

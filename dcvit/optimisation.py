@@ -1,11 +1,13 @@
-"""Learning rates: over time, and relative to the size of what they change."""
+"""What gradient steps need: learning rates over time and relative to what they change, parameters that take them."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-__all__ = ["relative_adam", "set_step_size", "warmup_cosine"]
+__all__ = ["relative_adam", "set_step_size", "trainable", "warmup_cosine"]
 
 SMALLEST_SIZE = 1e-3
 """The root mean square that a tensor is taken to have at least: biases often start at zero."""
@@ -31,6 +33,18 @@ def set_step_size(optimizer: torch.optim.Adam, step_size: float) -> None:
     """Change the step size of `relative_adam`."""
     for group in optimizer.param_groups:
         group["lr"] = step_size * group["size"]
+
+
+@contextmanager
+def trainable(module: nn.Module) -> Iterator[None]:
+    """All parameters of a module take gradients for a block of code; afterwards those that did before."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:

@@ -20,7 +20,7 @@ from dcvit.images import FewShotImages
 from dcvit.metric import Metric
 from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
-from dcvit.reconstruction import Reconstruction, Rows, TeacherStates, Views, choose_nodes, reconstruct_block
+from dcvit.reconstruction import Reconstruction, TeacherStates, choose_nodes, reconstruct_block
 from dcvit.recovery import Recovery, recover
 from dcvit.seeding import derive_seed
 from dcvit.surgery import compress_block, draw_kept_nodes
@@ -147,7 +147,6 @@ def run_trials(
 
 def rank_reconstructed(
     teacher: nn.Module,
-    views: Views,
     states: TeacherStates,
     metric: Metric,
     plans: Sequence[Plan],
@@ -163,8 +162,7 @@ def rank_reconstructed(
 
     Args:
         teacher: The original, frozen.
-        views: The images that blocks are reconstructed on.
-        states: The teacher's tokens for them.
+        states: The teacher's tokens for the images that blocks are reconstructed on.
         metric: What the candidates are ranked by.
         plans: Say which blocks are candidates, and how many hidden nodes they keep.
         config: Its `recovery` must be a `ReconstructionConfig`.
@@ -178,7 +176,7 @@ def rank_reconstructed(
     trials: list[list[Trial]] = [[] for _ in plans]
     most, done = max(plan.hidden_features for plan in plans), 0
     for block in candidates:
-        rows = Rows(states.before(block), states.before(block + 1), views.held_out_rows).thinned()
+        rows = states.rows(block).thinned()
         seed = derive_seed(config.seed, "trial", block)
         # The first of the most useful nodes are the most useful ones of a smaller block, too.
         nodes = choose_nodes(teacher, block, most, rows, recovery, seed) if recovery.nodes == "greedy" else None

@@ -29,10 +29,10 @@ from dcvit.config import ReconstructionConfig
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
-from dcvit.optimisation import relative_adam, set_step_size, warmup_cosine
+from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.regression import NormalEquations, best_ridge, select_inputs
 from dcvit.seeding import seeded
-from dcvit.surgery import choose_impl, draw_kept_nodes
+from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 
 __all__ = [
     "Reconstruction",
@@ -77,7 +77,7 @@ class Views:
 
     def rows(self, states: Tensor) -> Tensor:
         """The chosen tokens `[V·S, D]` of all tokens `[V, N, D]`."""
-        return states.gather(1, self.tokens[..., None].expand(-1, -1, states.shape[-1])).flatten(0, 1)
+        return _chosen_tokens(states, self.tokens)
 
     @property
     def held_out_rows(self) -> Tensor:
@@ -147,6 +147,7 @@ class TeacherStates:
     def __init__(self, teacher: nn.Module, views: Views, batch_size: int, *, keep_output: bool = False) -> None:
         adapter = adapter_for(teacher)
         depth = len(adapter.cost(teacher).blocks)
+        self._held_out = views.held_out_rows
         collected: list[list[Tensor]] = [[] for _ in range(depth + 1)]
         outputs: list[Tensor] = []
         with torch.no_grad():
@@ -155,8 +156,7 @@ class TeacherStates:
                 for block in range(depth + 1):
                     if block:
                         states = adapter.run_blocks(teacher, states, block - 1, block)
-                    index = tokens[..., None].expand(-1, -1, states.shape[-1])
-                    collected[block].append(states.gather(1, index).flatten(0, 1))
+                    collected[block].append(_chosen_tokens(states, tokens))
                 if keep_output:
                     outputs.append(adapter.final_norm(teacher, states))
         self._before = [torch.cat(parts) for parts in collected]
@@ -165,6 +165,20 @@ class TeacherStates:
     def before(self, block: int) -> Tensor:
         """What a block gets, `[R, D]`; for the number of blocks, what the last one gives."""
         return self._before[block]
+
+    def rows(self, block: int, given: Tensor | None = None) -> Rows:
+        """The equations of a block.
+
+        Args:
+            block: The block, from 0.
+            given: What a student's block gets, `[R, D]`; what the teacher's gets if not given.
+        """
+        return Rows(self.before(block) if given is None else given, self.before(block + 1), self._held_out)
+
+
+def _chosen_tokens(states: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens `[V·S, D]` of `states` `[V, N, D]` at the places `tokens` `[V, S]`."""
+    return states.gather(1, tokens[..., None].expand(-1, -1, states.shape[-1])).flatten(0, 1)
 
 
 def draw_views(
@@ -292,13 +306,12 @@ def choose_nodes(
     """
     if config.nodes == "random" or count == 0:
         return draw_kept_nodes(student, block, count, seed)
-    student = copy.deepcopy(student)
     adapter = adapter_for(student)
-    adapter.compress_block(student, block, range(adapter.hidden_features(student, block)))
-    layer = adapter.output_layer(student, block)
+    all_nodes = compress_block(student, block, range(adapter.hidden_features(student, block)))
+    layer = adapter.output_layer(all_nodes, block)
     if layer is None:
         return draw_kept_nodes(student, block, count, seed)
-    equations = NormalEquations.of(_equations(adapter.block(student, block), layer[0], rows.thinned()))
+    equations = NormalEquations.of(_equations(adapter.block(all_nodes, block), layer[0], rows.thinned()))
     return tuple(select_inputs(equations, count).tolist())
 
 
@@ -377,14 +390,11 @@ def _descend(
     """
     given, wanted = rows.given[~rows.held_out], rows.wanted[~rows.held_out]
     energy = (wanted - given).square().mean().clamp_min(torch.finfo(given.dtype).tiny)
-    parameters = list(module.parameters())
-    was_trainable = [p.requires_grad for p in parameters]
-    module.requires_grad_(True)
     optimizer = relative_adam(module, step_size)
     best, best_epoch = copy.deepcopy(module.state_dict()), 0
     per_epoch = -(-len(given) // config.batch_rows)
     total, step = epochs * per_epoch, 0
-    with seeded(seed, "rows"), torch.enable_grad():
+    with seeded(seed, "rows"), torch.enable_grad(), trainable(module):
         for epoch in range(1, epochs + 1):
             for chosen in torch.randperm(len(given)).split(config.batch_rows):
                 set_step_size(optimizer, step_size * warmup_cosine(step, total, per_epoch // 2))
@@ -398,8 +408,6 @@ def _descend(
             if found < error:
                 error, best_epoch, best = found, epoch, copy.deepcopy(module.state_dict())
     module.load_state_dict(best)
-    for parameter, trainable in zip(parameters, was_trainable, strict=True):
-        parameter.requires_grad_(trainable)
     return best_epoch, error
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dcvit.config import ReconstructionConfig
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
-from dcvit.optimisation import relative_adam, set_step_size, warmup_cosine
+from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Views
 from dcvit.seeding import seeded
@@ -121,8 +121,6 @@ def refine(
         return missed / wanted[judged].numel()
 
     module = nn.ModuleList([adapter.block(student, block) for block in range(first, last + 1)])
-    trainable = [parameter.requires_grad for parameter in module.parameters()]
-    module.requires_grad_(True)
     origin, before = copy.deepcopy(module.state_dict()), judge()
     best, error, best_step = origin, before, 0
 
@@ -146,16 +144,15 @@ def refine(
                 if step + 1 in marks:
                     yield step + 1, judge()
 
-    pilots = {size: min(found for _, found in run(size, -(-steps // PILOT_SHARE), 1)) for size in STEP_SIZES}
-    step_size = min(pilots, key=pilots.__getitem__)
-    if pilots[step_size] < before:
-        for done, found in run(step_size, steps, JUDGEMENTS):
-            if found < error:
-                best, error, best_step = copy.deepcopy(module.state_dict()), found, done
-            progress("refinement", done, steps, error)
-    else:
-        step_size = 0.0
+    with trainable(module):
+        pilots = {size: min(found for _, found in run(size, -(-steps // PILOT_SHARE), 1)) for size in STEP_SIZES}
+        step_size = min(pilots, key=pilots.__getitem__)
+        if pilots[step_size] < before:
+            for done, found in run(step_size, steps, JUDGEMENTS):
+                if found < error:
+                    best, error, best_step = copy.deepcopy(module.state_dict()), found, done
+                progress("refinement", done, steps, error)
+        else:
+            step_size = 0.0
     module.load_state_dict(best)
-    for parameter, flag in zip(module.parameters(), trainable, strict=True):
-        parameter.requires_grad_(flag)
     return Refinement(before, error, step_size, best_step, time.perf_counter() - start)
