@@ -29,6 +29,7 @@ from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
+from dcvit.structure import Recoverability
 
 __all__ = ["CompressionResult", "ModelFigures", "Report", "check_output_folder", "load", "save_model", "versions"]
 
@@ -253,12 +254,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _trial(values: Mapping[str, Any]) -> Trial:
-    recovery, reconstruction = values["recovery"], values["reconstruction"]
+    recovery, reconstruction, profile = values["recovery"], values["reconstruction"], values.get("recoverability")
     return Trial(
         **{
             **values,
             "recovery": None if recovery is None else _recovery(recovery),
             "reconstruction": None if reconstruction is None else Reconstruction(**reconstruction),
+            "recoverability": None if profile is None else Recoverability(*map(tuple, profile.values())),
         }
     )
 
