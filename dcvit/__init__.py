@@ -4,6 +4,7 @@ from dcvit._version import __version__
 from dcvit.compression import compress
 from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.errors import BudgetError, DcvitError, ImagesError, SaveFolderError, UnsupportedModelError
+from dcvit.family import Family, load_family, sweep
 from dcvit.images import FewShotImages, load_images
 from dcvit.metric import Metric
 from dcvit.planning import Budget, Plan, plan
@@ -19,6 +20,7 @@ __all__ = [
     "CompressionConfig",
     "CompressionResult",
     "DcvitError",
+    "Family",
     "FewShotImages",
     "ImagesError",
     "Metric",
@@ -35,9 +37,11 @@ __all__ = [
     "__version__",
     "compress",
     "load",
+    "load_family",
     "load_images",
     "plan",
     "rank",
     "recover",
+    "sweep",
     "synthesize",
 ]

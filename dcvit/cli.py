@@ -1,4 +1,4 @@
-"""The command line: `dcvit demo | compress | synthesize | evaluate | info`."""
+"""The command line: `dcvit demo | compress | sweep | synthesize | evaluate | info`."""
 
 import argparse
 import json
@@ -30,11 +30,12 @@ from dcvit.demo.comparison import (
 )
 from dcvit.errors import DcvitError, ImagesError, SaveFolderError
 from dcvit.evaluation import agreement, measure_latency, top1
+from dcvit.family import DEFAULT_SHARES, FAMILY_FILE, check_family_folder, sweep
 from dcvit.images import FewShotImages, image_files, load_images
 from dcvit.models import adapter_for, load_model, preprocessing, require_supported
 from dcvit.planning import Budget, choose_candidates
 from dcvit.progress import TerminalProgress
-from dcvit.results import check_output_folder, save_model, versions
+from dcvit.results import CompressionResult, check_output_folder, save_model, versions
 from dcvit.seeding import seeded
 from dcvit.synthesis import synthesize
 
@@ -168,6 +169,26 @@ def _parser() -> argparse.ArgumentParser:
     _output_arguments(compress_)
     _impl_argument(compress_)
     _device_argument(compress_)
+
+    sweep_ = command(
+        "sweep",
+        _sweep,
+        _show_sweep,
+        "compress a model to many sizes at once",
+        "Compress a model to many budgets from one search. Every size is saved as `dcvit compress` saves it, in a "
+        "folder of its own; family.json lists them.",
+    )
+    _model_arguments(sweep_)
+    sweep_.add_argument("--data", help=DATA_HELP + "; digits for the model demo if not given")
+    sweep_.add_argument(
+        "--macs", type=_amount, nargs="+", default=list(DEFAULT_SHARES), metavar="X",
+        help="budgets: 0.75 is three quarters, 3.2G is absolute",
+    )  # fmt: skip
+    sweep_.add_argument("--num-images", type=int, metavar="N", help="use N random images of the data, not all")
+    sweep_.add_argument("--seed", type=int, default=0, help="same seed, same result")
+    _output_arguments(sweep_, default="dcvit-sweep")
+    _impl_argument(sweep_)
+    _device_argument(sweep_)
 
     synthesize_ = command(
         "synthesize",
@@ -386,6 +407,58 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     result = replace(result, report=report)
     result.save(arguments.out, overwrite=arguments.overwrite)
     return {**result.to_dict(), "out": str(arguments.out)}
+
+
+def _sweep(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    check_family_folder(arguments.out, overwrite=arguments.overwrite)
+    if arguments.data is None:
+        if arguments.model != "demo":
+            raise DcvitError(f"sweep {arguments.model}: name the few-shot images with --data FOLDER.")
+        arguments.data = "digits"
+    config = DEMO_CONFIG if arguments.data == "digits" else CompressionConfig()
+    model = _load(arguments.model, arguments)
+    require_supported(model)
+    images, _ = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
+    config = config.with_(seed=arguments.seed, impl=arguments.impl)
+    family = sweep(model, images, arguments.macs, config, progress=progress)
+    members = [replace(m, report=replace(m.report, model=arguments.model)) for m in family.members]
+    if arguments.data == "digits":
+        digits = load_digits()
+        held_out, labels = digits.test_images.to(arguments.device), digits.test_labels
+        original = top1(freeze(model), held_out, labels)
+        members = [_with_top1(member, original, held_out, labels) for member in members]
+    family = replace(family, original=members[0].report.teacher, members=members)
+    family.save(arguments.out, overwrite=arguments.overwrite)
+    index: dict[str, Any] = json.loads((Path(arguments.out) / FAMILY_FILE).read_text())
+    return {**index, "seconds": sum(sum(m.report.seconds.values()) for m in members), "out": str(arguments.out)}
+
+
+def _with_top1(
+    result: CompressionResult, original: float, images: torch.Tensor, labels: torch.Tensor
+) -> CompressionResult:
+    report = result.report
+    student = replace(report.student, top1=top1(result.model, images, labels))
+    return replace(result, report=replace(report, teacher=replace(report.teacher, top1=original), student=student))
+
+
+def _show_sweep(values: dict[str, Any]) -> str:
+    titles = ("", "MMACs", "share", "params", "latency ms", "top-1 %", "agreement %", "blocks (hidden nodes kept)")
+    rows: list[tuple[str, ...]] = [titles]
+
+    def row(name: str, figures: dict[str, Any], share: float, agreed: float | None, blocks: str) -> tuple[str, ...]:
+        percent = ["" if value is None else f"{100 * value:.2f}" for value in (figures["top1"], agreed)]
+        macs, latency = f"{figures['macs'] / 1e6:,.3f}", f"{figures['latency_ms']:.2f}"
+        return (name, macs, f"{share:.4f}", f"{figures['params']:,}", latency, *percent, blocks)
+
+    rows.append(row("original", values["original"], 1.0, None, ""))
+    for member in values["members"]:
+        blocks = ", ".join(f"{block} ({kept})" for block, kept in member["blocks"].items())
+        rows.append(row(member["folder"], member, member["macs_share"], member["agreement"], blocks))
+    return (
+        f"{_table(rows)}\n\n"
+        f"Agreement on the few-shot images, top-1 on the held-out digits; {values['seconds']:.0f} s.\n"
+        f"Saved to {values['out']}: dcvit.load_family({values['out']!r}), or each folder as a timm model."
+    )
 
 
 def _recovery(arguments: argparse.Namespace, config: CompressionConfig) -> ReconstructionConfig | MimickingConfig:

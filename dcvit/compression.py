@@ -27,7 +27,7 @@ from dcvit.reconstruction import (
     reconstruct_block,
 )
 from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
-from dcvit.refinement import Refinement, num_steps, refine
+from dcvit.refinement import STEP_SIZES, Refinement, num_steps, refine
 from dcvit.results import CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
@@ -68,7 +68,7 @@ def compress(
         All of them before any long work.
     """
     config = config or CompressionConfig()
-    timer = _Timer()
+    timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
         planned = plan(original, budget, config)
@@ -76,17 +76,29 @@ def compress(
         teacher = fuse(original, config.impl)
     with timer("metric set"):
         if metric_set is None:
-            metric_set = _metric_set(teacher, few_shot, config, progress)
+            metric_set = make_metric_set(teacher, few_shot, config, progress)
     procedure = _published if isinstance(config.recovery, MimickingConfig) else _reconstructed
     outcome = procedure(teacher, few_shot, metric_set, planned, config, timer, progress)
-    with timer("report"):
-        student = adapter_for(outcome.student).rebuild(outcome.student).eval()
-        report = _report(model, original, student, few_shot, outcome, config)
-    return CompressionResult(student, outcome.plan, replace(report, seconds=timer.seconds))
+    return finish(model, original, few_shot, outcome, config, timer)
+
+
+@dataclass
+class Timer:
+    """Wall-clock seconds of each stage, added up over its runs."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """What a procedure arrives at."""
 
     student: nn.Module
@@ -104,9 +116,9 @@ def _published(
     metric_set: MetricSet,
     planned: Plan,
     config: CompressionConfig,
-    timer: "_Timer",
+    timer: Timer,
     progress: Progress,
-) -> _Outcome:
+) -> Outcome:
     """The published procedure: mimicking after each cut, in the trials and block by block."""
     with timer("learning rate"):
         config = _resolve_learning_rate(teacher, images, planned, config, progress)
@@ -121,7 +133,7 @@ def _published(
         student, steps = compress_blocks(
             teacher, ranking.student, images, chosen_plan, config, first=first, progress=progress
         )
-    return _Outcome(student, chosen_plan, ranking.trials, steps[-1].learning_rate, steps=steps)
+    return Outcome(student, chosen_plan, ranking.trials, steps[-1].learning_rate, steps=steps)
 
 
 def _reconstructed(
@@ -130,49 +142,135 @@ def _reconstructed(
     metric_set: MetricSet,
     planned: Plan,
     config: CompressionConfig,
-    timer: "_Timer",
+    timer: Timer,
     progress: Progress,
-) -> _Outcome:
+) -> Outcome:
     """Block reconstruction, in the trials and of the chosen blocks; then mimicking that cannot harm."""
+    prepared = prepare(teacher, images, metric_set, planned, config, timer, progress)
+    return compress_prepared(prepared, planned, config, timer, progress=progress)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What block reconstruction learns of a model and its images before a budget matters: all sizes share it.
+
+    Attributes:
+        teacher: The original, frozen.
+        views: The images that blocks are reconstructed on.
+        states: The teacher's tokens for them.
+        trials: Of each candidate, least metric loss first.
+        step_size: Of the gradient steps on a block.
+        refinement_steps: Of the mimicking at the end; 0 where there is none.
+    """
+
+    teacher: nn.Module
+    views: Views
+    states: TeacherStates
+    trials: tuple[Trial, ...]
+    step_size: float
+    refinement_steps: int
+
+
+def prepare(
+    teacher: nn.Module,
+    images: FewShotImages,
+    metric_set: MetricSet,
+    planned: Plan,
+    config: CompressionConfig,
+    timer: Timer,
+    progress: Progress = silent,
+) -> Prepared:
+    """Draw views, pass them through the teacher, try each candidate block, and find the step size.
+
+    Args:
+        teacher: The original, frozen.
+        images: The few-shot set.
+        metric_set: Images to rank blocks on.
+        planned: Says which blocks are candidates, and about how many hidden nodes they will keep.
+        config: Its `recovery` must be a `ReconstructionConfig`.
+        timer: Takes the time of the stages.
+        progress: Told after each trial.
+    """
     recovery = config.reconstruction
     steps = num_steps(teacher, recovery)
     with timer("views"):
         views = draw_views(teacher, images, recovery, config.seed)
-        refines = steps > 0 and bool(views.held_out.any())
-        states = TeacherStates(teacher, views, recovery.batch_size, keep_output=refines)
+        steps = steps if bool(views.held_out.any()) else 0
+        states = TeacherStates(teacher, views, recovery.batch_size, keep_output=steps > 0)
         image_sets = [metric_set.images]
         if config.metric == "mimicking" and bool(views.held_out.any()):
             image_sets.append(views.images[views.held_out][:HELD_OUT_VIEWS])
         metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
     with timer("ranking"):
-        # Trials tell which structure is best only if what they show is what comes out.
-        searches = config.structure == "searched" and not refines
         tried = planned.hidden_features
-        if searches:
+        if _searches(config, steps):
             hidden = adapter_for(teacher).hidden_features(teacher, planned.candidates[0])
             tried = min(max(tried, hidden // 8), hidden // 2)  # in the middle of what the search may choose
         trials, kept = rank_reconstructed(teacher, states, metric, planned.candidates, tried, config, progress=progress)
-        chosen, hidden_features = planned, {t.block: planned.hidden_features for t in trials[: planned.num_blocks]}
-        profiles = {trial.block: trial.recoverability for trial in trials if trial.recoverability is not None}
-        if searches and len(profiles) == len(trials):
-            chosen, hidden_features = search(teacher, planned, profiles, config)
-        blocks = tuple(hidden_features)
     with timer("step size"):
         step_size = _step_size(teacher, states, trials, kept, config) if recovery.epochs else 0.0
+    return Prepared(teacher, views, states, trials, step_size, steps)
+
+
+def compress_prepared(
+    prepared: Prepared,
+    planned: Plan,
+    config: CompressionConfig,
+    timer: Timer,
+    *,
+    refinement_steps: int | None = None,
+    refinement_step_sizes: Sequence[float] = STEP_SIZES,
+    progress: Progress = silent,
+) -> Outcome:
+    """One size: choose its structure, reconstruct its blocks, and let it mimic.
+
+    Args:
+        prepared: What all sizes share.
+        planned: The fewest blocks that meet the budget.
+        config: What `prepare` was given.
+        timer: Takes the time of the stages.
+        refinement_steps: Steps of the mimicking, where they are not `prepared`'s.
+        refinement_step_sizes: Their candidates of the step size.
+        progress: Told how it goes.
+    """
+    steps = prepared.refinement_steps if refinement_steps is None else refinement_steps
     with timer("compression"):
+        chosen, hidden_features = _structure(prepared, planned, config)
+        blocks = tuple(hidden_features)
         student, kept, reconstructions = reconstruct_blocks(
-            teacher, views, states, hidden_features, config, step_size, refit=not refines, progress=progress
-        )
+            prepared.teacher, prepared.views, prepared.states, hidden_features, config, prepared.step_size,
+            refit=steps == 0, progress=progress,
+        )  # fmt: skip
     refinement = None
-    if refines:
+    if steps:
         with timer("refinement"):
-            assert states.output is not None
+            assert prepared.states.output is not None
             refinement = refine(
-                student, views, states.output, blocks, recovery, steps,
-                seed=derive_seed(config.seed, "refinement"), impl=config.impl, progress=progress,
+                student, prepared.views, prepared.states.output, blocks, config.reconstruction, steps,
+                step_sizes=refinement_step_sizes, seed=derive_seed(config.seed, "refinement"), impl=config.impl,
+                progress=progress,
             )  # fmt: skip
     chosen = replace(chosen, blocks=blocks, kept_nodes={block: kept[block] for block in blocks})
-    return _Outcome(student, chosen, trials, step_size, reconstructions=reconstructions, refinement=refinement)
+    return Outcome(
+        student, chosen, prepared.trials, prepared.step_size, reconstructions=reconstructions, refinement=refinement
+    )
+
+
+def _searches(config: CompressionConfig, refinement_steps: int) -> bool:
+    """Whether the structure is searched. Trials tell which is best only if what they show is what comes out."""
+    return config.structure == "searched" and refinement_steps == 0
+
+
+def _structure(prepared: Prepared, planned: Plan, config: CompressionConfig) -> tuple[Plan, dict[int, int]]:
+    """The plan that is followed, and the hidden nodes that each block to be compressed keeps, best first."""
+    profiles = {t.block: t.recoverability for t in prepared.trials if t.recoverability is not None}
+    if len(profiles) < len(prepared.trials):  # not every block has a closed form
+        ordered = [trial.block for trial in prepared.trials]
+    elif _searches(config, prepared.refinement_steps):
+        return search(prepared.teacher, planned, profiles, config)
+    else:
+        ordered = sorted(profiles, key=lambda block: (profiles[block].loss(planned.hidden_features), block))
+    return planned, dict.fromkeys(ordered[: planned.num_blocks], planned.hidden_features)
 
 
 def reconstruct_blocks(
@@ -299,7 +397,9 @@ def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
     return fused
 
 
-def _metric_set(teacher: nn.Module, images: FewShotImages, config: CompressionConfig, progress: Progress) -> MetricSet:
+def make_metric_set(
+    teacher: nn.Module, images: FewShotImages, config: CompressionConfig, progress: Progress
+) -> MetricSet:
     if config.metric_set == "images":
         return MetricSet(images.normalised)
     return synthesize(teacher, config.synthesis, seed=config.seed, impl=config.impl, progress=progress)
@@ -342,12 +442,36 @@ def _step_size(
     )  # fmt: skip
 
 
+def finish(
+    model: str | nn.Module,
+    original: nn.Module,
+    images: FewShotImages,
+    outcome: Outcome,
+    config: CompressionConfig,
+    timer: Timer,
+) -> CompressionResult:
+    """The compressed model as an ordinary one, with its figures.
+
+    Args:
+        model: What the caller named.
+        original: That model, loaded.
+        images: The few-shot set.
+        outcome: What the procedure arrived at.
+        config: What it was given.
+        timer: Has the time of its stages.
+    """
+    with timer("report"):
+        student = adapter_for(outcome.student).rebuild(outcome.student).eval()
+        report = _report(model, original, student, images, outcome, config)
+    return CompressionResult(student, outcome.plan, replace(report, seconds=dict(timer.seconds)))
+
+
 def _report(
     model: str | nn.Module,
     teacher: nn.Module,
     student: nn.Module,
     images: FewShotImages,
-    outcome: _Outcome,
+    outcome: Outcome,
     config: CompressionConfig,
 ) -> Report:
     adapter, batch_size = adapter_for(teacher), config.recovery.batch_size
@@ -374,18 +498,3 @@ def _report(
         steps=outcome.steps,
         seed=config.seed,
     )
-
-
-@dataclass
-class _Timer:
-    """Wall-clock seconds of each stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.seconds[stage] = time.perf_counter() - start

@@ -81,6 +81,7 @@ def refine(
     config: ReconstructionConfig,
     steps: int,
     *,
+    step_sizes: Sequence[float] = STEP_SIZES,
     seed: int = 0,
     impl: Impl = "auto",
     progress: Progress = silent,
@@ -94,6 +95,8 @@ def refine(
         blocks: The compressed blocks.
         config: How.
         steps: At most so many.
+        step_sizes: Candidates of the step size, as shares of a tensor's root mean square: pilot runs find the best, and
+            a single one needs none.
         seed: Orders the views.
         impl: Implementation of the ops.
         progress: Told after each judgement.
@@ -145,9 +148,12 @@ def refine(
                     yield step + 1, judge()
 
     with trainable(module):
-        pilots = {size: min(found for _, found in run(size, -(-steps // PILOT_SHARE), 1)) for size in STEP_SIZES}
-        step_size = min(pilots, key=pilots.__getitem__)
-        if pilots[step_size] < before:
+        step_size, promise = step_sizes[0], 0.0
+        if len(step_sizes) > 1:
+            pilots = {size: min(found for _, found in run(size, -(-steps // PILOT_SHARE), 1)) for size in step_sizes}
+            step_size = min(pilots, key=pilots.__getitem__)
+            promise = pilots[step_size]
+        if promise < before:
             for done, found in run(step_size, steps, JUDGEMENTS):
                 if found < error:
                     best, error, best_step = copy.deepcopy(module.state_dict()), found, done

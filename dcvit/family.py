@@ -1,0 +1,334 @@
+"""The dense family: many sizes of one model from one search.
+
+Everything that does not depend on the budget is done once: the metric set, the views and the teacher's tokens for them,
+the trials, which say what each block would lose at any number of hidden nodes, and the step sizes. A size then costs
+its blocks' reconstruction and, where mimicking refines it, a share of a single compression's steps.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dcvit.compression import (
+    Prepared,
+    Timer,
+    compress_prepared,
+    finish,
+    freeze,
+    fuse,
+    make_metric_set,
+    prepare,
+)
+from dcvit.config import CompressionConfig
+from dcvit.costs import MacConvention
+from dcvit.errors import BudgetError, SaveFolderError
+from dcvit.images import FewShotImages, Images, load_images
+from dcvit.models import adapter_for, load_model
+from dcvit.planning import Budget, Plan, plan
+from dcvit.progress import Progress, silent
+from dcvit.refinement import STEP_SIZES
+from dcvit.results import CompressionResult, ModelFigures, load, versions
+from dcvit.synthesis import MetricSet
+
+__all__ = ["DEFAULT_SHARES", "FAMILY_FILE", "Family", "check_family_folder", "load_family", "sweep"]
+
+DEFAULT_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+"""Shares of the original's MACs that a sweep goes through unless told otherwise."""
+
+REFINEMENT_SHARE = 1 / 3
+"""Of a single compression's refinement steps, those that each member gets. The first finds the step size for all."""
+
+NEAR = 0.005
+"""A member that is smaller than what is asked for by at most this share of the original is taken for it."""
+
+FAMILY_FILE = "family.json"
+FORMAT = 1
+
+
+@dataclass
+class Family:
+    """Compressed models of one original, largest first.
+
+    Attributes:
+        original: Figures of the original.
+        members: The compressed models.
+    """
+
+    original: ModelFigures
+    members: list[CompressionResult]
+    _search: "_Search | None" = field(default=None, repr=False)
+
+    def at(
+        self,
+        *,
+        macs: float | int | None = None,
+        params: float | int | None = None,
+        latency_ms: float | None = None,
+        progress: Progress = silent,
+    ) -> CompressionResult:
+        """The best member that costs no more than asked for.
+
+        A family that `sweep` has just made compresses a new member where none is within 0.5 % of the original below
+        the target; a loaded one has not kept what that needs, and gives its largest member that fits.
+
+        Args:
+            macs: A share of the original, or an absolute number of MACs per image. One of the three is given.
+            params: Likewise for parameters.
+            latency_ms: Milliseconds that a batch of the few-shot images took when the members were measured.
+            progress: Told how a new member comes along.
+
+        Raises:
+            BudgetError: If the target is out of range, or none or more than one is given.
+        """
+        given = [name for name, value in (("macs", macs), ("params", params), ("latency_ms", latency_ms)) if value]
+        if len(given) != 1:
+            raise BudgetError(
+                f"Family.at({', '.join(given)}): expected exactly one of macs, params and latency_ms, for example "
+                "family.at(macs=0.8)."
+            )
+        if latency_ms is not None:
+            return self._within_latency(latency_ms, progress)
+        budget = Budget(macs=macs, params=params, convention=self._convention)
+        original = self.original.macs if budget.unit == "macs" else self.original.params
+        value = budget.value
+        target = int(value * original) if isinstance(value, float) else value
+        fitting = [member for member in self.members if self._amount(member, budget) <= target]
+        best = max(fitting, key=lambda member: self._amount(member, budget), default=None)
+        if best is not None and target - self._amount(best, budget) <= NEAR * original:
+            return best
+        if self._search is not None:
+            return self._add(budget, progress)
+        if best is not None:
+            return best
+        smallest = min(self._amount(member, budget) for member in self.members)
+        raise BudgetError(
+            f"{budget.unit}={value!r} asks for {target:,}: the smallest member has {smallest:,}. Ask for more, or "
+            "sweep again with this budget."
+        )
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Save every member to a folder of its own, and `family.json`, which lists them.
+
+        Args:
+            folder: Created if missing.
+            overwrite: Replace an earlier family in that folder. Nothing else is ever replaced.
+
+        Raises:
+            SaveFolderError: If the folder holds something else, or an earlier family and `overwrite` is not set.
+        """
+        folder = Path(folder)
+        check_family_folder(folder, overwrite=overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"macs-{member.report.student.macs}" for member in self.members]
+        for name, member in zip(names, self.members, strict=True):
+            member.save(folder / name, overwrite=overwrite)
+        index = {
+            "format": FORMAT,
+            "original": asdict(self.original),
+            "members": [
+                {"folder": name, **self.figures(member)} for name, member in zip(names, self.members, strict=True)
+            ],
+            "versions": versions(),
+        }
+        temporary = folder / f"{FAMILY_FILE}.part"
+        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder / FAMILY_FILE)
+
+    def figures(self, member: CompressionResult) -> dict[str, Any]:
+        """What the index says of a member: budget, structure, cost and quality."""
+        report = member.report
+        return {
+            "budget": member.plan.to_dict()["budget"],
+            "blocks": {str(block): len(member.plan.kept_nodes[block]) for block in member.plan.blocks},
+            "macs_share": report.student.macs / self.original.macs,
+            **asdict(report.student),
+            "agreement": report.agreement,
+            "mimic_loss": report.mimic_loss,
+        }
+
+    @property
+    def _convention(self) -> MacConvention:
+        return self.members[0].plan.budget.convention
+
+    @staticmethod
+    def _amount(member: CompressionResult, budget: Budget) -> int:
+        return member.report.student.macs if budget.unit == "macs" else member.report.student.params
+
+    def _add(self, budget: Budget, progress: Progress) -> CompressionResult:
+        assert self._search is not None
+        member = self._search.compress(budget, progress)
+        self.members.append(member)
+        self.members.sort(key=lambda other: other.report.student.macs, reverse=True)
+        return member
+
+    def _within_latency(self, latency_ms: float, progress: Progress) -> CompressionResult:
+        """The largest member that is fast enough; a new one, where the measured latencies leave room for it."""
+        fitting = [member for member in self.members if member.report.student.latency_ms <= latency_ms]
+        best = max(fitting, key=lambda member: member.report.student.macs, default=None)
+        if best is None:
+            fastest = min(member.report.student.latency_ms for member in self.members)
+            raise BudgetError(
+                f"latency_ms={latency_ms:g}: the fastest member takes {fastest:.3g} ms. Ask for more, or sweep smaller "
+                "budgets."
+            )
+        larger = [member for member in self.members if member.report.student.macs > best.report.student.macs]
+        if self._search is None or not larger:
+            return best
+        # Latency is all but linear in the MACs between two sizes: where between them the target should lie.
+        above = min(larger, key=lambda member: member.report.student.macs)
+        low, high = best.report.student, above.report.student
+        macs = int(np.interp(latency_ms, [low.latency_ms, high.latency_ms], [low.macs, high.macs]))
+        if macs - low.macs <= NEAR * self.original.macs or high.macs - macs <= NEAR * self.original.macs:
+            return best
+        found = self._add(Budget(macs=macs, convention=self._convention), progress)
+        return found if found.report.student.latency_ms <= latency_ms else best
+
+
+@dataclass
+class _Search:
+    """What the members share, and how one more is made."""
+
+    model: str | nn.Module
+    original: nn.Module
+    images: FewShotImages
+    prepared: Prepared
+    config: CompressionConfig
+    step_sizes: Sequence[float] = STEP_SIZES
+
+    def compress(self, budget: Budget, progress: Progress) -> CompressionResult:
+        """A member for a budget."""
+        timer = Timer()
+        outcome = compress_prepared(
+            self.prepared, plan(self.original, budget, self.config), self.config, timer,
+            refinement_steps=round(REFINEMENT_SHARE * self.prepared.refinement_steps),
+            refinement_step_sizes=self.step_sizes, progress=progress,
+        )  # fmt: skip
+        if outcome.refinement is not None and outcome.refinement.step_size > 0:
+            self.step_sizes = (outcome.refinement.step_size,)
+        return finish(self.model, self.original, self.images, outcome, self.config, timer)
+
+
+def sweep(
+    model: str | nn.Module,
+    images: Images | FewShotImages,
+    budgets: Iterable[float | int | Budget] = DEFAULT_SHARES,
+    config: CompressionConfig | None = None,
+    *,
+    metric_set: MetricSet | None = None,
+    progress: Progress = silent,
+) -> Family:
+    """Compress a model to many sizes from one search.
+
+    Args:
+        model: A timm model, or a name that `timm.create_model` takes. Unchanged.
+        images: The few-shot set, see `dcvit.images.load_images`. Labels are never read.
+        budgets: What the members may cost: shares of the original's MACs, absolute numbers of MACs, or `Budget`s.
+        config: Every knob; its `recovery` must be a `ReconstructionConfig`.
+        metric_set: Images to rank blocks on, in place of what `config.metric_set` names.
+        progress: Told how it goes.
+
+    Returns:
+        The family, largest member first.
+
+    Raises:
+        UnsupportedModelError, ImagesError: As `dcvit.compress` does.
+        BudgetError: If there is no budget, two are the same, or one cannot be met.
+        DcvitError: If `config.recovery` is mimicking.
+        All of them before any long work.
+    """
+    config = config or CompressionConfig()
+    _ = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
+    timer = Timer()
+    with timer("prepare"):
+        original = freeze(load_model(model))
+        plans = _plans(original, budgets, config)
+        few_shot = load_images(images, original)
+        teacher = fuse(original, config.impl)
+    with timer("metric set"):
+        if metric_set is None:
+            metric_set = make_metric_set(teacher, few_shot, config, progress)
+    prepared = prepare(teacher, few_shot, metric_set, plans[len(plans) // 2], config, timer, progress)
+    search = _Search(model, original, few_shot, prepared, config)
+    members: list[CompressionResult] = []
+    for planned in plans:
+        member = search.compress(planned.budget, progress)
+        if not members:  # the first bears the time that all share
+            seconds = {**timer.seconds, **member.report.seconds}
+            member = replace(member, report=replace(member.report, seconds=seconds))
+        members.append(member)
+        progress("sizes", len(members), len(plans), member.report.mimic_loss)
+    return Family(members[0].report.teacher, members, search)
+
+
+def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config: CompressionConfig) -> list[Plan]:
+    """The plan of each budget, largest first.
+
+    Raises:
+        BudgetError: If there is none, two are the same, they count different things, or one cannot be met.
+    """
+    wanted = [budget if isinstance(budget, Budget) else Budget(macs=budget) for budget in budgets]
+    if not wanted:
+        raise BudgetError("budgets=(): expected at least one, for example (0.9, 0.8, 0.7).")
+    if len({(budget.unit, budget.convention) for budget in wanted}) > 1:
+        raise BudgetError("budgets: expected all of one unit and one convention, so that they can be put in order.")
+    cost = adapter_for(original).cost(original)
+    plans = sorted((plan(original, budget, config) for budget in wanted), key=lambda p: p.target, reverse=True)
+    for larger, smaller in pairwise(plans):
+        if larger.budget.amount(larger.cost) <= smaller.budget.amount(smaller.cost):
+            share = larger.target / larger.budget.amount(cost.total)
+            raise BudgetError(
+                f"budgets: {larger.budget.value!r} and {smaller.budget.value!r} both come to {share:.4f} of the "
+                "original; leave one of them out."
+            )
+    return plans
+
+
+def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a family cannot be saved to, before any long work.
+
+    Raises:
+        SaveFolderError: If it is a file, holds something else, or an earlier family and `overwrite` is not set.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise SaveFolderError(f"{str(folder)!r} is a file: name a folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / FAMILY_FILE).is_file():
+        raise SaveFolderError(f"{str(folder)!r} holds something else: name a folder that is empty or does not exist.")
+    if not overwrite:
+        raise SaveFolderError(
+            f"{str(folder)!r} holds an earlier family: name another folder, or pass overwrite (--overwrite)."
+        )
+
+
+def load_family(folder: str | Path) -> Family:
+    """A family that `Family.save` wrote.
+
+    Args:
+        folder: The folder with `family.json`.
+
+    Raises:
+        SaveFolderError: If it holds no family, or one of its members is missing or broken.
+    """
+    path = Path(folder) / FAMILY_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        original = ModelFigures(**index["original"])
+        names = [member["folder"] for member in index["members"]]
+    except FileNotFoundError as error:
+        raise SaveFolderError(f"{str(folder)!r} has no {FAMILY_FILE}: expected a folder that a sweep saved.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise SaveFolderError(f"{str(path)!r} is not an index of a family ({error}): sweep again.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise SaveFolderError(f"{str(path)!r} names the member {name!r}: expected a folder beside it.")
+    if not names:
+        raise SaveFolderError(f"{str(path)!r} lists no members: sweep again.")
+    return Family(original, [load(Path(folder) / name) for name in names])
