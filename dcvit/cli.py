@@ -34,7 +34,7 @@ from dcvit.images import FewShotImages, image_files, load_images
 from dcvit.models import adapter_for, load_model, preprocessing, require_supported
 from dcvit.planning import Budget, choose_candidates
 from dcvit.progress import TerminalProgress
-from dcvit.results import check_output_folder, save_model, versions
+from dcvit.results import check_output_folder, versions
 from dcvit.seeding import seeded
 from dcvit.synthesis import synthesize
 
@@ -321,9 +321,8 @@ def _demo(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
         published=replace(PUBLISHED_DEMO_CONFIG, recovery=mimicking),
         progress=progress,
     )
-    values = comparison.to_dict()
-    save_model(comparison.result.model, arguments.out, extra={"result.json": values})
-    return {**values, "out": str(arguments.out)}
+    comparison.save(arguments.out, overwrite=arguments.overwrite)
+    return {**comparison.to_dict(), "out": str(arguments.out)}
 
 
 def _show_demo(values: dict[str, Any]) -> str:
@@ -454,10 +453,8 @@ def _synthesize(arguments: argparse.Namespace, progress: TerminalProgress) -> di
     )
     metric_set = synthesize(model, config, seed=arguments.seed, impl=arguments.impl, progress=progress)
     assert metric_set.targets is not None
-    prep = preprocessing(model)
     images, targets = metric_set.images.cpu(), metric_set.targets.cpu()
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (prep.mean, prep.std))
-    pixels = images * std + mean
+    pixels = preprocessing(model).pixels(images)
     out.mkdir(parents=True, exist_ok=True)
     save_file({"images": images.contiguous(), "targets": targets}, out / "metric_set.safetensors")
     save_image(pixels if pixels.shape[1] in (1, 3) else pixels.mean(1, keepdim=True), out / "images.png", nrow=10)

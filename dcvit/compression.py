@@ -28,7 +28,7 @@ from dcvit.reconstruction import (
 )
 from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
 from dcvit.refinement import Refinement, num_steps, refine
-from dcvit.results import CompressionResult, ModelFigures, Report
+from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
@@ -82,7 +82,7 @@ def compress(
     with timer("report"):
         student = adapter_for(outcome.student).rebuild(outcome.student).eval()
         report = _report(model, original, student, few_shot, outcome, config)
-    return CompressionResult(student, outcome.plan, replace(report, seconds=timer.seconds))
+    return CompressionResult(student, outcome.plan, replace(report, seconds=timer.seconds), metric_set)
 
 
 @dataclass(frozen=True)
@@ -363,6 +363,8 @@ def _report(
         refinement=outcome.refinement,
         steps=outcome.steps,
         seed=config.seed,
+        settings=config.to_dict(),
+        blocks=tuple(BlockShape(block.compressible, block.hidden_features) for block in adapter.cost(teacher).blocks),
     )
 
 

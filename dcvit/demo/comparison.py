@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -118,7 +119,14 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """`result.json` of a demonstration: the first seed's result, and all methods under `comparison`."""
-        return {**self.result.to_dict(), "comparison": [self.summary(method) for method in self.methods]}
+        return {**self.result.to_dict(), **self._summaries()}
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Save the first seed's result, with all methods in its `result.json`; see `CompressionResult.save`."""
+        self.result.save(folder, overwrite=overwrite, more=self._summaries())
+
+    def _summaries(self) -> dict[str, Any]:
+        return {"comparison": [self.summary(method) for method in self.methods]}
 
 
 def compare(
