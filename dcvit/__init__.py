@@ -9,6 +9,7 @@ from dcvit.metric import Metric
 from dcvit.planning import Budget, Plan, plan
 from dcvit.ranking import Ranking, rank
 from dcvit.recovery import Recovery, recover
+from dcvit.report import write_report
 from dcvit.results import CompressionResult, Report, load
 from dcvit.synthesis import MetricSet, synthesize
 
@@ -40,4 +41,5 @@ __all__ = [
     "rank",
     "recover",
     "synthesize",
+    "write_report",
 ]

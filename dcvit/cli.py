@@ -1,4 +1,4 @@
-"""The command line: `dcvit demo | compress | synthesize | evaluate | info`."""
+"""The command line: `dcvit demo | compress | report | synthesize | evaluate | info`."""
 
 import argparse
 import json
@@ -34,6 +34,7 @@ from dcvit.images import FewShotImages, image_files, load_images
 from dcvit.models import adapter_for, load_model, preprocessing, require_supported
 from dcvit.planning import Budget, choose_candidates
 from dcvit.progress import TerminalProgress
+from dcvit.report import write_report
 from dcvit.results import check_output_folder, versions
 from dcvit.seeding import seeded
 from dcvit.synthesis import synthesize
@@ -168,6 +169,16 @@ def _parser() -> argparse.ArgumentParser:
     _output_arguments(compress_)
     _impl_argument(compress_)
     _device_argument(compress_)
+
+    report = command(
+        "report",
+        _report,
+        _show_report,
+        "write the report of a result again",
+        "Write RUN/report.html, one file that shows what was done and how it went, from the saved folder alone: no "
+        "model is run. `compress` and `demo` write it already.",
+    )
+    report.add_argument("run_folder", metavar="RUN", help="a folder that compress or demo saved")
 
     synthesize_ = command(
         "synthesize",
@@ -312,7 +323,7 @@ def _demo(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
     torch.set_num_threads(1)  # a second one saves this small model next to nothing, and costs much on a busy machine
     mimicking = replace(PUBLISHED_DEMO_CONFIG.mimicking, epochs=arguments.epochs)
     comparison: Comparison = compare(
-        load_model("demo"),
+        "demo",
         load_digits(),
         range(arguments.seeds),
         num_images=arguments.num_images,
@@ -322,7 +333,7 @@ def _demo(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
         progress=progress,
     )
     comparison.save(arguments.out, overwrite=arguments.overwrite)
-    return {**comparison.to_dict(), "out": str(arguments.out)}
+    return {**comparison.to_dict(), "out": str(arguments.out), "page": str(write_report(arguments.out))}
 
 
 def _show_demo(values: dict[str, Any]) -> str:
@@ -353,7 +364,7 @@ def _show_demo(values: dict[str, Any]) -> str:
     return (
         f"{_table(rows)}\n\n"
         f"On the 797 held-out digits, from {images} unlabelled images{spread}; latency of a batch of 64.\n"
-        f"{verdict}\n{_saved(values['out'])}"
+        f"{verdict}\n{_saved(values['out'], values['page'])}"
     )
 
 
@@ -384,7 +395,7 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
         )
     result = replace(result, report=report)
     result.save(arguments.out, overwrite=arguments.overwrite)
-    return {**result.to_dict(), "out": str(arguments.out)}
+    return {**result.to_dict(), "out": str(arguments.out), "page": str(write_report(arguments.out))}
 
 
 def _recovery(arguments: argparse.Namespace, config: CompressionConfig) -> ReconstructionConfig | MimickingConfig:
@@ -435,12 +446,23 @@ def _show_compress(values: dict[str, Any]) -> str:
         f"{_table(rows)}\n\n"
         f"Blocks {blocks} keep {values['hidden_features']} hidden nodes (drop ratio {values['drop_ratio']:.4f}); "
         f"{agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
-        f"{_saved(values['out'])}"
+        f"{_saved(values['out'], values['page'])}"
     )
 
 
-def _saved(folder: str) -> str:
-    return f"Saved to {folder}: after `import dcvit`, timm.create_model('local-dir:{folder}', pretrained=True)."
+def _saved(folder: str, page: str) -> str:
+    return (
+        f"Saved to {folder}: after `import dcvit`, timm.create_model('local-dir:{folder}', pretrained=True).\n"
+        f"Report: {page}"
+    )
+
+
+def _report(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    return {"page": str(write_report(arguments.run_folder))}
+
+
+def _show_report(values: dict[str, Any]) -> str:
+    return f"Report: {values['page']}"
 
 
 def _synthesize(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:

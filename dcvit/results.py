@@ -43,6 +43,7 @@ __all__ = [
     "Record",
     "Report",
     "check_output_folder",
+    "is_report",
     "load",
     "read_record",
     "save_model",
@@ -51,6 +52,9 @@ __all__ = [
 
 CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE = "config.json", "model.safetensors", "result.json"
 METRIC_SET_FILE, REPORT_FILE = "metric_set.safetensors", "report.html"
+REPORT_MARK = '<meta name="generator" content="dcvit'
+"""What tells a report from a page that someone else wrote."""
+
 RESULT_FILES = (CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE, METRIC_SET_FILE, REPORT_FILE)
 
 
@@ -329,7 +333,11 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise SaveFolderError(f"{str(folder)!r} is a file: name a folder that is empty or does not exist.")
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in present if name not in RESULT_FILES]
+    foreign = [
+        name
+        for name in present
+        if name not in RESULT_FILES or (name == REPORT_FILE and not is_report(folder / REPORT_FILE))
+    ]
     if foreign or (present and RESULT_FILE not in present):
         raise SaveFolderError(
             f"{str(folder)!r} holds something else ({', '.join((foreign or present)[:3])}): "
@@ -340,6 +348,12 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
             f"{str(folder)!r} holds an earlier result: name another folder, or replace it with overwrite=True "
             "(--overwrite)."
         )
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report that dcvit wrote."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return REPORT_MARK in file.read(500)
 
 
 def versions() -> dict[str, str]:

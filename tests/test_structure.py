@@ -20,6 +20,7 @@ LAYERS = [
     {"recovery", "reconstruction", "synthesis"},
     {"refinement", "ranking"},
     {"results", "baselines"},
+    {"report"},
     {"compression"},
     {"demo"},
     {"cli"},

@@ -14,7 +14,7 @@ from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig,
 from dcvit.demo.digits import Digits
 from dcvit.evaluation import agreement, measure_latency, top1
 from dcvit.images import load_images
-from dcvit.models import adapter_for
+from dcvit.models import adapter_for, load_model
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
 from dcvit.results import CompressionResult, ModelFigures
@@ -130,7 +130,7 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module,
+    model: str | nn.Module,
     digits: Digits,
     seeds: Sequence[int],
     *,
@@ -143,7 +143,7 @@ def compare(
     """Run block dropping and this method at the MACs that block dropping reaches.
 
     Args:
-        model: The original model.
+        model: The original model, or its name.
         digits: Few-shot sets are drawn from the training part; figures are of the held-out part.
         seeds: One few-shot set and one run of both methods each.
         num_images: Size of a few-shot set.
@@ -152,7 +152,7 @@ def compare(
         published: Of the published procedure and of block dropping; the seed is replaced, impl is `config`'s.
         progress: Told how it goes.
     """
-    teacher = freeze(model)
+    teacher = freeze(load_model(model))
     rows: list[Row] = []
     results: list[CompressionResult] = []
     for seed in seeds:
