@@ -18,7 +18,8 @@ import torch
 
 import dcvit
 from dcvit.report import FamilyPoint, Page, family_page, run_page, write_report
-from dcvit.report.charts import Curve, Group, Point, block_bars, curves, number, scatter
+from dcvit.report.charts import Curve, Group, Point, amount, block_bars, curves, number, scatter
+from dcvit.report.page import Figure, Table
 from dcvit.report.svg import Scale
 from dcvit.results import read_record
 from tests.conftest import PUBLISHED, QUICK, REFINED
@@ -170,6 +171,49 @@ def test_the_page_says_what_was_done(runs: dict[str, Path]) -> None:
         assert record.images is not None
         assert text.count("<img ") == len(record.images.pixels) == 3
         assert "Not recorded" not in text
+
+
+def tables(page: Page) -> dict[str, Table]:
+    """All tables of a page, those of figures under the figure's title."""
+    items = [item for section in page.sections for item in section.items]
+    found = {item.title: item for item in items if isinstance(item, Table)}
+    return found | {item.title: item.table for item in items if isinstance(item, Figure)}
+
+
+def test_tables_hold_what_was_recorded(runs: dict[str, Path]) -> None:
+    record = read_record(runs["refined"])
+    shown = tables(run_page(record))
+    assert shown["Held-out error of each chosen block, front to back"].rows == [
+        (
+            str(one.block), number(one.error_before), number(one.error_closed_form), number(one.error_after),
+            number(one.ridge), str(one.epochs),
+        )
+        for one in record.report.reconstructions
+    ]  # fmt: skip
+    assert record.report.refinement is not None
+    assert shown["Mimicking of the whole student, as held-out images judge it"].rows == [
+        ("0", number(record.report.refinement.error_before)),
+        *((str(steps), number(error)) for steps, error in record.report.refinement.judgements),
+    ]
+    kept = record.plan.kept_nodes
+    assert shown["Blocks, from the first at the top to the last"].rows == [
+        (str(block), "yes", "no" if block in kept else "yes", "192", str(len(kept[block])) if block in kept else "192")
+        for block in range(4)
+    ]
+    published = read_record(runs["published"])
+    losses = [step.losses for step in published.report.steps]
+    assert tables(run_page(published))["Mimicking after each cut"].rows == [
+        (str(epoch + 1), *(number(of_step[epoch]) for of_step in losses)) for epoch in range(2)
+    ]
+
+
+def test_numbers_as_they_are_shown() -> None:
+    assert [number(value) for value in (None, 3, 1234567, 0.123456, 1234.56, 98765.4, 1e-5)] == [
+        "–", "3", "1,234,567", "0.1235", "1235", "98,765", "1e-05",
+    ]  # fmt: skip
+    assert [amount(value).replace("\N{NO-BREAK SPACE}", " ") for value in (17_563_000_000, 402_122, 12)] == [
+        "17.56 G", "402.1 k", "12",
+    ]  # fmt: skip
 
 
 def test_curves_are_recorded(runs: dict[str, Path]) -> None:
