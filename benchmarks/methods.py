@@ -77,7 +77,7 @@ def default(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[
 def closed_form_only(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
     """The default without any gradient step on the student's weights."""
     config = CompressionConfig(seed=seed)
-    recovery = replace(config.reconstruction, epochs=0, trial_epochs=0, refinement_steps=0)
+    recovery = replace(config.reconstruction, epochs=0, refinement_steps=0)
     return _compress(bed, budget, replace(config, recovery=recovery), options)
 
 

@@ -441,10 +441,11 @@ def _show_compress(values: dict[str, Any]) -> str:
     if teacher["top1"] is not None:
         rows.append(("top-1 %", f"{100 * teacher['top1']:.2f}", f"{100 * student['top1']:.2f}", ""))
     agreed = "" if values["agreement"] is None else f"agreement on the images {100 * values['agreement']:.2f} %, "
-    blocks = ", ".join(map(str, values["blocks"]))
+    nodes = values["plan"]["kept_nodes"]
+    kept = ", ".join(f"{block} ({len(nodes[str(block)])})" for block in values["blocks"])
     return (
         f"{_table(rows)}\n\n"
-        f"Blocks {blocks} keep {values['hidden_features']} hidden nodes (drop ratio {values['drop_ratio']:.4f}); "
+        f"Compressed blocks (hidden nodes kept): {kept}; drop ratio {values['drop_ratio']:.4f}; "
         f"{agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
         f"{_saved(values['out'], values['page'])}"
     )

@@ -15,7 +15,7 @@ from dcvit.images import FewShotImages, Images, load_images
 from dcvit.metric import Metric
 from dcvit.models import adapter_for, load_model, require_supported
 from dcvit.ops import Impl, mimic_loss
-from dcvit.planning import Budget, Plan, plan_options
+from dcvit.planning import Budget, Plan, plan, search
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import (
@@ -71,14 +71,14 @@ def compress(
     timer = _Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
-        plans = plan_options(original, budget, config)
+        planned = plan(original, budget, config)
         few_shot = load_images(images, original)
         teacher = fuse(original, config.impl)
     with timer("metric set"):
         if metric_set is None:
             metric_set = _metric_set(teacher, few_shot, config, progress)
     procedure = _published if isinstance(config.recovery, MimickingConfig) else _reconstructed
-    outcome = procedure(teacher, few_shot, metric_set, plans, config, timer, progress)
+    outcome = procedure(teacher, few_shot, metric_set, planned, config, timer, progress)
     with timer("report"):
         student = adapter_for(outcome.student).rebuild(outcome.student).eval()
         report = _report(model, original, student, few_shot, outcome, config)
@@ -102,20 +102,19 @@ def _published(
     teacher: nn.Module,
     images: FewShotImages,
     metric_set: MetricSet,
-    plans: Sequence[Plan],
+    planned: Plan,
     config: CompressionConfig,
     timer: "_Timer",
     progress: Progress,
 ) -> _Outcome:
     """The published procedure: mimicking after each cut, in the trials and block by block."""
-    chosen_plan = plans[0]
     with timer("learning rate"):
-        config = _resolve_learning_rate(teacher, images, chosen_plan, config, progress)
+        config = _resolve_learning_rate(teacher, images, planned, config, progress)
     with timer("ranking"):
         metric = Metric(teacher, [metric_set.images], config.metric, config.mimicking.batch_size)
-        ranking = rank(teacher, images, metric, chosen_plan, config, progress=progress)
-        blocks = ranking.blocks[: chosen_plan.num_blocks]
-        chosen_plan = replace(chosen_plan, blocks=blocks, kept_nodes={b: ranking.kept_nodes[b] for b in blocks})
+        ranking = rank(teacher, images, metric, planned, config, progress=progress)
+        blocks = ranking.blocks[: planned.num_blocks]
+        chosen_plan = replace(planned, blocks=blocks, kept_nodes={b: ranking.kept_nodes[b] for b in blocks})
     with timer("compression"):
         first = ranking.trials[0].recovery
         assert first is not None
@@ -129,7 +128,7 @@ def _reconstructed(
     teacher: nn.Module,
     images: FewShotImages,
     metric_set: MetricSet,
-    plans: Sequence[Plan],
+    planned: Plan,
     config: CompressionConfig,
     timer: "_Timer",
     progress: Progress,
@@ -146,17 +145,24 @@ def _reconstructed(
             image_sets.append(views.images[views.held_out][:HELD_OUT_VIEWS])
         metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
     with timer("ranking"):
-        descends = recovery.epochs > 0 or recovery.trial_epochs > 0
-        step_size = _step_size(teacher, states, plans[0], config) if descends else 0.0
-        # Trials tell which number of blocks is best only if what they show is what comes out.
-        options = plans[:1] if refines else plans
-        chosen, trials = rank_reconstructed(teacher, states, metric, options, config, step_size, progress=progress)
-        blocks = tuple(trial.block for trial in trials[: chosen.num_blocks])
+        # Trials tell which structure is best only if what they show is what comes out.
+        searches = config.structure == "searched" and not refines
+        tried = planned.hidden_features
+        if searches:
+            hidden = adapter_for(teacher).hidden_features(teacher, planned.candidates[0])
+            tried = min(max(tried, hidden // 8), hidden // 2)  # in the middle of what the search may choose
+        trials, kept = rank_reconstructed(teacher, states, metric, planned.candidates, tried, config, progress=progress)
+        chosen, hidden_features = planned, {t.block: planned.hidden_features for t in trials[: planned.num_blocks]}
+        profiles = {trial.block: trial.recoverability for trial in trials if trial.recoverability is not None}
+        if searches and len(profiles) == len(trials):
+            chosen, hidden_features = search(teacher, planned, profiles, config)
+        blocks = tuple(hidden_features)
+    with timer("step size"):
+        step_size = _step_size(teacher, states, trials, kept, config) if recovery.epochs else 0.0
     with timer("compression"):
         student, kept, reconstructions = reconstruct_blocks(
-            teacher, views, states, dict.fromkeys(blocks, chosen.hidden_features), config, step_size,
-            refit=not refines, progress=progress,
-        )  # fmt: skip
+            teacher, views, states, hidden_features, config, step_size, refit=not refines, progress=progress
+        )
     refinement = None
     if refines:
         with timer("refinement"):
@@ -321,14 +327,18 @@ def _resolve_learning_rate(
     return replace(config, recovery=replace(config.mimicking, learning_rate=rate))
 
 
-def _step_size(teacher: nn.Module, states: TeacherStates, chosen_plan: Plan, config: CompressionConfig) -> float:
-    """The step size of reconstruction, found on the middle candidate."""
-    recovery = config.reconstruction
-    block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
-    rows = states.rows(block)
+def _step_size(
+    teacher: nn.Module,
+    states: TeacherStates,
+    trials: Sequence[Trial],
+    kept: Mapping[int, tuple[int, ...]],
+    config: CompressionConfig,
+) -> float:
+    """The step size of reconstruction, found on the candidate of median metric loss."""
+    block = trials[len(trials) // 2].block
     return find_step_size(
-        teacher, block, chosen_plan.hidden_features, rows, recovery,
-        seed=derive_seed(config.seed, "step size"), impl=config.impl,
+        teacher, block, len(kept[block]), states.rows(block).thinned(), config.reconstruction,
+        kept=kept[block], seed=derive_seed(config.seed, "step size"), impl=config.impl,
     )  # fmt: skip
 
 

@@ -76,7 +76,6 @@ class ReconstructionConfig:
         nodes: Which hidden nodes a block keeps: those that explain the missing output best (`"greedy"`), or
             `"random"` ones as published.
         epochs: Of the gradient steps after the closed form, passes over the rows; 0 leaves it at the closed form.
-        trial_epochs: The same in a trial, which sees fewer rows.
         step_sizes: Candidates of the gradient steps' size, as a share of a parameter tensor's root mean square; the
             best on held-out images is taken.
         batch_rows: Rows a gradient step.
@@ -93,7 +92,6 @@ class ReconstructionConfig:
     num_rows: int = 32768
     nodes: Nodes = "greedy"
     epochs: int = 6
-    trial_epochs: int = 0
     step_sizes: tuple[float, ...] = (0.01, 0.03, 0.1)
     batch_rows: int = 256
     refinement_steps: int = 1000
@@ -107,7 +105,6 @@ class ReconstructionConfig:
         _check(self.num_rows >= 1, "num_rows", self.num_rows, "1 or more")
         _check_choice("nodes", self.nodes, Nodes)
         _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
-        _check(self.trial_epochs >= 0, "trial_epochs", self.trial_epochs, "0 or more")
         _freeze_positive(self, "step_sizes")
         _check(self.batch_rows >= 1, "batch_rows", self.batch_rows, "1 or more")
         _check(self.refinement_steps >= 0, "refinement_steps", self.refinement_steps, "0 or more")
@@ -212,9 +209,10 @@ class CompressionConfig:
         synthesis: How the metric set is made.
         candidates: Blocks that may be compressed, from 0; `None` is all but the first and the last.
         num_blocks: k, if it is to be a certain number; the more blocks, the less each loses.
-        structure: k where `num_blocks` does not say: as few blocks as meet the budget, as published (`"fewest"`); or
-            (`"searched"`), where these would drop nearly all hidden nodes, one more if its trials promise less loss.
-            Not where refinement follows, which makes more of the fewest.
+        structure: As published (`"fewest"`): as few blocks as meet the budget, the ones of least metric loss, all with
+            the same share of hidden nodes. Or (`"searched"`): the blocks, and the nodes that each keeps, of which the
+            trials promise the least loss in all. Where refinement follows it is the fewest all the same: that makes
+            more of them than a trial shows.
         metric_set: What blocks are ranked on: synthesised images, or the few-shot images (an ablation).
         metric: How a student is compared with its teacher on them, see `dcvit.metric`: by all output tokens
             (`"mimicking"`), or by class distributions as published.

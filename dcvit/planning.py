@@ -12,7 +12,7 @@ block adds a constant to its input; so the budgets that dropping whole blocks ca
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,9 @@ from dcvit.config import CompressionConfig
 from dcvit.costs import MAC_CONVENTIONS, Cost, MacConvention, ModelCost
 from dcvit.errors import BudgetError
 from dcvit.models import require_supported
+from dcvit.structure import Recoverability, search_structure
 
-__all__ = ["Budget", "Plan", "plan", "plan_options"]
-
-ALMOST_ALL = 0.9
-"""Drop ratio from which a search of the structure considers one block more than the fewest."""
+__all__ = ["Budget", "Plan", "plan", "search"]
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ class Plan:
         budget: The budget that is met.
         target: The budget as an absolute number, of MACs per image or parameters.
         num_blocks: k, how many blocks are compressed.
-        hidden_features: Hidden nodes that each compressed block keeps.
-        drop_ratio: r_d, the share of the hidden nodes that each compressed block drops.
+        hidden_features: Hidden nodes that each compressed block keeps; where they differ, their mean, rounded down.
+        drop_ratio: r_d, the share of the compressed blocks' hidden nodes that is dropped.
         candidates: The blocks among which the k are chosen, from 0.
         cost: What the compressed model will cost.
         blocks: The chosen blocks in the order of compression, best first; empty until ranked.
@@ -212,33 +210,35 @@ def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = No
     )
 
 
-def plan_options(model: nn.Module, budget: Budget, config: CompressionConfig) -> tuple[Plan, ...]:
-    """The structures among which the trials choose: `plan`, and where k is searched, perhaps one block more.
-
-    The fewest blocks are usually best: of a DINOv2 ViT-S two with 86 % of their MLPs dropped lose less than three with
-    39 %. Where almost no hidden node is left, that turns: one block more is then considered.
+def search(
+    model: nn.Module, fewest: Plan, profiles: Mapping[int, Recoverability], config: CompressionConfig
+) -> tuple[Plan, dict[int, int]]:
+    """The structure of least metric loss that meets a plan's budget: which blocks, and how many nodes each keeps.
 
     Args:
         model: The original model.
-        budget: What the compressed model may cost.
-        config: Its `candidates`, `num_blocks` and `structure` bound the choice.
+        fewest: What `plan` says for it.
+        profiles: What each candidate would lose, by the nodes that it keeps.
+        config: Its `num_blocks` fixes the number of blocks.
 
-    Raises:
-        UnsupportedModelError, BudgetError: As `plan` does.
+    Returns:
+        The plan, and the hidden nodes that each compressed block keeps, by block, best first.
     """
-    fewest = plan(model, budget, config)
-    more = fewest.num_blocks + 1
-    if (
-        config.num_blocks is not None
-        or config.structure == "fewest"
-        or fewest.drop_ratio <= ALMOST_ALL
-        or more > len(fewest.candidates)
-    ):
-        return (fewest,)
-    try:
-        return fewest, plan(model, budget, config.with_(num_blocks=more))
-    except BudgetError:  # the attentions alone would be more than the budget takes away
-        return (fewest,)
+    cost, budget = require_supported(model).cost(model), fewest.budget
+    block = cost.blocks[fewest.candidates[0]]
+    saving = budget.amount(cost.total) - fewest.target
+    counts = range(fewest.num_blocks, (len(fewest.candidates) if config.num_blocks is None else fewest.num_blocks) + 1)
+    kept = search_structure(profiles, saving, budget.amount(block.attention), budget.amount(block.hidden_node), counts)
+    left = sum(kept.values())
+    dropped = len(kept) * block.hidden_features - left
+    found = replace(
+        fewest,
+        num_blocks=len(kept),
+        hidden_features=left // len(kept),
+        drop_ratio=dropped / (len(kept) * block.hidden_features),
+        cost=cost.total - block.attention * len(kept) - block.hidden_node * dropped,
+    )
+    return found, kept
 
 
 def choose_candidates(cost: ModelCost, wanted: tuple[int, ...] | None) -> tuple[int, ...]:

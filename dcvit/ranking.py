@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from dcvit.config import CompressionConfig
@@ -20,9 +21,10 @@ from dcvit.images import FewShotImages
 from dcvit.metric import Metric
 from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
-from dcvit.reconstruction import Reconstruction, TeacherStates, choose_nodes, reconstruct_block
+from dcvit.reconstruction import Reconstruction, TeacherStates, error_curve, reconstruct_block
 from dcvit.recovery import Recovery, recover
 from dcvit.seeding import derive_seed
+from dcvit.structure import Recoverability
 from dcvit.surgery import compress_block, draw_kept_nodes
 
 __all__ = ["Ranking", "Trial", "rank", "rank_reconstructed", "run_trials"]
@@ -38,6 +40,7 @@ class Trial:
         recovery: How the mimicking went; `None` where the block was reconstructed.
         reconstruction: How the reconstruction went; `None` where the student mimicked.
         seconds: Wall-clock time.
+        recoverability: The metric loss expected at other numbers of hidden nodes, where the block was reconstructed.
     """
 
     block: int
@@ -45,6 +48,7 @@ class Trial:
     recovery: Recovery | None = None
     reconstruction: Reconstruction | None = None
     seconds: float = 0.0
+    recoverability: Recoverability | None = None
 
 
 @dataclass(frozen=True)
@@ -149,57 +153,53 @@ def rank_reconstructed(
     teacher: nn.Module,
     states: TeacherStates,
     metric: Metric,
-    plans: Sequence[Plan],
+    candidates: Sequence[int],
+    hidden_features: int,
     config: CompressionConfig,
-    step_size: float,
     *,
     progress: Progress = silent,
-) -> tuple[Plan, tuple[Trial, ...]]:
-    """Reconstruct each candidate block alone at the size of each plan, and choose the plan of least loss.
+) -> tuple[tuple[Trial, ...], dict[int, tuple[int, ...]]]:
+    """Reconstruct each candidate block alone, in closed form, and sort by metric loss.
 
-    A plan's loss is the sum of its k best trials'. Errors of different blocks add up as long as they are small, and a
-    sum needs no trial of a whole structure.
+    What a block would lose at another size is its metric loss in proportion to what the closed form misses there.
 
     Args:
         teacher: The original, frozen.
         states: The teacher's tokens for the images that blocks are reconstructed on.
         metric: What the candidates are ranked by.
-        plans: Say which blocks are candidates, and how many hidden nodes they keep.
+        candidates: Blocks to try.
+        hidden_features: How many hidden nodes they keep.
         config: Its `recovery` must be a `ReconstructionConfig`.
-        step_size: Of the gradient steps.
         progress: Told after each trial.
 
     Returns:
-        The chosen plan and its trials, best first.
+        The trials, best first, and the hidden nodes that each kept, by block.
     """
-    recovery, candidates = config.reconstruction, plans[0].candidates
-    trials: list[list[Trial]] = [[] for _ in plans]
-    most, done = max(plan.hidden_features for plan in plans), 0
+    recovery = config.reconstruction
+    trials: list[Trial] = []
+    kept: dict[int, tuple[int, ...]] = {}
     for block in candidates:
-        rows = states.rows(block).thinned()
-        seed = derive_seed(config.seed, "trial", block)
-        # The first of the most useful nodes are the most useful ones of a smaller block, too.
-        nodes = choose_nodes(teacher, block, most, rows, recovery, seed) if recovery.nodes == "greedy" else None
-        for plan, of_plan in zip(plans, trials, strict=True):
-            start = time.perf_counter()
-            student = copy.deepcopy(teacher)
-            _, reconstruction = reconstruct_block(
-                student, block, plan.hidden_features, rows, recovery,
-                kept=nodes and nodes[: plan.hidden_features], step_size=step_size,
-                epochs=recovery.trial_epochs, refit=False,
-                seed=seed, impl=config.impl,
-            )  # fmt: skip
-            loss = metric.loss(student, block)
-            of_plan.append(Trial(block, loss, None, reconstruction, time.perf_counter() - start))
-            done += 1
-            progress("trials", done, len(candidates) * len(plans), loss)
+        start = time.perf_counter()
+        rows, seed = states.rows(block).thinned(), derive_seed(config.seed, "trial", block)
+        order, errors = error_curve(teacher, block, rows, recovery, seed)
+        student = copy.deepcopy(teacher)
+        kept[block], reconstruction = reconstruct_block(
+            student, block, hidden_features, rows, recovery,
+            kept=order[:hidden_features] if hidden_features <= len(order) else None,
+            step_size=0.0, epochs=0, refit=False, seed=seed, impl=config.impl,
+        )  # fmt: skip
+        loss = metric.loss(student, block)
+        profile = _in_proportion(errors, hidden_features, loss) if errors else None
+        trials.append(Trial(block, loss, None, reconstruction, time.perf_counter() - start, profile))
+        progress("trials", len(trials), len(candidates), loss)
+    return _best_first(trials), kept
 
-    ranked = [_best_first(of_plan) for of_plan in trials]
-    promised = [
-        sum(trial.metric_loss for trial in best[: plan.num_blocks]) for plan, best in zip(plans, ranked, strict=True)
-    ]
-    chosen = promised.index(min(promised))
-    return plans[chosen], ranked[chosen]
+
+def _in_proportion(errors: Mapping[int, float], hidden_features: int, loss: float) -> Recoverability:
+    """The metric loss at every number of hidden nodes, from that at one and the errors at all."""
+    nodes, missed = tuple(errors), np.array(list(errors.values()))
+    scale = loss / max(float(np.interp(hidden_features, nodes, missed)), 1e-12)
+    return Recoverability(nodes, tuple((scale * missed).tolist()))
 
 
 def _best_first(trials: Sequence[Trial]) -> tuple[Trial, ...]:

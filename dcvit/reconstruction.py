@@ -41,6 +41,7 @@ __all__ = [
     "Views",
     "choose_nodes",
     "draw_views",
+    "error_curve",
     "find_step_size",
     "reconstruct_block",
 ]
@@ -53,6 +54,9 @@ FEW_ROWS = 16384
 
 CHUNK = 4096
 """Rows that pass through a block at a time."""
+
+CURVE = (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+"""Shares of the hidden nodes at which `error_curve` looks."""
 
 RIDGE_UNJUDGED = 1e-2
 """λ where a single image leaves none to hold out, as a share of the mean squared hidden node."""
@@ -276,6 +280,7 @@ def find_step_size(
     rows: Rows,
     config: ReconstructionConfig,
     *,
+    kept: Sequence[int] | None = None,
     seed: int = 0,
     impl: Impl = "auto",
 ) -> float:
@@ -283,14 +288,68 @@ def find_step_size(
 
     The arguments are those of `reconstruct_block`; the student is not changed.
     """
+    if kept is None:
+        kept = choose_nodes(student, block, hidden_features, rows, config, seed)
     errors: dict[float, float] = {}
     for step_size in config.step_sizes:
         _, report = reconstruct_block(
             copy.deepcopy(student), block, hidden_features, rows, config,
-            step_size=step_size, epochs=1, seed=seed, impl=impl,
+            kept=kept, step_size=step_size, epochs=1, seed=seed, impl=impl,
         )  # fmt: skip
         errors[step_size] = report.error_after
     return min(errors, key=errors.__getitem__)
+
+
+def error_curve(
+    student: nn.Module, block: int, rows: Rows, config: ReconstructionConfig, seed: int
+) -> tuple[tuple[int, ...], dict[int, float]]:
+    """What the closed form would miss of a block, by the number of hidden nodes that it keeps.
+
+    The sums over all hidden nodes hold those over any of them, so that one pass over the rows serves every number.
+
+    Args:
+        student: Any cut of the teacher in which the block is whole; not changed.
+        block: The block, from 0.
+        rows: The block's equations.
+        config: How the nodes are chosen.
+        seed: Draws random ones.
+
+    Returns:
+        The hidden nodes, most useful first (all, or `CURVE`'s last share but one of them), and the held-out error by
+        number of nodes, see `Reconstruction`. Both empty if the block has no output layer to solve for.
+    """
+    adapter = adapter_for(student)
+    hidden = adapter.hidden_features(student, block)
+    whole = compress_block(student, block, range(hidden))
+    module, found = adapter.block(whole, block), adapter.output_layer(whole, block)
+    if found is None:
+        return (), {}
+    layer, scale = found
+    used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
+    judge = used
+    if bool(rows.held_out.any()):
+        judge = NormalEquations.of(_equations(module, layer, rows, rows.held_out))
+    counts = sorted({round(share * hidden) for share in CURVE})
+    most = max((count for count in counts if count < hidden), default=0)
+    if config.nodes == "random":
+        order = torch.tensor(draw_kept_nodes(student, block, hidden, seed))
+        order = order[torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))]
+    else:
+        order = select_inputs(used, most)
+    anchor, constant = _anchor(layer, scale), layer.bias is not None
+    errors: dict[int, float] = {}
+    ridge: float | None = None
+    for count in reversed(counts):
+        nodes = order[:count] if count <= len(order) else torch.arange(hidden)
+        index = nodes.to(used.gram.device)
+        equations = used.of_inputs(index)
+        if judge is used:
+            errors[count] = equations.error(equations.solve(RIDGE_UNJUDGED, anchor[index], constant=constant))
+        else:
+            ridge, errors[count] = best_ridge(
+                equations, judge.of_inputs(index), anchor[index], constant=constant, near=ridge
+            )
+    return tuple(order.tolist()), dict(sorted(errors.items()))
 
 
 def choose_nodes(
@@ -357,7 +416,7 @@ def _fit_output_layer(
     used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
     constant = layer.bias is not None
     gamma = layer.weight.new_ones(layer.out_features) if scale is None else scale
-    anchor = (layer.weight * gamma[:, None]).T
+    anchor = _anchor(layer, scale)
     if bool(rows.held_out.any()):
         held_out = NormalEquations.of(_equations(module, layer, rows, rows.held_out))
         ridge, error = best_ridge(used, held_out, anchor, constant=constant)
@@ -374,6 +433,12 @@ def _fit_output_layer(
     if constant:
         layer.bias.copy_(torch.where(switched_off[:, 0], layer.bias, wanted[-1]))
     return ridge, error
+
+
+def _anchor(layer: nn.Linear, scale: Tensor | None) -> Tensor:
+    """The layer's weights with the LayerScale behind it, transposed: `[K, D]`."""
+    weight = layer.weight.detach()
+    return (weight if scale is None else weight * scale[:, None]).T
 
 
 def _descend(

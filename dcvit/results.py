@@ -33,6 +33,7 @@ from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
+from dcvit.structure import Recoverability
 from dcvit.synthesis import MetricSet
 
 __all__ = [
@@ -396,12 +397,13 @@ def _read_metric_images(path: Path) -> MetricImages | None:
 
 
 def _trial(values: Mapping[str, Any]) -> Trial:
-    recovery, reconstruction = values["recovery"], values["reconstruction"]
+    recovery, reconstruction, profile = values["recovery"], values["reconstruction"], values.get("recoverability")
     return Trial(
         **{
             **values,
             "recovery": None if recovery is None else _recovery(recovery),
             "reconstruction": None if reconstruction is None else _reconstruction(reconstruction),
+            "recoverability": None if profile is None else Recoverability(*map(tuple, profile.values())),
         }
     )
 

@@ -49,7 +49,9 @@ def test_every_variant_end_to_end(variant: Variant, config: dcvit.CompressionCon
     assert result.report.student.macs <= result.plan.target
     recovered = result.report.reconstructions if config is REFINED else result.report.steps
     assert len(result.plan.blocks) == result.plan.num_blocks == len(recovered)
-    assert all(len(result.plan.kept_nodes[b]) == result.plan.hidden_features for b in result.plan.blocks)
+    kept = [len(result.plan.kept_nodes[block]) for block in result.plan.blocks]
+    assert sum(kept) // len(kept) == result.plan.hidden_features
+    assert len(set(kept)) == 1 or config is REFINED  # of the published structure all keep as many
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert (result.report.agreement is None) == (model.num_classes == 0)
 
@@ -290,7 +292,6 @@ RECONSTRUCTION: dict[str, Change] = {
     "num_rows": recovery_with(num_rows=240),
     "nodes": recovery_with(nodes="random"),
     "epochs": recovery_with(epochs=3),
-    "trial_epochs": recovery_with(trial_epochs=2),
     "step_sizes": recovery_with(step_sizes=(0.02,)),
     "batch_rows": recovery_with(batch_rows=12),
     "refinement_steps": recovery_with(refinement_steps=0),
@@ -343,7 +344,7 @@ CHANGES = [
     *((base, name, change) for name, change in REST.items() for base in (QUICK, PUBLISHED)),
     *((base, name, change) for name, (base, change) in OF_ONE_PROCEDURE.items()),
 ]
-YARDSTICK = ("synthesis.", "metric", "reconstruction.trial_epochs")
+YARDSTICK = ("synthesis.", "metric")
 """What changes the trials or what they are judged by; the blocks chosen may stay the same."""
 
 BUDGETS = {"reconstruction": 0.62, "structure": 0.803}
@@ -425,7 +426,6 @@ def test_the_kind_of_recovery_is_told_apart(config: dcvit.CompressionConfig, acc
         (lambda: dcvit.ReconstructionConfig(num_rows=0), "num_rows=0"),
         (lambda: dcvit.ReconstructionConfig(nodes="best"), "one of 'greedy', 'random'"),  # type: ignore[arg-type]
         (lambda: dcvit.ReconstructionConfig(epochs=-1), "epochs=-1"),
-        (lambda: dcvit.ReconstructionConfig(trial_epochs=-2), "trial_epochs=-2"),
         (lambda: dcvit.ReconstructionConfig(step_sizes=()), r"step_sizes=\(\)"),
         (lambda: dcvit.ReconstructionConfig(step_sizes=(0.1, 0.0)), "one or more positive"),
         (lambda: dcvit.ReconstructionConfig(batch_rows=0), "batch_rows=0"),
@@ -470,7 +470,7 @@ def test_result_json_has_what_readers_look_for(model: nn.Module, images: Tensor,
     assert values["student"]["params"] <= 0.8 * values["teacher"]["params"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_args"]["per_layer_config"] == {
-        str(block): {"skip": ["attention"], "intermediate_size": result.plan.hidden_features}
+        str(block): {"skip": ["attention"], "intermediate_size": len(result.plan.kept_nodes[block])}
         for block in sorted(result.plan.blocks)
     }
 

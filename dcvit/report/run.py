@@ -74,11 +74,12 @@ def run_page(record: Record) -> Page:
     """The page of a saved result; what the result does not hold is named on it."""
     plan, report = record.plan, record.report
     share = plan.budget.amount(plan.cost) / _original(record)
-    kept = "no hidden node" if plan.hidden_features == 0 else f"{plan.hidden_features:,} hidden nodes"
+    nodes = {block: len(plan.kept_nodes[block]) for block in sorted(plan.blocks)}
+    listed = ", ".join(f"{block} ({count:,})" for block, count in nodes.items())
     text = [
-        f"Blocks {_listed(sorted(plan.blocks))} lost their attention and keep {kept} each (drop ratio "
-        f"{plan.drop_ratio:.3f}), chosen among {len(plan.candidates)} candidates with {report.num_images} unlabelled "
-        f"images. The budget was {_budget(record)}; {plan.budget.amount(plan.cost):,} are used.",
+        f"These blocks lost their attention (hidden nodes that each keeps): {listed}; drop ratio "
+        f"{plan.drop_ratio:.3f}. They were chosen among {len(plan.candidates)} candidates with {report.num_images} "
+        f"unlabelled images. The budget was {_budget(record)}; {plan.budget.amount(plan.cost):,} are used.",
     ]
     sections = [_comparison(record), _trials(record), _architecture(record), _recovery(record), _metric_set(record)]
     return Page(
@@ -194,6 +195,15 @@ def _trials(record: Record) -> Section:
         ),
         _stages_figure(report.trials, chosen, keys),
     ]
+    profiles = {trial.block: trial.recoverability for trial in report.trials if trial.recoverability is not None}
+    if profiles:
+        lines = [
+            Curve(f"block {block}" + (" ✓" if block in chosen else ""), tuple(zip(it.nodes, it.losses, strict=True)))
+            for block, it in sorted(profiles.items())
+        ]
+        hint = "What the trials say that each block would lose alone; ✓ marks the chosen ones."
+        title = "Expected loss by the hidden nodes that a block keeps"
+        figures.append(_curves(title, lines, "hidden nodes kept", metric, hint))
     return Section("Which blocks recover", items=figures)
 
 
@@ -201,25 +211,20 @@ def _stages_figure(trials: Sequence[Trial], chosen: set[int], keys: Sequence[Key
     """Loss of each trial before and after its recovery."""
     reconstructed = {trial.block: trial.reconstruction for trial in trials if trial.reconstruction is not None}
     mimicked = {trial.block: trial.recovery for trial in trials if trial.recovery is not None}
-    values: dict[int, tuple[float | None, ...]]
+    stages: dict[str, Marker] = {"before recovery": "ring", "after recovery": "circle"}
+    values: dict[int, tuple[float, float]]
+    more: dict[int, tuple[str, ...]]
     if reconstructed:
-        stages: dict[str, Marker] = {
-            "before recovery": "ring",
-            "closed form": "diamond",
-            "after gradient steps": "circle",
-        }
         label = "held-out error of the block"
         text = (
-            "Share of what the original block adds to its input that stays unexplained on held-out images: 0 is "
-            "perfect, 1 is no better than leaving the block out. λ is the regularisation of the closed form."
+            "Share of what the original block adds to its input that stays unexplained on held-out images, with the "
+            "original weights and in closed form: 0 is perfect, 1 is no better than leaving the block out. λ is the "
+            "regularisation."
         )
-        values = {b: (one.error_before, one.error_closed_form, one.error_after) for b, one in reconstructed.items()}
-        more = {block: (number(one.ridge), str(one.epochs)) for block, one in reconstructed.items()}
-        extra = ("λ", "best epoch")
-        if all(closed_form == after for _, closed_form, after in values.values()):
-            del stages["after gradient steps"]
+        values = {block: (one.error_before, one.error_after) for block, one in reconstructed.items()}
+        more = {block: (number(one.ridge),) for block, one in reconstructed.items()}
+        extra: tuple[str, ...] = ("λ",)
     else:
-        stages = {"before recovery": "ring", "after recovery": "circle"}
         label = "mimicking loss"
         text = "Mean squared error of the output tokens on the few-shot images, before and after mimicking."
         values = {block: (one.loss_before, one.loss_after) for block, one in mimicked.items()}
@@ -230,7 +235,7 @@ def _stages_figure(trials: Sequence[Trial], chosen: set[int], keys: Sequence[Key
         ("block", *stages, *extra, "seconds", "chosen"),
         [
             (
-                str(block), *map(number, values[block][: len(stages)]), *more[block], seconds[block],
+                str(block), *map(number, values[block]), *more[block], seconds[block],
                 "yes" if block in chosen else "",
             )
             for block in blocks
@@ -472,10 +477,6 @@ def _marked(trials: Sequence[Trial], chosen: set[int]) -> frozenset[int]:
 
 def _start(closed_form: float | None, before: float) -> float:
     return before if closed_form is None else closed_form
-
-
-def _listed(blocks: Sequence[int]) -> str:
-    return ", ".join(map(str, blocks))
 
 
 def _yes(value: bool) -> str:

@@ -1,0 +1,115 @@
+"""Which blocks to compress and how many hidden nodes each of them keeps: the structure, searched.
+
+The published method computes it (`dcvit.planning.plan`): as few blocks as meet the budget, all with the same share of
+hidden nodes. But blocks differ. A trial shows for each what it would lose at any number of nodes (`Recoverability`),
+and as long as losses are small those of different blocks add up. So the best structure is the one of smallest sum that
+meets the budget,
+
+    min over S and n   Σ_{b ∈ S} loss_b(n_b)   so that   Σ_{b ∈ S} (attention + (H − n_b) · node) ≥ o − p,
+
+which dynamic programming over the blocks finds: numbers of nodes are multiples of H / 64, and what is left over after
+rounding is given back node by node.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Recoverability", "search_structure"]
+
+LEVELS = 64
+"""Steps between no hidden node and all of them."""
+
+
+@dataclass(frozen=True)
+class Recoverability:
+    """What compressing a block alone would cost, by the number of hidden nodes that it keeps.
+
+    Attributes:
+        nodes: Numbers of hidden nodes, ascending, from 0 to all.
+        losses: The metric loss at each.
+    """
+
+    nodes: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def loss(self, kept: int) -> float:
+        """The metric loss at any number of hidden nodes, interpolated."""
+        return float(np.interp(kept, self.nodes, self.losses))
+
+
+def search_structure(
+    blocks: Mapping[int, Recoverability], saving: int, attention: int, node: int, counts: Sequence[int]
+) -> dict[int, int]:
+    """The structure of least loss that saves enough.
+
+    Args:
+        blocks: The candidates, all of the same size.
+        saving: What must be saved, in the budget's unit.
+        attention: What a compressed block saves by its attention.
+        node: What it saves by each hidden node that it drops.
+        counts: How many blocks may be compressed.
+
+    Returns:
+        The hidden nodes that each compressed block keeps, by block: least loss first.
+
+    Raises:
+        ValueError: If none of these numbers of blocks can save as much and no more.
+    """
+    hidden = next(iter(blocks.values())).nodes[-1]
+    unit = max(1, hidden // LEVELS)
+    levels = hidden // unit
+    found: list[tuple[float, dict[int, int]]] = []
+    tables = _best_sums(blocks, levels, unit, max(counts))
+    for count in counts:
+        dropped = max(0, -(-(saving - count * attention) // node))  # rounded up: the budget is an upper bound
+        kept = count * hidden - dropped
+        if not 0 <= kept <= count * hidden or saving < count * attention:
+            continue
+        whole = min(kept // unit, count * levels)
+        structure = _trace(tables, list(blocks), count, whole, unit)
+        left = kept - sum(structure.values())
+        for block in sorted(structure, key=lambda b: structure[b]):
+            more = min(left, hidden - structure[block])
+            structure[block] += more
+            left -= more
+        found.append((sum(blocks[b].loss(n) for b, n in structure.items()), structure))
+    if not found:
+        raise ValueError(f"search_structure: {list(counts)} blocks cannot save {saving}.")
+    _, best = min(found, key=lambda entry: entry[0])
+    return dict(sorted(best.items(), key=lambda entry: (blocks[entry[0]].loss(entry[1]), entry[0])))
+
+
+_Table = list[tuple[np.ndarray, np.ndarray]]
+"""After each block: least sums `[count + 1, levels + 1]`, and the level of that block in each, -1 if left whole."""
+
+
+def _best_sums(blocks: Mapping[int, Recoverability], levels: int, unit: int, most: int) -> _Table:
+    """Dynamic programming over the blocks; the second index is the number of levels kept in all."""
+    sums = np.full((most + 1, most * levels + 1), np.inf)
+    sums[0, 0] = 0.0
+    tables: _Table = []
+    for profile in blocks.values():
+        losses = [profile.loss(level * unit) for level in range(levels + 1)]
+        best, choice = sums.copy(), np.full(sums.shape, -1)
+        for level, loss in enumerate(losses):
+            moved = sums[:-1, : sums.shape[1] - level] + loss
+            place = best[1:, level:]
+            better = moved < place
+            place[better] = moved[better]
+            choice[1:, level:][better] = level
+        tables.append((best, choice))
+        sums = best
+    return tables
+
+
+def _trace(tables: _Table, blocks: Sequence[int], count: int, levels: int, unit: int) -> dict[int, int]:
+    """The structure behind a least sum."""
+    structure: dict[int, int] = {}
+    for block, (_, choice) in zip(reversed(blocks), reversed(tables), strict=True):
+        level = int(choice[count, levels])
+        if level >= 0:
+            structure[block] = level * unit
+            count, levels = count - 1, levels - level
+    return structure
