@@ -10,6 +10,7 @@ from dcvit.metric import Metric
 from dcvit.planning import Budget, Plan, plan
 from dcvit.ranking import Ranking, rank
 from dcvit.recovery import Recovery, recover
+from dcvit.report import write_report
 from dcvit.results import CompressionResult, Report, load
 from dcvit.synthesis import MetricSet, synthesize
 
@@ -44,4 +45,5 @@ __all__ = [
     "recover",
     "sweep",
     "synthesize",
+    "write_report",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `dcvit demo | compress | sweep | synthesize | evaluate | info`."""
+"""The command line: `dcvit demo | compress | sweep | report | synthesize | evaluate | info`."""
 
 import argparse
 import json
@@ -35,7 +35,8 @@ from dcvit.images import FewShotImages, image_files, load_images
 from dcvit.models import adapter_for, load_model, preprocessing, require_supported
 from dcvit.planning import Budget, choose_candidates
 from dcvit.progress import TerminalProgress
-from dcvit.results import CompressionResult, check_output_folder, save_model, versions
+from dcvit.report import write_report
+from dcvit.results import CompressionResult, check_output_folder, versions
 from dcvit.seeding import seeded
 from dcvit.synthesis import synthesize
 
@@ -190,6 +191,16 @@ def _parser() -> argparse.ArgumentParser:
     _impl_argument(sweep_)
     _device_argument(sweep_)
 
+    report = command(
+        "report",
+        _report,
+        _show_report,
+        "write the report of a result again",
+        "Write RUN/report.html, one file that shows what was done and how it went, from the saved folder alone: no "
+        "model is run. `compress` and `demo` write it already.",
+    )
+    report.add_argument("run_folder", metavar="RUN", help="a folder that compress or demo saved")
+
     synthesize_ = command(
         "synthesize",
         _synthesize,
@@ -333,7 +344,7 @@ def _demo(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
     torch.set_num_threads(1)  # a second one saves this small model next to nothing, and costs much on a busy machine
     mimicking = replace(PUBLISHED_DEMO_CONFIG.mimicking, epochs=arguments.epochs)
     comparison: Comparison = compare(
-        load_model("demo"),
+        "demo",
         load_digits(),
         range(arguments.seeds),
         num_images=arguments.num_images,
@@ -342,9 +353,8 @@ def _demo(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
         published=replace(PUBLISHED_DEMO_CONFIG, recovery=mimicking),
         progress=progress,
     )
-    values = comparison.to_dict()
-    save_model(comparison.result.model, arguments.out, extra={"result.json": values})
-    return {**values, "out": str(arguments.out)}
+    comparison.save(arguments.out, overwrite=arguments.overwrite)
+    return {**comparison.to_dict(), "out": str(arguments.out), "page": str(write_report(arguments.out))}
 
 
 def _show_demo(values: dict[str, Any]) -> str:
@@ -375,7 +385,7 @@ def _show_demo(values: dict[str, Any]) -> str:
     return (
         f"{_table(rows)}\n\n"
         f"On the 797 held-out digits, from {images} unlabelled images{spread}; latency of a batch of 64.\n"
-        f"{verdict}\n{_saved(values['out'])}"
+        f"{verdict}\n{_saved(values['out'], values['page'])}"
     )
 
 
@@ -406,7 +416,7 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
         )
     result = replace(result, report=report)
     result.save(arguments.out, overwrite=arguments.overwrite)
-    return {**result.to_dict(), "out": str(arguments.out)}
+    return {**result.to_dict(), "out": str(arguments.out), "page": str(write_report(arguments.out))}
 
 
 def _sweep(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
@@ -510,12 +520,23 @@ def _show_compress(values: dict[str, Any]) -> str:
         f"{_table(rows)}\n\n"
         f"Compressed blocks (hidden nodes kept): {kept}; drop ratio {values['drop_ratio']:.4f}; "
         f"{agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
-        f"{_saved(values['out'])}"
+        f"{_saved(values['out'], values['page'])}"
     )
 
 
-def _saved(folder: str) -> str:
-    return f"Saved to {folder}: after `import dcvit`, timm.create_model('local-dir:{folder}', pretrained=True)."
+def _saved(folder: str, page: str) -> str:
+    return (
+        f"Saved to {folder}: after `import dcvit`, timm.create_model('local-dir:{folder}', pretrained=True).\n"
+        f"Report: {page}"
+    )
+
+
+def _report(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    return {"page": str(write_report(arguments.run_folder))}
+
+
+def _show_report(values: dict[str, Any]) -> str:
+    return f"Report: {values['page']}"
 
 
 def _synthesize(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
@@ -528,10 +549,8 @@ def _synthesize(arguments: argparse.Namespace, progress: TerminalProgress) -> di
     )
     metric_set = synthesize(model, config, seed=arguments.seed, impl=arguments.impl, progress=progress)
     assert metric_set.targets is not None
-    prep = preprocessing(model)
     images, targets = metric_set.images.cpu(), metric_set.targets.cpu()
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (prep.mean, prep.std))
-    pixels = images * std + mean
+    pixels = preprocessing(model).pixels(images)
     out.mkdir(parents=True, exist_ok=True)
     save_file({"images": images.contiguous(), "targets": targets}, out / "metric_set.safetensors")
     save_image(pixels if pixels.shape[1] in (1, 3) else pixels.mean(1, keepdim=True), out / "images.png", nrow=10)

@@ -28,7 +28,7 @@ from dcvit.reconstruction import (
 )
 from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
 from dcvit.refinement import STEP_SIZES, Refinement, num_steps, refine
-from dcvit.results import CompressionResult, ModelFigures, Report
+from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
@@ -79,7 +79,7 @@ def compress(
             metric_set = make_metric_set(teacher, few_shot, config, progress)
     procedure = _published if isinstance(config.recovery, MimickingConfig) else _reconstructed
     outcome = procedure(teacher, few_shot, metric_set, planned, config, timer, progress)
-    return finish(model, original, few_shot, outcome, config, timer)
+    return finish(model, original, few_shot, metric_set, outcome, config, timer)
 
 
 @dataclass
@@ -446,6 +446,7 @@ def finish(
     model: str | nn.Module,
     original: nn.Module,
     images: FewShotImages,
+    metric_set: MetricSet,
     outcome: Outcome,
     config: CompressionConfig,
     timer: Timer,
@@ -456,6 +457,7 @@ def finish(
         model: What the caller named.
         original: That model, loaded.
         images: The few-shot set.
+        metric_set: What blocks were ranked on.
         outcome: What the procedure arrived at.
         config: What it was given.
         timer: Has the time of its stages.
@@ -463,7 +465,7 @@ def finish(
     with timer("report"):
         student = adapter_for(outcome.student).rebuild(outcome.student).eval()
         report = _report(model, original, student, images, outcome, config)
-    return CompressionResult(student, outcome.plan, replace(report, seconds=dict(timer.seconds)))
+    return CompressionResult(student, outcome.plan, replace(report, seconds=dict(timer.seconds)), metric_set)
 
 
 def _report(
@@ -497,4 +499,6 @@ def _report(
         refinement=outcome.refinement,
         steps=outcome.steps,
         seed=config.seed,
+        settings=config.to_dict(),
+        blocks=tuple(BlockShape(block.compressible, block.hidden_features) for block in adapter.cost(teacher).blocks),
     )

@@ -4,8 +4,9 @@ The defaults are meant for a few hundred images and one machine; `CompressionCon
 procedure of DC-ViT (arXiv 2403.18708, section 4 and supplementary), at its cost of (L + k) · 2000 epochs.
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from dcvit.errors import DcvitError
@@ -315,6 +316,12 @@ class CompressionConfig:
         if isinstance(self.recovery, MimickingConfig):
             return self.recovery
         raise DcvitError(f"recovery={self.recovery!r}: this needs mimicking, pass MimickingConfig().")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain values for JSON; `recovery` says under `method` which of the two kinds it is."""
+        values = json.loads(json.dumps(asdict(self)))  # tuples become lists, as in a saved file
+        method = "reconstruction" if isinstance(self.recovery, ReconstructionConfig) else "mimicking"
+        return {**values, "recovery": {"method": method, **values["recovery"]}}
 
     def with_(self, **changes: Any) -> "CompressionConfig":
         """A copy with some fields changed."""

@@ -197,6 +197,7 @@ class _Search:
     model: str | nn.Module
     original: nn.Module
     images: FewShotImages
+    metric_set: MetricSet
     prepared: Prepared
     config: CompressionConfig
     step_sizes: Sequence[float] = STEP_SIZES
@@ -211,7 +212,7 @@ class _Search:
         )  # fmt: skip
         if outcome.refinement is not None and outcome.refinement.step_size > 0:
             self.step_sizes = (outcome.refinement.step_size,)
-        return finish(self.model, self.original, self.images, outcome, self.config, timer)
+        return finish(self.model, self.original, self.images, self.metric_set, outcome, self.config, timer)
 
 
 def sweep(
@@ -254,7 +255,7 @@ def sweep(
         if metric_set is None:
             metric_set = make_metric_set(teacher, few_shot, config, progress)
     prepared = prepare(teacher, few_shot, metric_set, plans[len(plans) // 2], config, timer, progress)
-    search = _Search(model, original, few_shot, prepared, config)
+    search = _Search(model, original, few_shot, metric_set, prepared, config)
     members: list[CompressionResult] = []
     for planned in plans:
         member = search.compress(planned.budget, progress)

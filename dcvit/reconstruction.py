@@ -128,6 +128,7 @@ class Reconstruction:
             where there was none.
         error_after: After the gradient steps, likewise.
         epochs: Of the gradient steps, up to the best.
+        errors: After each epoch of the gradient steps, the best one or not; empty where there were none.
     """
 
     block: int
@@ -136,6 +137,7 @@ class Reconstruction:
     error_closed_form: float | None
     error_after: float
     epochs: int
+    errors: tuple[float, ...] = ()
 
 
 class TeacherStates:
@@ -263,12 +265,12 @@ def reconstruct_block(
             module, *layer, rows, on_all=refit and not steps, at_most=error_before
         )
         error_after = error_closed_form
-    best_epoch = 0
+    best_epoch, errors = 0, tuple[float, ...]()
     if steps:
-        best_epoch, error_after = _descend(module, rows, config, step_size, steps, error_after, seed, impl)
+        best_epoch, error_after, errors = _descend(module, rows, config, step_size, steps, error_after, seed, impl)
         if layer is not None:
             _, error_after = _fit_output_layer(module, *layer, rows, on_all=refit, at_most=error_after)
-    return kept, Reconstruction(block, ridge, error_before, error_closed_form, error_after, best_epoch)
+    return kept, Reconstruction(block, ridge, error_before, error_closed_form, error_after, best_epoch, errors)
 
 
 def find_step_size(
@@ -448,8 +450,8 @@ def _descend(
     error: float,
     seed: int,
     impl: Impl,
-) -> tuple[int, float]:
-    """Gradient steps on a block alone, in place; the best epoch and its held-out error.
+) -> tuple[int, float, tuple[float, ...]]:
+    """Gradient steps on a block alone, in place; the best epoch, its held-out error, and that of each epoch.
 
     Epoch 0 is the start, with the given error: nothing worse is ever kept.
     """
@@ -459,6 +461,7 @@ def _descend(
     best, best_epoch = copy.deepcopy(module.state_dict()), 0
     per_epoch = -(-len(given) // config.batch_rows)
     total, step = epochs * per_epoch, 0
+    errors: list[float] = []
     with seeded(seed, "rows"), torch.enable_grad(), trainable(module):
         for epoch in range(1, epochs + 1):
             for chosen in torch.randperm(len(given)).split(config.batch_rows):
@@ -470,10 +473,11 @@ def _descend(
                 optimizer.step()
                 step += 1
             found = _error(module, rows)
+            errors.append(found)
             if found < error:
                 error, best_epoch, best = found, epoch, copy.deepcopy(module.state_dict())
     module.load_state_dict(best)
-    return best_epoch, error
+    return best_epoch, error, tuple(errors)
 
 
 @torch.no_grad()

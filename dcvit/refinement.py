@@ -53,6 +53,7 @@ class Refinement:
         step_size: Of the full run, a share of a tensor's root mean square; 0 if no pilot run made it better.
         steps: Gradient steps up to the best, pilot runs not counted.
         seconds: Wall-clock time.
+        judgements: Steps done and the error after them, each time that the full run was judged.
     """
 
     error_before: float
@@ -60,6 +61,7 @@ class Refinement:
     step_size: float
     steps: int
     seconds: float
+    judgements: tuple[tuple[int, float], ...] = ()
 
 
 def num_steps(model: nn.Module, config: ReconstructionConfig) -> int:
@@ -126,6 +128,7 @@ def refine(
     module = nn.ModuleList([adapter.block(student, block) for block in range(first, last + 1)])
     origin, before = copy.deepcopy(module.state_dict()), judge()
     best, error, best_step = origin, before, 0
+    judgements: list[tuple[int, float]] = []
 
     def run(step_size: float, length: int, judgements: int) -> Iterator[tuple[int, float]]:
         """Train from the origin; the steps done and the held-out error, at even distances and at the end."""
@@ -155,10 +158,11 @@ def refine(
             promise = pilots[step_size]
         if promise < before:
             for done, found in run(step_size, steps, JUDGEMENTS):
+                judgements.append((done, found))
                 if found < error:
                     best, error, best_step = copy.deepcopy(module.state_dict()), found, done
                 progress("refinement", done, steps, error)
         else:
             step_size = 0.0
     module.load_state_dict(best)
-    return Refinement(before, error, step_size, best_step, time.perf_counter() - start)
+    return Refinement(before, error, step_size, best_step, time.perf_counter() - start, tuple(judgements))

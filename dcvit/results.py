@@ -1,10 +1,13 @@
 """What `compress` gives back, and its saved form.
 
-A saved result is a folder with three files and no pickle:
+A saved result is a folder of these files, without pickle:
 
 - `config.json` and `model.safetensors`: an ordinary timm model, which after `import dcvit` is rebuilt by
   `timm.create_model("local-dir:FOLDER", pretrained=True)`;
-- `result.json`: the plan and the report.
+- `result.json`: the plan and the report;
+- `metric_set.safetensors`: the synthesised images, 8 bits a channel, with their target classes and losses. Few-shot
+  images are never saved;
+- `report.html`, where `dcvit.report.write_report` made one.
 """
 
 import json
@@ -18,22 +21,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from dcvit._version import __version__
 from dcvit.errors import SaveFolderError, UnsupportedModelError
-from dcvit.models import adapter_for, load_model
+from dcvit.models import adapter_for, load_model, preprocessing
 from dcvit.planning import Plan
 from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
 from dcvit.structure import Recoverability
+from dcvit.synthesis import MetricSet
 
-__all__ = ["CompressionResult", "ModelFigures", "Report", "check_output_folder", "load", "save_model", "versions"]
+__all__ = [
+    "BlockShape",
+    "CompressionResult",
+    "MetricImages",
+    "ModelFigures",
+    "Record",
+    "Report",
+    "check_output_folder",
+    "is_report",
+    "load",
+    "read_record",
+    "save_model",
+    "versions",
+]
 
 CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE = "config.json", "model.safetensors", "result.json"
+METRIC_SET_FILE, REPORT_FILE = "metric_set.safetensors", "report.html"
+REPORT_MARK = '<meta name="generator" content="dcvit'
+"""What tells a report from a page that someone else wrote."""
+
+RESULT_FILES = (CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE, METRIC_SET_FILE, REPORT_FILE)
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,19 @@ class ModelFigures:
     params: int
     latency_ms: float
     top1: float | None = None
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One transformer block of the original.
+
+    Attributes:
+        attention: Whether it has attention that could be removed.
+        hidden_features: Hidden nodes of its MLP.
+    """
+
+    attention: bool
+    hidden_features: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +108,8 @@ class Report:
         seed: The seed.
         seconds: Wall-clock time of each stage.
         versions: Of what computed it.
+        settings: The config, as `CompressionConfig.to_dict` gives it; empty in results saved before it was recorded.
+        blocks: The original's blocks; likewise.
     """
 
     model: str
@@ -88,6 +126,8 @@ class Report:
     seed: int
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    blocks: tuple[BlockShape, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -98,9 +138,10 @@ class Report:
                 "teacher": ModelFigures(**values["teacher"]),
                 "student": ModelFigures(**values["student"]),
                 "trials": tuple(_trial(trial) for trial in values["trials"]),
-                "refinement": None if values["refinement"] is None else Refinement(**values["refinement"]),
-                "reconstructions": tuple(Reconstruction(**block) for block in values["reconstructions"]),
+                "refinement": None if values["refinement"] is None else _refinement(values["refinement"]),
+                "reconstructions": tuple(_reconstruction(block) for block in values["reconstructions"]),
                 "steps": tuple(_recovery(step) for step in values["steps"]),
+                "blocks": tuple(BlockShape(**block) for block in values.get("blocks", ())),
             }
         )
 
@@ -113,24 +154,31 @@ class CompressionResult:
         model: The compressed model, an ordinary `nn.Module`.
         plan: Its structure: blocks and kept nodes.
         report: Figures, losses, timings.
+        metric_set: What the blocks were ranked on. It is saved only if it was synthesised.
     """
 
     model: nn.Module
     plan: Plan
     report: Report
+    metric_set: MetricSet | None = None
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Save model, plan and report to a folder.
+    def save(self, folder: str | Path, *, overwrite: bool = False, more: Mapping[str, Any] | None = None) -> None:
+        """Save model, plan, report and synthesised images to a folder.
 
         Args:
             folder: Created if missing.
             overwrite: Replace an earlier result in that folder. Nothing else is ever replaced.
+            more: Further entries of `result.json`.
 
         Raises:
             SaveFolderError: If the folder holds something else, or an earlier result and `overwrite` is not set.
         """
         check_output_folder(folder, overwrite=overwrite)
-        save_model(self.model, folder, extra={RESULT_FILE: self.to_dict()})
+        images = None if self.metric_set is None else MetricImages.of(self.metric_set, self.model)
+        tensors = {} if images is None else {METRIC_SET_FILE: images.to_tensors()}
+        save_model(self.model, folder, extra={RESULT_FILE: {**self.to_dict(), **(more or {})}}, tensors=tensors)
+        for stale in {METRIC_SET_FILE, REPORT_FILE} - tensors.keys():
+            (Path(folder) / stale).unlink(missing_ok=True)
 
     def to_dict(self) -> dict[str, Any]:
         """`result.json`: what one looks for first at the top, everything else in `plan` and `report`."""
@@ -152,8 +200,79 @@ class CompressionResult:
         }
 
 
+@dataclass(frozen=True)
+class MetricImages:
+    """Synthesised images as they are saved.
+
+    Attributes:
+        pixels: uint8, `[M, C, H, W]`.
+        targets: The classes that they were made for, `[M]`.
+        losses: CE + R at each iteration.
+    """
+
+    pixels: Tensor
+    targets: Tensor
+    losses: tuple[float, ...]
+
+    @classmethod
+    def of(cls, metric_set: MetricSet, model: nn.Module) -> "MetricImages | None":
+        """A metric set for a model; `None` if it was not synthesised."""
+        if metric_set.targets is None:
+            return None
+        pixels = preprocessing(model).pixels(metric_set.images).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return cls(pixels.cpu(), metric_set.targets.cpu(), metric_set.losses)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What `metric_set.safetensors` holds."""
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        return {"pixels": self.pixels.contiguous(), "targets": self.targets, "losses": losses}
+
+    def metric_set(self, model: nn.Module) -> MetricSet:
+        """The images as a model takes them; saving rounded them to 8 bits."""
+        images = preprocessing(model).normalised(self.pixels.to(next(model.parameters()).dtype) / 255)
+        return MetricSet(images, self.targets, min(self.losses, default=float("nan")), self.losses)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A saved result without its model.
+
+    Attributes:
+        plan: The plan.
+        report: The report.
+        images: The synthesised images; `None` where none were saved.
+        values: All of `result.json`.
+    """
+
+    plan: Plan
+    report: Report
+    images: MetricImages | None
+    values: Mapping[str, Any]
+
+
 def load(folder: str | Path) -> CompressionResult:
     """Load a saved result, with its model in evaluation mode.
+
+    Args:
+        folder: What `CompressionResult.save` or `dcvit compress` wrote.
+
+    Raises:
+        SaveFolderError: If a file is missing, broken, or not dcvit's.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    architecture = _read_json(folder / CONFIG_FILE).get("architecture")
+    try:
+        model = load_model(f"local-dir:{folder}")
+        adapter_for(model)
+    except UnsupportedModelError as error:
+        raise SaveFolderError(f"{str(folder)!r} holds a broken model ({architecture}): {error}") from error
+    metric_set = None if record.images is None else record.images.metric_set(model)
+    return CompressionResult(model, record.plan, record.report, metric_set)
+
+
+def read_record(folder: str | Path) -> Record:
+    """Read a saved result without its model.
 
     Args:
         folder: What `CompressionResult.save` or `dcvit compress` wrote.
@@ -165,7 +284,6 @@ def load(folder: str | Path) -> CompressionResult:
     if not folder.is_dir():
         raise SaveFolderError(f"{str(folder)!r} is not a folder: expected one that dcvit saved.")
     values = _read_json(folder / RESULT_FILE)
-    architecture = _read_json(folder / CONFIG_FILE).get("architecture")
     try:
         plan, report = Plan.from_dict(values["plan"]), Report.from_dict(values["report"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -173,28 +291,31 @@ def load(folder: str | Path) -> CompressionResult:
             f"{str(folder / RESULT_FILE)!r} is not a dcvit result ({type(error).__name__}: {error}). "
             "For another model use timm.create_model."
         ) from error
-    try:
-        model = load_model(f"local-dir:{folder}")
-        adapter_for(model)
-    except UnsupportedModelError as error:
-        raise SaveFolderError(f"{str(folder)!r} holds a broken model ({architecture}): {error}") from error
-    return CompressionResult(model, plan, report)
+    return Record(plan, report, _read_metric_images(folder / METRIC_SET_FILE), values)
 
 
-def save_model(model: nn.Module, folder: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
     """Write a model as `config.json` and `model.safetensors`, all files or none.
 
     Args:
         model: A supported model.
         folder: Created if missing; files of the same names are replaced.
         extra: More JSON files, by name.
+        tensors: More safetensors files, by name.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, Path(temporary) / WEIGHTS_FILE, metadata={"format": "pt"})
-        (Path(temporary) / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone
+        for name, content in {WEIGHTS_FILE: state, **(tensors or {})}.items():
+            save_file(dict(content), Path(temporary) / name, metadata={"format": "pt"})
+            (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
         for name, content in {CONFIG_FILE: dict(adapter_for(model).config(model)), **(extra or {})}.items():
             text = json.dumps(content, indent=2, allow_nan=True)
             (Path(temporary) / name).write_text(text + "\n", encoding="utf-8")
@@ -213,7 +334,11 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise SaveFolderError(f"{str(folder)!r} is a file: name a folder that is empty or does not exist.")
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in present if name not in (CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE)]
+    foreign = [
+        name
+        for name in present
+        if name not in RESULT_FILES or (name == REPORT_FILE and not is_report(folder / REPORT_FILE))
+    ]
     if foreign or (present and RESULT_FILE not in present):
         raise SaveFolderError(
             f"{str(folder)!r} holds something else ({', '.join((foreign or present)[:3])}): "
@@ -224,6 +349,12 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
             f"{str(folder)!r} holds an earlier result: name another folder, or replace it with overwrite=True "
             "(--overwrite)."
         )
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report that dcvit wrote."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return REPORT_MARK in file.read(500)
 
 
 def versions() -> dict[str, str]:
@@ -253,16 +384,37 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _read_metric_images(path: Path) -> MetricImages | None:
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        return MetricImages(tensors["pixels"], tensors["targets"], tuple(tensors["losses"].tolist()))
+    except (SafetensorError, KeyError) as error:
+        raise SaveFolderError(
+            f"{str(path)!r} is not a metric set that dcvit saved ({error}): the result is broken, compress again."
+        ) from error
+
+
 def _trial(values: Mapping[str, Any]) -> Trial:
     recovery, reconstruction, profile = values["recovery"], values["reconstruction"], values.get("recoverability")
     return Trial(
         **{
             **values,
             "recovery": None if recovery is None else _recovery(recovery),
-            "reconstruction": None if reconstruction is None else Reconstruction(**reconstruction),
+            "reconstruction": None if reconstruction is None else _reconstruction(reconstruction),
             "recoverability": None if profile is None else Recoverability(*map(tuple, profile.values())),
         }
     )
+
+
+def _reconstruction(values: Mapping[str, Any]) -> Reconstruction:
+    return Reconstruction(**{**values, "errors": tuple(values.get("errors", ()))})
+
+
+def _refinement(values: Mapping[str, Any]) -> Refinement:
+    judgements = tuple((steps, error) for steps, error in values.get("judgements", ()))
+    return Refinement(**{**values, "judgements": judgements})
 
 
 def _recovery(values: Mapping[str, Any]) -> Recovery:

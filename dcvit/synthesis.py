@@ -35,11 +35,13 @@ class MetricSet:
         images: Normalised, `[M, C, H, W]`.
         targets: The classes that they were made for, `[M]`; `None` where the images were not synthesised.
         loss: The lowest value of CE + R; NaN where the images were not synthesised.
+        losses: CE + R at each iteration; empty where the images were not synthesised.
     """
 
     images: Tensor
     targets: Tensor | None = None
     loss: float = float("nan")
+    losses: tuple[float, ...] = ()
 
 
 def synthesize(
@@ -79,6 +81,7 @@ def synthesize(
         targets = torch.randint(num_classes(model), (config.num_images,), generator=generator).to(parameter.device)
         exp_avg, exp_avg_sq = torch.zeros_like(images), torch.zeros_like(images)
         best, best_loss = images.clone(), float("inf")
+        losses: list[float] = []
         for iteration in range(config.iterations):
             shifts = tuple(int(torch.randint(-roll, roll + 1, (), generator=generator)) for roll in rolls)
             mirrored = float(torch.rand((), generator=generator)) < config.flip
@@ -105,7 +108,8 @@ def synthesize(
                 impl=impl,
             )
             loss = float(cross_entropy.detach() + prior)
+            losses.append(loss)
             if loss < best_loss:
                 best, best_loss = before, loss
             progress("synthesis", iteration + 1, config.iterations, loss)
-    return MetricSet(best, targets, best_loss)
+    return MetricSet(best, targets, best_loss, tuple(losses))

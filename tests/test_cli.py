@@ -95,6 +95,13 @@ def test_compress_a_timm_model_from_photographs(
     steps, blocks = (result["report"][name] for name in ("steps", "reconstructions"))
     assert (len(steps), len(blocks)) == ((len(result["blocks"]), 0) if recovery else (0, len(result["blocks"])))
 
+    page = Path(out) / "report.html"
+    written = page.read_bytes()
+    page.unlink()
+    code, text, _ = run(capsys, "report", out)
+    assert (code, text) == (0, f"Report: {page}\n")
+    assert page.read_bytes() == written
+
     code, _, error = run(capsys, "compress", *model, "--data", str(photographs), "--macs", "0.9", "--out", out, *FEW)
     assert code == 2
     assert "earlier result" in error
@@ -152,6 +159,10 @@ def test_demo_writes_what_it_prints(
     ]  # fmt: skip
     assert "dcvit is " in text
     assert " points " in text
+    assert text.splitlines()[-1] == f"Report: {out / 'report.html'}"
+    page = (out / "report.html").read_text()
+    assert "Methods compared" in page
+    assert "demo, compressed to 75.0" in page
     values = json.loads((out / "result.json").read_text())
     wanted = "teacher student budget blocks hidden_features drop_ratio agreement mimic_loss seconds seed versions"
     assert values.keys() >= set(wanted.split())
@@ -230,6 +241,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         (["compress", "resnet18", "--random-weights", "--data", "digits", "--macs", "0.75", "--out", "OUT"], "ResNet"),
         (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--device", "qpu"], "--device"),
         (["demo", "--seeds", "0", "--out", "OUT"], "--seeds 0"),
+        (["report", "OUT"], "is not a folder"),
         (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--learning-rate", "0.01"],
          "add --recovery mimicking"),
         (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--recovery", "reconstruction",
@@ -259,7 +271,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
     assert "usage: dcvit" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "compress", "synthesize", "evaluate", "info"])
+@pytest.mark.parametrize("command", ["demo", "compress", "report", "synthesize", "evaluate", "info"])
 def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -549,6 +549,7 @@ def test_nothing_is_overwritten(result: dcvit.CompressionResult, tmp_path: Path)
     result.save(tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
+        "metric_set.safetensors",
         "model.safetensors",
         "result.json",
     ]

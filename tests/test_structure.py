@@ -13,13 +13,14 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "costs", "seeding", "optimisation", "regression", "progress", "_version", "ops"},
+    {"errors", "costs", "seeding", "optimisation", "regression", "progress", "structure", "_version", "ops"},
     {"config", "models"},
     {"images", "planning", "evaluation", "classes"},
     {"augmentation", "surgery", "metric"},
     {"recovery", "reconstruction", "synthesis"},
     {"refinement", "ranking"},
     {"results", "baselines"},
+    {"report"},
     {"compression"},
     {"demo"},
     {"cli"},

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,7 +14,7 @@ from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig,
 from dcvit.demo.digits import Digits
 from dcvit.evaluation import agreement, measure_latency, top1
 from dcvit.images import load_images
-from dcvit.models import adapter_for
+from dcvit.models import adapter_for, load_model
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
 from dcvit.results import CompressionResult, ModelFigures
@@ -118,11 +119,18 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """`result.json` of a demonstration: the first seed's result, and all methods under `comparison`."""
-        return {**self.result.to_dict(), "comparison": [self.summary(method) for method in self.methods]}
+        return {**self.result.to_dict(), **self._summaries()}
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Save the first seed's result, with all methods in its `result.json`; see `CompressionResult.save`."""
+        self.result.save(folder, overwrite=overwrite, more=self._summaries())
+
+    def _summaries(self) -> dict[str, Any]:
+        return {"comparison": [self.summary(method) for method in self.methods]}
 
 
 def compare(
-    model: nn.Module,
+    model: str | nn.Module,
     digits: Digits,
     seeds: Sequence[int],
     *,
@@ -135,7 +143,7 @@ def compare(
     """Run block dropping and this method at the MACs that block dropping reaches.
 
     Args:
-        model: The original model.
+        model: The original model, or its name.
         digits: Few-shot sets are drawn from the training part; figures are of the held-out part.
         seeds: One few-shot set and one run of both methods each.
         num_images: Size of a few-shot set.
@@ -144,7 +152,7 @@ def compare(
         published: Of the published procedure and of block dropping; the seed is replaced, impl is `config`'s.
         progress: Told how it goes.
     """
-    teacher = freeze(model)
+    teacher = freeze(load_model(model))
     rows: list[Row] = []
     results: list[CompressionResult] = []
     for seed in seeds:

@@ -44,6 +44,18 @@ class Preprocessing:
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return (0 - mean) / std, (1 - mean) / std
 
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Images `[N, C, H, W]` as the model takes them, from pixels in [0, 1]."""
+        return (pixels - self._per_channel(self.mean, pixels)) / self._per_channel(self.std, pixels)
+
+    def pixels(self, normalised: Tensor) -> Tensor:
+        """The inverse of `normalised`."""
+        return normalised * self._per_channel(self.std, normalised) + self._per_channel(self.mean, normalised)
+
+    @staticmethod
+    def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
+        return images.new_tensor(values).view(-1, 1, 1)
+
 
 def load_model(model: str | nn.Module, *, pretrained: bool = True) -> nn.Module:
     """A model in evaluation mode, from a name or as it is.

@@ -1,0 +1,217 @@
+"""The report of a family: several sizes of one model against the original and against block dropping."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal, get_args
+
+from dcvit.errors import DcvitError
+from dcvit.report.charts import Group, Point, amount, number, scatter
+from dcvit.report.page import Figure, Key, Page, Section, Table, settings_table
+from dcvit.report.svg import Marker
+
+__all__ = ["FamilyPoint", "Kind", "family_page"]
+
+Kind = Literal["original", "dcvit", "block dropping"]
+Cost = Literal["macs", "latency_ms"]
+Quality = Literal["agreement", "top1"]
+
+STYLES: Mapping[Kind, tuple[str, Marker]] = {
+    "block dropping": ("other", "triangle"),
+    "dcvit": ("accent", "circle"),
+    "original": ("plain", "diamond"),
+}
+"""Colour and shape, in the order of drawing."""
+
+SAME: Mapping[Cost, float] = {"macs": 0.005, "latency_ms": 0.03}
+"""Relative differences of cost that do not count: a budget is met to 0.5 %, and a latency measured to about 3 %."""
+
+COST_NAMES: Mapping[Cost, str] = {"macs": "MACs", "latency_ms": "latency"}
+QUALITY_NAMES: Mapping[Quality, str] = {"agreement": "agreement with the original", "top1": "top-1"}
+
+
+@dataclass(frozen=True)
+class FamilyPoint:
+    """One model of a comparison.
+
+    Attributes:
+        name: What the table calls it.
+        kind: What made it.
+        macs: Per image.
+        params: Number of parameters.
+        latency_ms: Of one batch, in milliseconds; `None` where it was not measured.
+        agreement: With the original, in [0, 1]; `None` where it was not measured.
+        top1: In [0, 1]; likewise.
+    """
+
+    name: str
+    kind: Kind
+    macs: int
+    params: int
+    latency_ms: float | None = None
+    agreement: float | None = None
+    top1: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise DcvitError(f"kind={self.kind!r}: expected one of {', '.join(map(repr, get_args(Kind)))}.")
+
+
+def family_page(
+    points: Sequence[FamilyPoint],
+    *,
+    title: str,
+    text: Sequence[str] = (),
+    judged_on: str,
+    latency_of: str = "one batch",
+    settings: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Page:
+    """A page that shows what each size costs and how good it is.
+
+    Args:
+        points: One original, the members of the family, and what they are compared with.
+        title: The heading.
+        text: What was done, sentences.
+        judged_on: The images behind agreement and top-1, for example `"797 held-out digits"`.
+        latency_of: What was timed, for example `"a batch of 64 on two CPU cores"`.
+        settings: Of the run, nested as they like.
+        versions: Of what computed it.
+
+    Raises:
+        DcvitError: If there is not exactly one original.
+    """
+    originals = [point for point in points if point.kind == "original"]
+    if len(originals) != 1:
+        raise DcvitError(f"A family has {len(originals)} points of kind 'original': expected exactly one.")
+    (original,) = originals
+    ordered = sorted(points, key=lambda point: (-point.macs, point.kind, point.name))
+    pairs: list[tuple[Cost, Quality]] = [
+        (cost, quality)
+        for cost, quality in product(SAME, QUALITY_NAMES)
+        if sum(_has(point, cost, quality) for point in points) > 1
+    ]
+    figures = [_figure(ordered, original, cost, quality, latency_of) for cost, quality in pairs]
+    sections = [
+        Section("The sizes", _summary(ordered, pairs), [_table(ordered, original, pairs)]),
+        Section("Accuracy against cost", [f"Judged on {judged_on}."], figures),
+    ]
+    tables = [
+        settings_table(values, name) for name, values in (("Settings", settings), ("Versions", versions)) if values
+    ]
+    if tables:
+        sections.append(Section("Settings and versions", items=tables))
+    missing = [
+        f"{name} of any model: it was not measured"
+        for attribute, name in (*COST_NAMES.items(), *QUALITY_NAMES.items())
+        if all(getattr(point, attribute) is None for point in points)
+    ]
+    return Page(title, text, sections=sections, not_recorded=missing)
+
+
+def block_dropping_wins(point: FamilyPoint, points: Sequence[FamilyPoint], cost: Cost, quality: Quality) -> bool:
+    """Whether a point belongs to a pair in which block dropping costs no more than dcvit and is better.
+
+    Costs that differ by no more than `SAME` count as equal.
+    """
+    known = [other for other in points if _has(other, cost, quality)]
+    dropped = [other for other in known if other.kind == "block dropping"]
+    ours = [other for other in known if other.kind == "dcvit"]
+    return any(
+        point in (winner, loser) and _beats(winner, loser, cost, quality) for winner, loser in product(dropped, ours)
+    )
+
+
+def _beats(winner: FamilyPoint, loser: FamilyPoint, cost: Cost, quality: Quality) -> bool:
+    cheaper: bool = getattr(winner, cost) <= getattr(loser, cost) * (1 + SAME[cost])
+    better: bool = getattr(winner, quality) > getattr(loser, quality)
+    return cheaper and better
+
+
+def _has(point: FamilyPoint, cost: Cost, quality: Quality) -> bool:
+    return getattr(point, cost) is not None and getattr(point, quality) is not None
+
+
+def _summary(points: Sequence[FamilyPoint], pairs: Sequence[tuple[Cost, Quality]]) -> list[str]:
+    """One sentence for each cost and quality on whether block dropping wins anywhere."""
+    sentences = []
+    for cost, quality in pairs:
+        if not any(point.kind == "block dropping" and _has(point, cost, quality) for point in points):
+            continue
+        beaten = [
+            point.name
+            for point in points
+            if point.kind == "dcvit" and block_dropping_wins(point, points, cost, quality)
+        ]
+        where = f"Block dropping is ahead of {', '.join(beaten)}" if beaten else "Block dropping is nowhere ahead"
+        sentences.append(f"{where} in {QUALITY_NAMES[quality]} at the same {COST_NAMES[cost]} or less.")
+    return sentences
+
+
+def _table(points: Sequence[FamilyPoint], original: FamilyPoint, pairs: Sequence[tuple[Cost, Quality]]) -> Table:
+    """All points; the rows where block dropping wins are marked and say in what."""
+    rows, marked = [], set()
+    for index, point in enumerate(points):
+        won = [
+            f"{QUALITY_NAMES[quality]} by {COST_NAMES[cost]}"
+            for cost, quality in pairs
+            if block_dropping_wins(point, points, cost, quality)
+        ]
+        if won:
+            marked.add(index)
+        rows.append(
+            (
+                point.name, point.kind, amount(point.macs), _percent(point.macs / original.macs, 2),
+                amount(point.params), number(point.latency_ms), _percent(point.agreement, 2), _percent(point.top1, 2),
+                ", ".join(won),
+            )
+        )  # fmt: skip
+    head = ("model", "made by", "MACs", "MACs, %", "parameters", "latency, ms", "agreement, %", "top-1, %",
+            "block dropping wins in")  # fmt: skip
+    return Table(head, rows, frozenset(marked))
+
+
+def _figure(
+    points: Sequence[FamilyPoint], original: FamilyPoint, cost: Cost, quality: Quality, latency_of: str
+) -> Figure:
+    shown = [point for point in points if _has(point, cost, quality)]
+
+    def x(point: FamilyPoint) -> float:
+        value: float = getattr(point, cost)
+        return 100 * value / original.macs if cost == "macs" else value
+
+    def y(point: FamilyPoint) -> float:
+        return 100 * float(getattr(point, quality))
+
+    x_label = "MACs, % of the original" if cost == "macs" else "latency, ms"
+    y_label = f"{QUALITY_NAMES[quality]}, %"
+    groups = [
+        Group(
+            css,
+            marker,
+            [
+                Point(x(point), y(point), f"{point.name}: {x_label} {x(point):.2f}, {y_label} {y(point):.2f}")
+                for point in shown
+                if point.kind == kind
+            ],
+            joined=kind != "original",
+        )
+        for kind, (css, marker) in STYLES.items()
+    ]
+    table = Table(
+        ("model", "made by", x_label, y_label),
+        [(point.name, point.kind, f"{x(point):.2f}", f"{y(point):.2f}") for point in shown],
+        frozenset(i for i, point in enumerate(shown) if block_dropping_wins(point, points, cost, quality)),
+    )
+    present = {point.kind for point in shown}
+    return Figure(
+        f"{QUALITY_NAMES[quality].capitalize()} against {COST_NAMES[cost]}",
+        lambda width: scatter(width, [group for group in groups if group.points], x_label, y_label),
+        table,
+        "Up and to the left is better." + (f" Latency of {latency_of}." if cost == "latency_ms" else ""),
+        [Key(kind, css, marker) for kind, (css, marker) in STYLES.items() if kind in present],
+    )
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}"

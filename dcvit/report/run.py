@@ -1,0 +1,483 @@
+"""The report of one compression, from its saved folder alone."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from dcvit.errors import SaveFolderError
+from dcvit.ranking import Trial
+from dcvit.report.charts import (
+    Curve,
+    Row,
+    amount,
+    block_bars,
+    block_stages,
+    block_structure,
+    curves,
+    dot_rows,
+    number,
+    row_bars,
+)
+from dcvit.report.page import Figure, Gallery, Key, Page, Picture, Section, Table, Tile, settings_table
+from dcvit.report.svg import Marker
+from dcvit.results import REPORT_FILE, MetricImages, Record, is_report, read_record
+
+__all__ = ["run_page", "write_page", "write_report"]
+
+MOST_POINTS = 60
+"""Points of a curve that are drawn and listed; of longer ones every n-th, the first and the last."""
+
+PIXELATED = 64
+"""Images up to this side are shown without loss, pixel by pixel; larger ones as thumbnails of twice the side."""
+
+METRICS = {
+    "mimicking": "relative error of the output tokens",
+    "cross_entropy": "cross-entropy of the class distributions",
+}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of a saved result; no model is run.
+
+    Args:
+        folder: What `CompressionResult.save` or `dcvit compress` wrote.
+
+    Returns:
+        The file.
+
+    Raises:
+        SaveFolderError: If the folder holds no result, or a `report.html` that dcvit did not write.
+    """
+    return write_page(run_page(read_record(folder)), Path(folder) / REPORT_FILE)
+
+
+def write_page(page: Page, path: Path) -> Path:
+    """Write a page to a file; an earlier report is replaced.
+
+    Raises:
+        SaveFolderError: If there is a file that is not a report.
+    """
+    if path.exists() and not is_report(path):
+        raise SaveFolderError(f"{str(path)!r} is not a report that dcvit wrote: move it away first.")
+    path.write_text(page.html(), encoding="utf-8")
+    return path
+
+
+def run_page(record: Record) -> Page:
+    """The page of a saved result; what the result does not hold is named on it."""
+    plan, report = record.plan, record.report
+    share = plan.budget.amount(plan.cost) / _original(record)
+    nodes = {block: len(plan.kept_nodes[block]) for block in sorted(plan.blocks)}
+    listed = ", ".join(f"{block} ({count:,})" for block, count in nodes.items())
+    text = [
+        f"These blocks lost their attention (hidden nodes that each keeps): {listed}; drop ratio "
+        f"{plan.drop_ratio:.3f}. They were chosen among {len(plan.candidates)} candidates with {report.num_images} "
+        f"unlabelled images. The budget was {_budget(record)}; {plan.budget.amount(plan.cost):,} are used.",
+    ]
+    sections = [_comparison(record), _trials(record), _architecture(record), _recovery(record), _metric_set(record)]
+    return Page(
+        title=f"{report.model}, compressed to {100 * share:.1f}\N{NO-BREAK SPACE}% of its {_unit(record)}",
+        text=text,
+        tiles=tuple(_tiles(record)),
+        sections=[*(section for section in sections if section is not None), _time(record), _settings(record)],
+        not_recorded=tuple(_not_recorded(record)),
+    )
+
+
+def _tiles(record: Record) -> Iterator[Tile]:
+    report, held_out = record.report, "comparison" in record.values
+    teacher, student = report.teacher, report.student
+    costs: tuple[tuple[str, Any, Any, Callable[[Any], str]], ...] = (
+        ("MACs", teacher.macs, student.macs, amount),
+        ("parameters", teacher.params, student.params, amount),
+        ("latency, ms", teacher.latency_ms, student.latency_ms, number),
+    )
+    for name, before, after, form in costs:
+        yield Tile(name, f"{100 * after / before:.1f} %", f"{form(before)} → {form(after)}")
+    # A demonstration is judged on images that nothing learnt from; other runs only have the few-shot images.
+    judged = "on held-out images" if held_out else "on the few-shot images"
+    if report.agreement is not None:
+        yield Tile("agreement", f"{100 * report.agreement:.2f} %", judged)
+    if teacher.top1 is not None and student.top1 is not None:
+        before, after = 100 * teacher.top1, 100 * student.top1
+        yield Tile("top-1", f"{after:.2f} %", f"original {before:.2f} %, {judged}")
+    if report.refinement is not None:
+        detail = "mean squared, output tokens, on held-out views"
+        yield Tile("mimicking error", number(report.refinement.error_after), detail)
+    else:
+        yield Tile("mimicking error", number(report.mimic_loss), "mean squared, output tokens, on the few-shot images")
+
+
+def _comparison(record: Record) -> Section | None:
+    """The methods of a demonstration, over its few-shot sets."""
+    methods: Sequence[Mapping[str, Any]] = record.values.get("comparison", ())
+    if not methods:
+        return None
+    seeds = len(methods[0]["seeds"])
+    smaller = [index for index, method in enumerate(methods) if method["macs"] < record.report.teacher.macs]
+    best = {
+        measure: max(smaller, key=lambda index: methods[index][measure]["mean"]) for measure in ("top1", "agreement")
+    }
+
+    def cell(index: int, measure: str) -> str:
+        value = methods[index][measure]
+        spread = f"\N{NO-BREAK SPACE}± {100 * value['std']:.2f}" if seeds > 1 else ""
+        return f"{100 * value['mean']:.2f}{spread}" + ("\N{NO-BREAK SPACE}▲" if best[measure] == index else "")
+
+    def figure(measure: str, name: str) -> Figure:
+        rows = []
+        for index, method in enumerate(methods):
+            values = [100 * row[measure] for row in method["rows"]]
+            css = "plain" if index not in smaller else "other" if "block dropping" in method["method"] else "accent"
+            rows.append(Row(method["method"], css, values, mean(values)))
+        table = Table(
+            ("method", *(f"few-shot set {seed}" for seed in methods[0]["seeds"]), "mean"),
+            [(row.name, *map(number, row.values), number(row.mean)) for row in rows],
+            marked=frozenset({best[measure]}),
+        )
+        winner = rows[best[measure]].name
+        text = f"A dot for each few-shot set, a bar for their mean. Highest of the smaller models: {winner}."
+        return Figure(name, lambda width: dot_rows(width, rows, name), table, text)
+
+    table = Table(
+        ("method", "top-1 %", "agreement with the original %", "MACs", "parameters", "latency, ms"),
+        [
+            (
+                method["method"], cell(index, "top1"), cell(index, "agreement"), amount(method["macs"]),
+                amount(method["params"]), number(method["latency_ms"]["mean"]),
+            )
+            for index, method in enumerate(methods)
+        ],
+        marked=frozenset(best.values()),
+        title="▲ highest of the smaller models",
+    )  # fmt: skip
+    sets = "one few-shot set" if seeds == 1 else f"{seeds} few-shot sets"
+    text = [
+        f"On images held out, from {record.report.num_images} unlabelled images a set, over {sets}. The smaller models "
+        "cost the same to within a hidden node. All that follows is of the first set."
+    ]
+    return Section(
+        "Methods compared",
+        text,
+        [figure("top1", "top-1 %"), figure("agreement", "agreement with the original %"), table],
+    )
+
+
+def _trials(record: Record) -> Section:
+    """How well each candidate recovers, and which were chosen."""
+    plan, report = record.plan, record.report
+    chosen = set(plan.blocks)
+    metric = METRICS.get(str(report.settings.get("metric")), "metric loss")
+    losses = {trial.block: trial.metric_loss for trial in sorted(report.trials, key=lambda trial: trial.block)}
+    ranked = Table(
+        ("rank", "block", "metric loss", "chosen"),
+        [
+            (str(rank), str(trial.block), number(trial.metric_loss), "yes" if trial.block in chosen else "")
+            for rank, trial in enumerate(report.trials, 1)
+        ],
+        marked=_marked(report.trials, chosen),
+    )
+    keys = [Key("chosen", "accent", "circle"), Key("not chosen", "plain", "circle")]
+    figures = [
+        Figure(
+            "What the candidates are ranked by",
+            lambda width: block_bars(width, losses, chosen, metric),
+            ranked,
+            "Each candidate block is compressed alone and recovered. Lower is better.",
+            keys,
+        ),
+        _stages_figure(report.trials, chosen, keys),
+    ]
+    profiles = {trial.block: trial.recoverability for trial in report.trials if trial.recoverability is not None}
+    if profiles:
+        lines = [
+            Curve(f"block {block}" + (" ✓" if block in chosen else ""), tuple(zip(it.nodes, it.losses, strict=True)))
+            for block, it in sorted(profiles.items())
+        ]
+        hint = "What the trials say that each block would lose alone; ✓ marks the chosen ones."
+        title = "Expected loss by the hidden nodes that a block keeps"
+        figures.append(_curves(title, lines, "hidden nodes kept", metric, hint))
+    return Section("Which blocks recover", items=figures)
+
+
+def _stages_figure(trials: Sequence[Trial], chosen: set[int], keys: Sequence[Key]) -> Figure:
+    """Loss of each trial before and after its recovery."""
+    reconstructed = {trial.block: trial.reconstruction for trial in trials if trial.reconstruction is not None}
+    mimicked = {trial.block: trial.recovery for trial in trials if trial.recovery is not None}
+    stages: dict[str, Marker] = {"before recovery": "ring", "after recovery": "circle"}
+    values: dict[int, tuple[float, float]]
+    more: dict[int, tuple[str, ...]]
+    if reconstructed:
+        label = "held-out error of the block"
+        text = (
+            "Share of what the original block adds to its input that stays unexplained on held-out images, with the "
+            "original weights and in closed form: 0 is perfect, 1 is no better than leaving the block out. λ is the "
+            "regularisation."
+        )
+        values = {block: (one.error_before, one.error_after) for block, one in reconstructed.items()}
+        more = {block: (number(one.ridge),) for block, one in reconstructed.items()}
+        extra: tuple[str, ...] = ("λ",)
+    else:
+        label = "mimicking loss"
+        text = "Mean squared error of the output tokens on the few-shot images, before and after mimicking."
+        values = {block: (one.loss_before, one.loss_after) for block, one in mimicked.items()}
+        more = {block: (number(one.learning_rate), str(len(one.losses))) for block, one in mimicked.items()}
+        extra = ("learning rate", "epochs")
+    blocks, seconds = sorted(values), {trial.block: number(trial.seconds) for trial in trials}
+    table = Table(
+        ("block", *stages, *extra, "seconds", "chosen"),
+        [
+            (
+                str(block), *map(number, values[block]), *more[block], seconds[block],
+                "yes" if block in chosen else "",
+            )
+            for block in blocks
+        ],
+        marked=frozenset(index for index, block in enumerate(blocks) if block in chosen),
+    )  # fmt: skip
+    drawn = [
+        (name, marker, {block: values[block][index] for block in blocks})
+        for index, (name, marker) in enumerate(stages.items())
+    ]
+    legend = [Key(name, "plain", marker) for name, marker in stages.items()]
+    return Figure(
+        "Each candidate before and after its recovery",
+        lambda width: block_stages(width, drawn, chosen, label),
+        table,
+        text,
+        [*legend, *keys],
+    )
+
+
+def _architecture(record: Record) -> Section | None:
+    """The blocks before and after."""
+    if not record.report.blocks:
+        return None
+    before = [(block.attention, block.hidden_features) for block in record.report.blocks]
+    kept = {block: (False, len(nodes)) for block, nodes in record.plan.kept_nodes.items()}
+    after = [kept.get(block, shape) for block, shape in enumerate(before)]
+    table = Table(
+        ("block", "attention before", "attention after", "hidden nodes before", "hidden nodes after"),
+        [
+            (str(block), _yes(old[0]), _yes(new[0]), number(old[1]), number(new[1]))
+            for block, (old, new) in enumerate(zip(before, after, strict=True))
+        ],
+        marked=frozenset(kept),
+    )
+    figure = Figure(
+        "Blocks, from the first at the top to the last",
+        lambda width: block_structure(width, before, after),
+        table,
+        "An MLP is drawn as wide as it has hidden nodes. Dashed: what was removed.",
+        [Key("compressed block", "accent", "circle"), Key("as it was", "plain", "circle")],
+    )
+    return Section("Architecture before and after", items=[figure])
+
+
+def _recovery(record: Record) -> Section:
+    """Losses over time, of whatever the procedure did."""
+    report = record.report
+    items: list[Figure | Table] = []
+    text: list[str] = []
+    if report.reconstructions:
+        items.append(
+            Table(
+                ("block", "before", "closed form", "after", "λ", "best epoch"),
+                [
+                    (
+                        str(one.block), number(one.error_before), number(one.error_closed_form),
+                        number(one.error_after), number(one.ridge), str(one.epochs),
+                    )
+                    for one in report.reconstructions
+                ],
+                title="Held-out error of each chosen block, front to back",
+            )
+        )  # fmt: skip
+        lines = [
+            Curve(
+                f"block {one.block}",
+                tuple(enumerate((_start(one.error_closed_form, one.error_before), *one.errors))),
+            )
+            for one in report.reconstructions
+            if one.errors
+        ]
+        if lines:
+            hint = "Epoch 0 is the closed form. The best epoch is kept."
+            items.append(_curves("Gradient steps on each block alone", lines, "epoch", "held-out error", hint))
+    if report.refinement is not None:
+        went = report.refinement
+        if went.step_size == 0:
+            text.append("Mimicking on the output tokens made no pilot run better on held-out images: it was left out.")
+        else:
+            text.append(
+                f"Mimicking on the output tokens: held-out error {number(went.error_before)} before, "
+                f"{number(went.error_after)} after {went.steps} steps, which were kept (step size {went.step_size:g})."
+            )
+        if went.judgements:
+            points = ((0, went.error_before), *went.judgements)
+            hint = "Mean squared error of the output tokens on held-out views. The best is kept."
+            title = "Mimicking of the whole student, as held-out images judge it"
+            items.append(_curves(title, [Curve("student", points)], "step", "held-out error", hint))
+    if report.steps:
+        blocks = record.plan.blocks
+        progressive = len(report.steps) == len(blocks)
+        names = [f"{index + 1}. block {blocks[index]}" for index in range(len(blocks))] if progressive else ["all"]
+        items.append(
+            Table(
+                ("cut", "loss before", "loss after", "learning rate", "seconds"),
+                [
+                    (name, *map(number, (step.loss_before, step.loss_after, step.learning_rate, step.seconds)))
+                    for name, step in zip(names, report.steps, strict=True)
+                ],
+                title="Mimicking loss on the few-shot images, cut by cut",
+            )
+        )
+        lines = [
+            Curve(name, tuple(enumerate(step.losses, 1)))
+            for name, step in zip(names, report.steps, strict=True)
+            if step.losses
+        ]
+        if lines:
+            hint = "Training loss of each epoch, after each cut."
+            items.append(_curves("Mimicking after each cut", lines, "epoch", "mimicking loss", hint))
+    rate = "Peak learning rate" if report.steps else "Step size of the gradient steps on blocks"
+    text.append(f"{rate}: {number(report.learning_rate)}.")
+    return Section("Recovery over time", text, items)
+
+
+def _metric_set(record: Record) -> Section | None:
+    """The synthesised images and the loss that made them."""
+    images = record.images
+    if images is None:
+        return None
+    items: list[Figure | Gallery] = [
+        Gallery(tuple(_pictures(images)), pixelated=max(images.pixels.shape[2:]) <= PIXELATED)
+    ]
+    if images.losses:
+        line = Curve("loss", tuple(enumerate(images.losses, 1)))
+        hint = "Cross-entropy and image prior. The images of the lowest loss are kept."
+        items.append(_curves("Synthesis", [line], "iteration", "loss", hint))
+    report = record.report
+    judges = report.settings.get("metric") == "mimicking" and report.reconstructions and report.num_images > 1
+    ranked = "they and few-shot images held out rank the blocks" if judges else "they rank the blocks"
+    text = f"{len(images.pixels)} images, made from the original model alone, for random classes; {ranked}."
+    return Section("Synthesised images", [text], items)
+
+
+def _time(record: Record) -> Section:
+    title, seconds = "Wall-clock time of each stage", record.report.seconds
+    texts = {name: f"{value:.2f} s" for name, value in seconds.items()}
+    figure = Figure(
+        title, lambda width: row_bars(width, seconds, texts, title), Table(("stage", "time"), list(texts.items()))
+    )
+    return Section("Time", [f"{sum(seconds.values()):.1f} s in all."], [figure])
+
+
+def _settings(record: Record) -> Section:
+    report = record.report
+    run = {
+        "model": report.model,
+        "budget": _budget(record),
+        "unlabelled images": report.num_images,
+        "seed": report.seed,
+        "candidates": record.plan.candidates,
+    }
+    items = [settings_table(run, "Run")]
+    if report.settings:
+        items.append(settings_table(report.settings, "CompressionConfig"))
+    return Section("Settings and versions", items=[*items, settings_table(report.versions, "Versions")])
+
+
+def _not_recorded(record: Record) -> Iterator[str]:
+    report = record.report
+    if not report.settings:
+        yield "the settings: the result was saved by an earlier dcvit"
+    if not report.blocks:
+        yield "the original's blocks, and so the drawing of the architecture: saved by an earlier dcvit"
+    if record.images is None:
+        given = report.settings.get("metric_set") == "images"
+        reason = "blocks were ranked on the few-shot images, which are never saved" if given else (
+            "blocks were ranked on images of the caller's, or the result was saved by an earlier dcvit"
+        )  # fmt: skip
+        yield f"synthesised images: {reason}"
+    went = report.refinement
+    if any(one.epochs and not one.errors for one in report.reconstructions) or (
+        went is not None and went.steps and not went.judgements
+    ):
+        yield "the errors over time: saved by an earlier dcvit"
+
+
+def _curves(title: str, lines: Sequence[Curve], x_label: str, y_label: str, text: str) -> Figure:
+    """Curves and their numbers, thinned alike."""
+    places = sorted({place for line in lines for place, _ in line.points})
+    every = -(-len(places) // MOST_POINTS)
+    if every > 1:
+        shown = {*places[::every], places[-1]}
+        lines = [Curve(line.name, [point for point in line.points if point[0] in shown]) for line in lines]
+        text += f" Drawn and listed: one {x_label} in {every}, and the last."
+    values = [dict(line.points) for line in lines]
+    table = Table(
+        (x_label, *(line.name for line in lines)),
+        [
+            (number(place), *(number(value.get(place)) for value in values))
+            for place in sorted(set(chain.from_iterable(values)))
+        ],
+    )
+    return Figure(title, lambda width: curves(width, lines, x_label, y_label), table, text)
+
+
+def _pictures(images: MetricImages) -> Iterator[Picture]:
+    for pixels, target in zip(images.pixels, images.targets.tolist(), strict=True):
+        yield Picture(_data_uri(pixels), f"class {target}")
+
+
+def _data_uri(pixels: Tensor) -> str:
+    """An image `[C, H, W]` of uint8 as a data URI; one that is neither grey nor RGB as the mean of its channels."""
+    channels, *size = pixels.shape
+    shown = pixels if channels in (1, 3) else pixels.float().mean(0, keepdim=True).round().to(pixels)
+    array = shown.permute(1, 2, 0).numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    buffer = io.BytesIO()
+    if max(size) <= PIXELATED:
+        kind = "png"
+        image.save(buffer, kind)
+    else:
+        kind = "jpeg"
+        image.thumbnail((2 * PIXELATED, 2 * PIXELATED))
+        image.save(buffer, kind, quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _original(record: Record) -> int:
+    """What the original costs in the budget's unit."""
+    return record.report.teacher.macs if record.plan.budget.unit == "macs" else record.report.teacher.params
+
+
+def _unit(record: Record) -> str:
+    return "MACs" if record.plan.budget.unit == "macs" else "parameters"
+
+
+def _budget(record: Record) -> str:
+    budget, plan = record.plan.budget, record.plan
+    fraction = f", {100 * budget.value:g}\N{NO-BREAK SPACE}% of the original" if isinstance(budget.value, float) else ""
+    convention = f", {budget.convention.replace('_', ' ')}" if budget.unit == "macs" else ""
+    return f"{plan.target:,} {_unit(record)}{fraction}{convention}"
+
+
+def _marked(trials: Sequence[Trial], chosen: set[int]) -> frozenset[int]:
+    return frozenset(index for index, trial in enumerate(trials) if trial.block in chosen)
+
+
+def _start(closed_form: float | None, before: float) -> float:
+    return before if closed_form is None else closed_form
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
