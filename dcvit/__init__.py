@@ -3,7 +3,18 @@
 from dcvit._version import __version__
 from dcvit.compression import compress
 from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
-from dcvit.errors import BudgetError, DcvitError, ImagesError, SaveFolderError, UnsupportedModelError
+from dcvit.errors import (
+    BudgetError,
+    DcvitError,
+    DtypeError,
+    ExportError,
+    HubError,
+    ImagesError,
+    SaveFolderError,
+    UnsupportedModelError,
+)
+from dcvit.export import Exported, export_model
+from dcvit.hub import push_to_hub
 from dcvit.images import FewShotImages, load_images
 from dcvit.metric import Metric
 from dcvit.planning import Budget, Plan, plan
@@ -19,7 +30,11 @@ __all__ = [
     "CompressionConfig",
     "CompressionResult",
     "DcvitError",
+    "DtypeError",
+    "ExportError",
+    "Exported",
     "FewShotImages",
+    "HubError",
     "ImagesError",
     "Metric",
     "MetricSet",
@@ -34,9 +49,11 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "compress",
+    "export_model",
     "load",
     "load_images",
     "plan",
+    "push_to_hub",
     "rank",
     "recover",
     "synthesize",

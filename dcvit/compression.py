@@ -13,7 +13,7 @@ from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.evaluation import agreement, measure_latency
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.metric import Metric
-from dcvit.models import adapter_for, load_model, require_supported
+from dcvit.models import adapter_for, hub_repository, load_model, require_supported
 from dcvit.ops import Impl, mimic_loss
 from dcvit.planning import Budget, Plan, plan_options
 from dcvit.progress import Progress, silent
@@ -363,6 +363,7 @@ def _report(
         refinement=outcome.refinement,
         steps=outcome.steps,
         seed=config.seed,
+        base_model=hub_repository(model) if isinstance(model, str) else None,
     )
 
 

@@ -1,10 +1,12 @@
 """What `compress` gives back, and its saved form.
 
-A saved result is a folder with three files and no pickle:
+A saved result is a folder with five files and no pickle:
 
 - `config.json` and `model.safetensors`: an ordinary timm model, which after `import dcvit` is rebuilt by
   `timm.create_model("local-dir:FOLDER", pretrained=True)`;
-- `result.json`: the plan and the report.
+- `modeling_dcvit.py`: takes the place of `import dcvit` where dcvit is not installed;
+- `result.json`: the plan and the report;
+- `README.md`: the model card.
 """
 
 import json
@@ -19,10 +21,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dcvit._version import __version__
-from dcvit.errors import SaveFolderError, UnsupportedModelError
+from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
+from dcvit.model_card import model_card
 from dcvit.models import adapter_for, load_model
 from dcvit.planning import Plan
 from dcvit.ranking import Trial
@@ -30,9 +33,27 @@ from dcvit.reconstruction import Reconstruction
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
 
-__all__ = ["CompressionResult", "ModelFigures", "Report", "check_output_folder", "load", "save_model", "versions"]
+__all__ = [
+    "DTYPES",
+    "SAVED_FILES",
+    "CompressionResult",
+    "ModelFigures",
+    "Report",
+    "cast_weights",
+    "check_output_folder",
+    "load",
+    "save_model",
+    "versions",
+]
 
 CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE = "config.json", "model.safetensors", "result.json"
+CARD_FILE, MODELING_FILE = "README.md", "modeling_dcvit.py"
+
+SAVED_FILES = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, MODELING_FILE, RESULT_FILE)
+"""All that a saved result consists of."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""In which weights can be stored, by name."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,7 @@ class Report:
         seed: The seed.
         seconds: Wall-clock time of each stage.
         versions: Of what computed it.
+        base_model: Hub repository of the original's weights; `None` unless they were loaded by a name that tells.
     """
 
     model: str
@@ -87,6 +109,7 @@ class Report:
     seed: int
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    base_model: str | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -118,18 +141,28 @@ class CompressionResult:
     plan: Plan
     report: Report
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Save model, plan and report to a folder.
+    def save(self, folder: str | Path, *, overwrite: bool = False, dtype: torch.dtype | None = None) -> None:
+        """Save model, plan, report and model card to a folder.
 
         Args:
             folder: Created if missing.
             overwrite: Replace an earlier result in that folder. Nothing else is ever replaced.
+            dtype: In which the weights are stored, one of `DTYPES`; the model's own if not given. timm loads them into
+                float32 whatever it is, so that a half-precision file halves the size and rounds the weights once.
 
         Raises:
             SaveFolderError: If the folder holds something else, or an earlier result and `overwrite` is not set.
+            DtypeError: If the dtype cannot hold a weight.
         """
         check_output_folder(folder, overwrite=overwrite)
-        save_model(self.model, folder, extra={RESULT_FILE: self.to_dict()})
+        save_model(self.model, folder, extra=self.files(dtype), dtype=dtype)
+
+    def files(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """What is saved beside the model, by file name: `result.json` as values, the model card as text."""
+        values = self.to_dict()
+        stored = str(dtype or next(self.model.parameters()).dtype).removeprefix("torch.")
+        card = model_card(values, adapter_for(self.model).config(self.model), dtype=stored)
+        return {RESULT_FILE: values, CARD_FILE: card}
 
     def to_dict(self) -> dict[str, Any]:
         """`result.json`: what one looks for first at the top, everything else in `plan` and `report`."""
@@ -180,26 +213,61 @@ def load(folder: str | Path) -> CompressionResult:
     return CompressionResult(model, plan, report)
 
 
-def save_model(model: nn.Module, folder: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-    """Write a model as `config.json` and `model.safetensors`, all files or none.
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model as `config.json`, `model.safetensors` and `modeling_dcvit.py`, all files or none.
 
     Args:
         model: A supported model.
         folder: Created if missing; files of the same names are replaced.
-        extra: More JSON files, by name.
+        extra: More files, by name: text as it is, anything else as JSON.
+        dtype: In which the weights are stored; the model's own if not given.
+
+    Raises:
+        DtypeError: If the dtype cannot hold a weight.
     """
     folder = Path(folder)
+    adapter = adapter_for(model)
+    weights = model.state_dict() if dtype is None else cast_weights(model.state_dict(), dtype)
+    files = {
+        CONFIG_FILE: dict(adapter.config(model)),
+        MODELING_FILE: adapter.modeling_file().read_text(encoding="utf-8"),
+        **(extra or {}),
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(state, Path(temporary) / WEIGHTS_FILE, metadata={"format": "pt"})
         (Path(temporary) / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone
-        for name, content in {CONFIG_FILE: dict(adapter_for(model).config(model)), **(extra or {})}.items():
-            text = json.dumps(content, indent=2, allow_nan=True)
-            (Path(temporary) / name).write_text(text + "\n", encoding="utf-8")
+        for name, content in files.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=True) + "\n"
+            (Path(temporary) / name).write_text(text, encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for file in Path(temporary).iterdir():
             shutil.move(file, folder / file.name)
+
+
+def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in another dtype, by name.
+
+    Raises:
+        DtypeError: If a finite weight becomes infinite in it.
+    """
+    if dtype not in DTYPES.values():
+        raise DtypeError(f"dtype={dtype}: expected one of {', '.join(f'torch.{name}' for name in DTYPES)}.")
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and bool((cast[name].isinf() & tensor.isfinite()).any()):
+            raise DtypeError(
+                f"dtype={dtype}: {name} holds {float(tensor.abs().max()):.4g}, beyond what that dtype can; take "
+                "torch.bfloat16, or leave the weights in torch.float32."
+            )
+    return cast
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
@@ -212,7 +280,7 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise SaveFolderError(f"{str(folder)!r} is a file: name a folder that is empty or does not exist.")
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in present if name not in (CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE)]
+    foreign = [name for name in present if name not in SAVED_FILES]
     if foreign or (present and RESULT_FILE not in present):
         raise SaveFolderError(
             f"{str(folder)!r} holds something else ({', '.join((foreign or present)[:3])}): "

@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "costs", "seeding", "optimisation", "regression", "progress", "_version", "ops"},
+    {"errors", "costs", "seeding", "optimisation", "regression", "progress", "_version", "ops", "model_card"},
     {"config", "models"},
     {"images", "planning", "evaluation", "classes"},
     {"augmentation", "surgery", "metric"},
     {"recovery", "reconstruction", "synthesis"},
     {"refinement", "ranking"},
     {"results", "baselines"},
-    {"compression"},
+    {"compression", "export", "hub"},
     {"demo"},
     {"cli"},
 ]
