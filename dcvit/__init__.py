@@ -3,8 +3,19 @@
 from dcvit._version import __version__
 from dcvit.compression import compress
 from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
-from dcvit.errors import BudgetError, DcvitError, ImagesError, SaveFolderError, UnsupportedModelError
+from dcvit.errors import (
+    BudgetError,
+    DcvitError,
+    DtypeError,
+    ExportError,
+    HubError,
+    ImagesError,
+    SaveFolderError,
+    UnsupportedModelError,
+)
+from dcvit.export import Exported, export_model
 from dcvit.family import Family, load_family, sweep
+from dcvit.hub import push_to_hub
 from dcvit.images import FewShotImages, load_images
 from dcvit.metric import Metric
 from dcvit.planning import Budget, Plan, plan
@@ -21,8 +32,12 @@ __all__ = [
     "CompressionConfig",
     "CompressionResult",
     "DcvitError",
+    "DtypeError",
+    "ExportError",
+    "Exported",
     "Family",
     "FewShotImages",
+    "HubError",
     "ImagesError",
     "Metric",
     "MetricSet",
@@ -37,10 +52,12 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "compress",
+    "export_model",
     "load",
     "load_family",
     "load_images",
     "plan",
+    "push_to_hub",
     "rank",
     "recover",
     "sweep",

@@ -1,4 +1,4 @@
-"""The command line: `dcvit demo | compress | sweep | report | synthesize | evaluate | info`."""
+"""The command line: `dcvit demo | compress | sweep | report | synthesize | evaluate | export | push | info`."""
 
 import argparse
 import json
@@ -30,13 +30,15 @@ from dcvit.demo.comparison import (
 )
 from dcvit.errors import DcvitError, ImagesError, SaveFolderError
 from dcvit.evaluation import agreement, measure_latency, top1
+from dcvit.export import SUFFIXES, TOLERANCES, compare_rounded, export_model
 from dcvit.family import DEFAULT_SHARES, FAMILY_FILE, check_family_folder, sweep
+from dcvit.hub import push_to_hub
 from dcvit.images import FewShotImages, image_files, load_images
-from dcvit.models import adapter_for, load_model, preprocessing, require_supported
+from dcvit.models import adapter_for, hub_repository, load_model, preprocessing, require_supported
 from dcvit.planning import Budget, choose_candidates
 from dcvit.progress import TerminalProgress
 from dcvit.report import write_report
-from dcvit.results import CompressionResult, check_output_folder, versions
+from dcvit.results import DTYPES, CompressionResult, check_output_folder, load, versions
 from dcvit.seeding import seeded
 from dcvit.synthesis import synthesize
 
@@ -52,6 +54,7 @@ examples:
   dcvit info deit_small_patch16_224 --random-weights             what each block costs, which budgets can be met
   dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
   dcvit evaluate local-dir:small/ --data photos/ --teacher deit_small_patch16_224
+  dcvit export small/ --format onnx                              one file for onnxruntime, compared with the model
 
 exit codes: 0 done, 2 bad input (one sentence says what and what to do), 130 interrupted, 1 anything else
 """
@@ -234,6 +237,44 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--teacher", metavar="MODEL", help="a model to agree with, " + MODEL_HELP)
     _device_argument(evaluate)
 
+    export_ = command(
+        "export",
+        _export,
+        _show_export,
+        "write a saved model for other runtimes, or in half precision",
+        "Write a saved model as one file that takes any batch size and needs neither dcvit nor timm, or as another "
+        "folder with its weights in another dtype. What was written is run and compared with the model; on a mismatch "
+        "nothing is left.",
+    )
+    export_.add_argument("folder", metavar="FOLDER", help="a folder that dcvit compress wrote")
+    export_.add_argument(
+        "--format",
+        choices=(*SUFFIXES, "timm"),
+        default="onnx",
+        help="for onnxruntime and others, for torch.export.load, or a folder for timm as compress writes",
+    )
+    export_.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="float32", help="of the weights, and for files of input and output"
+    )
+    export_.add_argument(
+        "--out",
+        metavar="PATH",
+        help="where to write; FOLDER/model.onnx, FOLDER/model.pt2 or the folder FOLDER-DTYPE if not given",
+    )
+    export_.add_argument("--overwrite", action="store_true", help="replace what was exported there earlier")
+
+    push = command(
+        "push",
+        _push,
+        _show_push,
+        "upload a saved model to the Hugging Face hub",
+        "Upload the files that dcvit saved, model card included, and nothing else of the folder. Log in first: "
+        "hf auth login.",
+    )
+    push.add_argument("folder", metavar="FOLDER", help="a folder that dcvit compress wrote")
+    push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; made if there is none")
+    push.add_argument("--private", action="store_true", help="a new repository is seen by its owner alone")
+
     info = command(
         "info",
         _info,
@@ -407,7 +448,8 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     require_supported(model)
     images, labels = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
     result = compress(model, images, budget, config, progress=progress)
-    report = replace(result.report, model=arguments.model)
+    base_model = None if arguments.random_weights else hub_repository(arguments.model)
+    report = replace(result.report, model=arguments.model, base_model=base_model)
     if labels is not None:
         report = replace(
             report,
@@ -593,6 +635,48 @@ def _show_evaluate(values: dict[str, Any]) -> str:
     if values["agreement"] is not None:
         rows.append(("agreement %", f"{100 * values['agreement']:.2f}"))
     return _table([("", values["model"]), *rows])
+
+
+def _export(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    folder, dtype = Path(arguments.folder), DTYPES[arguments.dtype]
+    if arguments.format == "timm":
+        out = Path(arguments.out or f"{folder}-{arguments.dtype}")
+        check_output_folder(out, overwrite=arguments.overwrite)
+        result = load(folder)
+        errors = compare_rounded(result.model, dtype)
+        result.save(out, overwrite=arguments.overwrite, dtype=dtype)
+        num_bytes = sum(file.stat().st_size for file in out.iterdir())
+    else:
+        out = Path(arguments.out or folder / f"model{SUFFIXES[arguments.format]}")
+        model = load_model(f"local-dir:{folder}")
+        exported = export_model(model, out, format=arguments.format, dtype=dtype, overwrite=arguments.overwrite)
+        errors, num_bytes = dict(exported.errors), exported.num_bytes
+    return {
+        "format": arguments.format,
+        "dtype": arguments.dtype,
+        "bytes": num_bytes,
+        "errors": errors,
+        "tolerance": TOLERANCES[dtype],
+        "out": str(out),
+    }
+
+
+def _show_export(values: dict[str, Any]) -> str:
+    errors = ", ".join(f"{error:.1e} at batch size {count}" for count, error in values["errors"].items())
+    return (
+        f"Saved to {values['out']}: {values['bytes'] / 1e6:.2f} MB, weights in {values['dtype']}.\n"
+        f"Largest difference from the model in float32, relative to its largest output: {errors} "
+        f"(allowed {values['tolerance']:.1e})."
+    )
+
+
+def _push(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    address = push_to_hub(arguments.folder, arguments.repo_id, private=arguments.private)
+    return {"repo_id": arguments.repo_id, "address": address}
+
+
+def _show_push(values: dict[str, Any]) -> str:
+    return f"Uploaded to {values['address']}: timm.create_model('hf-hub:{values['repo_id']}', pretrained=True)."
 
 
 def _info(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.evaluation import agreement, measure_latency
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.metric import Metric
-from dcvit.models import adapter_for, load_model, require_supported
+from dcvit.models import adapter_for, hub_repository, load_model, require_supported
 from dcvit.ops import Impl, mimic_loss
 from dcvit.planning import Budget, Plan, plan, search
 from dcvit.progress import Progress, silent
@@ -501,4 +501,5 @@ def _report(
         seed=config.seed,
         settings=config.to_dict(),
         blocks=tuple(BlockShape(block.compressible, block.hidden_features) for block in adapter.cost(teacher).blocks),
+        base_model=hub_repository(model) if isinstance(model, str) else None,
     )

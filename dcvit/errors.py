@@ -4,7 +4,16 @@ Every message names the value, what was expected and the next step. All of them 
 that does not know dcvit can still catch them; the command line turns them into exit code 2.
 """
 
-__all__ = ["BudgetError", "DcvitError", "ImagesError", "SaveFolderError", "UnsupportedModelError"]
+__all__ = [
+    "BudgetError",
+    "DcvitError",
+    "DtypeError",
+    "ExportError",
+    "HubError",
+    "ImagesError",
+    "SaveFolderError",
+    "UnsupportedModelError",
+]
 
 
 class DcvitError(ValueError):
@@ -17,6 +26,18 @@ class UnsupportedModelError(DcvitError):
 
 class BudgetError(DcvitError):
     """The budget is malformed, or cannot be met by the model."""
+
+
+class DtypeError(DcvitError):
+    """A dtype cannot hold a model's weights, or a file format cannot hold the dtype."""
+
+
+class ExportError(DcvitError):
+    """What an export needs is missing, or the exported file does not compute what the model does."""
+
+
+class HubError(DcvitError):
+    """The hub refuses an upload, or cannot be reached."""
 
 
 class ImagesError(DcvitError):

@@ -4,6 +4,8 @@ A saved result is a folder of these files, without pickle:
 
 - `config.json` and `model.safetensors`: an ordinary timm model, which after `import dcvit` is rebuilt by
   `timm.create_model("local-dir:FOLDER", pretrained=True)`;
+- `modeling_dcvit.py`: takes the place of `import dcvit` where dcvit is not installed;
+- `README.md`: the model card;
 - `result.json`: the plan and the report;
 - `metric_set.safetensors`: the synthesised images, 8 bits a channel, with their target classes and losses. Few-shot
   images are never saved;
@@ -26,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcvit._version import __version__
-from dcvit.errors import SaveFolderError, UnsupportedModelError
+from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
+from dcvit.model_card import model_card
 from dcvit.models import adapter_for, load_model, preprocessing
 from dcvit.planning import Plan
 from dcvit.ranking import Trial
@@ -37,12 +40,15 @@ from dcvit.structure import Recoverability
 from dcvit.synthesis import MetricSet
 
 __all__ = [
+    "DTYPES",
+    "SAVED_FILES",
     "BlockShape",
     "CompressionResult",
     "MetricImages",
     "ModelFigures",
     "Record",
     "Report",
+    "cast_weights",
     "check_output_folder",
     "is_report",
     "load",
@@ -52,11 +58,18 @@ __all__ = [
 ]
 
 CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE = "config.json", "model.safetensors", "result.json"
+CARD_FILE, MODELING_FILE = "README.md", "modeling_dcvit.py"
 METRIC_SET_FILE, REPORT_FILE = "metric_set.safetensors", "report.html"
 REPORT_MARK = '<meta name="generator" content="dcvit'
 """What tells a report from a page that someone else wrote."""
 
-RESULT_FILES = (CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE, METRIC_SET_FILE, REPORT_FILE)
+SAVED_FILES = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, MODELING_FILE, RESULT_FILE)
+"""What a hub is given of a saved result."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""In which weights can be stored, by name."""
+
+RESULT_FILES = (*SAVED_FILES, METRIC_SET_FILE, REPORT_FILE)
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,7 @@ class Report:
         versions: Of what computed it.
         settings: The config, as `CompressionConfig.to_dict` gives it; empty in results saved before it was recorded.
         blocks: The original's blocks; likewise.
+        base_model: Hub repository of the original's weights; `None` unless they were loaded by a name that tells.
     """
 
     model: str
@@ -128,6 +142,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     settings: Mapping[str, Any] = field(default_factory=dict)
     blocks: tuple[BlockShape, ...] = ()
+    base_model: str | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -162,23 +177,40 @@ class CompressionResult:
     report: Report
     metric_set: MetricSet | None = None
 
-    def save(self, folder: str | Path, *, overwrite: bool = False, more: Mapping[str, Any] | None = None) -> None:
-        """Save model, plan, report and synthesised images to a folder.
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        dtype: torch.dtype | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save model, plan, report, model card and synthesised images to a folder.
 
         Args:
             folder: Created if missing.
             overwrite: Replace an earlier result in that folder. Nothing else is ever replaced.
+            dtype: In which the weights are stored, one of `DTYPES`; the model's own if not given. timm loads them into
+                float32 whatever it is, so that a half-precision file halves the size and rounds the weights once.
             more: Further entries of `result.json`.
 
         Raises:
             SaveFolderError: If the folder holds something else, or an earlier result and `overwrite` is not set.
+            DtypeError: If the dtype cannot hold a weight.
         """
         check_output_folder(folder, overwrite=overwrite)
         images = None if self.metric_set is None else MetricImages.of(self.metric_set, self.model)
         tensors = {} if images is None else {METRIC_SET_FILE: images.to_tensors()}
-        save_model(self.model, folder, extra={RESULT_FILE: {**self.to_dict(), **(more or {})}}, tensors=tensors)
+        save_model(self.model, folder, extra=self.files(dtype, more), tensors=tensors, dtype=dtype)
         for stale in {METRIC_SET_FILE, REPORT_FILE} - tensors.keys():
             (Path(folder) / stale).unlink(missing_ok=True)
+
+    def files(self, dtype: torch.dtype | None = None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What is saved beside the model, by file name: `result.json` as values, the model card as text."""
+        values = {**self.to_dict(), **(more or {})}
+        stored = str(dtype or next(self.model.parameters()).dtype).removeprefix("torch.")
+        card = model_card(values, adapter_for(self.model).config(self.model), dtype=stored)
+        return {RESULT_FILE: values, CARD_FILE: card}
 
     def to_dict(self) -> dict[str, Any]:
         """`result.json`: what one looks for first at the top, everything else in `plan` and `report`."""
@@ -300,28 +332,58 @@ def save_model(
     *,
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model as `config.json` and `model.safetensors`, all files or none.
+    """Write a model as `config.json`, `model.safetensors` and `modeling_dcvit.py`, all files or none.
 
     Args:
         model: A supported model.
         folder: Created if missing; files of the same names are replaced.
-        extra: More JSON files, by name.
+        extra: More files, by name: text as it is, anything else as JSON.
         tensors: More safetensors files, by name.
+        dtype: In which the weights are stored; the model's own if not given.
+
+    Raises:
+        DtypeError: If the dtype cannot hold a weight.
     """
     folder = Path(folder)
+    adapter = adapter_for(model)
+    weights = model.state_dict() if dtype is None else cast_weights(model.state_dict(), dtype)
+    files = {
+        CONFIG_FILE: dict(adapter.config(model)),
+        MODELING_FILE: adapter.modeling_file().read_text(encoding="utf-8"),
+        **(extra or {}),
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         for name, content in {WEIGHTS_FILE: state, **(tensors or {})}.items():
             save_file(dict(content), Path(temporary) / name, metadata={"format": "pt"})
             (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
-        for name, content in {CONFIG_FILE: dict(adapter_for(model).config(model)), **(extra or {})}.items():
-            text = json.dumps(content, indent=2, allow_nan=True)
-            (Path(temporary) / name).write_text(text + "\n", encoding="utf-8")
+        for name, content in files.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=True) + "\n"
+            (Path(temporary) / name).write_text(text, encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for file in Path(temporary).iterdir():
             shutil.move(file, folder / file.name)
+
+
+def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in another dtype, by name.
+
+    Raises:
+        DtypeError: If a finite weight becomes infinite in it.
+    """
+    if dtype not in DTYPES.values():
+        raise DtypeError(f"dtype={dtype}: expected one of {', '.join(f'torch.{name}' for name in DTYPES)}.")
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and bool((cast[name].isinf() & tensor.isfinite()).any()):
+            raise DtypeError(
+                f"dtype={dtype}: {name} holds {float(tensor.abs().max()):.4g}, beyond what that dtype can; take "
+                "torch.bfloat16, or leave the weights in torch.float32."
+            )
+    return cast
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:

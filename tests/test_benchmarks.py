@@ -2,7 +2,9 @@
 
 import pytest
 
+from benchmarks import export
 from benchmarks.compress import median_interval, verdict
+from dcvit.models import load_model
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, None), (5, None), (6, (1, 6)), (9, (2, 8)), (20, (6, 15))])
@@ -22,3 +24,17 @@ def test_interval_of_a_median_is_that_of_the_tables(count: int, expected: tuple[
 )
 def test_verdict_says_whether_one_is_excluded(ratios: list[float], expected: str) -> None:
     assert verdict(ratios) == expected
+
+
+def test_export_takes_ratios_within_a_round() -> None:
+    """A round in which everything took ten times as long changes neither ratio."""
+    original = load_model("demo")
+    models = {export.ORIGINAL: original, export.COMPRESSED: export.cut(original, 0.75)}
+    slow = [1, 1, 10, 1, 10, 1]
+    seconds = {
+        ("PyTorch", export.ORIGINAL): [0.004 * factor for factor in slow],
+        ("PyTorch", export.COMPRESSED): [0.003 * factor for factor in slow],
+    }
+    lines = export.table(seconds, models).splitlines()
+    assert lines[-1] == "| PyTorch | 4.00 | 3.00 | 0.750 | 0.750 to 0.750 |"
+    assert float(lines[0].rpartition("ratio ")[2]) == pytest.approx(0.75, abs=0.005)

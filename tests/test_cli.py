@@ -271,7 +271,9 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
     assert "usage: dcvit" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "compress", "report", "synthesize", "evaluate", "info"])
+@pytest.mark.parametrize(
+    "command", ["demo", "compress", "sweep", "report", "synthesize", "evaluate", "export", "push", "info"]
+)
 def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -548,9 +548,11 @@ def test_nothing_is_overwritten(result: dcvit.CompressionResult, tmp_path: Path)
         result.save(tmp_path / "out")
     result.save(tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "metric_set.safetensors",
         "model.safetensors",
+        "modeling_dcvit.py",
         "result.json",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine", "other", "out"]

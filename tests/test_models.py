@@ -190,7 +190,7 @@ def test_student_fine_tunes(name: str) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in compressed.parameters())
 
 
-@pytest.mark.parametrize("name", ["plain", "swiglu_packed"])
+@pytest.mark.parametrize("name", ["plain", "distilled", "registers", "attention_pool", "swiglu_packed"])
 def test_student_compiles_in_one_graph(name: str) -> None:
     student = adapter_for(VARIANTS[name].create()).rebuild(cut(VARIANTS[name].create())).eval()
     images = images_for(student)

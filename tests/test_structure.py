@@ -13,7 +13,18 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "costs", "seeding", "optimisation", "regression", "progress", "structure", "_version", "ops"},
+    {
+        "errors",
+        "costs",
+        "seeding",
+        "optimisation",
+        "regression",
+        "progress",
+        "structure",
+        "_version",
+        "ops",
+        "model_card",
+    },
     {"config", "models"},
     {"images", "planning", "evaluation", "classes"},
     {"augmentation", "surgery", "metric"},
@@ -21,7 +32,8 @@ LAYERS = [
     {"refinement", "ranking"},
     {"results", "baselines"},
     {"report"},
-    {"compression"},
+    {"compression", "export", "hub"},
+    {"family"},
     {"demo"},
     {"cli"},
 ]

@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.adapter import adapter_for
 
-__all__ = ["DEMO_MODEL", "Preprocessing", "load_model", "preprocessing"]
+__all__ = ["DEMO_MODEL", "Preprocessing", "hub_repository", "load_model", "preprocessing"]
 
 DEMO_MODEL = "demo"
 """The name of the embedded model."""
@@ -80,6 +80,16 @@ def load_model(model: str | nn.Module, *, pretrained: bool = True) -> nn.Module:
     except Exception as error:  # timm raises whatever its hub, registry or file reader raises
         raise UnsupportedModelError(_why_not_loaded(model, error)) from error
     return loaded.eval()
+
+
+def hub_repository(name: str) -> str | None:
+    """The hub repository of the weights that `load_model` loads for a name, `None` if they come from elsewhere."""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:").partition("@")[0]
+    if name == DEMO_MODEL or name.startswith("local-dir:"):
+        return None
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return None if config is None else config.hf_hub_id
 
 
 def _demo_folder() -> Path:

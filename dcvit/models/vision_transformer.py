@@ -5,10 +5,9 @@ the model, builds a twin on the meta device and compares the two module by modul
 is refused by name before any work.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -22,53 +21,32 @@ from timm.layers import (
     Mlp,
     PatchDropout,
     PatchEmbed,
-    QuickGELU,
-    RmsNorm,
-    RmsNormFp32,
-    SimpleNorm,
-    SimpleNormFp32,
     SwiGLU,
-    SwiGLUPacked,
 )
-from timm.layers.activations import GELU, GELUTanh
+from timm.layers.activations import GELU
 from timm.layers.attention import Attention
-from timm.models import build_model_with_cfg, register_model
+from timm.models import register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
+from dcvit.models import modeling_dcvit
+from dcvit.models.modeling_dcvit import (
+    ACTIVATIONS,
+    ARCHITECTURE,
+    BLOCKS,
+    NORMS,
+    DroppedBlock,
+    TimmModule,
+    build,
+    keep_hidden_nodes,
+)
 from dcvit.ops import Impl, attention, dropped_mlp
 from dcvit.seeding import seeded
 
 __all__ = ["ARCHITECTURE", "CompressedBlock", "DroppedBlock", "VisionTransformerAdapter", "create_vision_transformer"]
-
-ARCHITECTURE = "dcvit_vision_transformer"
-"""The name under which timm's registry knows compressed vision transformers."""
-
-TimmModule: TypeAlias = Any
-"""A module of timm's, whose attributes its type does not tell."""
-
-_NORMS: dict[str, type[nn.Module]] = {
-    "layernorm": LayerNorm,
-    "layernormfp32": LayerNormFp32,
-    "rmsnorm": RmsNorm,
-    "rmsnormfp32": RmsNormFp32,
-    "simplenorm": SimpleNorm,
-    "simplenormfp32": SimpleNormFp32,
-    "torch_layernorm": nn.LayerNorm,
-}
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "timm_gelu": GELU,
-    "gelu_tanh": GELUTanh,
-    "quick_gelu": QuickGELU,
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-}
-_BLOCKS: dict[str, type[nn.Module]] = {"pre_norm": Block, "res_post_norm": ResPostBlock}
-_MLPS: dict[str, Any] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
 
 _STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
 """Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
@@ -78,7 +56,7 @@ _INSIDE_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
 """Parts of timm's `Attention` that `dcvit.ops.attention` leaves out, because they do nothing."""
 
 
-class MlpHalf(nn.Module):
+class MlpHalf(modeling_dcvit.MlpHalf):
     """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
 
     Where the MLP is the plain one, it is one call of `dcvit.ops.dropped_mlp`, with the norm, LayerScale and residual
@@ -88,18 +66,8 @@ class MlpHalf(nn.Module):
         block: A timm `Block` or `ResPostBlock`; its MLP branch is taken over, not copied.
     """
 
-    norm2: TimmModule
-    mlp: TimmModule
-    ls2: TimmModule
-    drop_path2: TimmModule
-
     def __init__(self, block: TimmModule) -> None:
-        super().__init__()
-        self.post_norm = isinstance(block, ResPostBlock)
-        self.norm2 = block.norm2
-        self.mlp = block.mlp
-        self.ls2 = nn.Identity() if self.post_norm else block.ls2
-        self.drop_path2 = block.drop_path2
+        super().__init__(block)
         self.impl: Impl = "auto"
 
     def mlp_half(self, x: Tensor) -> Tensor:
@@ -123,9 +91,7 @@ class MlpHalf(nn.Module):
                 residual=True,
                 impl=self.impl,
             )
-        if self.post_norm:
-            return x + self.drop_path2(norm(mlp(x)))
-        return x + self.drop_path2(scale(mlp(norm(x))))
+        return super().mlp_half(x)
 
     def _fusible(self, norm: TimmModule, mlp: TimmModule, scale: TimmModule) -> bool:
         """Whether the fused op computes what the modules would: plain types, no hooks, nothing random active."""
@@ -192,14 +158,6 @@ class WholeBlock(MlpHalf):
             and not any(parts[name]._forward_hooks or parts[name]._forward_pre_hooks for name in _INSIDE_ATTENTION)
             and not (self.training and (parts["attn_drop"].p > 0 or parts["proj_drop"].p > 0))
         )
-
-
-class DroppedBlock(nn.Identity):
-    """What is left of a block that was dropped whole: its output is its input."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]`, unchanged."""
-        return x
 
 
 class VisionTransformerAdapter:
@@ -294,7 +252,7 @@ class VisionTransformerAdapter:
     def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
         """See `ModelAdapter.compress_block`."""
         module = model.blocks[block]
-        _keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
+        keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
         model.blocks[block] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
 
     def fuse(self, model: TimmModule) -> None:
@@ -356,6 +314,10 @@ class VisionTransformerAdapter:
             "pretrained_cfg": self._pretrained_cfg(model),
         }
 
+    def modeling_file(self) -> Path:
+        """See `ModelAdapter.modeling_file`."""
+        return Path(modeling_dcvit.__file__)
+
     def _pretrained_cfg(self, model: TimmModule) -> dict[str, Any]:
         """Preprocessing and head of a model, without where its own weights came from."""
         source = getattr(model, "pretrained_cfg", {})
@@ -378,7 +340,7 @@ class VisionTransformerAdapter:
         """
         args = _read_model_args(model)
         with torch.device("meta"):
-            twin = _build(**args)
+            twin = build(**args, compressed_block=CompressedBlock)
         original, rebuilt = _signature(model), _signature(twin)
         for name in sorted(original.keys() | rebuilt.keys()):
             if original.get(name) != rebuilt.get(name):
@@ -401,9 +363,9 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         )
     if embed.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
-    whole = [block for block in model.blocks if _timm_type(block) in _BLOCKS.values()]
+    whole = [block for block in model.blocks if _timm_type(block) in BLOCKS.values()]
     for i, block in enumerate(model.blocks):
-        if not isinstance(block, (*_BLOCKS.values(), MlpHalf, DroppedBlock)):
+        if not isinstance(block, (*BLOCKS.values(), MlpHalf, DroppedBlock)):
             raise UnsupportedModelError(
                 f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock. "
                 "Where attention and MLP run in parallel or in several branches, the cut is not defined."
@@ -450,8 +412,8 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "dynamic_img_pad": bool(embed.dynamic_img_pad),
         "embed_norm_layer": None if isinstance(embed.norm, nn.Identity) else _norm_spec("patch_embed.norm", embed.norm),
         "norm_layer": _norm_spec("blocks.*.norm1", block.norm1),
-        "act_layer": _key(_ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
-        "block_fn": _key(_BLOCKS, "blocks.*", _timm_type(block)),
+        "act_layer": _key(ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
+        "block_fn": _key(BLOCKS, "blocks.*", _timm_type(block)),
         "mlp_layer": _mlp_key(mlp),
         "distilled": isinstance(model, VisionTransformerDistilled),
         "per_layer_config": per_layer,
@@ -459,57 +421,10 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     return args
 
 
-def _build(
-    *,
-    img_size: Any,
-    intermediate_size: int,
-    layer_scale: bool,
-    norm_layer: Mapping[str, Any],
-    embed_norm_layer: Mapping[str, Any] | None = None,  # timm leaves out arguments that are None
-    act_layer: str,
-    block_fn: str,
-    mlp_layer: str,
-    distilled: bool,
-    per_layer_config: Mapping[str, Mapping[str, Any]],
-    **kwargs: Any,
-) -> nn.Module:
-    """The model that `_read_model_args` describes, freshly initialised."""
-    embed_dim = kwargs["embed_dim"]
-    norm = _norm_layer(norm_layer)
-    model: TimmModule = (VisionTransformerDistilled if distilled else VisionTransformer)(
-        img_size=img_size if isinstance(img_size, int) else tuple(img_size),
-        patch_size=tuple(kwargs.pop("patch_size")),
-        # Half a node up: int(embed_dim * ratio) inside timm must not lose a node to rounding.
-        mlp_ratio=(intermediate_size + 0.5) / embed_dim,
-        init_values=1e-5 if layer_scale else None,  # any value: the saved one is loaded over it
-        norm_layer=norm,
-        embed_norm_layer=None if embed_norm_layer is None else _norm_layer(embed_norm_layer),
-        act_layer=_ACTIVATIONS[act_layer],
-        block_fn=_BLOCKS[block_fn],
-        mlp_layer=_MLPS[mlp_layer],
-        **kwargs,
-    )
-    for index, settings in per_layer_config.items():
-        block = model.blocks[int(index)]
-        if "mlp" in settings["skip"]:
-            model.blocks[int(index)] = DroppedBlock()
-        else:
-            _keep_hidden_nodes(block.mlp, torch.arange(settings["intermediate_size"]))
-            model.blocks[int(index)] = CompressedBlock(block)
-    return model
-
-
 @register_model
 def dcvit_vision_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Timm's entry point for vision transformers that dcvit compressed; the arguments come from `config.json`."""
-    return build_model_with_cfg(
-        _build,
-        ARCHITECTURE,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return modeling_dcvit.create(pretrained, compressed_block=CompressedBlock, **kwargs)
 
 
 def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> nn.Module:
@@ -544,7 +459,7 @@ def _signature(model: TimmModule) -> dict[str, str]:
     norms = {
         name + ".eps": str(getattr(module, "eps", None))
         for name, module in model.named_modules()
-        if isinstance(module, tuple(_NORMS.values()))
+        if isinstance(module, tuple(NORMS.values()))
     }
     return parts | tensors | norms
 
@@ -564,11 +479,7 @@ def _key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module])
 
 
 def _norm_spec(part: str, norm: TimmModule) -> dict[str, Any]:
-    return {"type": _key(_NORMS, part, type(norm)), "eps": norm.eps}
-
-
-def _norm_layer(spec: Mapping[str, Any]) -> Any:
-    return partial(_NORMS[spec["type"]], eps=spec["eps"])
+    return {"type": _key(NORMS, part, type(norm)), "eps": norm.eps}
 
 
 def _mlp_key(mlp: TimmModule) -> str:
@@ -636,41 +547,3 @@ def _latent_pool_cost(pool: TimmModule, tokens: int) -> Cost:
         layers += [(pool.mlp.fc1, latents), (pool.mlp.fc2, latents)]
     macs = sum(rows * layer.weight.numel() for layer, rows in layers if isinstance(layer, nn.Linear))
     return Cost(weight_macs=macs, attention_macs=2 * latents * tokens * width)
-
-
-@torch.no_grad()
-def _keep_hidden_nodes(mlp: TimmModule, kept: Tensor) -> None:
-    """In place: only the hidden nodes `kept` stay, in that order."""
-    hidden = mlp.fc2.in_features
-    kept = kept.to(mlp.fc2.weight.device)
-    if type(mlp) is GluMlp:
-        mlp.fc1 = _linear_rows(mlp.fc1, torch.cat([kept, kept + hidden]))
-    elif type(mlp) is SwiGLU:
-        mlp.fc1_g, mlp.fc1_x = _linear_rows(mlp.fc1_g, kept), _linear_rows(mlp.fc1_x, kept)
-    else:
-        mlp.fc1 = _linear_rows(mlp.fc1, kept)
-    if not isinstance(mlp.norm, nn.Identity):
-        mlp.norm = _norm_channels(mlp.norm, kept)
-    fc2 = copy.deepcopy(mlp.fc2)
-    fc2.in_features = len(kept)
-    fc2.weight = nn.Parameter(mlp.fc2.weight[:, kept].contiguous(), requires_grad=mlp.fc2.weight.requires_grad)
-    mlp.fc2 = fc2
-
-
-def _linear_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
-    kept = copy.deepcopy(layer)
-    kept.out_features = len(rows)
-    kept.weight = nn.Parameter(layer.weight[rows], requires_grad=layer.weight.requires_grad)
-    if layer.bias is not None:
-        kept.bias = nn.Parameter(layer.bias[rows], requires_grad=layer.bias.requires_grad)
-    return kept
-
-
-def _norm_channels(norm: TimmModule, channels: Tensor) -> nn.Module:
-    if len(channels) == 0:
-        return nn.Identity()
-    kept = copy.deepcopy(norm)
-    kept.normalized_shape = (len(channels),)
-    for name, parameter in norm.named_parameters(recurse=False):
-        setattr(kept, name, nn.Parameter(parameter[channels], requires_grad=parameter.requires_grad))
-    return kept

@@ -1,0 +1,134 @@
+"""The model card: `README.md` of a saved model, drawn from the other files beside it.
+
+Its front matter is what the Hugging Face hub reads: https://huggingface.co/docs/hub/model-cards.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+__all__ = ["model_card"]
+
+_HUB_LICENSES = ("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit")
+"""Licences that timm's models have and the hub knows by the same name; the hub takes others as `other`, with a name."""
+
+_LOAD = """\
+Where dcvit is installed:
+
+```python
+import dcvit, timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+```
+
+Where it is not, `modeling_dcvit.py` of this folder takes its place; it needs torch and timm alone:
+
+```python
+import sys, timm
+
+sys.path.insert(0, "FOLDER")
+import modeling_dcvit  # makes the architecture known to timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+```
+
+`FOLDER` is this folder; from the hub, `huggingface_hub.snapshot_download("OWNER/NAME")` brings it and returns its path.
+"""
+
+
+def model_card(result: Mapping[str, Any], config: Mapping[str, Any], *, dtype: str = "float32") -> str:
+    """The text of a model card.
+
+    Args:
+        result: What `result.json` holds.
+        config: What `config.json` holds.
+        dtype: In which the weights are stored.
+    """
+    report, preprocessing = result["report"], config["pretrained_cfg"]
+    license_ = preprocessing.get("license")
+    license_ = None if license_ == "unknown" else license_  # timm has both
+    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    sections = {
+        f"# {report['model']}, compressed": _what(result),
+        "## Figures": _figures(result),
+        "## How to load": _LOAD,
+        "## Images": _images(preprocessing),
+        "## Licence": _licence(license_),
+        "## Versions": f"Made with {versions}. Weights are stored in {dtype}.\n",
+    }
+    text = "\n".join(f"{title}\n\n{body}" for title, body in sections.items())
+    return f"---\n{_front_matter(license_, report.get('base_model'), task).to_yaml()}\n---\n\n{text}"
+
+
+def _front_matter(license_: str | None, base_model: str | None, task: str) -> ModelCardData:
+    known_to_hub = license_ is None or license_ in _HUB_LICENSES
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag=task,
+        tags=["timm", "dcvit", "vision-transformer", "model-compression", task],
+        license=license_ if known_to_hub else "other",
+        license_name=None if known_to_hub else license_,
+        base_model=base_model,
+    )
+
+
+def _what(result: Mapping[str, Any]) -> str:
+    report, plan = result["report"], result["plan"]
+    images, blocks = report["num_images"], sorted(plan["blocks"])
+    return (
+        f"`{report['model']}`, made smaller by dcvit {report['versions']['dcvit']} from {images} unlabelled "
+        f"{'image' if images == 1 else 'images'}: without the attention of {'block' if len(blocks) == 1 else 'blocks'} "
+        f"{', '.join(map(str, blocks))} (counted from 0), where {plan['hidden_features']} hidden nodes of the MLP are "
+        "left.\n"
+    )
+
+
+def _images(preprocessing: Mapping[str, Any]) -> str:
+    channels, height, width = preprocessing["input_size"]
+    size = f"{channels} {'channel' if channels == 1 else 'channels'}, {height} × {width} px"
+    mean, std = (", ".join(f"{value:g}" for value in preprocessing[name]) for name in ("mean", "std"))
+    return (
+        f"{size}, normalised with mean ({mean}) and standard deviation ({std}). "
+        "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares them.\n"
+    )
+
+
+def _licence(license_: str | None) -> str:
+    if license_ is None:
+        return (
+            "Unknown: the original's configuration names none. The original's terms bind this model too; look them up "
+            "where it came from.\n"
+        )
+    return f"The original's, as its timm configuration gives it: {license_}.\n"
+
+
+def _figures(result: Mapping[str, Any]) -> str:
+    teacher, student = result["teacher"], result["student"]
+    rows = [
+        "| | original | compressed | ratio |",
+        "|---|---|---|---|",
+        *(
+            f"| {label} | {form.format(teacher[name])} | {form.format(student[name])} "
+            f"| {student[name] / teacher[name]:.4f} |"
+            for label, name, form in (
+                ("MACs per image", "macs", "{:,}"),
+                ("parameters", "params", "{:,}"),
+                ("latency of a batch, ms", "latency_ms", "{:.2f}"),
+            )
+        ),
+    ]
+    if teacher["top1"] is not None:
+        rows.append(f"| top-1, % | {100 * teacher['top1']:.2f} | {100 * student['top1']:.2f} | |")
+    convention = result["plan"]["budget"]["convention"].replace("_", " ")
+    agreed = result["agreement"]
+    told = [
+        f"MACs are counted {convention}. The latency is that of the machine which compressed the model, and a rough "
+        "figure.",
+        f"The mean squared error between the output tokens of both on the unlabelled images is "
+        f"{result['report']['mimic_loss']:.4g}.",
+    ]
+    if agreed is not None:
+        told.append(f"Both name the same class for {100 * agreed:.2f} % of the images that they were compared on.")
+    return "\n".join(rows) + "\n\n" + " ".join(told) + "\n"
