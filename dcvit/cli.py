@@ -15,6 +15,7 @@ from torchvision.utils import save_image
 
 from dcvit import ops
 from dcvit._version import __version__
+from dcvit.baselines import block_dropping
 from dcvit.compression import compress, freeze
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.costs import MAC_CONVENTIONS
@@ -31,14 +32,14 @@ from dcvit.demo.comparison import (
 from dcvit.errors import DcvitError, ImagesError, SaveFolderError
 from dcvit.evaluation import agreement, measure_latency, top1
 from dcvit.export import SUFFIXES, TOLERANCES, compare_rounded, export_model
-from dcvit.family import DEFAULT_SHARES, FAMILY_FILE, check_family_folder, sweep
+from dcvit.family import DEFAULT_SHARES, check_family_folder, sweep
 from dcvit.hub import push_to_hub
 from dcvit.images import FewShotImages, image_files, load_images
 from dcvit.models import adapter_for, hub_repository, load_model, preprocessing, require_supported
 from dcvit.planning import Budget, choose_candidates
 from dcvit.progress import TerminalProgress
-from dcvit.report import write_report
-from dcvit.results import DTYPES, CompressionResult, check_output_folder, load, versions
+from dcvit.report import FamilyPoint, write_report
+from dcvit.results import DTYPES, FAMILY_FILE, CompressionResult, check_output_folder, load, versions
 from dcvit.seeding import seeded
 from dcvit.synthesis import synthesize
 
@@ -188,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         "--macs", type=_amount, nargs="+", default=list(DEFAULT_SHARES), metavar="X",
         help="budgets: 0.75 is three quarters, 3.2G is absolute",
     )  # fmt: skip
+    sweep_.add_argument(
+        "--block-dropping", action="store_true", help="also drop whole blocks and recover, to compare with"
+    )
     sweep_.add_argument("--num-images", type=int, metavar="N", help="use N random images of the data, not all")
     sweep_.add_argument("--seed", type=int, default=0, help="same seed, same result")
     _output_arguments(sweep_, default="dcvit-sweep")
@@ -473,16 +477,27 @@ def _sweep(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[st
     images, _ = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
     config = config.with_(seed=arguments.seed, impl=arguments.impl)
     family = sweep(model, images, arguments.macs, config, progress=progress)
+    seconds = sum(sum(member.report.seconds.values()) for member in family.members)
     members = [replace(m, report=replace(m.report, model=arguments.model)) for m in family.members]
+    judges, judged_on, labels = images.normalised, f"the {len(images)} few-shot images", None
     if arguments.data == "digits":
         digits = load_digits()
-        held_out, labels = digits.test_images.to(arguments.device), digits.test_labels
-        original = top1(freeze(model), held_out, labels)
-        members = [_with_top1(member, original, held_out, labels) for member in members]
+        judges, labels = digits.test_images.to(arguments.device), digits.test_labels
+        judged_on = f"the {len(judges)} held-out digits"
+    original = freeze(model)
+    if labels is not None:
+        known = top1(original, judges, labels)
+        members = [_with_top1(member, known, judges, labels) for member in members]
     family = replace(family, original=members[0].report.teacher, members=members)
-    family.save(arguments.out, overwrite=arguments.overwrite)
+    points = [family.points()[0]]
+    for member, point in zip(members, family.points()[1:], strict=True):
+        points.append(replace(point, agreement=agreement(member.model, original, judges)))
+    if arguments.block_dropping:
+        points += _dropped_points(original, images, judges, labels, members, arguments, progress)
+    family.save(arguments.out, overwrite=arguments.overwrite, points=points, judged_on=judged_on)
+    page = write_report(arguments.out)
     index: dict[str, Any] = json.loads((Path(arguments.out) / FAMILY_FILE).read_text())
-    return {**index, "seconds": sum(sum(m.report.seconds.values()) for m in members), "out": str(arguments.out)}
+    return {**index, "seconds": seconds, "out": str(arguments.out), "page": str(page)}
 
 
 def _with_top1(
@@ -493,23 +508,66 @@ def _with_top1(
     return replace(result, report=replace(report, teacher=replace(report.teacher, top1=original), student=student))
 
 
+def _dropped_points(
+    original: nn.Module,
+    images: FewShotImages,
+    judges: torch.Tensor,
+    labels: torch.Tensor | None,
+    members: Sequence[CompressionResult],
+    arguments: argparse.Namespace,
+    progress: TerminalProgress,
+) -> list[FamilyPoint]:
+    """Whole blocks dropped and recovered by mimicking, down to the smallest member."""
+    config = PUBLISHED_DEMO_CONFIG if arguments.data == "digits" else CompressionConfig(recovery=MimickingConfig())
+    config = config.with_(seed=arguments.seed, impl=arguments.impl)
+    adapter, convention = adapter_for(original), members[-1].plan.budget.convention
+    smallest = members[-1].report.student.macs
+    models: dict[str, nn.Module] = {"original": original}
+    for count in range(1, len(choose_candidates(adapter.cost(original), None)) + 1):
+        dropped = block_dropping(original, images, count, config, progress=progress)
+        blocks = ", ".join(map(str, sorted(dropped.blocks)))
+        models[f"without block{'s' if count > 1 else ''} {blocks}"] = dropped.model
+        if adapter.cost(dropped.model).total.macs(convention) <= smallest:
+            break
+    latency = measure_latency(models, images.normalised[:64])
+    points = []
+    for name, model in list(models.items())[1:]:
+        cost = adapter.cost(model).total
+        # In proportion to the members' own original: the two were not timed in one run.
+        time = members[0].report.teacher.latency_ms * latency[name] / latency["original"]
+        points.append(
+            FamilyPoint(
+                name, "block dropping", cost.macs(convention), cost.params, time,
+                agreement(model, original, judges), None if labels is None else top1(model, judges, labels),
+            )
+        )  # fmt: skip
+    return points
+
+
 def _show_sweep(values: dict[str, Any]) -> str:
     titles = ("", "MMACs", "share", "params", "latency ms", "top-1 %", "agreement %", "blocks (hidden nodes kept)")
     rows: list[tuple[str, ...]] = [titles]
-
-    def row(name: str, figures: dict[str, Any], share: float, agreed: float | None, blocks: str) -> tuple[str, ...]:
-        percent = ["" if value is None else f"{100 * value:.2f}" for value in (figures["top1"], agreed)]
-        macs, latency = f"{figures['macs'] / 1e6:,.3f}", f"{figures['latency_ms']:.2f}"
-        return (name, macs, f"{share:.4f}", f"{figures['params']:,}", latency, *percent, blocks)
-
-    rows.append(row("original", values["original"], 1.0, None, ""))
-    for member in values["members"]:
-        blocks = ", ".join(f"{block} ({kept})" for block, kept in member["blocks"].items())
-        rows.append(row(member["folder"], member, member["macs_share"], member["agreement"], blocks))
+    blocks = {
+        member["folder"]: ", ".join(f"{block} ({kept})" for block, kept in member["blocks"].items())
+        for member in values["members"]
+    }
+    for point in sorted(values["points"], key=lambda point: (-point["macs"], point["kind"])):
+        rows.append(
+            (
+                point["name"],
+                f"{point['macs'] / 1e6:,.3f}",
+                f"{point['macs'] / values['original']['macs']:.4f}",
+                f"{point['params']:,}",
+                f"{point['latency_ms']:.2f}",
+                *("" if value is None else f"{100 * value:.2f}" for value in (point["top1"], point["agreement"])),
+                blocks.get(point["name"], ""),
+            )
+        )
     return (
         f"{_table(rows)}\n\n"
-        f"Agreement on the few-shot images, top-1 on the held-out digits; {values['seconds']:.0f} s.\n"
-        f"Saved to {values['out']}: dcvit.load_family({values['out']!r}), or each folder as a timm model."
+        f"Judged on {values['judged_on']}; the sweep took {values['seconds']:.0f} s.\n"
+        f"Saved to {values['out']}: dcvit.load_family({values['out']!r}), or each folder as a timm model; "
+        f"report: {values['page']}."
     )
 
 

@@ -33,10 +33,11 @@ from dcvit.models import adapter_for, load_model
 from dcvit.planning import Budget, Plan, plan
 from dcvit.progress import Progress, silent
 from dcvit.refinement import STEP_SIZES
-from dcvit.results import CompressionResult, ModelFigures, load, versions
+from dcvit.report import FamilyPoint
+from dcvit.results import FAMILY_FILE, CompressionResult, ModelFigures, load, read_json, versions
 from dcvit.synthesis import MetricSet
 
-__all__ = ["DEFAULT_SHARES", "FAMILY_FILE", "Family", "check_family_folder", "load_family", "sweep"]
+__all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
 
 DEFAULT_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 """Shares of the original's MACs that a sweep goes through unless told otherwise."""
@@ -47,7 +48,6 @@ REFINEMENT_SHARE = 1 / 3
 NEAR = 0.005
 """A member that is smaller than what is asked for by at most this share of the original is taken for it."""
 
-FAMILY_FILE = "family.json"
 FORMAT = 1
 
 
@@ -112,33 +112,64 @@ class Family:
             "sweep again with this budget."
         )
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        points: Sequence[FamilyPoint] | None = None,
+        judged_on: str | None = None,
+    ) -> None:
         """Save every member to a folder of its own, and `family.json`, which lists them.
 
         Args:
             folder: Created if missing.
             overwrite: Replace an earlier family in that folder. Nothing else is ever replaced.
+            points: What the report is to show, where figures other than the members' own are at hand.
+            judged_on: The images that those figures are of.
 
         Raises:
             SaveFolderError: If the folder holds something else, or an earlier family and `overwrite` is not set.
         """
         folder = Path(folder)
         check_family_folder(folder, overwrite=overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
-        names = [f"macs-{member.report.student.macs}" for member in self.members]
-        for name, member in zip(names, self.members, strict=True):
-            member.save(folder / name, overwrite=overwrite)
+        report = self.members[0].report
         index = {
             "format": FORMAT,
+            "model": report.model,
+            "num_images": report.num_images,
             "original": asdict(self.original),
-            "members": [
-                {"folder": name, **self.figures(member)} for name, member in zip(names, self.members, strict=True)
-            ],
+            "members": [{"folder": self.name(member), **self.figures(member)} for member in self.members],
+            "points": [asdict(point) for point in (self.points() if points is None else points)],
+            "judged_on": judged_on or f"the {report.num_images} few-shot images",
+            "settings": report.settings,
             "versions": versions(),
         }
+        folder.mkdir(parents=True, exist_ok=True)
+        for member in self.members:
+            member.save(folder / self.name(member), overwrite=overwrite)
         temporary = folder / f"{FAMILY_FILE}.part"
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         temporary.replace(folder / FAMILY_FILE)
+
+    def points(self) -> list[FamilyPoint]:
+        """The original and the members, with their own figures, for `dcvit.report.family_page`."""
+        first = self.original
+        points = [FamilyPoint("original", "original", first.macs, first.params, first.latency_ms, None, first.top1)]
+        for member in self.members:
+            student = member.report.student
+            points.append(
+                FamilyPoint(
+                    self.name(member), "dcvit", student.macs, student.params, student.latency_ms,
+                    member.report.agreement, student.top1,
+                )
+            )  # fmt: skip
+        return points
+
+    @staticmethod
+    def name(member: CompressionResult) -> str:
+        """A member's folder."""
+        return f"macs-{member.report.student.macs}"
 
     def figures(self, member: CompressionResult) -> dict[str, Any]:
         """What the index says of a member: budget, structure, cost and quality."""
@@ -319,14 +350,12 @@ def load_family(folder: str | Path) -> Family:
         SaveFolderError: If it holds no family, or one of its members is missing or broken.
     """
     path = Path(folder) / FAMILY_FILE
+    index = read_json(path)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
         original = ModelFigures(**index["original"])
         names = [member["folder"] for member in index["members"]]
-    except FileNotFoundError as error:
-        raise SaveFolderError(f"{str(folder)!r} has no {FAMILY_FILE}: expected a folder that a sweep saved.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise SaveFolderError(f"{str(path)!r} is not an index of a family ({error}): sweep again.") from error
+    except (KeyError, TypeError) as error:
+        raise SaveFolderError(f"{str(path)!r} is not an index of a family ({error!r}): sweep again.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise SaveFolderError(f"{str(path)!r} names the member {name!r}: expected a folder beside it.")

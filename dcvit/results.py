@@ -52,6 +52,7 @@ __all__ = [
     "check_output_folder",
     "is_report",
     "load",
+    "read_json",
     "read_record",
     "save_model",
     "versions",
@@ -60,6 +61,9 @@ __all__ = [
 CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE = "config.json", "model.safetensors", "result.json"
 CARD_FILE, MODELING_FILE = "README.md", "modeling_dcvit.py"
 METRIC_SET_FILE, REPORT_FILE = "metric_set.safetensors", "report.html"
+FAMILY_FILE = "family.json"
+"""Lists the members of a family, which are folders beside it."""
+
 REPORT_MARK = '<meta name="generator" content="dcvit'
 """What tells a report from a page that someone else wrote."""
 
@@ -293,7 +297,7 @@ def load(folder: str | Path) -> CompressionResult:
     """
     folder = Path(folder)
     record = read_record(folder)
-    architecture = _read_json(folder / CONFIG_FILE).get("architecture")
+    architecture = read_json(folder / CONFIG_FILE).get("architecture")
     try:
         model = load_model(f"local-dir:{folder}")
         adapter_for(model)
@@ -315,7 +319,7 @@ def read_record(folder: str | Path) -> Record:
     folder = Path(folder)
     if not folder.is_dir():
         raise SaveFolderError(f"{str(folder)!r} is not a folder: expected one that dcvit saved.")
-    values = _read_json(folder / RESULT_FILE)
+    values = read_json(folder / RESULT_FILE)
     try:
         plan, report = Plan.from_dict(values["plan"]), Report.from_dict(values["report"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -430,7 +434,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

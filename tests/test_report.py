@@ -21,7 +21,7 @@ from dcvit.report import FamilyPoint, Page, family_page, run_page, write_report
 from dcvit.report.charts import Curve, Group, Point, amount, block_bars, curves, number, scatter
 from dcvit.report.page import Figure, Table
 from dcvit.report.svg import Scale
-from dcvit.results import read_record
+from dcvit.results import SAVED_FILES, read_record
 from tests.conftest import PUBLISHED, QUICK, REFINED
 from tests.variants import VARIANTS
 
@@ -389,7 +389,7 @@ def test_overwriting_leaves_nothing_stale(runs: dict[str, Path], tmp_path: Path)
     folder = shutil.copytree(runs["reconstructed"], tmp_path / "run")
     result = replace(dcvit.load(folder), metric_set=None)
     result.save(folder, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "result.json"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(SAVED_FILES)
 
 
 def test_a_family_marks_where_block_dropping_wins() -> None:

@@ -13,18 +13,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
-    {
-        "errors",
-        "costs",
-        "seeding",
-        "optimisation",
-        "regression",
-        "progress",
-        "structure",
-        "_version",
-        "ops",
-        "model_card",
-    },
+    {"errors", "costs", "seeding", "optimisation", "regression", "progress", "structure", "_version", "ops"},
+    {"model_card"},
     {"config", "models"},
     {"images", "planning", "evaluation", "classes"},
     {"augmentation", "surgery", "metric"},

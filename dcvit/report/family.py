@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, get_args
 
-from dcvit.errors import DcvitError
+from dcvit.errors import DcvitError, SaveFolderError
 from dcvit.report.charts import Group, Point, amount, number, scatter
 from dcvit.report.page import Figure, Key, Page, Section, Table, settings_table
 from dcvit.report.svg import Marker
 
-__all__ = ["FamilyPoint", "Kind", "family_page"]
+__all__ = ["FamilyPoint", "Kind", "family_page", "saved_family_page"]
 
 Kind = Literal["original", "dcvit", "block dropping"]
 Cost = Literal["macs", "latency_ms"]
@@ -107,6 +107,26 @@ def family_page(
         if all(getattr(point, attribute) is None for point in points)
     ]
     return Page(title, text, sections=sections, not_recorded=missing)
+
+
+def saved_family_page(index: Mapping[str, Any]) -> Page:
+    """The page of what `family.json` holds.
+
+    Raises:
+        SaveFolderError: If it lacks what a page needs.
+    """
+    try:
+        points = [FamilyPoint(**point) for point in index["points"]]
+        return family_page(
+            points,
+            title=f"{index['model']} in {len(index['members'])} sizes",
+            text=[f"Compressed from one search, with {index['num_images']} unlabelled images."],
+            judged_on=index["judged_on"],
+            settings=index["settings"],
+            versions=index["versions"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SaveFolderError(f"family.json is not an index of a family ({error!r}): sweep again.") from error
 
 
 def block_dropping_wins(point: FamilyPoint, points: Sequence[FamilyPoint], cost: Cost, quality: Quality) -> bool:

@@ -25,9 +25,10 @@ from dcvit.report.charts import (
     number,
     row_bars,
 )
+from dcvit.report.family import saved_family_page
 from dcvit.report.page import Figure, Gallery, Key, Page, Picture, Section, Table, Tile, settings_table
 from dcvit.report.svg import Marker
-from dcvit.results import REPORT_FILE, MetricImages, Record, is_report, read_record
+from dcvit.results import FAMILY_FILE, REPORT_FILE, MetricImages, Record, is_report, read_json, read_record
 
 __all__ = ["run_page", "write_page", "write_report"]
 
@@ -44,18 +45,22 @@ METRICS = {
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a saved result; no model is run.
+    """Write `report.html` into the folder of a saved result or family; no model is run.
 
     Args:
-        folder: What `CompressionResult.save` or `dcvit compress` wrote.
+        folder: What `CompressionResult.save`, `Family.save`, `dcvit compress` or `dcvit sweep` wrote.
 
     Returns:
         The file.
 
     Raises:
-        SaveFolderError: If the folder holds no result, or a `report.html` that dcvit did not write.
+        SaveFolderError: If the folder holds neither, or a `report.html` that dcvit did not write.
     """
-    return write_page(run_page(read_record(folder)), Path(folder) / REPORT_FILE)
+    if (Path(folder) / FAMILY_FILE).is_file():
+        page = saved_family_page(read_json(Path(folder) / FAMILY_FILE))
+    else:
+        page = run_page(read_record(folder))
+    return write_page(page, Path(folder) / REPORT_FILE)
 
 
 def write_page(page: Page, path: Path) -> Path:
