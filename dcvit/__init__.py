@@ -5,6 +5,8 @@ from dcvit.compression import compress
 from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.errors import BudgetError, DcvitError, ImagesError, SaveFolderError, UnsupportedModelError
 from dcvit.images import FewShotImages, load_images
+from dcvit.latency import Latency, compare_latency, measure_latency
+from dcvit.latency_planning import plan_latency
 from dcvit.metric import Metric
 from dcvit.planning import Budget, Plan, plan
 from dcvit.ranking import Ranking, rank
@@ -21,6 +23,7 @@ __all__ = [
     "DcvitError",
     "FewShotImages",
     "ImagesError",
+    "Latency",
     "Metric",
     "MetricSet",
     "MimickingConfig",
@@ -33,10 +36,13 @@ __all__ = [
     "SynthesisConfig",
     "UnsupportedModelError",
     "__version__",
+    "compare_latency",
     "compress",
     "load",
     "load_images",
+    "measure_latency",
     "plan",
+    "plan_latency",
     "rank",
     "recover",
     "synthesize",

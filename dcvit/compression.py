@@ -5,13 +5,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from dcvit.config import CompressionConfig, MimickingConfig
-from dcvit.evaluation import agreement, measure_latency
+from dcvit.costs import file_size
+from dcvit.evaluation import agreement
 from dcvit.images import FewShotImages, Images, load_images
+from dcvit.latency import Stopwatch, example_images, measure_latency, time_forward
+from dcvit.latency_planning import plan_latency
+from dcvit.memory import trace_activation_memory
 from dcvit.metric import Metric
 from dcvit.models import adapter_for, load_model, require_supported
 from dcvit.ops import Impl, mimic_loss
@@ -47,6 +52,7 @@ def compress(
     *,
     metric_set: MetricSet | None = None,
     progress: Progress = silent,
+    stopwatch: Stopwatch = time_forward,
 ) -> CompressionResult:
     """Make a model smaller and faster from a few unlabelled images.
 
@@ -57,6 +63,7 @@ def compress(
         config: Every knob; `CompressionConfig.paper()` holds the published settings.
         metric_set: Images to rank blocks on, in place of what `config.metric_set` names.
         progress: Told how it goes, see `dcvit.progress`.
+        stopwatch: Times one pass, for a latency budget and for the report.
 
     Returns:
         The compressed model, the plan that it follows, and a report.
@@ -71,8 +78,8 @@ def compress(
     timer = _Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
-        plans = plan_options(original, budget, config)
         few_shot = load_images(images, original)
+        plans = plan_options(original, budget, config, partial(plan_latency, stopwatch=stopwatch, progress=progress))
         teacher = fuse(original, config.impl)
     with timer("metric set"):
         if metric_set is None:
@@ -81,7 +88,7 @@ def compress(
     outcome = procedure(teacher, few_shot, metric_set, plans, config, timer, progress)
     with timer("report"):
         student = adapter_for(outcome.student).rebuild(outcome.student).eval()
-        report = _report(model, original, student, few_shot, outcome, config)
+        report = _report(model, original, student, few_shot, outcome, config, stopwatch)
     return CompressionResult(student, outcome.plan, replace(report, seconds=timer.seconds))
 
 
@@ -339,16 +346,27 @@ def _report(
     images: FewShotImages,
     outcome: _Outcome,
     config: CompressionConfig,
+    stopwatch: Stopwatch,
 ) -> Report:
-    adapter, batch_size = adapter_for(teacher), config.recovery.batch_size
-    latency = measure_latency({"teacher": teacher, "student": student}, images.normalised[:batch_size])
+    adapter, batch_size, budget = adapter_for(teacher), config.recovery.batch_size, outcome.plan.budget
+    subjects = {"teacher": teacher, "student": student}
+    if budget.measured:
+        batch = example_images(teacher, budget.batch_size)
+        latency = measure_latency(subjects, batch, runs=1000, max_seconds=20.0, precision=0.004, stopwatch=stopwatch)
+    else:
+        batch = images.normalised[:batch_size]
+        latency = measure_latency(subjects, batch, runs=50, warmup=1, max_seconds=3.0, stopwatch=stopwatch)
     figures = {
         name: ModelFigures(
-            macs=(cost := adapter.cost(subject).total).macs(outcome.plan.budget.convention),
+            macs=(cost := adapter.cost(subject).total).macs(budget.convention),
             params=cost.params,
-            latency_ms=latency[name],
+            latency_ms=latency[name].median_ms,
+            file_size=file_size(subject.state_dict()),
+            activation_memory=(
+                trace_activation_memory(subject, budget.batch_size) if budget.unit == "activation_memory" else None
+            ),
         )
-        for name, subject in (("teacher", teacher), ("student", student))
+        for name, subject in subjects.items()
     }
     return Report(
         model=model if isinstance(model, str) else type(model).__qualname__,
@@ -363,6 +381,7 @@ def _report(
         refinement=outcome.refinement,
         steps=outcome.steps,
         seed=config.seed,
+        latency_ratio=latency["student"].ratio_to(latency["teacher"]),
     )
 
 

@@ -211,6 +211,8 @@ class CompressionConfig:
         synthesis: How the metric set is made.
         candidates: Blocks that may be compressed, from 0; `None` is all but the first and the last.
         num_blocks: k, if it is to be a certain number; the more blocks, the less each loses.
+        round_to: Kept hidden nodes are rounded down to a multiple of this, 8 for example where hardware likes that; the
+            budget holds.
         structure: k where `num_blocks` does not say: as few blocks as meet the budget, as published (`"fewest"`); or
             (`"searched"`), where these would drop nearly all hidden nodes, one more if its trials promise less loss.
             Not where refinement follows, which makes more of the fewest.
@@ -227,6 +229,7 @@ class CompressionConfig:
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     candidates: tuple[int, ...] | None = None
     num_blocks: int | None = None
+    round_to: int = 1
     structure: Structure = "searched"
     metric_set: MetricSetSource = "synthetic"
     metric: MetricKind = "mimicking"
@@ -246,6 +249,7 @@ class CompressionConfig:
                 "ints, blocks count from 0",
             )
         _check(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", self.num_blocks, "1 or more, or None")
+        _check(self.round_to >= 1, "round_to", self.round_to, "1 or more")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
         _check_choice("metric_set", self.metric_set, MetricSetSource)
         _check_choice("structure", self.structure, Structure)

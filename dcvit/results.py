@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dcvit._version import __version__
+from dcvit.costs import FILE_METADATA
 from dcvit.errors import SaveFolderError, UnsupportedModelError
 from dcvit.models import adapter_for, load_model
 from dcvit.planning import Plan
@@ -30,7 +31,18 @@ from dcvit.reconstruction import Reconstruction
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
 
-__all__ = ["CompressionResult", "ModelFigures", "Report", "check_output_folder", "load", "save_model", "versions"]
+__all__ = [
+    "CompressionResult",
+    "ModelFigures",
+    "Report",
+    "check_output_file",
+    "check_output_folder",
+    "device_name",
+    "load",
+    "original_name",
+    "save_model",
+    "versions",
+]
 
 CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE = "config.json", "model.safetensors", "result.json"
 
@@ -44,12 +56,17 @@ class ModelFigures:
         params: Number of parameters.
         latency_ms: Median time of one batch, in milliseconds.
         top1: Share of labelled images classified rightly; `None` where nothing was labelled.
+        file_size: Bytes of its saved weights.
+        activation_memory: Peak bytes of the activations of one pass at the budget's batch size, see `dcvit.memory`;
+            `None` unless the budget is of that.
     """
 
     macs: int
     params: int
     latency_ms: float
     top1: float | None = None
+    file_size: int | None = None
+    activation_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Report:
         refinement: How the student mimicked after that; `None` if it did not.
         steps: How the published mimicking went after each progressive step; the first is the best trial's.
         seed: The seed.
+        latency_ratio: The student's latency over the teacher's, median over runs in turn.
         seconds: Wall-clock time of each stage.
         versions: Of what computed it.
     """
@@ -85,6 +103,7 @@ class Report:
     refinement: Refinement | None
     steps: tuple[Recovery, ...]
     seed: int
+    latency_ratio: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
@@ -192,7 +211,7 @@ def save_model(model: nn.Module, folder: str | Path, *, extra: Mapping[str, Any]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, Path(temporary) / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(state, Path(temporary) / WEIGHTS_FILE, metadata=FILE_METADATA)
         (Path(temporary) / WEIGHTS_FILE).chmod(0o644)  # safetensors writes for the owner alone
         for name, content in {CONFIG_FILE: dict(adapter_for(model).config(model)), **(extra or {})}.items():
             text = json.dumps(content, indent=2, allow_nan=True)
@@ -223,6 +242,46 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
             f"{str(folder)!r} holds an earlier result: name another folder, or replace it with overwrite=True "
             "(--overwrite)."
         )
+
+
+def check_output_file(file: Path, *, overwrite: bool = False) -> None:
+    """Refuse a file to which figures cannot be written.
+
+    Raises:
+        SaveFolderError: If it is a folder, or exists and `overwrite` is not set.
+    """
+    if file.is_dir():
+        raise SaveFolderError(f"{str(file)!r} is a folder: name a file that does not exist.")
+    if file.exists() and not overwrite:
+        raise SaveFolderError(
+            f"{str(file)!r} exists: name another file, or replace it with overwrite=True (--overwrite)."
+        )
+
+
+def original_name(folder: str | Path) -> str:
+    """The name of the model from which a saved one was compressed.
+
+    Raises:
+        SaveFolderError: If the folder has no `result.json`, or that names no model.
+    """
+    file = Path(folder) / RESULT_FILE
+    report = _read_json(file).get("report")
+    name = report.get("model") if isinstance(report, dict) else None
+    if not isinstance(name, str):
+        raise SaveFolderError(f"{str(file)!r} names no original: pass the original's name yourself.")
+    return name
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def versions() -> dict[str, str]:
