@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcvit.memory import measure_peak_memory
+from dcvit.results import device_name
+
 ROOT = Path(__file__).parents[1]
 REFERENCE = "reference"
 
@@ -101,7 +104,7 @@ def measure(benchmark: Any, case: Case) -> None:
         flops=case.flops,
         seconds={name: times[1:] for name, times in seconds.items()},
         memory={
-            name: peak_memory(run) - case.results
+            name: measure_peak_memory(run, device()) - case.results
             for name, run in contestants.items()
             if case.results and device().type == "cpu" and name != REFERENCE
         },
@@ -125,19 +128,6 @@ def _seconds(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes that torch's CPU allocator holds at most during a call, beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    for event in sorted(results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def copies(count: int) -> Callable[[], object]:
     """A call that moves `count` bytes, half read and half written, by copying what no cache holds."""
     source = torch.randn(max(1, count // 8), device=device())
@@ -154,17 +144,9 @@ def header() -> str:
 
     commit = git("rev-parse", "--short", "HEAD") or "no commit"
     changed = " with changes" if git("status", "--porcelain") else ""
-    cpu = next(
-        (line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
-    name = torch.cuda.get_device_name() if device().type == "cuda" else cpu
+    name = device_name(device())
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{name} ({platform.machine()}), {torch.get_num_threads()} threads of {os.cpu_count()} cores{load}; "
         f"Python {platform.python_version()}, torch {torch.__version__}; commit {commit}{changed}"
     )
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []

@@ -17,6 +17,8 @@ from dcvit.export import Exported, export_model
 from dcvit.family import Family, load_family, sweep
 from dcvit.hub import push_to_hub
 from dcvit.images import FewShotImages, load_images
+from dcvit.latency import Latency, compare_latency, measure_latency
+from dcvit.latency_planning import plan_latency
 from dcvit.metric import Metric
 from dcvit.planning import Budget, Plan, plan
 from dcvit.ranking import Ranking, rank
@@ -39,6 +41,7 @@ __all__ = [
     "FewShotImages",
     "HubError",
     "ImagesError",
+    "Latency",
     "Metric",
     "MetricSet",
     "MimickingConfig",
@@ -51,12 +54,15 @@ __all__ = [
     "SynthesisConfig",
     "UnsupportedModelError",
     "__version__",
+    "compare_latency",
     "compress",
     "export_model",
     "load",
     "load_family",
     "load_images",
+    "measure_latency",
     "plan",
+    "plan_latency",
     "push_to_hub",
     "rank",
     "recover",

@@ -1,7 +1,8 @@
-"""The command line: `dcvit demo | compress | sweep | report | synthesize | evaluate | export | push | info`."""
+"""The command line, `dcvit COMMAND`; `dcvit --help` lists the commands."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,16 +31,27 @@ from dcvit.demo.comparison import (
     compare,
 )
 from dcvit.errors import DcvitError, ImagesError, SaveFolderError
-from dcvit.evaluation import agreement, measure_latency, top1
+from dcvit.evaluation import agreement, top1
 from dcvit.export import SUFFIXES, TOLERANCES, compare_rounded, export_model
 from dcvit.family import DEFAULT_SHARES, check_family_folder, sweep
 from dcvit.hub import push_to_hub
 from dcvit.images import FewShotImages, image_files, load_images
-from dcvit.models import adapter_for, hub_repository, load_model, preprocessing, require_supported
-from dcvit.planning import Budget, choose_candidates
+from dcvit.latency import MODES, compare_latency, measure_latency
+from dcvit.models import DEMO_MODEL, adapter_for, hub_repository, load_model, preprocessing, require_supported
+from dcvit.planning import UNITS, Budget, choose_candidates
 from dcvit.progress import TerminalProgress
 from dcvit.report import FamilyPoint, write_report
-from dcvit.results import DTYPES, FAMILY_FILE, CompressionResult, check_output_folder, load, versions
+from dcvit.results import (
+    DTYPES,
+    FAMILY_FILE,
+    CompressionResult,
+    check_output_file,
+    check_output_folder,
+    device_name,
+    load,
+    original_name,
+    versions,
+)
 from dcvit.seeding import seeded
 from dcvit.synthesis import synthesize
 
@@ -56,6 +68,7 @@ examples:
   dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
   dcvit evaluate local-dir:small/ --data photos/ --teacher deit_small_patch16_224
   dcvit export small/ --format onnx                              one file for onnxruntime, compared with the model
+  dcvit latency small/ --original                                a compressed model and its original, in turn
 
 exit codes: 0 done, 2 bad input (one sentence says what and what to do), 130 interrupted, 1 anything else
 """
@@ -75,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace, TerminalProgress], dict[str, Any]] = arguments.run
         values = run(arguments, progress)
-        print(json.dumps(values, indent=2) if arguments.json else arguments.show(values))
+        print(json.dumps(values, indent=2) if arguments.json is True else arguments.show(values))
     except DcvitError as error:
         progress.close()
         print(f"dcvit: error: {error}", file=sys.stderr)
@@ -103,11 +116,22 @@ def _parser() -> argparse.ArgumentParser:
         show: Callable[[dict[str, Any]], str],
         summary: str,
         description: str,
+        json_file: bool = False,
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=summary, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        if json_file:
+            sub.add_argument(
+                "--json",
+                nargs="?",
+                const=True,
+                default=False,
+                metavar="FILE",
+                help="write the result as JSON to FILE; without FILE, print it on standard output",
+            )
+        else:
+            sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
         sub.set_defaults(run=run, show=show)
         return sub
 
@@ -146,6 +170,23 @@ def _parser() -> argparse.ArgumentParser:
     budget = compress_.add_mutually_exclusive_group(required=True)
     budget.add_argument("--macs", type=_amount, metavar="X", help="budget: 0.75 is three quarters, 3.2G is absolute")
     budget.add_argument("--params", type=_amount, metavar="X", help="budget in parameters, likewise")
+    budget.add_argument("--file-size", type=_amount, metavar="X", help="budget in bytes of the saved weights, likewise")
+    budget.add_argument(
+        "--activation-memory", type=_amount, metavar="X", help="budget in bytes of activations at their peak, likewise"
+    )
+    budget.add_argument(
+        "--latency", type=float, metavar="X", help="budget as a fraction of the original's latency, measured here"
+    )
+    budget.add_argument("--latency-ms", type=float, metavar="MS", help="budget in milliseconds a batch, measured here")
+    compress_.add_argument(
+        "--latency-batch",
+        "--memory-batch",
+        dest="budget_batch",
+        type=int,
+        default=64,
+        metavar="N",
+        help="images a batch, of a budget of latency or activation memory",
+    )
     compress_.add_argument(
         "--convention", choices=MAC_CONVENTIONS, default=MAC_CONVENTIONS[0], help="whether q·kᵀ and attn·v count"
     )
@@ -170,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     compress_.add_argument("--synthesis-images", type=int, metavar="N", help="in the metric set")
     compress_.add_argument("--candidates", type=_blocks, metavar="I,J,…", help="blocks that may be compressed, from 0")
     compress_.add_argument("--num-blocks", type=int, metavar="K", help="compress K blocks; the fewest if not given")
+    compress_.add_argument(
+        "--round-to", type=int, default=1, metavar="N", help="round kept hidden nodes down to a multiple"
+    )
     compress_.add_argument("--seed", type=int, default=0, help="same seed, same result")
     _output_arguments(compress_)
     _impl_argument(compress_)
@@ -278,6 +322,33 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("folder", metavar="FOLDER", help="a folder that dcvit compress wrote")
     push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; made if there is none")
     push.add_argument("--private", action="store_true", help="a new repository is seen by its owner alone")
+    latency = command(
+        "latency",
+        _latency,
+        _show_latency,
+        "time models side by side",
+        "Time forward passes of models that take turns, run by run, so that a change of load hits all alike. Ratios "
+        "are to the first model in the same mode, within a round.",
+        json_file=True,
+    )
+    latency.add_argument(
+        "models", nargs="+", metavar="MODEL", help=MODEL_HELP + "; a folder of a compressed model needs no local-dir:"
+    )
+    latency.add_argument(
+        "--original",
+        action="store_true",
+        help="put the originals of the compressed models first, as result.json has it",
+    )
+    latency.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to a name")
+    latency.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a run")
+    latency.add_argument("--runs", type=int, default=500, metavar="N", help="timed runs of each model in each mode")
+    latency.add_argument("--warmup", type=int, default=10, metavar="N", help="runs before them that do not count")
+    latency.add_argument(
+        "--modes", type=_modes, default=("eager",), metavar="M,N,…", help="how they run, of " + ", ".join(MODES)
+    )
+    latency.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's choice if not given")
+    latency.add_argument("--overwrite", action="store_true", help="replace the FILE of --json if it exists")
+    _device_argument(latency)
 
     info = command(
         "info",
@@ -326,9 +397,13 @@ def _blocks(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _load(name: str, arguments: argparse.Namespace) -> nn.Module:
+def _modes(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _load(name: str, arguments: argparse.Namespace, *, pretrained: bool | None = None) -> nn.Module:
     with seeded(0, "random weights"):
-        model = load_model(name, pretrained=not arguments.random_weights)
+        model = load_model(name, pretrained=not arguments.random_weights if pretrained is None else pretrained)
     try:
         return model.to(arguments.device)
     except (RuntimeError, AssertionError) as error:
@@ -436,7 +511,11 @@ def _show_demo(values: dict[str, Any]) -> str:
 
 def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
     check_output_folder(arguments.out, overwrite=arguments.overwrite)
-    budget = Budget(macs=arguments.macs, params=arguments.params, convention=arguments.convention)
+    budget = Budget(
+        **{unit: getattr(arguments, unit) for unit in UNITS},
+        batch_size=arguments.budget_batch,
+        convention=arguments.convention,
+    )
     config = CompressionConfig.paper() if arguments.paper else CompressionConfig()
     config = config.with_(
         recovery=_recovery(arguments, config),
@@ -445,6 +524,7 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
         ),
         candidates=arguments.candidates,
         num_blocks=arguments.num_blocks,
+        round_to=arguments.round_to,
         seed=arguments.seed,
         impl=arguments.impl,
     )
@@ -529,12 +609,12 @@ def _dropped_points(
         models[f"without block{'s' if count > 1 else ''} {blocks}"] = dropped.model
         if adapter.cost(dropped.model).total.macs(convention) <= smallest:
             break
-    latency = measure_latency(models, images.normalised[:64])
+    latency = measure_latency(models, images.normalised[:64], runs=50, warmup=1, max_seconds=3.0)
     points = []
     for name, model in list(models.items())[1:]:
         cost = adapter.cost(model).total
         # In proportion to the members' own original: the two were not timed in one run.
-        time = members[0].report.teacher.latency_ms * latency[name] / latency["original"]
+        time = members[0].report.teacher.latency_ms * latency[name].ratio_to(latency["original"])
         points.append(
             FamilyPoint(
                 name, "block dropping", cost.macs(convention), cost.params, time,
@@ -606,11 +686,14 @@ def _show_compress(values: dict[str, Any]) -> str:
     for label, name, form in (
         ("MACs", "macs", "{:,}"),
         ("parameters", "params", "{:,}"),
+        ("file bytes", "file_size", "{:,}"),
+        ("activation bytes", "activation_memory", "{:,}"),
         ("latency ms", "latency_ms", "{:.2f}"),
     ):
-        rows.append(
-            (label, form.format(teacher[name]), form.format(student[name]), f"{student[name] / teacher[name]:.4f}")
-        )
+        if teacher[name] is not None:
+            rows.append(
+                (label, form.format(teacher[name]), form.format(student[name]), f"{student[name] / teacher[name]:.4f}")
+            )
     if teacher["top1"] is not None:
         rows.append(("top-1 %", f"{100 * teacher['top1']:.2f}", f"{100 * student['top1']:.2f}", ""))
     agreed = "" if values["agreement"] is None else f"agreement on the images {100 * values['agreement']:.2f} %, "
@@ -670,7 +753,9 @@ def _evaluate(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
         "images": len(images),
         "macs": {convention: cost.macs(convention) for convention in MAC_CONVENTIONS},
         "params": cost.params,
-        "latency_ms": measure_latency({"model": model}, images.normalised[:64])["model"],
+        "latency_ms": measure_latency({"model": model}, images.normalised[:64], runs=50, warmup=1, max_seconds=3.0)[
+            "model"
+        ].median_ms,
         "top1": None if labels is None else top1(model, images.normalised, labels),
         "agreement": None,
     }
@@ -735,6 +820,79 @@ def _push(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
 
 def _show_push(values: dict[str, Any]) -> str:
     return f"Uploaded to {values['address']}: timm.create_model('hf-hub:{values['repo_id']}', pretrained=True)."
+
+
+def _latency(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    file = Path(arguments.json) if isinstance(arguments.json, str) else None
+    if file is not None:
+        check_output_file(file, overwrite=arguments.overwrite)
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise DcvitError(f"--threads {arguments.threads}: expected 1 or more.")
+        torch.set_num_threads(arguments.threads)
+    folders = [name for name in arguments.models if _is_folder(name)]
+    if arguments.original and not folders:
+        raise DcvitError(f"--original: none of {', '.join(arguments.models)} is a folder of a compressed model.")
+    originals = [original_name(_folder(name)) for name in folders] if arguments.original else []
+    names = list(dict.fromkeys([*originals, *arguments.models]))
+    models = {}
+    for name in names:
+        folder = _is_folder(name)
+        models[name] = _load(f"local-dir:{_folder(name)}" if folder else name, arguments, pretrained=folder or None)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that tells memory writes to the terminal itself
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    rows = compare_latency(
+        models,
+        batch_size=arguments.batch_size,
+        runs=arguments.runs,
+        warmup=arguments.warmup,
+        modes=arguments.modes,
+        progress=progress,
+    )
+    values = {
+        "rows": [row.to_dict() for row in rows],
+        "batch_size": arguments.batch_size,
+        "warmup": arguments.warmup,
+        "device": device_name(torch.device(arguments.device)),
+        "threads": torch.get_num_threads(),
+        "load": load,
+        "versions": versions(),
+    }
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return values
+
+
+def _is_folder(name: str) -> bool:
+    """Whether MODEL is a folder of a saved model; a timm name, or `demo`, is not even where a folder is called so."""
+    return name.startswith("local-dir:") or (name != DEMO_MODEL and (Path(name) / "config.json").is_file())
+
+
+def _folder(name: str) -> Path:
+    return Path(name.removeprefix("local-dir:"))
+
+
+def _show_latency(values: dict[str, Any]) -> str:
+    rows = [("model", "mode", "mean ms", "median ms", "p95 ms", "images/s", "× first", "peak MiB")]
+    for row in values["rows"]:
+        rows.append(
+            (
+                row["model"],
+                row["mode"],
+                *(f"{row[name]:.2f}" for name in ("mean_ms", "median_ms", "p95_ms")),
+                f"{row['images_per_second']:.1f}",
+                f"{row['ratio']:.4f}",
+                f"{row['peak_bytes'] / 2**20:.1f}",
+            )
+        )
+    load = "" if values["load"] is None else f", load {values['load']:.1f} before"
+    runs = values["rows"][0]["runs"]
+    return (
+        f"{_table(rows)}\n\n"
+        f"{runs} runs of batch {values['batch_size']} in turn, after {values['warmup']} to warm up; "
+        f"{values['device']}, {values['threads']} threads{load}. Peak: weights and activations of one run."
+    )
 
 
 def _info(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:

@@ -10,12 +10,16 @@ import torch
 from torch import nn
 
 from dcvit.config import CompressionConfig, MimickingConfig
-from dcvit.evaluation import agreement, measure_latency
+from dcvit.costs import file_size
+from dcvit.evaluation import agreement
 from dcvit.images import FewShotImages, Images, load_images
+from dcvit.latency import Stopwatch, example_images, measure_latency, time_forward
+from dcvit.latency_planning import plan_latency
+from dcvit.memory import trace_activation_memory
 from dcvit.metric import Metric
 from dcvit.models import adapter_for, hub_repository, load_model, require_supported
 from dcvit.ops import Impl, mimic_loss
-from dcvit.planning import Budget, Plan, plan, search
+from dcvit.planning import ADDITIVE, Budget, Plan, search
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import (
@@ -47,6 +51,7 @@ def compress(
     *,
     metric_set: MetricSet | None = None,
     progress: Progress = silent,
+    stopwatch: Stopwatch = time_forward,
 ) -> CompressionResult:
     """Make a model smaller and faster from a few unlabelled images.
 
@@ -57,6 +62,7 @@ def compress(
         config: Every knob; `CompressionConfig.paper()` holds the published settings.
         metric_set: Images to rank blocks on, in place of what `config.metric_set` names.
         progress: Told how it goes, see `dcvit.progress`.
+        stopwatch: Times one pass, for a latency budget and for the report.
 
     Returns:
         The compressed model, the plan that it follows, and a report.
@@ -71,15 +77,15 @@ def compress(
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
-        planned = plan(original, budget, config)
         few_shot = load_images(images, original)
+        planned = plan_latency(original, budget, config, stopwatch=stopwatch, progress=progress)
         teacher = fuse(original, config.impl)
     with timer("metric set"):
         if metric_set is None:
             metric_set = make_metric_set(teacher, few_shot, config, progress)
     procedure = _published if isinstance(config.recovery, MimickingConfig) else _reconstructed
     outcome = procedure(teacher, few_shot, metric_set, planned, config, timer, progress)
-    return finish(model, original, few_shot, metric_set, outcome, config, timer)
+    return finish(model, original, few_shot, metric_set, outcome, config, timer, stopwatch)
 
 
 @dataclass
@@ -203,7 +209,7 @@ def prepare(
         metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
     with timer("ranking"):
         tried = planned.hidden_features
-        if _searches(config, steps):
+        if _searches(planned, config, steps):
             hidden = adapter_for(teacher).hidden_features(teacher, planned.candidates[0])
             tried = min(max(tried, hidden // 8), hidden // 2)  # in the middle of what the search may choose
         trials, kept = rank_reconstructed(teacher, states, metric, planned.candidates, tried, config, progress=progress)
@@ -256,9 +262,12 @@ def compress_prepared(
     )
 
 
-def _searches(config: CompressionConfig, refinement_steps: int) -> bool:
-    """Whether the structure is searched. Trials tell which is best only if what they show is what comes out."""
-    return config.structure == "searched" and refinement_steps == 0
+def _searches(planned: Plan, config: CompressionConfig, refinement_steps: int) -> bool:
+    """Whether the structure is searched.
+
+    Trials tell which is best only if what they show is what comes out; and only costs that add up can be searched.
+    """
+    return config.structure == "searched" and refinement_steps == 0 and planned.budget.unit in ADDITIVE
 
 
 def _structure(prepared: Prepared, planned: Plan, config: CompressionConfig) -> tuple[Plan, dict[int, int]]:
@@ -266,7 +275,7 @@ def _structure(prepared: Prepared, planned: Plan, config: CompressionConfig) -> 
     profiles = {t.block: t.recoverability for t in prepared.trials if t.recoverability is not None}
     if len(profiles) < len(prepared.trials):  # not every block has a closed form
         ordered = [trial.block for trial in prepared.trials]
-    elif _searches(config, prepared.refinement_steps):
+    elif _searches(planned, config, prepared.refinement_steps):
         return search(prepared.teacher, planned, profiles, config)
     else:
         ordered = sorted(profiles, key=lambda block: (profiles[block].loss(planned.hidden_features), block))
@@ -450,6 +459,8 @@ def finish(
     outcome: Outcome,
     config: CompressionConfig,
     timer: Timer,
+    stopwatch: Stopwatch = time_forward,
+    runs: int = 50,
 ) -> CompressionResult:
     """The compressed model as an ordinary one, with its figures.
 
@@ -461,10 +472,12 @@ def finish(
         outcome: What the procedure arrived at.
         config: What it was given.
         timer: Has the time of its stages.
+        stopwatch: Times a forward pass.
+        runs: Forward passes that are timed, at most.
     """
     with timer("report"):
         student = adapter_for(outcome.student).rebuild(outcome.student).eval()
-        report = _report(model, original, student, images, outcome, config)
+        report = _report(model, original, student, images, outcome, config, stopwatch, runs)
     return CompressionResult(student, outcome.plan, replace(report, seconds=dict(timer.seconds)), metric_set)
 
 
@@ -475,16 +488,28 @@ def _report(
     images: FewShotImages,
     outcome: Outcome,
     config: CompressionConfig,
+    stopwatch: Stopwatch,
+    runs: int,
 ) -> Report:
-    adapter, batch_size = adapter_for(teacher), config.recovery.batch_size
-    latency = measure_latency({"teacher": teacher, "student": student}, images.normalised[:batch_size])
+    adapter, batch_size, budget = adapter_for(teacher), config.recovery.batch_size, outcome.plan.budget
+    subjects = {"teacher": teacher, "student": student}
+    if budget.measured:
+        batch = example_images(teacher, budget.batch_size)
+        latency = measure_latency(subjects, batch, runs=1000, max_seconds=20.0, precision=0.004, stopwatch=stopwatch)
+    else:
+        batch = images.normalised[:batch_size]
+        latency = measure_latency(subjects, batch, runs=runs, warmup=1, max_seconds=3.0, stopwatch=stopwatch)
     figures = {
         name: ModelFigures(
-            macs=(cost := adapter.cost(subject).total).macs(outcome.plan.budget.convention),
+            macs=(cost := adapter.cost(subject).total).macs(budget.convention),
             params=cost.params,
-            latency_ms=latency[name],
+            latency_ms=latency[name].median_ms,
+            file_size=file_size(subject.state_dict()),
+            activation_memory=(
+                trace_activation_memory(subject, budget.batch_size) if budget.unit == "activation_memory" else None
+            ),
         )
-        for name, subject in (("teacher", teacher), ("student", student))
+        for name, subject in subjects.items()
     }
     return Report(
         model=model if isinstance(model, str) else type(model).__qualname__,
@@ -502,4 +527,5 @@ def _report(
         settings=config.to_dict(),
         blocks=tuple(BlockShape(block.compressible, block.hidden_features) for block in adapter.cost(teacher).blocks),
         base_model=hub_repository(model) if isinstance(model, str) else None,
+        latency_ratio=latency["student"].ratio_to(latency["teacher"]),
     )

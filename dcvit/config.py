@@ -212,7 +212,9 @@ class CompressionConfig:
         structure: As published (`"fewest"`): as few blocks as meet the budget, the ones of least metric loss, all with
             the same share of hidden nodes. Or (`"searched"`): the blocks, and the nodes that each keeps, of which the
             trials promise the least loss in all. Where refinement follows it is the fewest all the same: that makes
-            more of them than a trial shows.
+            more of them than a trial shows; and where the budget is of latency or activation memory.
+        round_to: Kept hidden nodes are rounded down to a multiple of this, 8 for example where hardware likes that; the
+            budget holds.
         metric_set: What blocks are ranked on: synthesised images, or the few-shot images (an ablation).
         metric: How a student is compared with its teacher on them, see `dcvit.metric`: by all output tokens
             (`"mimicking"`), or by class distributions as published.
@@ -226,6 +228,7 @@ class CompressionConfig:
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     candidates: tuple[int, ...] | None = None
     num_blocks: int | None = None
+    round_to: int = 1
     structure: Structure = "searched"
     metric_set: MetricSetSource = "synthetic"
     metric: MetricKind = "mimicking"
@@ -245,6 +248,7 @@ class CompressionConfig:
                 "ints, blocks count from 0",
             )
         _check(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", self.num_blocks, "1 or more, or None")
+        _check(self.round_to >= 1, "round_to", self.round_to, "1 or more")
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
         _check_choice("metric_set", self.metric_set, MetricSetSource)
         _check_choice("structure", self.structure, Structure)

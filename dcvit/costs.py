@@ -1,16 +1,21 @@
-"""What a model costs: multiply-accumulates and parameters, counted analytically.
+"""What a model costs: multiply-accumulates, parameters and the size of its file, counted analytically.
 
 One multiply-accumulate (MAC) is one multiplication and one addition, two FLOPs. Counted are the products of matrix
 multiplications and convolutions; norms, activations, softmax, biases and residual additions are not, as in
 `torch.utils.flop_counter`, against which the tests check every figure. All figures are per image.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+
 from dcvit.errors import BudgetError
 
-__all__ = ["MAC_CONVENTIONS", "BlockCost", "Cost", "MacConvention", "ModelCost", "linear_cost"]
+__all__ = ["MAC_CONVENTIONS", "BlockCost", "Cost", "MacConvention", "ModelCost", "file_size", "linear_cost"]
 
 MacConvention = Literal["with_attention_products", "without_attention_products"]
 """Which MACs count.
@@ -92,3 +97,30 @@ def linear_cost(in_features: int, out_features: int, tokens: int, *, bias: bool)
         weight_macs=tokens * in_features * out_features,
         params=in_features * out_features + (out_features if bias else 0),
     )
+
+
+FILE_METADATA = {"format": "pt"}
+"""What a saved `model.safetensors` says of itself."""
+
+
+def file_size(state: Mapping[str, Tensor]) -> int:
+    """Bytes of the `model.safetensors` that holds a model's state: the values, and a header that names them.
+
+    Source: the format of safetensors: 8 bytes of length, a JSON header padded to a multiple of 8, then the tensors'
+    bytes, wide dtypes first, by name.
+    """
+    header: dict[str, object] = {"__metadata__": FILE_METADATA}
+    end = 0
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _code(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end
+
+
+def _code(dtype: torch.dtype) -> str:
+    """A dtype's name in a header; only its length matters here, so signed and unsigned are one."""
+    if dtype == torch.bool:
+        return "BOOL"
+    kind = "BF" if dtype == torch.bfloat16 else "F" if dtype.is_floating_point else "I"
+    return f"{kind}{8 * dtype.itemsize}"

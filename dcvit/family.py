@@ -29,8 +29,9 @@ from dcvit.config import CompressionConfig
 from dcvit.costs import MacConvention
 from dcvit.errors import BudgetError, SaveFolderError
 from dcvit.images import FewShotImages, Images, load_images
-from dcvit.models import adapter_for, load_model
-from dcvit.planning import Budget, Plan, plan
+from dcvit.latency import measure_latency
+from dcvit.models import load_model
+from dcvit.planning import ADDITIVE, Budget, Plan, plan
 from dcvit.progress import Progress, silent
 from dcvit.refinement import STEP_SIZES
 from dcvit.report import FamilyPoint
@@ -44,6 +45,9 @@ DEFAULT_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 
 REFINEMENT_SHARE = 1 / 3
 """Of a single compression's refinement steps, those that each member gets. The first finds the step size for all."""
+
+TIMED_RUNS, MOST_SECONDS = 50, 10.0
+"""Of every member, in turn; fewer where they take longer than this together."""
 
 NEAR = 0.005
 """A member that is smaller than what is asked for by at most this share of the original is taken for it."""
@@ -233,8 +237,8 @@ class _Search:
     config: CompressionConfig
     step_sizes: Sequence[float] = STEP_SIZES
 
-    def compress(self, budget: Budget, progress: Progress) -> CompressionResult:
-        """A member for a budget."""
+    def compress(self, budget: Budget, progress: Progress, *, runs: int = TIMED_RUNS) -> CompressionResult:
+        """A member for a budget, timed in so many runs."""
         timer = Timer()
         outcome = compress_prepared(
             self.prepared, plan(self.original, budget, self.config), self.config, timer,
@@ -243,7 +247,7 @@ class _Search:
         )  # fmt: skip
         if outcome.refinement is not None and outcome.refinement.step_size > 0:
             self.step_sizes = (outcome.refinement.step_size,)
-        return finish(self.model, self.original, self.images, self.metric_set, outcome, self.config, timer)
+        return finish(self.model, self.original, self.images, self.metric_set, outcome, self.config, timer, runs=runs)
 
 
 def sweep(
@@ -289,13 +293,32 @@ def sweep(
     search = _Search(model, original, few_shot, metric_set, prepared, config)
     members: list[CompressionResult] = []
     for planned in plans:
-        member = search.compress(planned.budget, progress)
+        member = search.compress(planned.budget, progress, runs=1)
         if not members:  # the first bears the time that all share
             seconds = {**timer.seconds, **member.report.seconds}
             member = replace(member, report=replace(member.report, seconds=seconds))
         members.append(member)
         progress("sizes", len(members), len(plans), member.report.mimic_loss)
+    members = _timed(original, members, few_shot)
     return Family(members[0].report.teacher, members, search)
+
+
+def _timed(original: nn.Module, members: Sequence[CompressionResult], images: FewShotImages) -> list[CompressionResult]:
+    """The members with latencies that were measured in turn, so that they compare."""
+    models = {"original": original, **{str(i): member.model for i, member in enumerate(members)}}
+    batch = images.normalised[: members[0].plan.budget.batch_size]
+    latency = measure_latency(models, batch, runs=TIMED_RUNS, warmup=1, max_seconds=MOST_SECONDS)
+    timed = []
+    for i, member in enumerate(members):
+        report, found = member.report, latency[str(i)]
+        report = replace(
+            report,
+            teacher=replace(report.teacher, latency_ms=latency["original"].median_ms),
+            student=replace(report.student, latency_ms=found.median_ms),
+            latency_ratio=found.ratio_to(latency["original"]),
+        )
+        timed.append(replace(member, report=report))
+    return timed
 
 
 def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config: CompressionConfig) -> list[Plan]:
@@ -309,14 +332,14 @@ def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config:
         raise BudgetError("budgets=(): expected at least one, for example (0.9, 0.8, 0.7).")
     if len({(budget.unit, budget.convention) for budget in wanted}) > 1:
         raise BudgetError("budgets: expected all of one unit and one convention, so that they can be put in order.")
-    cost = adapter_for(original).cost(original)
+    if wanted[0].unit not in ADDITIVE:
+        raise BudgetError(f"budgets of {wanted[0].unit}: expected one of {', '.join(ADDITIVE)}; ask the family for it.")
     plans = sorted((plan(original, budget, config) for budget in wanted), key=lambda p: p.target, reverse=True)
     for larger, smaller in pairwise(plans):
-        if larger.budget.amount(larger.cost) <= smaller.budget.amount(smaller.cost):
-            share = larger.target / larger.budget.amount(cost.total)
+        if larger.cost.params <= smaller.cost.params:
             raise BudgetError(
-                f"budgets: {larger.budget.value!r} and {smaller.budget.value!r} both come to {share:.4f} of the "
-                "original; leave one of them out."
+                f"budgets: {larger.budget.value!r} and {smaller.budget.value!r} come to the same structure; leave one "
+                "of them out."
             )
     return plans
 

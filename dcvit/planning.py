@@ -6,82 +6,153 @@ cost of one attention and m of one MLP:
     k   = ceil((o − p) / (a + m))          blocks are compressed
     r_d from  o − p = k · (a + r_d · m)    the share of their hidden nodes that is dropped
 
-The formulas hold for MACs and for parameters alike. Hidden nodes are whole, so the number kept is rounded down: a
-budget is an upper bound, met to within one hidden node per compressed block. At r_d = 1 none is left, and a compressed
-block adds a constant to its input; so the budgets that dropping whole blocks can meet are met in the same way.
+The formulas hold for MACs, for parameters and for the bytes that parameters take in a file. Hidden nodes are whole, so
+the number kept is rounded down: a budget is an upper bound, met to within one hidden node per compressed block. At
+r_d = 1 none is left, and a compressed block adds a constant to its input; so the budgets that dropping whole blocks can
+meet are met in the same way.
+
+The peak of activation memory is no sum over blocks, so there the structure is searched. Latency is measured, see
+`dcvit.latency_planning`.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from dcvit.config import CompressionConfig
-from dcvit.costs import MAC_CONVENTIONS, Cost, MacConvention, ModelCost
+from dcvit.costs import MAC_CONVENTIONS, BlockCost, Cost, MacConvention, ModelCost, file_size
 from dcvit.errors import BudgetError
+from dcvit.latency_model import PlannedLatency
+from dcvit.memory import trace_activation_memory
 from dcvit.models import require_supported
 from dcvit.structure import Recoverability, search_structure
+from dcvit.surgery import unrecovered
 
-__all__ = ["Budget", "Plan", "plan", "search"]
+__all__ = ["ADDITIVE", "UNITS", "Budget", "Plan", "SearchSpace", "choose_candidates", "plan", "search", "search_space"]
+
+
+UNITS = ("macs", "params", "file_size", "activation_memory", "latency", "latency_ms")
+"""What a budget can be of; the names of `Budget`'s fields."""
+
+ADDITIVE = ("macs", "params", "file_size")
+"""Those of which every block and every hidden node takes its own part, whatever else is compressed."""
+
+PER_BATCH = ("activation_memory", "latency", "latency_ms")
+"""Those that depend on the batch size."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the compressed model may cost: MACs per image or parameters, one of the two.
+    """What the compressed model may cost, in exactly one of these units.
 
     Attributes:
-        macs: A float in (0, 1) is a fraction of the original, an int an absolute number of MACs per image.
-        params: Likewise for the number of parameters.
+        macs: MACs per image. A float in (0, 1) is a fraction of the original, an int an absolute number.
+        params: Number of parameters, likewise.
+        file_size: Bytes of the saved weights (`model.safetensors`), likewise.
+        activation_memory: Peak bytes of the activations of one inference pass over a batch, likewise; weights and the
+            input are not counted, see `dcvit.memory`.
+        latency: Time of one inference pass over a batch on the model's device, a fraction in (0, 1) of the original's.
+            It is measured, and met to within 3 %, see `dcvit.latency_planning`.
+        latency_ms: The same in milliseconds, an int or a float. The original is timed once to turn them into a
+            fraction; from then on models are timed in turn, so that a change of the machine's load moves no goal.
+        batch_size: Images a batch, for `activation_memory` and latency.
         convention: Which MACs count, see `dcvit.costs.MacConvention`.
 
     Raises:
-        BudgetError: If neither or both are given, or a value is out of range.
+        BudgetError: If none or several are given, or a value is out of range.
     """
 
     macs: float | int | None = None
     params: float | int | None = None
     convention: MacConvention = "with_attention_products"
+    file_size: float | int | None = None
+    activation_memory: float | int | None = None
+    latency: float | None = None
+    latency_ms: float | int | None = None
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if (self.macs is None) == (self.params is None):
+        given = {unit: getattr(self, unit) for unit in UNITS if getattr(self, unit) is not None}
+        if len(given) != 1:
+            shown = ", ".join(f"{unit}={value!r}" for unit, value in given.items())
             raise BudgetError(
-                f"Budget(macs={self.macs!r}, params={self.params!r}): expected exactly one of the two, "
+                f"Budget({shown}): expected exactly one of {', '.join(UNITS)}, "
                 "for example Budget(macs=0.75) for three quarters of the original's MACs."
             )
         if self.convention not in MAC_CONVENTIONS:
             raise BudgetError(f"convention={self.convention!r}: expected one of {', '.join(MAC_CONVENTIONS)}.")
-        value = self.value
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise BudgetError(f"batch_size={self.batch_size!r}: expected an int, 1 or more.")
+        value, unit = self.value, self.unit
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise BudgetError(f"{self.unit}={value!r}: expected a float (fraction) or an int (absolute number).")
+            raise BudgetError(f"{unit}={value!r}: expected a float (fraction) or an int (absolute number).")
+        if unit == "latency_ms":
+            if not 0 < value < math.inf:
+                raise BudgetError(
+                    f"latency_ms={value!r}: expected a positive number of milliseconds; "
+                    "a fraction of the original goes into latency=."
+                )
+            return
         if isinstance(value, float) and not 0.0 < value < 1.0:
             raise BudgetError(
-                f"{self.unit}={value!r}: a float is a fraction of the original and lies between 0 and 1, both "
-                f"excluded. Pass an int for an absolute number of {self.unit}."
+                f"{unit}={value!r}: a float is a fraction of the original and lies between 0 and 1, both "
+                f"excluded. {self._absolute}"
             )
-        if isinstance(value, int) and value <= 0:
-            raise BudgetError(f"{self.unit}={value!r}: an absolute number of {self.unit} must be positive.")
+        if isinstance(value, int) and (unit == "latency" or value <= 0):
+            wanted = (
+                "expected a fraction of the original" if unit == "latency" else "an absolute number must be positive"
+            )
+            raise BudgetError(f"{unit}={value!r}: {wanted}. {self._absolute}")
 
     @property
     def unit(self) -> str:
-        """`"macs"` or `"params"`."""
-        return "macs" if self.macs is not None else "params"
+        """The name of the field that is given, for example `"macs"`."""
+        return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
     def value(self) -> float | int:
         """The figure that was given."""
-        value = self.macs if self.macs is not None else self.params
-        assert value is not None
+        value: float | int = getattr(self, self.unit)
         return value
 
+    @property
+    def measured(self) -> bool:
+        """Whether it is of latency, which planning has to measure."""
+        return self.unit in ("latency", "latency_ms")
+
+    @property
+    def _absolute(self) -> str:
+        if self.unit == "latency":
+            return "For milliseconds pass latency_ms=."
+        return f"Pass an int for an absolute number of {self.unit}."
+
     def amount(self, cost: Cost) -> int:
-        """How much of this budget's unit a part costs."""
+        """How many MACs or parameters a part costs.
+
+        Raises:
+            BudgetError: If the budget is of something that a part's cost does not tell.
+        """
+        if self.unit not in ("macs", "params"):
+            raise BudgetError(f"{self.unit}: a part's cost tells MACs and parameters only.")
         return cost.macs(self.convention) if self.unit == "macs" else cost.params
 
     def target(self, cost: Cost) -> int:
-        """The absolute target for a model of this cost."""
+        """The absolute target for a model of this cost, of MACs or parameters."""
+        return self.target_of(self.amount(cost))
+
+    def target_of(self, original: int) -> int:
+        """The absolute target where the original has `original` of this budget's unit."""
         value = self.value
-        return int(value * self.amount(cost)) if isinstance(value, float) else value
+        return int(value * original) if isinstance(value, float) else value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that make this budget."""
+        batch = {"batch_size": self.batch_size} if self.unit in PER_BATCH else {}
+        return {self.unit: self.value, "convention": self.convention, **batch}
 
 
 @dataclass(frozen=True)
@@ -90,7 +161,7 @@ class Plan:
 
     Attributes:
         budget: The budget that is met.
-        target: The budget as an absolute number, of MACs per image or parameters.
+        target: The budget as an absolute number: MACs per image, parameters, bytes or milliseconds.
         num_blocks: k, how many blocks are compressed.
         hidden_features: Hidden nodes that each compressed block keeps; where they differ, their mean, rounded down.
         drop_ratio: r_d, the share of the compressed blocks' hidden nodes that is dropped.
@@ -98,10 +169,11 @@ class Plan:
         cost: What the compressed model will cost.
         blocks: The chosen blocks in the order of compression, best first; empty until ranked.
         kept_nodes: For each chosen block, the indices of the hidden nodes kept, ascending.
+        latency: What was measured to meet a latency budget; `None` for the others.
     """
 
     budget: Budget
-    target: int
+    target: int | float
     num_blocks: int
     hidden_features: int
     drop_ratio: float
@@ -109,11 +181,12 @@ class Plan:
     cost: Cost
     blocks: tuple[int, ...] = ()
     kept_nodes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    latency: PlannedLatency | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values for JSON."""
         return {
-            "budget": {self.budget.unit: self.budget.value, "convention": self.budget.convention},
+            "budget": self.budget.to_dict(),
             "target": self.target,
             "num_blocks": self.num_blocks,
             "hidden_features": self.hidden_features,
@@ -126,6 +199,7 @@ class Plan:
             },
             "blocks": list(self.blocks),
             "kept_nodes": {str(block): list(nodes) for block, nodes in self.kept_nodes.items()},
+            "latency": None if self.latency is None else self.latency.to_dict(),
         }
 
     @classmethod
@@ -141,25 +215,118 @@ class Plan:
             cost=Cost(**values["cost"]),
             blocks=tuple(values["blocks"]),
             kept_nodes={int(block): tuple(nodes) for block, nodes in values["kept_nodes"].items()},
+            latency=None if values.get("latency") is None else PlannedLatency.from_dict(values["latency"]),
         )
 
 
 def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = None) -> Plan:
-    """Find k and r_d for a budget.
+    """Find k and r_d for a budget. Nothing is computed with the model, so it is quick.
 
     Args:
         model: The original model.
-        budget: What the compressed model may cost.
-        config: Its `candidates` and `num_blocks` bound the choice.
+        budget: What the compressed model may cost; of latency, see `dcvit.latency_planning.plan_latency`.
+        config: Its `candidates`, `num_blocks` and `round_to` bound the choice.
 
     Returns:
         The plan, with the blocks not chosen yet.
 
     Raises:
         UnsupportedModelError: If no adapter handles the model.
-        BudgetError: If the target cannot be met; the message says what can.
+        BudgetError: If the target cannot be met; the message says what can. If the budget is of latency.
     """
     config = config or CompressionConfig()
+    if budget.measured:
+        raise BudgetError(
+            f"{budget.unit}={budget.value!r}: latency has to be measured, call dcvit.plan_latency(model, budget)."
+        )
+    space = search_space(model, config)
+    if budget.unit == "activation_memory":
+        return _plan_activation_memory(model, budget, space)
+    block = space.block
+    amount, beyond = _linear_unit(model, budget, space.cost)
+    original = amount(space.cost.total) + beyond
+    target = budget.target_of(original)
+    attention, node = amount(block.attention), amount(block.hidden_node)
+
+    def reachable(k: int) -> tuple[int, int]:
+        """The smallest and the largest target that k blocks can meet."""
+        return original - k * (attention + block.hidden_features * node), original - k * attention
+
+    excess = original - target
+    too_few: tuple[int, int] | None = None
+    for k in space.counts:
+        lowest, highest = reachable(k)
+        if not lowest <= target <= highest:
+            continue
+        dropped = -(-(excess - k * attention) // (k * node))  # rounded up: the budget is an upper bound
+        kept = block.hidden_features - dropped
+        if rounded := kept - kept % config.round_to:
+            return space.plan(budget, target, k, rounded)
+        if not kept:  # the budget asks for that
+            return space.plan(budget, target, k, 0)
+        too_few = too_few or (k, kept)
+    if too_few is not None:
+        k, kept = too_few
+        raise BudgetError(
+            f"round_to={config.round_to}: {budget.unit}={budget.value!r} leaves each of {k} blocks {kept} hidden "
+            "nodes, fewer than one multiple. Pass a smaller round_to, or allow more blocks."
+        )
+    raise BudgetError(_out_of_range(budget, original, target, [reachable(k) for k in space.counts], space))
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The structures that a config allows of a model: k of some equal blocks, and how many hidden nodes they keep.
+
+    Attributes:
+        cost: Of the original.
+        block: Of one candidate block.
+        candidates: The blocks among which the k are chosen, from 0.
+        counts: The k allowed.
+        round_to: Kept nodes are a multiple of it.
+    """
+
+    cost: ModelCost
+    block: BlockCost
+    candidates: tuple[int, ...]
+    counts: Sequence[int]
+    round_to: int
+
+    @property
+    def widths(self) -> range:
+        """The hidden nodes that a block may keep."""
+        return range(0, self.block.hidden_features + 1, self.round_to)
+
+    def plan(self, budget: Budget, target: int | float, k: int, kept: int, **fields: Any) -> Plan:
+        """The plan that compresses k blocks to `kept` hidden nodes."""
+        dropped = self.block.hidden_features - kept
+        return Plan(
+            budget=budget,
+            target=target,
+            num_blocks=k,
+            hidden_features=kept,
+            drop_ratio=dropped / self.block.hidden_features,
+            candidates=self.candidates,
+            cost=self.cost.total - (self.block.attention + self.block.hidden_node * dropped) * k,
+            **fields,
+        )
+
+    def more_blocks(self, lower: str = "go lower") -> str:
+        """How to allow more blocks, if there are any."""
+        more = sum(block.compressible for block in self.cost.blocks)
+        if more <= len(self.candidates):
+            return ""
+        everything = f"CompressionConfig(candidates=tuple(range({len(self.cost.blocks)})))"
+        return f" Allow all {more} blocks with {everything} to {lower}."
+
+
+def search_space(model: nn.Module, config: CompressionConfig) -> SearchSpace:
+    """What a config's `candidates`, `num_blocks` and `round_to` allow.
+
+    Raises:
+        UnsupportedModelError: If no adapter handles the model.
+        BudgetError: If they do not fit the model.
+    """
     cost = require_supported(model).cost(model)
     candidates = choose_candidates(cost, config.candidates)
     block = cost.blocks[candidates[0]]
@@ -168,46 +335,19 @@ def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = No
             f"candidates={list(candidates)}: the blocks differ in size, so no one drop ratio fits them all. "
             "Pass candidates of one size in CompressionConfig(candidates=...)."
         )
-
-    original, target = budget.amount(cost.total), budget.target(cost.total)
-    attention, mlp, node = (budget.amount(c) for c in (block.attention, block.mlp, block.hidden_node))
-
-    def reachable(k: int) -> tuple[int, int]:
-        """The smallest and the largest target that k blocks can meet."""
-        return original - k * (attention + block.hidden_features * node), original - k * attention
-
-    excess = original - target
-    counts: Iterable[int]
-    if config.num_blocks is None:
-        fewest = max(1, -(-excess // (attention + mlp)))
-        counts = range(fewest, len(candidates) + 1)
-    elif config.num_blocks <= len(candidates):
+    counts: Sequence[int] = range(1, len(candidates) + 1)
+    if config.num_blocks is not None:
+        if config.num_blocks > len(candidates):
+            raise BudgetError(
+                f"num_blocks={config.num_blocks}: there are only {len(candidates)} candidate blocks "
+                f"({list(candidates)}). Ask for fewer, or allow more in CompressionConfig(candidates=...)."
+            )
         counts = (config.num_blocks,)
-    else:
+    if config.round_to > block.hidden_features:
         raise BudgetError(
-            f"num_blocks={config.num_blocks}: there are only {len(candidates)} candidate blocks "
-            f"({list(candidates)}). Ask for fewer, or allow more in CompressionConfig(candidates=...)."
+            f"round_to={config.round_to}: a block has only {block.hidden_features} hidden nodes; pass a smaller one."
         )
-    for k in counts:
-        lowest, highest = reachable(k)
-        if lowest <= target <= highest:
-            break
-    else:
-        allowed = range(1, len(candidates) + 1) if config.num_blocks is None else (config.num_blocks,)
-        raise BudgetError(_out_of_range(budget, original, target, [reachable(k) for k in allowed], candidates, cost))
-
-    dropped = -(-(excess - k * attention) // (k * node))  # rounded up: the budget is an upper bound
-    kept = block.hidden_features - dropped
-    student = cost.total - (block.attention + block.hidden_node * dropped) * k
-    return Plan(
-        budget=budget,
-        target=target,
-        num_blocks=k,
-        hidden_features=kept,
-        drop_ratio=dropped / block.hidden_features,
-        candidates=candidates,
-        cost=student,
-    )
+    return SearchSpace(cost, block, candidates, counts, config.round_to)
 
 
 def search(
@@ -217,18 +357,21 @@ def search(
 
     Args:
         model: The original model.
-        fewest: What `plan` says for it.
+        fewest: What `plan` says for it; its budget is one of `ADDITIVE`.
         profiles: What each candidate would lose, by the nodes that it keeps.
-        config: Its `num_blocks` fixes the number of blocks.
+        config: Its `num_blocks` fixes the number of blocks, its `round_to` the numbers of nodes.
 
     Returns:
         The plan, and the hidden nodes that each compressed block keeps, by block, best first.
     """
     cost, budget = require_supported(model).cost(model), fewest.budget
     block = cost.blocks[fewest.candidates[0]]
-    saving = budget.amount(cost.total) - fewest.target
+    amount, fixed = _linear_unit(model, budget, cost)
+    saving = math.ceil(fixed + amount(cost.total) - fewest.target)
     counts = range(fewest.num_blocks, (len(fewest.candidates) if config.num_blocks is None else fewest.num_blocks) + 1)
-    kept = search_structure(profiles, saving, budget.amount(block.attention), budget.amount(block.hidden_node), counts)
+    kept = search_structure(
+        profiles, saving, amount(block.attention), amount(block.hidden_node), counts, round_to=config.round_to
+    )
     left = sum(kept.values())
     dropped = len(kept) * block.hidden_features - left
     found = replace(
@@ -239,6 +382,44 @@ def search(
         cost=cost.total - block.attention * len(kept) - block.hidden_node * dropped,
     )
     return found, kept
+
+
+def _linear_unit(model: nn.Module, budget: Budget, cost: ModelCost) -> tuple[Callable[[Cost], int], int]:
+    """What a part takes of a budget's unit, and what the whole takes beyond its parts.
+
+    Of a file that is the header, taken as long as the original's: a compressed model names fewer tensors, so its file
+    is smaller by some hundred bytes a block.
+    """
+    if budget.unit != "file_size":
+        return budget.amount, 0
+    size = next(model.parameters()).element_size()
+    return lambda part: size * part.params, file_size(model.state_dict()) - size * cost.total.params
+
+
+def _plan_activation_memory(model: nn.Module, budget: Budget, space: SearchSpace) -> Plan:
+    """The most hidden nodes with which no moment of a pass takes more than the target.
+
+    Blocks run one after another, so the peak is that of the largest: it falls only if every block is compressed.
+    """
+    k = space.counts[-1]
+
+    def peak(kept: int) -> int:
+        return trace_activation_memory(unrecovered(model, dict.fromkeys(space.candidates[:k], kept)), budget.batch_size)
+
+    original = trace_activation_memory(model, budget.batch_size)
+    target = budget.target_of(original)
+    lowest = peak(0)
+    if not lowest <= target < original:
+        asked = f"{budget.unit}={budget.value!r} asks for {target:,} of {original:,} bytes at batch {budget.batch_size}"
+        whole = sum(block.compressible for block in space.cost.blocks) - k
+        if lowest == original and whole:
+            raise BudgetError(
+                f"{asked}, but the peak is that of one block, and {whole} blocks stay whole, so no choice of hidden "
+                f"nodes lowers it: {original:,} is all that {k} compressed blocks can meet."
+                + space.more_blocks("lower it, at the price of all attention")
+            )
+        raise BudgetError(f"{asked}; {k} compressed blocks can meet {lowest:,} to {original - 1:,}.")
+    return space.plan(budget, target, k, space.widths[bisect_right(space.widths, target, key=peak) - 1])
 
 
 def choose_candidates(cost: ModelCost, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -269,8 +450,7 @@ def _out_of_range(
     original: int,
     target: int,
     ranges: list[tuple[int, int]],
-    candidates: tuple[int, ...],
-    cost: ModelCost,
+    space: SearchSpace,
 ) -> str:
     """Say which targets can be met, and how to get nearer to the one that cannot."""
     merged: list[list[int]] = []
@@ -284,13 +464,8 @@ def _out_of_range(
         return f"{value / original:.4f}"
 
     spans = " or ".join(f"{low:,} to {high:,} ({fraction(low)} to {fraction(high)})" for low, high in merged)
-    hint = ""
-    more = sum(block.compressible for block in cost.blocks)
-    if target < merged[0][0] and more > len(candidates):
-        hint = (
-            f" Allow all {more} blocks with CompressionConfig(candidates=tuple(range({len(cost.blocks)}))) to go lower."
-        )
+    hint = space.more_blocks() if target < merged[0][0] else ""
     return (
         f"{budget.unit}={budget.value!r} asks for {target:,} of {original:,} ({fraction(target)}); "
-        f"{len(candidates)} candidate blocks can meet {spans}.{hint}"
+        f"{len(space.candidates)} candidate blocks can meet {spans}.{hint}"
     )

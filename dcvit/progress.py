@@ -13,11 +13,14 @@ from tqdm import tqdm
 
 __all__ = ["Progress", "TerminalProgress", "silent"]
 
-Progress = Callable[[str, int, int, float], None]
-"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"trial of block 3"`."""
+Progress = Callable[[str, int, int, float | None], None]
+"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"trial of block 3"`.
+
+The loss is `None` in a stage that has none, such as timing.
+"""
 
 
-def silent(stage: str, done: int, total: int, loss: float) -> None:
+def silent(stage: str, done: int, total: int, loss: float | None) -> None:
     """Show nothing."""
 
 
@@ -36,24 +39,25 @@ class TerminalProgress:
         self._start = self._last = 0.0
         self._bar: tqdm[None] | None = None
 
-    def __call__(self, stage: str, done: int, total: int, loss: float) -> None:
+    def __call__(self, stage: str, done: int, total: int, loss: float | None) -> None:
         """See `Progress`."""
         now = time.monotonic()
+        shown = "" if loss is None else f"loss {loss:.4g}, "
         if stage != self._stage:
             self.close()
             self._stage, self._start, self._last = stage, now, now
             if self._stream.isatty():
                 self._bar = tqdm(total=total, desc=stage, file=self._stream, leave=False, dynamic_ncols=True)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+            self._bar.set_postfix_str(shown.removesuffix(", "), refresh=False)
             self._bar.update(done - self._bar.n)
         elif done < total and now - self._last >= self._interval:
             self._last = now
             left = (now - self._start) / max(done, 1) * (total - done)
-            print(f"{stage}: {done}/{total}, loss {loss:.4g}, {left:.0f} s left", file=self._stream, flush=True)
+            print(f"{stage}: {done}/{total}, {shown}{left:.0f} s left", file=self._stream, flush=True)
         if done >= total:
             self.close()
-            print(f"{stage}: loss {loss:.4g}, {now - self._start:.1f} s", file=self._stream, flush=True)
+            print(f"{stage}: {shown}{now - self._start:.1f} s", file=self._stream, flush=True)
             self._stage = ""
 
     def close(self) -> None:

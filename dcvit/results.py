@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcvit._version import __version__
+from dcvit.costs import FILE_METADATA
 from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
 from dcvit.model_card import model_card
 from dcvit.models import adapter_for, load_model, preprocessing
@@ -49,9 +50,12 @@ __all__ = [
     "Record",
     "Report",
     "cast_weights",
+    "check_output_file",
     "check_output_folder",
+    "device_name",
     "is_report",
     "load",
+    "original_name",
     "read_json",
     "read_record",
     "save_model",
@@ -85,12 +89,17 @@ class ModelFigures:
         params: Number of parameters.
         latency_ms: Median time of one batch, in milliseconds.
         top1: Share of labelled images classified rightly; `None` where nothing was labelled.
+        file_size: Bytes of its saved weights.
+        activation_memory: Peak bytes of the activations of one pass at the budget's batch size, see `dcvit.memory`;
+            `None` unless the budget is of that.
     """
 
     macs: int
     params: int
     latency_ms: float
     top1: float | None = None
+    file_size: int | None = None
+    activation_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ class Report:
         refinement: How the student mimicked after that; `None` if it did not.
         steps: How the published mimicking went after each progressive step; the first is the best trial's.
         seed: The seed.
+        latency_ratio: The student's latency over the teacher's, median over runs in turn.
         seconds: Wall-clock time of each stage.
         versions: Of what computed it.
         settings: The config, as `CompressionConfig.to_dict` gives it; empty in results saved before it was recorded.
@@ -142,6 +152,7 @@ class Report:
     refinement: Refinement | None
     steps: tuple[Recovery, ...]
     seed: int
+    latency_ratio: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -362,7 +373,7 @@ def save_model(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         for name, content in {WEIGHTS_FILE: state, **(tensors or {})}.items():
-            save_file(dict(content), Path(temporary) / name, metadata={"format": "pt"})
+            save_file(dict(content), Path(temporary) / name, metadata=FILE_METADATA)
             (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=True) + "\n"
@@ -421,6 +432,46 @@ def is_report(path: Path) -> bool:
     """Whether a file is a report that dcvit wrote."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return REPORT_MARK in file.read(500)
+
+
+def check_output_file(file: Path, *, overwrite: bool = False) -> None:
+    """Refuse a file to which figures cannot be written.
+
+    Raises:
+        SaveFolderError: If it is a folder, or exists and `overwrite` is not set.
+    """
+    if file.is_dir():
+        raise SaveFolderError(f"{str(file)!r} is a folder: name a file that does not exist.")
+    if file.exists() and not overwrite:
+        raise SaveFolderError(
+            f"{str(file)!r} exists: name another file, or replace it with overwrite=True (--overwrite)."
+        )
+
+
+def original_name(folder: str | Path) -> str:
+    """The name of the model from which a saved one was compressed.
+
+    Raises:
+        SaveFolderError: If the folder has no `result.json`, or that names no model.
+    """
+    file = Path(folder) / RESULT_FILE
+    report = read_json(file).get("report")
+    name = report.get("model") if isinstance(report, dict) else None
+    if not isinstance(name, str):
+        raise SaveFolderError(f"{str(file)!r} names no original: pass the original's name yourself.")
+    return name
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def versions() -> dict[str, str]:

@@ -40,7 +40,13 @@ class Recoverability:
 
 
 def search_structure(
-    blocks: Mapping[int, Recoverability], saving: int, attention: int, node: int, counts: Sequence[int]
+    blocks: Mapping[int, Recoverability],
+    saving: int,
+    attention: int,
+    node: int,
+    counts: Sequence[int],
+    *,
+    round_to: int = 1,
 ) -> dict[int, int]:
     """The structure of least loss that saves enough.
 
@@ -50,6 +56,7 @@ def search_structure(
         attention: What a compressed block saves by its attention.
         node: What it saves by each hidden node that it drops.
         counts: How many blocks may be compressed.
+        round_to: Numbers of hidden nodes are multiples of it; a block may keep all of them, too.
 
     Returns:
         The hidden nodes that each compressed block keeps, by block: least loss first.
@@ -58,7 +65,7 @@ def search_structure(
         ValueError: If none of these numbers of blocks can save as much and no more.
     """
     hidden = next(iter(blocks.values())).nodes[-1]
-    unit = max(1, hidden // LEVELS)
+    unit = -(-max(1, hidden // LEVELS) // round_to) * round_to
     levels = hidden // unit
     found: list[tuple[float, dict[int, int]]] = []
     tables = _best_sums(blocks, levels, unit, max(counts))
@@ -72,6 +79,7 @@ def search_structure(
         left = kept - sum(structure.values())
         for block in sorted(structure, key=lambda b: structure[b]):
             more = min(left, hidden - structure[block])
+            more -= 0 if structure[block] + more == hidden else more % round_to
             structure[block] += more
             left -= more
         found.append((sum(blocks[b].loss(n) for b, n in structure.items()), structure))

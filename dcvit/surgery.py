@@ -4,7 +4,7 @@ Source: DC-ViT (arXiv 2403.18708), section 3.1. Cuts return a new model and leav
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from dcvit.models import MlpHalf, adapter_for
 from dcvit.ops import Impl
 from dcvit.seeding import seeded
 
-__all__ = ["choose_impl", "compress_block", "draw_kept_nodes", "drop_block"]
+__all__ = ["choose_impl", "compress_block", "draw_kept_nodes", "drop_block", "unrecovered"]
 
 
 def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: int) -> tuple[int, ...]:
@@ -50,4 +50,17 @@ def drop_block(model: nn.Module, block: int) -> nn.Module:
     """A copy of the model without one block."""
     student = copy.deepcopy(model)
     adapter_for(student).drop_block(student, block)
+    return student
+
+
+def unrecovered(model: nn.Module, hidden_features: Mapping[int, int]) -> nn.Module:
+    """A model of a compressed structure, for figures that its weights do not change: time and memory.
+
+    Args:
+        model: The original; what stays of it is shared, not copied.
+        hidden_features: How many hidden nodes each compressed block keeps, by block; the first ones are taken.
+    """
+    student = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for block, kept in hidden_features.items():
+        adapter_for(student).compress_block(student, block, range(kept))
     return student

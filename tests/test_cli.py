@@ -16,6 +16,7 @@ import dcvit
 from dcvit import cli
 from dcvit.cli import main
 from dcvit.progress import TerminalProgress
+from tests.conftest import QUICK
 
 FEW = ["--synthesis-iterations", "2", "--synthesis-images", "2"]
 PAPER = dcvit.CompressionConfig.paper()
@@ -177,6 +178,98 @@ def test_demo_writes_what_it_prints(
     assert dcvit.load(out).model(dcvit.demo.load_digits().test_images[:2]).shape == (2, 10)
 
 
+def test_latency_of_a_compressed_model_and_its_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = str(tmp_path / "small"), tmp_path / "figures" / "latency.json"
+    result = dcvit.compress(
+        dcvit.models.load_model("demo"), dcvit.demo.load_digits().few_shot(6, 0), dcvit.Budget(macs=0.7), QUICK
+    )
+    replace(result, report=replace(result.report, model="demo")).save(folder)
+    asked = ["latency", folder, "--original", "--batch-size", "4", "--runs", "3", "--warmup", "1"]
+    code, text, error = run(capsys, *asked, "--json", str(file))
+    assert code == 0, error
+    values = json.loads(file.read_text())
+    assert [row["model"] for row in values["rows"]] == ["demo", folder]
+    assert [row["runs"] for row in values["rows"]] == [3, 3]
+    assert values["rows"][0]["ratio"] == 1
+    assert values["rows"][1]["weight_bytes"] == 4 * result.report.student.params
+    assert values.keys() == {"rows", "batch_size", "warmup", "device", "threads", "load", "versions"}
+    for row in values["rows"]:
+        assert f"{row['median_ms']:.2f}" in text
+        assert row["median_ms"] <= row["p95_ms"]
+
+    code, _, error = run(capsys, *asked, "--json", str(file))
+    assert code == 2
+    assert "replace it with overwrite=True (--overwrite)" in error
+    assert json.loads(file.read_text()) == values
+    assert run(capsys, *asked, "--json", str(file), "--overwrite")[0] == 0
+    assert json.loads(file.read_text()) != values
+    assert run(capsys, *asked, "--json", str(tmp_path))[0] == 2
+
+    code, text, _ = run(capsys, *asked, "--json")
+    assert code == 0
+    assert [row["model"] for row in json.loads(text)["rows"]] == ["demo", folder]
+    (Path(folder) / "result.json").unlink()
+    code, _, error = run(capsys, *asked)
+    assert code == 2
+    assert "has no result.json" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--latency-ms", "12"], dcvit.Budget(latency_ms=12.0)),
+        (["--latency-ms", "12", "--latency-batch", "8"], dcvit.Budget(latency_ms=12.0, batch_size=8)),
+        (["--latency", "0.75"], dcvit.Budget(latency=0.75)),
+        (["--file-size", "0.8"], dcvit.Budget(file_size=0.8)),
+        (["--file-size", "1.2M"], dcvit.Budget(file_size=1_200_000)),
+        (["--activation-memory", "3M", "--memory-batch", "32"],
+         dcvit.Budget(activation_memory=3_000_000, batch_size=32)),
+        (["--params", "300K"], dcvit.Budget(params=300_000)),
+    ],
+)  # fmt: skip
+def test_options_of_the_budget(
+    option: list[str], expected: dcvit.Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def caught(*args: Any, **kwargs: Any) -> None:
+        seen.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcvit.cli.compress", caught)
+    asked = ["compress", "demo", "--data", "digits", "--out", str(tmp_path / "out"), "--round-to", "8"]
+    assert main([*asked, *option]) == 130
+    ((_, _, budget, config),) = seen
+    assert budget == expected
+    assert config.round_to == 8
+
+
+def test_a_latency_budget_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopwatch(module: Any, inputs: Any) -> float:
+        return sum(parameter.numel() for parameter in module.parameters()) / 1e8
+
+    def timed(*args: Any, **kwargs: Any) -> dcvit.CompressionResult:
+        return quickly(*args, **kwargs, stopwatch=stopwatch)
+
+    monkeypatch.setattr("dcvit.cli.compress", timed)
+    out = str(tmp_path / "out")
+    code, text, error = run(
+        capsys, "compress", "demo", "--data", "digits", "--latency", "0.7", "--out", out, "--num-images", "6", *FEW
+    )
+    assert code == 0, error
+    values = json.loads((Path(out) / "result.json").read_text())
+    ratio = values["student"]["params"] / values["teacher"]["params"]
+    assert abs(ratio / 0.7 - 1) <= 0.03
+    assert f"at batch 64: asked 0.7000, planned structure {ratio:.4f}, finished model {ratio:.4f}" in text
+    assert "calibration: " in error
+    assert "calibration: loss" not in error
+
+    values["report"]["latency_ratio"] = 0.75
+    assert "+7.1 % from the goal, more than when planned" in cli._show_compress({**values, "out": out})
+
+
 def test_synthesize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file
 
@@ -240,6 +333,14 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
          "1 channels"),
         (["compress", "resnet18", "--random-weights", "--data", "digits", "--macs", "0.75", "--out", "OUT"], "ResNet"),
         (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--device", "qpu"], "--device"),
+        (["compress", "demo", "--data", "digits", "--latency", "12", "--out", "OUT"], "pass latency_ms="),
+        (["compress", "demo", "--data", "digits", "--activation-memory", "0.9", "--out", "OUT"], "stay whole"),
+        (["compress", "demo", "--data", "digits", "--file-size", "1K", "--out", "OUT"], "file_size=1000 asks for"),
+        (["compress", "demo", "--data", "digits", "--macs", "0.8", "--round-to", "0", "--out", "OUT"], "round_to=0"),
+        (["latency", "demo", "--modes", "eager,int8", "--json", "OUT"], "mode='int8': expected one of eager, compile"),
+        (["latency", "demo", "--runs", "0", "--json", "OUT"], "runs=0"),
+        (["latency", "demo", "--threads", "0"], "--threads 0"),
+        (["latency", "demo", "--original"], "none of demo is a folder of a compressed model"),
         (["demo", "--seeds", "0", "--out", "OUT"], "--seeds 0"),
         (["report", "OUT"], "is not a folder"),
         (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--learning-rate", "0.01"],

@@ -328,6 +328,7 @@ REST: dict[str, Change] = {
     ),
     "candidates": lambda c: replace(c, candidates=(2, 3)),
     "num_blocks": lambda c: replace(c, num_blocks=1),
+    "round_to": lambda c: replace(c, round_to=16),
     "metric_set": lambda c: replace(c, metric_set="images"),
     "metric": lambda c: replace(c, metric="mimicking" if c.metric == "cross_entropy" else "cross_entropy"),
     "seed": lambda c: replace(c, seed=1),
@@ -465,7 +466,7 @@ def test_result_json_has_what_readers_look_for(model: nn.Module, images: Tensor,
     wanted = "teacher student budget blocks hidden_features drop_ratio agreement mimic_loss seconds seed versions"
     assert values.keys() >= set(wanted.split())
     for name in ("teacher", "student"):
-        assert values[name].keys() == {"macs", "params", "top1", "latency_ms"}
+        assert values[name].keys() == {*("macs", "params", "file_size", "activation_memory", "top1", "latency_ms")}
     assert values["budget"] == {"params": 0.8, "convention": "with_attention_products"}
     assert values["student"]["params"] <= 0.8 * values["teacher"]["params"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -2,16 +2,20 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import dcvit
-from dcvit.costs import MAC_CONVENTIONS, MacConvention
+from dcvit.costs import MAC_CONVENTIONS, MacConvention, file_size
+from dcvit.memory import trace_activation_memory
 from dcvit.models import adapter_for
 from dcvit.planning import Plan
+from dcvit.results import save_model
 from dcvit.surgery import compress_block, draw_kept_nodes
 from tests.variants import VARIANTS, Variant
 
@@ -67,6 +71,89 @@ def test_absolute_budget_is_the_fraction_of_it() -> None:
     assert replace(absolute, budget=dcvit.Budget(macs=0.75)) == dcvit.plan(MODEL, dcvit.Budget(macs=0.75))
 
 
+@pytest.mark.parametrize("value", [0.72, 5_000_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_file_size_is_met_by_the_saved_file(value: float | int, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = VARIANTS["plain"].create(depth=12, embed_dim=96).to(dtype)
+
+    def saved(model: nn.Module) -> int:
+        save_model(model, tmp_path / "saved")
+        return (tmp_path / "saved" / "model.safetensors").stat().st_size
+
+    original = saved(model)
+    assert file_size(model.state_dict()) == original
+    plan = dcvit.plan(model, dcvit.Budget(file_size=value))
+    assert plan.target == (value if isinstance(value, int) else int(value * original))
+    student = build(model, plan)
+    actual = saved(student)
+    assert file_size(student.state_dict()) == actual
+    node = plan.num_blocks * (2 * 96 + 1) * dtype.itemsize
+    header = original - sum(t.nbytes for t in model.state_dict().values())
+    assert 0 <= plan.target - actual < node + header
+
+
+def test_file_size_out_of_range_is_said_in_bytes() -> None:
+    whole = file_size(MODEL.state_dict())
+    with pytest.raises(dcvit.BudgetError, match=rf"file_size=0.01 asks for {int(0.01 * whole):,} of {whole:,}"):
+        dcvit.plan(MODEL, dcvit.Budget(file_size=0.01))
+
+
+def test_activation_memory_needs_every_block() -> None:
+    original = trace_activation_memory(MODEL, 16)
+    with pytest.raises(
+        dcvit.BudgetError, match="2 blocks stay whole, so no choice of hidden nodes lowers it"
+    ) as caught:
+        dcvit.plan(MODEL, dcvit.Budget(activation_memory=0.9, batch_size=16))
+    assert f"{original:,} is all that 10 compressed blocks can meet" in str(caught.value)
+    assert "Allow all 12 blocks" in str(caught.value)
+
+    everything = dcvit.CompressionConfig(candidates=tuple(range(12)))
+    # All nodes of the attention-free blocks take 10 of the original's 12 units, so this is a matter of nodes.
+    for budget in (
+        dcvit.Budget(activation_memory=0.6, batch_size=16),
+        dcvit.Budget(activation_memory=150_000, batch_size=16),
+    ):
+        plan = dcvit.plan(MODEL, budget, everything)
+        assert plan.num_blocks == 12
+        assert trace_activation_memory(build(MODEL, plan), budget.batch_size) <= plan.target
+        larger = replace(plan, hidden_features=plan.hidden_features + 1)
+        assert trace_activation_memory(build(MODEL, larger), budget.batch_size) > plan.target
+    with pytest.raises(dcvit.BudgetError, match="12 compressed blocks can meet"):
+        dcvit.plan(MODEL, dcvit.Budget(activation_memory=0.01), everything)
+    with pytest.raises(dcvit.BudgetError, match="12 compressed blocks can meet"):
+        dcvit.plan(MODEL, dcvit.Budget(activation_memory=10**12), everything)
+
+
+@pytest.mark.parametrize("budget", [dcvit.Budget(macs=0.78), dcvit.Budget(params=0.715), dcvit.Budget(file_size=0.75)])
+def test_kept_nodes_are_rounded_down_within_the_budget(budget: dcvit.Budget) -> None:
+    exact = dcvit.plan(MODEL, budget)
+    rounded = dcvit.plan(MODEL, budget, dcvit.CompressionConfig(round_to=8))
+    assert exact.hidden_features % 8
+    assert rounded.num_blocks == exact.num_blocks
+    assert rounded.hidden_features == exact.hidden_features - exact.hidden_features % 8
+    assert rounded.cost.params < exact.cost.params
+
+
+def test_rounding_to_nothing_takes_one_block_more_or_is_refused() -> None:
+    whole = COST.total - (BLOCK.attention + BLOCK.mlp) * 3
+    budget = dcvit.Budget(macs=(whole + BLOCK.hidden_node * 9).macs("with_attention_products"))
+    assert (dcvit.plan(MODEL, budget).num_blocks, dcvit.plan(MODEL, budget).hidden_features) == (3, 3)
+    more = dcvit.plan(MODEL, budget, dcvit.CompressionConfig(round_to=8))
+    assert more.num_blocks == 4
+    assert more.hidden_features >= 8
+    with pytest.raises(dcvit.BudgetError, match=r"round_to=8: macs=\d+ leaves each of 3 blocks 3 hidden nodes"):
+        dcvit.plan(MODEL, budget, dcvit.CompressionConfig(round_to=8, num_blocks=3))
+    nothing = dcvit.Budget(macs=whole.macs("with_attention_products"))
+    assert dcvit.plan(MODEL, nothing, dcvit.CompressionConfig(round_to=8)).hidden_features == 0
+    with pytest.raises(dcvit.BudgetError, match="a block has only 192 hidden nodes"):
+        dcvit.plan(MODEL, budget, dcvit.CompressionConfig(round_to=193))
+
+
+def test_plan_of_a_latency_says_who_measures() -> None:
+    with pytest.raises(dcvit.BudgetError, match=r"latency_ms=12: latency has to be measured, call dcvit.plan_latency"):
+        dcvit.plan(MODEL, dcvit.Budget(latency_ms=12))
+
+
 def test_more_blocks_lose_less_each() -> None:
     fewest = dcvit.plan(MODEL, dcvit.Budget(macs=0.75))
     more = dcvit.plan(MODEL, dcvit.Budget(macs=0.75), dcvit.CompressionConfig(num_blocks=fewest.num_blocks + 1))
@@ -84,8 +171,8 @@ def test_candidates() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "exactly one of the two"),
-        ({"macs": 0.5, "params": 0.5}, "exactly one of the two"),
+        ({}, "exactly one of macs, params, file_size"),
+        ({"macs": 0.5, "params": 0.5}, r"Budget\(macs=0.5, params=0.5\): expected exactly one"),
         ({"macs": 0}, "must be positive"),
         ({"macs": 0.0}, "fraction of the original"),
         ({"macs": -5}, "must be positive"),
@@ -95,6 +182,14 @@ def test_candidates() -> None:
         ({"macs": True}, "expected a float"),
         ({"macs": "0.75"}, "expected a float"),
         ({"macs": 0.75, "convention": "thop"}, "with_attention_products"),
+        ({"file_size": 1.5}, "Pass an int for an absolute number of file_size"),
+        ({"activation_memory": 0}, "must be positive"),
+        ({"activation_memory": 0.5, "batch_size": 0}, "batch_size=0"),
+        ({"latency": 12}, "For milliseconds pass latency_ms="),
+        ({"latency": 1.2}, "For milliseconds pass latency_ms="),
+        ({"latency_ms": 0}, "a fraction of the original goes into latency="),
+        ({"latency_ms": float("inf")}, "positive number of milliseconds"),
+        ({"latency_ms": "12"}, "expected a float"),
     ],
 )
 def test_malformed_budgets(kwargs: dict[str, object], message: str) -> None:

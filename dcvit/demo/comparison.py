@@ -12,8 +12,9 @@ from dcvit.baselines import block_dropping, drop_blocks
 from dcvit.compression import compress, freeze
 from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.demo.digits import Digits
-from dcvit.evaluation import agreement, measure_latency, top1
+from dcvit.evaluation import agreement, top1
 from dcvit.images import load_images
+from dcvit.latency import measure_latency
 from dcvit.models import adapter_for, load_model
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
@@ -171,22 +172,30 @@ def compare(
             "dcvit, published procedure (DC-ViT)": (gradient_only.model, gradient_only.plan.blocks),
             THIS_METHOD: (result.model, result.plan.blocks),
         }
-        latency = measure_latency({name: m for name, (m, _) in models.items()}, digits.test_images[:64])
+        latency = measure_latency(
+            {name: m for name, (m, _) in models.items()}, digits.test_images[:64], runs=50, warmup=1, max_seconds=3.0
+        )
         for name, (candidate, blocks) in models.items():
             cost = adapter_for(candidate).cost(candidate).total
             agreed = agreement(candidate, teacher, digits.test_images)
             assert agreed is not None
             accuracy = top1(candidate, digits.test_images, digits.test_labels)
             macs = cost.macs("with_attention_products")
-            rows.append(Row(name, seed, accuracy, agreed, macs, cost.params, latency[name], blocks))
+            rows.append(Row(name, seed, accuracy, agreed, macs, cost.params, latency[name].median_ms, blocks))
         results.append(result)
     by_method = {row.method: row for row in rows if row.seed == seeds[0]}
     return Comparison(tuple(rows), _with_top1(results[0], by_method["original"], by_method[THIS_METHOD]))
 
 
 def _with_top1(result: CompressionResult, teacher: Row, student: Row) -> CompressionResult:
-    def figures(row: Row) -> ModelFigures:
-        return ModelFigures(row.macs, row.params, row.latency_ms, row.top1)
+    def figures(row: Row, of: ModelFigures) -> ModelFigures:
+        return replace(of, latency_ms=row.latency_ms, top1=row.top1)
 
-    report = replace(result.report, teacher=figures(teacher), student=figures(student), agreement=student.agreement)
+    report = result.report
+    report = replace(
+        report,
+        teacher=figures(teacher, report.teacher),
+        student=figures(student, report.student),
+        agreement=student.agreement,
+    )
     return replace(result, report=report)

@@ -5,7 +5,7 @@ by name and before any work; `adapter_for` then finds the adapter wherever one i
 """
 
 from dcvit.models.adapter import ModelAdapter, adapter_for, require_supported
-from dcvit.models.loading import DEMO_MODEL, hub_repository, load_model, preprocessing
+from dcvit.models.loading import DEMO_MODEL, hub_repository, input_size, load_model, preprocessing
 from dcvit.models.vision_transformer import CompressedBlock, DroppedBlock, MlpHalf, create_vision_transformer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "adapter_for",
     "create_vision_transformer",
     "hub_repository",
+    "input_size",
     "load_model",
     "preprocessing",
     "require_supported",

@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.adapter import adapter_for
 
-__all__ = ["DEMO_MODEL", "Preprocessing", "hub_repository", "load_model", "preprocessing"]
+__all__ = ["DEMO_MODEL", "Preprocessing", "hub_repository", "input_size", "load_model", "preprocessing"]
 
 DEMO_MODEL = "demo"
 """The name of the embedded model."""
@@ -114,6 +114,22 @@ def _why_not_loaded(name: str, error: Exception) -> str:
         f"model={name!r} could not be loaded: {type(error).__name__}: {reason}. Its weights may be out of reach: "
         "pass a model object, local-dir:FOLDER, or pretrained=False (--random-weights) for random ones."
     )
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model takes, of any family of timm's.
+
+    Raises:
+        UnsupportedModelError: If that cannot be told.
+    """
+    try:
+        return adapter_for(model).input_size(model)
+    except UnsupportedModelError:
+        size = getattr(model, "pretrained_cfg", {}).get("input_size")
+        if size is None:
+            raise
+        channels, height, width = size
+        return channels, height, width
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:

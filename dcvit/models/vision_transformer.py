@@ -75,7 +75,8 @@ class MlpHalf(modeling_dcvit.MlpHalf):
         # Not by attribute, which nn.Module resolves in Python: that took as long as the op saves on small models.
         parts: dict[str, TimmModule] = self._modules
         norm, mlp, scale = parts["norm2"], parts["mlp"], parts["ls2"]
-        if self._fusible(norm, mlp, scale):
+        # Autocast chooses a precision for each module; it does not see into the op, which would stay in float32.
+        if self._fusible(norm, mlp, scale) and not torch.is_autocast_enabled(x.device.type):
             layers, norm_weights = mlp._modules, norm._parameters
             fc1, fc2 = layers["fc1"]._parameters, layers["fc2"]._parameters
             return dropped_mlp(

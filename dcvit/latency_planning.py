@@ -1,0 +1,137 @@
+"""Step 1 for latency: from a time to the structure that takes it on this device.
+
+The latency model (`dcvit.latency_model`) proposes k and the hidden nodes kept. The proposed structure is then timed in
+turn with the original, and the time that it saves corrects the model, until a structure takes what is asked. Latency
+depends on the structure alone, so all of this is done with weights that are not recovered, before any long work.
+"""
+
+from torch import nn
+
+from dcvit.config import CompressionConfig
+from dcvit.errors import BudgetError
+from dcvit.latency import Stopwatch, time_forward
+from dcvit.latency_model import LatencyModel, PlannedLatency, StructureTiming, calibrate, time_structures
+from dcvit.planning import Budget, Plan, SearchSpace, plan, search_space
+from dcvit.progress import Progress, silent
+
+__all__ = ["TOLERANCE", "plan_latency"]
+
+TOLERANCE = 0.03
+"""How far from its goal, as a share of it, a structure's latency may be."""
+
+CLOSE = 0.01
+"""How near is near enough to stop looking for something nearer; the rest of the tolerance is for noise."""
+
+MAX_TIMINGS = 8
+"""Structures to time at most before giving up."""
+
+
+def plan_latency(
+    model: nn.Module,
+    budget: Budget,
+    config: CompressionConfig | None = None,
+    *,
+    latency_model: LatencyModel | None = None,
+    stopwatch: Stopwatch = time_forward,
+    progress: Progress = silent,
+) -> Plan:
+    """Find k and r_d for a latency, by measuring on the model's device.
+
+    Args:
+        model: The original model, in evaluation mode.
+        budget: `latency` or `latency_ms`, with its batch size; another unit goes to `plan`.
+        config: Its `candidates`, `num_blocks` and `round_to` bound the choice.
+        latency_model: An earlier `calibrate` at this batch size; else it is done here.
+        stopwatch: Times one run.
+        progress: Told after each round of timing.
+
+    Returns:
+        The plan, with the blocks not chosen yet, and in `latency` what was measured.
+
+    Raises:
+        UnsupportedModelError: If no adapter handles the model.
+        BudgetError: If no structure was found within 3 % of the target; the message says what can be met.
+    """
+    config = config or CompressionConfig()
+    if not budget.measured:
+        return plan(model, budget, config)
+    space = search_space(model, config)
+    if latency_model is None:
+        latency_model = calibrate(model, space.candidates, budget.batch_size, stopwatch=stopwatch, progress=progress)
+    elif latency_model.batch_size != budget.batch_size:
+        raise BudgetError(
+            f"batch_size={budget.batch_size}: the latency model was calibrated at {latency_model.batch_size}; "
+            "calibrate it anew."
+        )
+    goal = budget.value if budget.unit == "latency" else budget.value / latency_model.original_ms
+
+    def measure(*structures: tuple[int, int]) -> tuple[StructureTiming, ...]:
+        return time_structures(
+            model, structures, space.candidates, budget.batch_size, stopwatch=stopwatch, progress=progress
+        )
+
+    timings: list[StructureTiming] = []
+    if goal < 1:
+        gain = 1.0  # time saved over what the latency model says is saved
+        while len(timings) < MAX_TIMINGS:
+            k, kept = _propose(latency_model, space, goal, gain)
+            if any((k, kept) == (timing.num_blocks, timing.hidden_features) for timing in timings):
+                break
+            timings += measure((k, kept))
+            if abs(timings[-1].ratio / goal - 1) <= CLOSE:
+                break
+            gain = _gain(latency_model, goal, timings)
+        best = min(timings, key=lambda timing: abs(timing.ratio - goal))
+        if abs(best.ratio / goal - 1) <= TOLERANCE:
+            return space.plan(
+                budget,
+                goal * latency_model.original_ms,
+                best.num_blocks,
+                best.hidden_features,
+                latency=PlannedLatency(latency_model, goal, best.ratio, tuple(timings)),
+            )
+    ends = measure((space.counts[-1], 0), (space.counts[0], space.widths[-1]))
+    raise BudgetError(_not_met(budget, goal, latency_model, space, timings, ends))
+
+
+def _saving(model: LatencyModel, k: int, kept: int) -> float:
+    """The share of the original's latency that a structure saves by the latency model, above 0."""
+    return max(1 - model.predict(k, kept) / model.original_ms, 1e-4)
+
+
+def _gain(model: LatencyModel, goal: float, timings: list[StructureTiming]) -> float:
+    """Time saved over what the latency model says is saved: of all structures near the goal, to average noise out."""
+    near = [timing for timing in timings if abs(timing.ratio / goal - 1) <= 2 * TOLERANCE] or timings[-1:]
+    predicted = sum(_saving(model, timing.num_blocks, timing.hidden_features) for timing in near)
+    return max(sum(1 - timing.ratio for timing in near), 0.01) / predicted
+
+
+def _propose(model: LatencyModel, space: SearchSpace, goal: float, gain: float) -> tuple[int, int]:
+    """The fewest blocks that save enough, and the most hidden nodes with which they still do.
+
+    The nearest structure where none does.
+    """
+    wanted = 1 - goal
+    k = next((k for k in space.counts if gain * _saving(model, k, 0) >= wanted), space.counts[-1])
+    kept = max((h for h in space.widths if gain * _saving(model, k, h) >= wanted), default=0)
+    return k, kept
+
+
+def _not_met(
+    budget: Budget,
+    goal: float,
+    model: LatencyModel,
+    space: SearchSpace,
+    timings: list[StructureTiming],
+    ends: tuple[StructureTiming, ...],
+) -> str:
+    """Say what was asked, what the structures can meet, and what came nearest."""
+    original = model.original_ms
+    low, high = (end.ratio for end in ends)
+    nearest = min((*timings, *ends), key=lambda timing: abs(timing.ratio - goal))
+    return (
+        f"{budget.unit}={budget.value!r} asks for {goal:.4f} of the original's {original:.3f} ms at batch "
+        f"{model.batch_size}; measured, {len(space.candidates)} candidate blocks reach {low:.4f} to {high:.4f} "
+        f"({low * original:.3f} to {high * original:.3f} ms). Nearest is {nearest.ratio:.4f}, {nearest.num_blocks} "
+        f"blocks with {nearest.hidden_features} hidden nodes each." + (space.more_blocks() if goal < low else "")
+    )
