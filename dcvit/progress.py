@@ -14,7 +14,7 @@ from tqdm import tqdm
 __all__ = ["Progress", "TerminalProgress", "silent"]
 
 Progress = Callable[[str, int, int, float], None]
-"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"trial of block 3"`."""
+"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"trials"`."""
 
 
 def silent(stage: str, done: int, total: int, loss: float) -> None:
