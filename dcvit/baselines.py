@@ -11,7 +11,7 @@ from dcvit.models import adapter_for, require_supported
 from dcvit.planning import choose_candidates
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, run_trials
-from dcvit.recovery import Recovery, find_learning_rate, recover
+from dcvit.recovery import Recovery, find_learning_rate, mimicking_loss, output_tokens, recover
 from dcvit.seeding import derive_seed
 from dcvit.surgery import drop_block
 
@@ -65,13 +65,15 @@ def block_dropping(
             seed=derive_seed(seed, "learning rate"), impl=impl, progress=progress,
         )  # fmt: skip
         config = replace(config, recovery=replace(config.mimicking, learning_rate=rate))
+    targets = output_tokens(teacher, images.normalised, config.mimicking.batch_size)
     trials, _ = run_trials(
         teacher,
         images,
         candidates,
         lambda block: drop_block(teacher, block),
-        lambda student, recovery: recovery.loss_after,
+        lambda student: mimicking_loss(student, targets, images, config.mimicking, impl=impl),
         config,
+        num_chosen=num_blocks,
         progress=progress,
     )
     blocks = tuple(trial.block for trial in trials[:num_blocks])

@@ -48,7 +48,7 @@ class AugmentationConfig:
         flip: Probability of a horizontal flip.
         color_jitter: Largest relative change of brightness, contrast and saturation (the last for RGB only).
         num_views: How many random views of each image there are; epochs cycle through them, and the teacher sees each
-            only once. They are held in memory. `None` draws new ones every epoch.
+            only once. They are held in memory with the teacher's tokens. `None` draws new ones every epoch.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -129,6 +129,12 @@ class MimickingConfig:
             compressed one. `"around"`: one block before the first compressed one to one after the last.
             `"all"`: everything but the head. The head, and what pools for it, is always frozen.
         augmentation: Random views; `None` shows the images as they are, and computes the teacher's tokens once.
+        lock_step: Of the students that train together (all candidates of the trials, all learning rates), how many go
+            through a batch at once. Activations of so many are in memory, but weights and optimiser states of all.
+            Changes nothing else.
+        halving: Whether hopeless trials stop early: twice, the worse half by metric loss, but never so many that fewer
+            blocks are left than are to be compressed. Of blocks that come out close together it may choose others;
+            `dcvit.ranking.RUNGS` says when they stop, and what was measured.
     """
 
     epochs: int = 100
@@ -140,6 +146,8 @@ class MimickingConfig:
     tokens: Tokens = "all"
     updated: Updated = "front"
     augmentation: AugmentationConfig | None = field(default_factory=AugmentationConfig)
+    lock_step: int = 4
+    halving: bool = False
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
@@ -156,6 +164,8 @@ class MimickingConfig:
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _check_choice("tokens", self.tokens, Tokens)
         _check_choice("updated", self.updated, Updated)
+        _check(self.lock_step >= 1, "lock_step", self.lock_step, "1 or more")
+        _check(isinstance(self.halving, bool), "halving", self.halving, "True or False")
 
 
 @dataclass(frozen=True)
@@ -267,6 +277,9 @@ class CompressionConfig:
 
         For DeiT and Swin set β to 1: `replace(config.synthesis, tv_exponent=1.0)`.
 
+        The trials train in lock step: random views are drawn once for all of them, not anew for each block. Nothing
+        else differs from trials one after another.
+
         Args:
             **changes: Fields to change, for example `seed=2021`.
         """
@@ -280,6 +293,7 @@ class CompressionConfig:
                 tokens="all",
                 updated="front",
                 augmentation=AugmentationConfig(),
+                halving=False,
             ),
             synthesis=SynthesisConfig(
                 num_images=50,

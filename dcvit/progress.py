@@ -14,7 +14,7 @@ from tqdm import tqdm
 __all__ = ["Progress", "TerminalProgress", "silent"]
 
 Progress = Callable[[str, int, int, float | None], None]
-"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"trial of block 3"`.
+"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"trials"`.
 
 The loss is `None` in a stage that has none, such as timing.
 """

@@ -3,12 +3,16 @@
 Source: DC-ViT (arXiv 2403.18708), section 3.2. The loss is the mean squared error between all output tokens of student
 and teacher after the final norm; only the front part of the student is updated, which is both more accurate than
 updating everything and cheaper in the backward pass.
+
+Several students of one teacher train in lock step: they see the same batches, drawn once, and share what the teacher
+makes of them. What a student learns does not depend on the others.
 """
 
 import copy
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +25,26 @@ from dcvit.ops import Impl, mimic_loss
 from dcvit.optimisation import warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.seeding import seeded
+from dcvit.surgery import share_parameters
 
-__all__ = ["Recovery", "find_learning_rate", "mimicking_loss", "output_tokens", "recover", "updated_parameters"]
+__all__ = [
+    "Candidate",
+    "Recovery",
+    "Selection",
+    "find_learning_rate",
+    "mimicking_loss",
+    "output_tokens",
+    "recover",
+    "recover_together",
+    "updated_parameters",
+]
 
 HELD_OUT_SHARE = 0.2
 """Share of the few-shot images on which learning rates are compared."""
+
+Selection = Callable[[int, Mapping[int, nn.Module]], Collection[int]]
+"""Called as selection(epochs done, the students that still train, by position) after each epoch; gives the positions
+of those that go on."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class Recovery:
         loss_after: The same after the last step.
         losses: Training loss of each epoch.
         learning_rate: The peak learning rate.
-        seconds: Wall-clock time.
+        seconds: Wall-clock time; of students that train together each has an equal share.
     """
 
     loss_before: float
@@ -45,6 +64,21 @@ class Recovery:
     losses: tuple[float, ...]
     learning_rate: float
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A student that is to recover.
+
+    Attributes:
+        student: The cut model.
+        blocks: Its compressed blocks, which decide what is updated.
+        learning_rate: The peak; `None` is the config's.
+    """
+
+    student: nn.Module
+    blocks: tuple[int, ...]
+    learning_rate: float | None = None
 
 
 def recover(
@@ -77,71 +111,234 @@ def recover(
     Raises:
         ValueError: If the learning rate is `"auto"`.
     """
-    if config.learning_rate == "auto":
-        raise ValueError("learning_rate='auto': recover needs a number, find_learning_rate finds one.")
-    start = time.perf_counter()
-    parameters = updated_parameters(student, blocks, config)
-    student.eval().requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    weight = token_weight(student, images, config)
-    targets = output_tokens(teacher, images.normalised, config.batch_size)
-    loss_before = mimicking_loss(student, targets, images, config, impl=impl)
+    (recovery,) = recover_together(
+        [Candidate(student, tuple(blocks))], teacher, images, config,
+        seed=seed, impl=impl, progress=progress, stage=stage,
+    )  # fmt: skip
+    return recovery
 
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    losses: list[float] = []
+
+def recover_together(
+    candidates: Sequence[Candidate],
+    teacher: nn.Module,
+    images: FewShotImages,
+    config: MimickingConfig,
+    *,
+    selection: Selection | None = None,
+    seed: int = 0,
+    impl: Impl = "auto",
+    progress: Progress = silent,
+    stage: str = "recovery",
+) -> tuple[Recovery, ...]:
+    """Train several students in lock step, in place, each as `recover` would alone with the same seed.
+
+    Args:
+        candidates: The students; their weights change.
+        teacher: The original; untouched.
+        images: The few-shot set.
+        config: Of all; `lock_step` says how many go through a batch at once.
+        selection: Which students go on after each epoch; `None` trains all to the end.
+        seed: Orders and augments the images.
+        impl: Implementation of the ops.
+        progress: Told after each epoch, with the smallest training loss.
+        stage: The name under which it is told.
+
+    Returns:
+        How each went, in the order of the candidates.
+
+    Raises:
+        ValueError: If a learning rate is `"auto"`.
+    """
+    mark = time.perf_counter()
+    runs = [_Run(candidate, teacher, config) for candidate in candidates]
+    running = runs
     with seeded(seed, "recovery"):
-        views = _Views(teacher, images, targets, config)
+        views = _Views(teacher, images, {run.start for run in runs}, config)
+        weight = _token_weight(views.targets, config)
+        before = [mimicking_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
         for epoch in range(config.epochs):
-            rate = config.learning_rate * warmup_cosine(epoch, config.epochs, config.warmup_epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            total = 0.0
+            for run in running:
+                run.begin_epoch(warmup_cosine(epoch, config.epochs, config.warmup_epochs))
             for indices in torch.randperm(len(images)).split(config.batch_size):
-                chosen = indices.tolist()
-                inputs, target = views.of(epoch, chosen)
-                loss = mimic_loss(adapter_for(student).tokens(student, inputs), target, weight=weight, impl=impl)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                total += loss.item() * len(chosen)
-            losses.append(total / len(images))
-            progress(stage, epoch + 1, config.epochs, losses[-1])
-    student.requires_grad_(False)
-    return Recovery(
-        loss_before=loss_before,
-        loss_after=mimicking_loss(student, targets, images, config, impl=impl),
-        losses=tuple(losses),
-        learning_rate=config.learning_rate,
-        seconds=time.perf_counter() - start,
+                batch = views.of(epoch, indices.tolist())
+                for first in range(0, len(running), config.lock_step):
+                    _step(running[first : first + config.lock_step], batch, weight, impl)
+            for run in running:
+                run.end_epoch(len(images))
+            mark = _charge(running, mark)
+            progress(stage, epoch + 1, config.epochs, _smallest([run.losses[-1] for run in running]))
+            if selection is not None:
+                going = selection(epoch + 1, {i: run.student for i, run in enumerate(runs) if run in running})
+                running = [run for i, run in enumerate(runs) if i in going]
+    for run in runs:
+        run.student.requires_grad_(False)
+    after = [mimicking_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
+    _charge(runs, mark)
+    return tuple(
+        Recovery(loss_before, loss_after, tuple(run.losses), run.peak, run.seconds)
+        for run, loss_before, loss_after in zip(runs, before, after, strict=True)
     )
 
 
-class _Views:
-    """What the student sees in each epoch, and the teacher's tokens for it."""
+class _Run:
+    """The recovery of one student while it lasts.
 
-    def __init__(self, teacher: nn.Module, images: FewShotImages, tokens: Tensor, config: MimickingConfig) -> None:
-        self._teacher, self._images, self._config = teacher, images, config
+    Attributes:
+        student: The student.
+        peak: The peak learning rate.
+        start: The block from which the student is computed. All before it is the teacher's, and stays so.
+        losses: Training loss of each epoch so far.
+        seconds: So far.
+    """
+
+    def __init__(self, candidate: Candidate, teacher: nn.Module, config: MimickingConfig) -> None:
+        rate = config.learning_rate if candidate.learning_rate is None else candidate.learning_rate
+        if rate == "auto":
+            raise ValueError("learning_rate='auto': recover needs a number, find_learning_rate finds one.")
+        self.student, self.peak = candidate.student, rate
+        updated = updated_parameters(self.student, candidate.blocks, config)
+        self.student.eval().requires_grad_(False)
+        for parameter in updated:
+            parameter.requires_grad_(True)
+        self.start = _shared_prefix(self.student, teacher, updated)
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self._adapter = adapter_for(self.student)
+        self._depth = len(self._adapter.cost(self.student).blocks)
+        self._optimizer = torch.optim.AdamW(updated, lr=rate, weight_decay=config.weight_decay, fused=True)
+        self._total = 0.0
+
+    def begin_epoch(self, share: float) -> None:
+        """Train at a share of the peak learning rate."""
+        self._total = 0.0
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.peak * share
+
+    def tokens(self, batch: "_Batch") -> Tensor:
+        """Output tokens `[B, N, D]`."""
+        given = batch.given[self.start]
+        if self.start == 0:
+            return self._adapter.tokens(self.student, given)
+        blocks = self._adapter.run_blocks(self.student, given, self.start, self._depth)
+        return self._adapter.final_norm(self.student, blocks)
+
+    def step(self, loss: float, num_images: int) -> None:
+        """Follow the gradient, which is not kept."""
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._total += loss * num_images
+
+    def end_epoch(self, num_images: int) -> None:
+        """Note the epoch's loss."""
+        self.losses.append(self._total / num_images)
+
+
+def _shared_prefix(student: nn.Module, teacher: nn.Module, updated: Sequence[nn.Parameter]) -> int:
+    """How many of the student's first blocks, with the stem before them, are the teacher's and not updated."""
+    adapter, changing = adapter_for(student), {id(parameter) for parameter in updated}
+    depth = len(adapter.cost(student).blocks)
+    for block in range(depth):
+        ours, theirs = (adapter.parameters(model, block, block) for model in (student, teacher))
+        if len(ours) != len(theirs) or any(id(parameter) in changing for parameter in ours):
+            return block
+        if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
+            return block
+    return depth
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some views.
+
+    Attributes:
+        given: What a student takes that is computed from a block on, by block: the views `[B, C, H, W]` from 0 on,
+            else the teacher's tokens before the block, `[B, N, D]`.
+        target: The teacher's output tokens, `[B, N, D]`.
+    """
+
+    given: Mapping[int, Tensor]
+    target: Tensor
+
+    def of(self, chosen: Sequence[int]) -> "_Batch":
+        """The chosen ones of them."""
+        return _Batch({start: values[chosen] for start, values in self.given.items()}, self.target[chosen])
+
+
+class _Views:
+    """What students see in each epoch, and what the teacher makes of it.
+
+    Args:
+        teacher: The original.
+        images: The few-shot set.
+        starts: The blocks from which students are computed.
+        config: How.
+
+    Attributes:
+        targets: The teacher's output tokens for the unaugmented images, `[N, T, D]`.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, images: FewShotImages, starts: Collection[int], config: MimickingConfig
+    ) -> None:
+        self._teacher, self._images, self._starts, self._config = teacher, images, sorted(starts), config
         augmentation = config.augmentation
         everyone = range(len(images))
-        self._fixed: list[tuple[Tensor, Tensor]] | None = None
+        self._fixed: list[_Batch] | None = None
         if augmentation is None:
-            self._fixed = [(images.normalised, tokens)]
-        elif augmentation.num_views is not None:
+            self._fixed = [self._see(images.normalised)]
+            self.targets = self._fixed[0].target
+            return
+        self.targets = output_tokens(teacher, images.normalised, config.batch_size)
+        if augmentation.num_views is not None:
             count = min(augmentation.num_views, config.epochs)
             self._fixed = [self._draw(everyone, augmentation) for _ in range(count)]
 
-    def of(self, epoch: int, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Views `[B, C, H, W]` of the chosen images and the teacher's tokens `[B, N, D]` for them."""
+    def of(self, epoch: int, chosen: Sequence[int]) -> _Batch:
+        """Views of the chosen images."""
         if self._fixed is not None:
-            views, tokens = self._fixed[epoch % len(self._fixed)]
-            return views[chosen], tokens[chosen]
+            return self._fixed[epoch % len(self._fixed)].of(chosen)
         assert self._config.augmentation is not None
         return self._draw(chosen, self._config.augmentation)
 
-    def _draw(self, chosen: Sequence[int], augmentation: AugmentationConfig) -> tuple[Tensor, Tensor]:
-        views = augment(self._images, chosen, augmentation)
-        return views, output_tokens(self._teacher, views, self._config.batch_size)
+    def _draw(self, chosen: Sequence[int], augmentation: AugmentationConfig) -> _Batch:
+        return self._see(augment(self._images, chosen, augmentation))
+
+    @torch.no_grad()
+    def _see(self, views: Tensor) -> _Batch:
+        """Run the teacher once, and keep its tokens where a student starts."""
+        adapter, teacher = adapter_for(self._teacher), self._teacher
+        depth = len(adapter.cost(teacher).blocks)
+        kept: dict[int, list[Tensor]] = {start: [] for start in self._starts}
+        outputs: list[Tensor] = []
+        for images in views.split(self._config.batch_size):
+            tokens, at = adapter.embed(teacher, images), 0
+            for start in self._starts:
+                tokens, at = adapter.run_blocks(teacher, tokens, at, start), start
+                kept[start].append(tokens if start > 0 else images)
+            outputs.append(adapter.final_norm(teacher, adapter.run_blocks(teacher, tokens, at, depth)))
+        return _Batch({start: torch.cat(parts) for start, parts in kept.items()}, torch.cat(outputs))
+
+
+def _step(runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl) -> None:
+    """One gradient step of each student on the same batch; their activations are alive together."""
+    tokens = torch.stack([run.tokens(batch) for run in runs])
+    losses = mimic_loss(tokens, batch.target, weight=weight, impl=impl)
+    losses.backward(torch.ones_like(losses))  # each student's gradient is that of its own loss
+    for run, loss in zip(runs, losses.tolist(), strict=True):
+        run.step(loss, len(batch.target))
+
+
+def _charge(runs: Sequence[_Run], since: float) -> float:
+    """Share the time since a mark equally; the new mark."""
+    now = time.perf_counter()
+    for run in runs:
+        run.seconds += (now - since) / len(runs)
+    return now
+
+
+def _smallest(losses: Sequence[float]) -> float:
+    """The smallest loss of those that have not diverged, NaN if all have."""
+    return min((loss for loss in losses if not math.isnan(loss)), default=math.nan)
 
 
 def find_learning_rate(
@@ -157,8 +354,8 @@ def find_learning_rate(
 ) -> float:
     """The learning rate that recovers best, judged on images held out of the recovery.
 
-    Each candidate recovers a copy of the student on four fifths of the images; the fifth left out decides. A single
-    image serves both ends. The student is not changed.
+    Each candidate recovers a copy of the student on four fifths of the images, all in lock step; the fifth left out
+    decides. A single image serves both ends. The student is not changed.
 
     Args:
         student: A cut model.
@@ -175,24 +372,16 @@ def find_learning_rate(
     held_out = max(1, round(len(images) * HELD_OUT_SHARE))
     judged, used = images.subset(order[:held_out]), images.subset(order[held_out:] or order)
     target = output_tokens(teacher, judged.normalised, config.batch_size)
-    scores: dict[float, float] = {}
-    for rate in config.learning_rates:
-        copied = copy.deepcopy(student)
-        settings = replace(config, learning_rate=rate)
-        recover(
-            copied,
-            teacher,
-            used,
-            blocks,
-            settings,
-            seed=seed,
-            impl=impl,
-            progress=progress,
-            stage=f"learning rate {rate:g}",
-        )
-        loss = mimicking_loss(copied, target, judged, config, impl=impl)
-        scores[rate] = loss if loss == loss else float("inf")  # a diverged recovery scores NaN
-    return min(scores, key=scores.__getitem__)
+    candidates = [Candidate(copy.deepcopy(student), tuple(blocks), rate) for rate in config.learning_rates]
+    for candidate in candidates[1:]:
+        updated = updated_parameters(candidate.student, blocks, config)
+        share_parameters(candidate.student, candidates[0].student, but=updated)
+    recover_together(
+        candidates, teacher, used, config, seed=seed, impl=impl, progress=progress, stage="learning rates"
+    )  # fmt: skip
+    losses = [mimicking_loss(candidate.student, target, judged, config, impl=impl) for candidate in candidates]
+    ranks = [math.inf if math.isnan(loss) else loss for loss in losses]  # a diverged recovery's loss is NaN
+    return config.learning_rates[ranks.index(min(ranks))]
 
 
 def updated_parameters(student: nn.Module, blocks: Sequence[int], config: MimickingConfig) -> list[nn.Parameter]:
@@ -209,12 +398,11 @@ def updated_parameters(student: nn.Module, blocks: Sequence[int], config: Mimick
     return adapter.parameters(student, first, last)
 
 
-def token_weight(student: nn.Module, images: FewShotImages, config: MimickingConfig) -> Tensor | None:
-    """Token weights `[N]` of the loss; `None` weighs all alike."""
+def _token_weight(targets: Tensor, config: MimickingConfig) -> Tensor | None:
+    """Token weights `[T]` of the loss against tokens `[N, T, D]`; `None` weighs all alike."""
     if config.tokens == "all":
         return None
-    tokens = output_tokens(student, images.normalised[:1], 1)
-    weight = tokens.new_zeros(tokens.shape[1])
+    weight = targets.new_zeros(targets.shape[1])
     weight[0] = 1
     return weight
 
@@ -232,4 +420,4 @@ def mimicking_loss(
 ) -> float:
     """The mimicking loss of a student on the unaugmented images, against the teacher's tokens `[N, T, D]`."""
     tokens = output_tokens(student, images.normalised, config.batch_size)
-    return float(mimic_loss(tokens, targets, weight=token_weight(student, images, config), impl=impl))
+    return float(mimic_loss(tokens, targets, weight=_token_weight(targets, config), impl=impl))

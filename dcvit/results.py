@@ -517,6 +517,7 @@ def _trial(values: Mapping[str, Any]) -> Trial:
     recovery, reconstruction, profile = values["recovery"], values["reconstruction"], values.get("recoverability")
     return Trial(
         **{
+            "epochs": 0 if recovery is None else len(recovery["losses"]),  # earlier versions did not write it
             **values,
             "recovery": None if recovery is None else _recovery(recovery),
             "reconstruction": None if reconstruction is None else _reconstruction(reconstruction),

@@ -4,7 +4,7 @@ Source: DC-ViT (arXiv 2403.18708), section 3.1. Cuts return a new model and leav
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from dcvit.models import MlpHalf, adapter_for
 from dcvit.ops import Impl
 from dcvit.seeding import seeded
 
-__all__ = ["choose_impl", "compress_block", "draw_kept_nodes", "drop_block", "unrecovered"]
+__all__ = ["choose_impl", "compress_block", "draw_kept_nodes", "drop_block", "share_parameters", "unrecovered"]
 
 
 def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: int) -> tuple[int, ...]:
@@ -64,3 +64,19 @@ def unrecovered(model: nn.Module, hidden_features: Mapping[int, int]) -> nn.Modu
     for block, kept in hidden_features.items():
         adapter_for(student).compress_block(student, block, range(kept))
     return student
+
+
+def share_parameters(model: nn.Module, source: nn.Module, *, but: Collection[nn.Parameter]) -> None:
+    """In place: parameters of a model become those of another, where name and values agree, to save their memory.
+
+    Args:
+        model: Its parameters are replaced.
+        source: Whose parameters it gets.
+        but: Parameters of the model that stay its own, because they will change.
+    """
+    own, theirs = {id(parameter) for parameter in but}, dict(source.named_parameters())
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            twin = theirs.get(f"{prefix}.{name}" if prefix else name)
+            if twin is not None and id(parameter) not in own and torch.equal(parameter, twin):
+                setattr(module, name, twin)

@@ -51,7 +51,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 @pytest.mark.parametrize(
     ("recovery", "stage"),
-    [([], "reconstruction: loss"), (MIMICKING, "trial of block 4: loss")],
+    [([], "reconstruction: loss"), (MIMICKING, "trials: loss")],
     ids=["default", "mimicking"],
 )
 def test_compress_a_timm_model_from_photographs(
@@ -429,15 +429,15 @@ def test_progress_shows_loss_and_time(terminal: bool) -> None:
     screen = Screen(terminal)
     progress = TerminalProgress(screen, interval=0.0)  # type: ignore[arg-type]
     for done in range(1, 4):
-        progress("trial of block 3", done, 3, 0.5 / done)
+        progress("trials", done, 3, 0.5 / done)
     lines = screen.text.splitlines()
-    assert lines[-1].startswith("trial of block 3: loss 0.1667")
+    assert lines[-1].startswith("trials: loss 0.1667")
     if terminal:
         assert "\r" in screen.text
         assert "%" in screen.text
     else:
         assert "\r" not in screen.text
-        assert lines[0].startswith("trial of block 3: 1/3, loss 0.5, ")
+        assert lines[0].startswith("trials: 1/3, loss 0.5, ")
         assert lines[0].endswith("s left")
 
 

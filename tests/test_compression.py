@@ -242,8 +242,7 @@ def test_progressive_steps_start_from_the_best_trial(model: nn.Module, images: T
             seen.append(stage)
 
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.6), config, progress=progress)
-    trials = [f"trial of block {block}" for block in range(4)]
-    assert seen == ["synthesis", *trials, "compression, block 2 of 3", "compression, block 3 of 3"]
+    assert seen == ["synthesis", "trials", "compression, block 2 of 3", "compression, block 3 of 3"]
     assert result.report.steps[0] == result.report.trials[0].recovery
     assert result.plan.blocks == tuple(trial.block for trial in result.report.trials[:3])
 
@@ -309,6 +308,7 @@ MIMICKING: dict[str, Change] = {
     "tokens": recovery_with(tokens="class"),
     "updated": recovery_with(updated="all"),
     "augmentation": recovery_with(augmentation=None),
+    "halving": lambda c: replace(c, recovery=replace(c.mimicking, halving=not c.mimicking.halving)),
 }
 SYNTHESIS: dict[str, Change] = {
     "num_images": synthesis_with(num_images=4),
@@ -345,7 +345,7 @@ CHANGES = [
     *((base, name, change) for name, change in REST.items() for base in (QUICK, PUBLISHED)),
     *((base, name, change) for name, (base, change) in OF_ONE_PROCEDURE.items()),
 ]
-YARDSTICK = ("synthesis.", "metric")
+YARDSTICK = ("synthesis.", "metric", "mimicking.halving")
 """What changes the trials or what they are judged by; the blocks chosen may stay the same."""
 
 BUDGETS = {"reconstruction": 0.62, "structure": 0.803}
@@ -359,10 +359,11 @@ def field_names(config: Any) -> set[str]:
 def test_every_config_field_is_covered() -> None:
     """`impl` is covered by the tests of the ops; augmentation's own fields by tests/test_images.py.
 
-    `batch_size` of reconstruction changes rounding alone, see the test below.
+    `batch_size` of reconstruction changes rounding alone, see the test below; `lock_step` of mimicking nothing, see
+    tests/test_lock_step.py.
     """
     assert field_names(QUICK.recovery) == RECONSTRUCTION.keys() | {"batch_size"}
-    assert field_names(PUBLISHED.recovery) == MIMICKING.keys()
+    assert field_names(PUBLISHED.recovery) == MIMICKING.keys() | {"lock_step"}
     assert field_names(QUICK.synthesis) == SYNTHESIS.keys()
     assert field_names(QUICK) == REST.keys() | OF_ONE_PROCEDURE.keys() | {"synthesis", "impl"}
 
@@ -423,6 +424,8 @@ def test_the_kind_of_recovery_is_told_apart(config: dcvit.CompressionConfig, acc
         (lambda: dcvit.MimickingConfig(batch_size=0), "batch_size=0"),
         (lambda: dcvit.MimickingConfig(tokens="cls"), "one of 'all', 'class'"),  # type: ignore[arg-type]
         (lambda: dcvit.MimickingConfig(updated="back"), "one of 'front'"),  # type: ignore[arg-type]
+        (lambda: dcvit.MimickingConfig(lock_step=0), "lock_step=0"),
+        (lambda: dcvit.MimickingConfig(halving=2), "halving=2"),  # type: ignore[arg-type]
         (lambda: dcvit.ReconstructionConfig(num_views=0), "num_views=0"),
         (lambda: dcvit.ReconstructionConfig(num_rows=0), "num_rows=0"),
         (lambda: dcvit.ReconstructionConfig(nodes="best"), "one of 'greedy', 'random'"),  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ def test_published_settings() -> None:
     recovery = PAPER.mimicking
     assert (recovery.epochs, recovery.learning_rate, recovery.weight_decay) == (2000, 3e-5, 1e-4)
     assert (recovery.warmup_epochs, recovery.batch_size) == (20, 64)
-    assert (recovery.tokens, recovery.updated) == ("all", "front")
+    assert (recovery.tokens, recovery.updated, recovery.halving) == ("all", "front", False)
     assert recovery.augmentation == dcvit.AugmentationConfig((0.08, 1.0), (3 / 4, 4 / 3), 0.5, 0.3)
     synthesis = PAPER.synthesis
     assert (synthesis.num_images, synthesis.iterations, synthesis.warmup_iterations) == (50, 2000, 100)
@@ -78,7 +78,7 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
 
     updated: list[tuple[list[int], set[str]]] = []
     views: list[Tensor] = []
-    losses: list[str] = []
+    trained_together: list[int] = []
     synthesis_rates: list[float] = []
     real_parameters, real_augment = recovery_module.updated_parameters, recovery_module.augment
     real_loss, real_step = recovery_module.mimic_loss, synthesis_module.synthesis_step
@@ -97,9 +97,9 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
         value = real_loss(student, teacher, weight=weight, impl=impl)
         if student.requires_grad:
             assert weight is None
-            assert student.shape == teacher.shape == (len(student), 5, 8)  # CLS and four patches: all tokens
-            torch.testing.assert_close(value, (student - teacher).square().mean())
-            losses.append("mse")
+            assert student.shape[1:] == teacher.shape == (50, 5, 8)  # CLS and four patches: all tokens
+            torch.testing.assert_close(value, (student - teacher).square().mean(dim=(1, 2, 3)))
+            trained_together.append(len(student))
         return value
 
     def step(*args: Any, **kwargs: Any) -> Tensor:
@@ -120,10 +120,11 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
     # Step 3 first: 50 images, Adam's rate warmed up over 100 iterations (here all of them).
     assert synthesis_rates == [pytest.approx(0.25 * (i + 1) / iterations) for i in range(iterations)]
 
-    # Step 2: blocks 1 to 10 tried one by one in numerical order; step 5: then the chosen ones are added best first.
+    # Step 2: blocks 1 to 10 tried, each alone in its student; step 5: then the chosen ones are added best first.
     order = list(plan.blocks)
     assert [blocks for blocks, _ in updated] == [[b] for b in range(1, 11)] + [order[:2], order[:3]]
     assert order == [trial.block for trial in result.report.trials[:3]]
+    assert [trial.epochs for trial in result.report.trials] == [epochs] * 10, "none stops early"
 
     # What is updated: the stem and all blocks up to one after the last compressed one. Never norm and head.
     for blocks, names in updated:
@@ -139,7 +140,8 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
         assert run.first_kwargs["weight_decay"] == 1e-4
         assert run.rates == [pytest.approx(published_rate(epoch, epochs, 20)) for epoch in range(epochs)]
 
-    # On which images: new random views each epoch, all 50 in one batch; the loss is never scaled.
-    assert len(views) == len(losses) == 12 * epochs
+    # On which images: new random views each epoch, all 50 in one batch, the same for all trials.
+    assert len(views) == (1 + 2) * epochs
+    assert trained_together == [4, 4, 2] * epochs + [1] * 2 * epochs
     assert all(view.shape == (50, 3, 8, 8) for view in views)
     assert not torch.equal(views[0], views[1])
