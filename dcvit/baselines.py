@@ -41,6 +41,7 @@ def block_dropping(
     num_blocks: int,
     config: CompressionConfig,
     *,
+    trials: Sequence[Trial] | None = None,
     progress: Progress = silent,
 ) -> BlockDropping:
     """Drop whole blocks, as PRACTISE (arXiv 2202.07861) does it on a ViT.
@@ -54,6 +55,7 @@ def block_dropping(
         images: The few-shot set.
         num_blocks: How many blocks go.
         config: Candidates, mimicking and seed; the rest is not used.
+        trials: Those of an earlier call with the same model, images and config, which need not be run again.
         progress: Told after each epoch.
     """
     candidates = choose_candidates(require_supported(teacher).cost(teacher), config.candidates)
@@ -66,16 +68,17 @@ def block_dropping(
         )  # fmt: skip
         config = replace(config, recovery=replace(config.mimicking, learning_rate=rate))
     targets = output_tokens(teacher, images.normalised, config.mimicking.batch_size)
-    trials, _ = run_trials(
-        teacher,
-        images,
-        candidates,
-        lambda block: drop_block(teacher, block),
-        lambda student: mimicking_loss(student, targets, images, config.mimicking, impl=impl),
-        config,
-        num_chosen=num_blocks,
-        progress=progress,
-    )
+    if trials is None:
+        trials, _ = run_trials(
+            teacher,
+            images,
+            candidates,
+            lambda block: drop_block(teacher, block),
+            lambda student: mimicking_loss(student, targets, images, config.mimicking, impl=impl),
+            config,
+            num_chosen=num_blocks,
+            progress=progress,
+        )
     blocks = tuple(trial.block for trial in trials[:num_blocks])
     student = drop_blocks(teacher, blocks)
     recovery = recover(
@@ -89,7 +92,7 @@ def block_dropping(
         progress=progress,
         stage=f"recovery without blocks {', '.join(map(str, sorted(blocks)))}",
     )
-    return BlockDropping(adapter_for(student).rebuild(student).eval(), blocks, trials, recovery)
+    return BlockDropping(adapter_for(student).rebuild(student).eval(), blocks, tuple(trials), recovery)
 
 
 def drop_blocks(model: nn.Module, blocks: Sequence[int]) -> nn.Module:

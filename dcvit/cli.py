@@ -603,8 +603,10 @@ def _dropped_points(
     adapter, convention = adapter_for(original), members[-1].plan.budget.convention
     smallest = members[-1].report.student.macs
     models: dict[str, nn.Module] = {"original": original}
+    trials = None
     for count in range(1, len(choose_candidates(adapter.cost(original), None)) + 1):
-        dropped = block_dropping(original, images, count, config, progress=progress)
+        dropped = block_dropping(original, images, count, config, trials=trials, progress=progress)
+        trials = dropped.trials
         blocks = ", ".join(map(str, sorted(dropped.blocks)))
         models[f"without block{'s' if count > 1 else ''} {blocks}"] = dropped.model
         if adapter.cost(dropped.model).total.macs(convention) <= smallest:
