@@ -32,7 +32,7 @@ from dcvit.demo.comparison import (
 from dcvit.errors import DcvitError, ImagesError, SaveFolderError
 from dcvit.evaluation import agreement, top1
 from dcvit.images import FewShotImages, image_files, load_images
-from dcvit.latency import MODES, compare_latency, measure_latency
+from dcvit.latency import MODES, STOPWATCHES, compare_latency, measure_latency
 from dcvit.latency_planning import TOLERANCE
 from dcvit.models import DEMO_MODEL, adapter_for, load_model, preprocessing, require_supported
 from dcvit.planning import UNITS, Budget, choose_candidates
@@ -267,6 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--warmup", type=int, default=10, metavar="N", help="runs before them that do not count")
     latency.add_argument(
         "--modes", type=_modes, default=("eager",), metavar="M,N,…", help="how they run, of " + ", ".join(MODES)
+    )
+    latency.add_argument(
+        "--clock",
+        choices=tuple(STOPWATCHES),
+        default="wall",
+        help="cpu reads the processor time of one thread, for a machine that others load",
     )
     latency.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's choice if not given")
     latency.add_argument("--overwrite", action="store_true", help="replace the FILE of --json if it exists")
@@ -626,6 +632,7 @@ def _latency(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[
         runs=arguments.runs,
         warmup=arguments.warmup,
         modes=arguments.modes,
+        stopwatch=STOPWATCHES[arguments.clock],
         progress=progress,
     )
     values = {
@@ -633,6 +640,7 @@ def _latency(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[
         "batch_size": arguments.batch_size,
         "warmup": arguments.warmup,
         "device": device_name(torch.device(arguments.device)),
+        "clock": arguments.clock,
         "threads": torch.get_num_threads(),
         "load": load,
         "versions": versions(),
@@ -670,7 +678,8 @@ def _show_latency(values: dict[str, Any]) -> str:
     return (
         f"{_table(rows)}\n\n"
         f"{runs} runs of batch {values['batch_size']} in turn, after {values['warmup']} to warm up; "
-        f"{values['device']}, {values['threads']} threads{load}. Peak: weights and activations of one run."
+        f"{values['clock']} clock; {values['device']}, {values['threads']} threads{load}. "
+        "Peak: weights and activations of one run."
     )
 
 
