@@ -36,7 +36,8 @@ from dcvit.export import SUFFIXES, TOLERANCES, compare_rounded, export_model
 from dcvit.family import DEFAULT_SHARES, check_family_folder, sweep
 from dcvit.hub import push_to_hub
 from dcvit.images import FewShotImages, image_files, load_images
-from dcvit.latency import MODES, compare_latency, measure_latency
+from dcvit.latency import MODES, STOPWATCHES, compare_latency, measure_latency
+from dcvit.latency_planning import TOLERANCE
 from dcvit.models import DEMO_MODEL, adapter_for, hub_repository, load_model, preprocessing, require_supported
 from dcvit.planning import UNITS, Budget, choose_candidates
 from dcvit.progress import TerminalProgress
@@ -345,6 +346,12 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--warmup", type=int, default=10, metavar="N", help="runs before them that do not count")
     latency.add_argument(
         "--modes", type=_modes, default=("eager",), metavar="M,N,…", help="how they run, of " + ", ".join(MODES)
+    )
+    latency.add_argument(
+        "--clock",
+        choices=tuple(STOPWATCHES),
+        default="wall",
+        help="cpu reads the processor time of one thread, for a machine that others load",
     )
     latency.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's choice if not given")
     latency.add_argument("--overwrite", action="store_true", help="replace the FILE of --json if it exists")
@@ -702,10 +709,25 @@ def _show_compress(values: dict[str, Any]) -> str:
     nodes = values["plan"]["kept_nodes"]
     kept = ", ".join(f"{block} ({len(nodes[str(block)])})" for block in values["blocks"])
     return (
-        f"{_table(rows)}\n\n"
+        f"{_table(rows)}\n\n{_latency_met(values)}"
         f"Compressed blocks (hidden nodes kept): {kept}; drop ratio {values['drop_ratio']:.4f}; "
         f"{agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
         f"{_saved(values['out'], values['page'])}"
+    )
+
+
+def _latency_met(values: dict[str, Any]) -> str:
+    """Of a latency budget: what was asked, planned and measured at the end, as shares of the original's latency."""
+    planned, finished = values["plan"]["latency"], values["report"]["latency_ratio"]
+    if planned is None:
+        return ""
+    off = finished / planned["goal"] - 1
+    verdict = f"{100 * off:+.1f} % from the goal"
+    if abs(off) > TOLERANCE:
+        verdict += ", more than when planned: measure again with `dcvit latency OUT --original` on an idle machine"
+    return (
+        f"Latency over the original's at batch {planned['model']['batch_size']}: asked {planned['goal']:.4f}, planned "
+        f"structure {planned['ratio']:.4f}, finished model {finished:.4f} ({verdict}).\n"
     )
 
 
@@ -849,6 +871,7 @@ def _latency(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[
         runs=arguments.runs,
         warmup=arguments.warmup,
         modes=arguments.modes,
+        stopwatch=STOPWATCHES[arguments.clock],
         progress=progress,
     )
     values = {
@@ -856,6 +879,7 @@ def _latency(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[
         "batch_size": arguments.batch_size,
         "warmup": arguments.warmup,
         "device": device_name(torch.device(arguments.device)),
+        "clock": arguments.clock,
         "threads": torch.get_num_threads(),
         "load": load,
         "versions": versions(),
@@ -893,7 +917,8 @@ def _show_latency(values: dict[str, Any]) -> str:
     return (
         f"{_table(rows)}\n\n"
         f"{runs} runs of batch {values['batch_size']} in turn, after {values['warmup']} to warm up; "
-        f"{values['device']}, {values['threads']} threads{load}. Peak: weights and activations of one run."
+        f"{values['clock']} clock; {values['device']}, {values['threads']} threads{load}. "
+        "Peak: weights and activations of one run."
     )
 
 

@@ -192,7 +192,7 @@ def test_latency_of_a_compressed_model_and_its_original(tmp_path: Path, capsys: 
     assert [row["runs"] for row in values["rows"]] == [3, 3]
     assert values["rows"][0]["ratio"] == 1
     assert values["rows"][1]["weight_bytes"] == 4 * result.report.student.params
-    assert values.keys() == {"rows", "batch_size", "warmup", "device", "threads", "load", "versions"}
+    assert values.keys() == {*("rows", "batch_size", "warmup", "device", "clock", "threads", "load", "versions")}
     for row in values["rows"]:
         assert f"{row['median_ms']:.2f}" in text
         assert row["median_ms"] <= row["p95_ms"]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dcvit.latency import (
     example_images,
     in_mode,
     measure_latency,
+    time_cpu,
     time_forward,
 )
 from dcvit.latency_model import LatencyModel, calibrate
@@ -134,6 +136,24 @@ def test_time_forward_runs_the_model_once() -> None:
     assert time_forward(Counting(), images) > 0
     assert len(seen) == 1
     assert seen[0] is images
+
+
+def test_processor_time_leaves_out_what_others_take() -> None:
+    class Waiting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.05)  # as a process does that is not scheduled
+            return x
+
+    images = torch.ones(2)
+    assert time_cpu(Waiting(), images) < 0.05 <= time_forward(Waiting(), images)
+    with pytest.raises(dcvit.DcvitError, match="the model is on meta"):
+        time_cpu(Waiting(), images.to("meta"))
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(dcvit.DcvitError, match="2 threads, expected one"):
+            time_cpu(Waiting(), images)
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("limits", [{"runs": 0}, {"warmup": -1}, {"batch_size": 0}, {"modes": ("eager", "int8")}])
