@@ -267,7 +267,7 @@ def test_a_latency_budget_is_reported(
     assert "calibration: loss" not in error
 
     values["report"]["latency_ratio"] = 0.75
-    assert "+7.1 % from the goal, more than when planned" in cli._show_compress({**values, "out": out})
+    assert "+7.1 % from the goal, more than when planned" in cli._show_compress({**values, "out": out, "page": "page"})
 
 
 def test_synthesize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

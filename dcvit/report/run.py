@@ -28,7 +28,16 @@ from dcvit.report.charts import (
 from dcvit.report.family import saved_family_page
 from dcvit.report.page import Figure, Gallery, Key, Page, Picture, Section, Table, Tile, settings_table
 from dcvit.report.svg import Marker
-from dcvit.results import FAMILY_FILE, REPORT_FILE, MetricImages, Record, is_report, read_json, read_record
+from dcvit.results import (
+    FAMILY_FILE,
+    REPORT_FILE,
+    MetricImages,
+    ModelFigures,
+    Record,
+    is_report,
+    read_json,
+    read_record,
+)
 
 __all__ = ["run_page", "write_page", "write_report"]
 
@@ -78,17 +87,17 @@ def write_page(page: Page, path: Path) -> Path:
 def run_page(record: Record) -> Page:
     """The page of a saved result; what the result does not hold is named on it."""
     plan, report = record.plan, record.report
-    share = plan.budget.amount(plan.cost) / _original(record)
+    original, used = (_spent(record, figures) for figures in (report.teacher, report.student))
     nodes = {block: len(plan.kept_nodes[block]) for block in sorted(plan.blocks)}
     listed = ", ".join(f"{block} ({count:,})" for block, count in nodes.items())
     text = [
         f"These blocks lost their attention (hidden nodes that each keeps): {listed}; drop ratio "
         f"{plan.drop_ratio:.3f}. They were chosen among {len(plan.candidates)} candidates with {report.num_images} "
-        f"unlabelled images. The budget was {_budget(record)}; {plan.budget.amount(plan.cost):,} are used.",
+        f"unlabelled images. The budget was {_budget(record)}; {_figure(used)} are used.",
     ]
     sections = [_comparison(record), _trials(record), _architecture(record), _recovery(record), _metric_set(record)]
     return Page(
-        title=f"{report.model}, compressed to {100 * share:.1f}\N{NO-BREAK SPACE}% of its {_unit(record)}",
+        title=f"{report.model}, compressed to {100 * used / original:.1f}\N{NO-BREAK SPACE}% of its {_unit(record)}",
         text=text,
         tiles=tuple(_tiles(record)),
         sections=[*(section for section in sections if section is not None), _time(record), _settings(record)],
@@ -460,20 +469,39 @@ def _data_uri(pixels: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _original(record: Record) -> int:
-    """What the original costs in the budget's unit."""
-    return record.report.teacher.macs if record.plan.budget.unit == "macs" else record.report.teacher.params
+UNIT_NAMES = {
+    "macs": "MACs",
+    "params": "parameters",
+    "file_size": "bytes in a file",
+    "activation_memory": "bytes of activations",
+    "latency": "milliseconds of latency",
+    "latency_ms": "milliseconds of latency",
+}
+
+
+def _spent(record: Record, figures: ModelFigures) -> float:
+    """What a model costs in the budget's unit."""
+    unit = record.plan.budget.unit
+    found: float | None = getattr(figures, "latency_ms" if unit == "latency" else unit)
+    assert found is not None, unit
+    return found
 
 
 def _unit(record: Record) -> str:
-    return "MACs" if record.plan.budget.unit == "macs" else "parameters"
+    return UNIT_NAMES[record.plan.budget.unit]
+
+
+def _figure(value: float) -> str:
+    """Counts in full, times to a few digits."""
+    return f"{value:,}" if isinstance(value, int) else number(value)
 
 
 def _budget(record: Record) -> str:
     budget, plan = record.plan.budget, record.plan
-    fraction = f", {100 * budget.value:g}\N{NO-BREAK SPACE}% of the original" if isinstance(budget.value, float) else ""
+    shared = isinstance(budget.value, float) and budget.unit != "latency_ms"
+    fraction = f", {100 * budget.value:g}\N{NO-BREAK SPACE}% of the original" if shared else ""
     convention = f", {budget.convention.replace('_', ' ')}" if budget.unit == "macs" else ""
-    return f"{plan.target:,} {_unit(record)}{fraction}{convention}"
+    return f"{_figure(plan.target)} {_unit(record)}{fraction}{convention}"
 
 
 def _marked(trials: Sequence[Trial], chosen: set[int]) -> frozenset[int]:
