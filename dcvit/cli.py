@@ -44,7 +44,6 @@ from dcvit.progress import TerminalProgress
 from dcvit.report import FamilyPoint, write_report
 from dcvit.results import (
     DTYPES,
-    FAMILY_FILE,
     CompressionResult,
     check_output_file,
     check_output_folder,
@@ -323,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("folder", metavar="FOLDER", help="a folder that dcvit compress wrote")
     push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; made if there is none")
     push.add_argument("--private", action="store_true", help="a new repository is seen by its owner alone")
+
     latency = command(
         "latency",
         _latency,
@@ -540,14 +540,10 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     images, labels = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
     result = compress(model, images, budget, config, progress=progress)
     base_model = None if arguments.random_weights else hub_repository(arguments.model)
-    report = replace(result.report, model=arguments.model, base_model=base_model)
+    result = replace(result, report=replace(result.report, model=arguments.model, base_model=base_model))
     if labels is not None:
-        report = replace(
-            report,
-            teacher=replace(report.teacher, top1=top1(freeze(model), images.normalised, labels)),
-            student=replace(report.student, top1=top1(result.model, images.normalised, labels)),
-        )
-    result = replace(result, report=report)
+        original = top1(freeze(model), images.normalised, labels)
+        result = _with_top1(result, original, images.normalised, labels)
     result.save(arguments.out, overwrite=arguments.overwrite)
     return {**result.to_dict(), "out": str(arguments.out), "page": str(write_report(arguments.out))}
 
@@ -581,15 +577,15 @@ def _sweep(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[st
         points.append(replace(point, agreement=agreement(member.model, original, judges)))
     if arguments.block_dropping:
         points += _dropped_points(original, images, judges, labels, members, arguments, progress)
-    family.save(arguments.out, overwrite=arguments.overwrite, points=points, judged_on=judged_on)
+    index = family.save(arguments.out, overwrite=arguments.overwrite, points=points, judged_on=judged_on)
     page = write_report(arguments.out)
-    index: dict[str, Any] = json.loads((Path(arguments.out) / FAMILY_FILE).read_text())
     return {**index, "seconds": seconds, "out": str(arguments.out), "page": str(page)}
 
 
 def _with_top1(
     result: CompressionResult, original: float, images: torch.Tensor, labels: torch.Tensor
 ) -> CompressionResult:
+    """A result with top-1 on labelled images; the original's is given, for it serves several results."""
     report = result.report
     student = replace(report.student, top1=top1(result.model, images, labels))
     return replace(result, report=replace(report, teacher=replace(report.teacher, top1=original), student=student))

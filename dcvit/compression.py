@@ -83,8 +83,11 @@ def compress(
     with timer("metric set"):
         if metric_set is None:
             metric_set = make_metric_set(teacher, few_shot, config, progress)
-    procedure = _published if isinstance(config.recovery, MimickingConfig) else _reconstructed
-    outcome = procedure(teacher, few_shot, metric_set, planned, config, timer, progress)
+    if isinstance(config.recovery, MimickingConfig):
+        outcome = _published(teacher, few_shot, metric_set, planned, config, timer, progress)
+    else:
+        prepared = prepare(teacher, few_shot, metric_set, planned, config, timer, progress)
+        outcome = compress_prepared(prepared, planned, config, timer, progress=progress)
     return finish(model, original, few_shot, metric_set, outcome, config, timer, stopwatch)
 
 
@@ -140,20 +143,6 @@ def _published(
             teacher, ranking.student, images, chosen_plan, config, first=first, progress=progress
         )
     return Outcome(student, chosen_plan, ranking.trials, steps[-1].learning_rate, steps=steps)
-
-
-def _reconstructed(
-    teacher: nn.Module,
-    images: FewShotImages,
-    metric_set: MetricSet,
-    planned: Plan,
-    config: CompressionConfig,
-    timer: Timer,
-    progress: Progress,
-) -> Outcome:
-    """Block reconstruction, in the trials and of the chosen blocks; then mimicking that cannot harm."""
-    prepared = prepare(teacher, images, metric_set, planned, config, timer, progress)
-    return compress_prepared(prepared, planned, config, timer, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -409,6 +398,7 @@ def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
 def make_metric_set(
     teacher: nn.Module, images: FewShotImages, config: CompressionConfig, progress: Progress
 ) -> MetricSet:
+    """What blocks are ranked on, as `config.metric_set` names it."""
     if config.metric_set == "images":
         return MetricSet(images.normalised)
     return synthesize(teacher, config.synthesis, seed=config.seed, impl=config.impl, progress=progress)

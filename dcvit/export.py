@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dcvit._version import __version__
 from dcvit.errors import DtypeError, ExportError, SaveFolderError
 from dcvit.models import adapter_for, preprocessing
-from dcvit.results import DTYPES, cast_weights
+from dcvit.results import DTYPES, cast_weights, check_output_file
 from dcvit.seeding import seeded
 from dcvit.surgery import choose_impl
 
@@ -156,10 +156,7 @@ def _check(path: Path, format: ExportFormat, dtype: torch.dtype, overwrite: bool
         problem = "is a folder" if path.is_dir() else f"does not end in {SUFFIXES[format]}"
         raise SaveFolderError(f"{str(path)!r} {problem}: name a file, such as model{SUFFIXES[format]}.")
     for file in (path, path.with_name(path.name + ".data")):
-        if file.exists() and not overwrite:
-            raise SaveFolderError(
-                f"{str(file)!r} exists: name another file, or replace it with overwrite=True (--overwrite)."
-            )
+        check_output_file(file, overwrite=overwrite)
 
 
 def _plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:

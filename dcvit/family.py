@@ -99,21 +99,24 @@ class Family:
         if latency_ms is not None:
             return self._within_latency(latency_ms, progress)
         budget = Budget(macs=macs, params=params, convention=self._convention)
-        original = self.original.macs if budget.unit == "macs" else self.original.params
-        value = budget.value
-        target = int(value * original) if isinstance(value, float) else value
-        fitting = [member for member in self.members if self._amount(member, budget) <= target]
-        best = max(fitting, key=lambda member: self._amount(member, budget), default=None)
-        if best is not None and target - self._amount(best, budget) <= NEAR * original:
+        original: int = getattr(self.original, budget.unit)
+        target = budget.target_of(original)
+
+        def amount(member: CompressionResult) -> int:
+            spent: int = getattr(member.report.student, budget.unit)
+            return spent
+
+        best = max((m for m in self.members if amount(m) <= target), key=amount, default=None)
+        if best is not None and target - amount(best) <= NEAR * original:
             return best
         if self._search is not None:
             return self._add(budget, progress)
         if best is not None:
             return best
-        smallest = min(self._amount(member, budget) for member in self.members)
+        smallest = min(map(amount, self.members))
         raise BudgetError(
-            f"{budget.unit}={value!r} asks for {target:,}: the smallest member has {smallest:,}. Ask for more, or "
-            "sweep again with this budget."
+            f"{budget.unit}={budget.value!r} asks for {target:,}: the smallest member has {smallest:,}. Ask for more, "
+            "or sweep again with this budget."
         )
 
     def save(
@@ -123,7 +126,7 @@ class Family:
         overwrite: bool = False,
         points: Sequence[FamilyPoint] | None = None,
         judged_on: str | None = None,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Save every member to a folder of its own, and `family.json`, which lists them.
 
         Args:
@@ -131,6 +134,9 @@ class Family:
             overwrite: Replace an earlier family in that folder. Nothing else is ever replaced.
             points: What the report is to show, where figures other than the members' own are at hand.
             judged_on: The images that those figures are of.
+
+        Returns:
+            What `family.json` holds.
 
         Raises:
             SaveFolderError: If the folder holds something else, or an earlier family and `overwrite` is not set.
@@ -155,6 +161,7 @@ class Family:
         temporary = folder / f"{FAMILY_FILE}.part"
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         temporary.replace(folder / FAMILY_FILE)
+        return index
 
     def points(self) -> list[FamilyPoint]:
         """The original and the members, with their own figures, for `dcvit.report.family_page`."""
@@ -191,13 +198,9 @@ class Family:
     def _convention(self) -> MacConvention:
         return self.members[0].plan.budget.convention
 
-    @staticmethod
-    def _amount(member: CompressionResult, budget: Budget) -> int:
-        return member.report.student.macs if budget.unit == "macs" else member.report.student.params
-
     def _add(self, budget: Budget, progress: Progress) -> CompressionResult:
         assert self._search is not None
-        member = self._search.compress(budget, progress)
+        member = self._search.compress(plan(self._search.original, budget, self._search.config), progress)
         self.members.append(member)
         self.members.sort(key=lambda other: other.report.student.macs, reverse=True)
         return member
@@ -237,11 +240,11 @@ class _Search:
     config: CompressionConfig
     step_sizes: Sequence[float] = STEP_SIZES
 
-    def compress(self, budget: Budget, progress: Progress, *, runs: int = TIMED_RUNS) -> CompressionResult:
-        """A member for a budget, timed in so many runs."""
+    def compress(self, planned: Plan, progress: Progress, *, runs: int = TIMED_RUNS) -> CompressionResult:
+        """A member, timed in so many runs."""
         timer = Timer()
         outcome = compress_prepared(
-            self.prepared, plan(self.original, budget, self.config), self.config, timer,
+            self.prepared, planned, self.config, timer,
             refinement_steps=round(REFINEMENT_SHARE * self.prepared.refinement_steps),
             refinement_step_sizes=self.step_sizes, progress=progress,
         )  # fmt: skip
@@ -293,7 +296,7 @@ def sweep(
     search = _Search(model, original, few_shot, metric_set, prepared, config)
     members: list[CompressionResult] = []
     for planned in plans:
-        member = search.compress(planned.budget, progress, runs=1)
+        member = search.compress(planned, progress, runs=1)
         if not members:  # the first bears the time that all share
             seconds = {**timer.seconds, **member.report.seconds}
             member = replace(member, report=replace(member.report, seconds=seconds))

@@ -364,11 +364,11 @@ def search(
     Returns:
         The plan, and the hidden nodes that each compressed block keeps, by block, best first.
     """
-    cost, budget = require_supported(model).cost(model), fewest.budget
-    block = cost.blocks[fewest.candidates[0]]
-    amount, fixed = _linear_unit(model, budget, cost)
-    saving = math.ceil(fixed + amount(cost.total) - fewest.target)
-    counts = range(fewest.num_blocks, (len(fewest.candidates) if config.num_blocks is None else fewest.num_blocks) + 1)
+    space = search_space(model, config)
+    cost, block = space.cost, space.block
+    amount, beyond = _linear_unit(model, fewest.budget, cost)
+    saving = math.ceil(beyond + amount(cost.total) - fewest.target)
+    counts = [k for k in space.counts if k >= fewest.num_blocks]
     kept = search_structure(
         profiles, saving, amount(block.attention), amount(block.hidden_node), counts, round_to=config.round_to
     )

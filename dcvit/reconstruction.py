@@ -318,13 +318,11 @@ def error_curve(
         The hidden nodes, most useful first (all, or `CURVE`'s last share but one of them), and the held-out error by
         number of nodes, see `Reconstruction`. Both empty if the block has no output layer to solve for.
     """
-    adapter = adapter_for(student)
-    hidden = adapter.hidden_features(student, block)
-    whole = compress_block(student, block, range(hidden))
-    module, found = adapter.block(whole, block), adapter.output_layer(whole, block)
+    module, found = _with_all_nodes(student, block)
     if found is None:
         return (), {}
     layer, scale = found
+    hidden = layer.in_features
     used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
     judge = used
     if bool(rows.held_out.any()):
@@ -332,8 +330,7 @@ def error_curve(
     counts = sorted({round(share * hidden) for share in CURVE})
     most = max((count for count in counts if count < hidden), default=0)
     if config.nodes == "random":
-        order = torch.tensor(draw_kept_nodes(student, block, hidden, seed))
-        order = order[torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))]
+        order = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))
     else:
         order = select_inputs(used, most)
     anchor, constant = _anchor(layer, scale), layer.bias is not None
@@ -367,13 +364,18 @@ def choose_nodes(
     """
     if config.nodes == "random" or count == 0:
         return draw_kept_nodes(student, block, count, seed)
-    adapter = adapter_for(student)
-    all_nodes = compress_block(student, block, range(adapter.hidden_features(student, block)))
-    layer = adapter.output_layer(all_nodes, block)
-    if layer is None:
+    module, found = _with_all_nodes(student, block)
+    if found is None:
         return draw_kept_nodes(student, block, count, seed)
-    equations = NormalEquations.of(_equations(adapter.block(all_nodes, block), layer[0], rows.thinned()))
+    equations = NormalEquations.of(_equations(module, found[0], rows.thinned()))
     return tuple(select_inputs(equations, count).tolist())
+
+
+def _with_all_nodes(student: nn.Module, block: int) -> tuple[nn.Module, tuple[nn.Linear, Tensor | None] | None]:
+    """A copy of a block without its attention that keeps every hidden node, and its output layer, see the adapter."""
+    adapter = adapter_for(student)
+    whole = compress_block(student, block, range(adapter.hidden_features(student, block)))
+    return adapter.block(whole, block), adapter.output_layer(whole, block)
 
 
 @torch.no_grad()

@@ -68,14 +68,15 @@ def search_structure(
     unit = -(-max(1, hidden // LEVELS) // round_to) * round_to
     levels = hidden // unit
     found: list[tuple[float, dict[int, int]]] = []
-    tables = _best_sums(blocks, levels, unit, max(counts))
+    choices = _best_choices(blocks, levels, unit, max(counts))
     for count in counts:
-        dropped = max(0, -(-(saving - count * attention) // node))  # rounded up: the budget is an upper bound
-        kept = count * hidden - dropped
-        if not 0 <= kept <= count * hidden or saving < count * attention:
+        of_nodes = saving - count * attention
+        dropped = -(-of_nodes // node)  # rounded up: the budget is an upper bound
+        if of_nodes < 0 or dropped > count * hidden:
             continue
+        kept = count * hidden - dropped
         whole = min(kept // unit, count * levels)
-        structure = _trace(tables, list(blocks), count, whole, unit)
+        structure = _trace(choices, count, whole, unit)
         left = kept - sum(structure.values())
         for block in sorted(structure, key=lambda b: structure[b]):
             more = min(left, hidden - structure[block])
@@ -89,16 +90,17 @@ def search_structure(
     return dict(sorted(best.items(), key=lambda entry: (blocks[entry[0]].loss(entry[1]), entry[0])))
 
 
-_Table = list[tuple[np.ndarray, np.ndarray]]
-"""After each block: least sums `[count + 1, levels + 1]`, and the level of that block in each, -1 if left whole."""
+def _best_choices(blocks: Mapping[int, Recoverability], levels: int, unit: int, most: int) -> dict[int, np.ndarray]:
+    """Dynamic programming over the blocks.
 
-
-def _best_sums(blocks: Mapping[int, Recoverability], levels: int, unit: int, most: int) -> _Table:
-    """Dynamic programming over the blocks; the second index is the number of levels kept in all."""
+    Returns:
+        For each block its level, -1 if left whole, in the least sum over it and the blocks before it, by how many of
+        them are compressed and how many levels these keep in all: `[most + 1, most · levels + 1]`.
+    """
     sums = np.full((most + 1, most * levels + 1), np.inf)
     sums[0, 0] = 0.0
-    tables: _Table = []
-    for profile in blocks.values():
+    choices: dict[int, np.ndarray] = {}
+    for block, profile in blocks.items():
         losses = [profile.loss(level * unit) for level in range(levels + 1)]
         best, choice = sums.copy(), np.full(sums.shape, -1)
         for level, loss in enumerate(losses):
@@ -107,15 +109,14 @@ def _best_sums(blocks: Mapping[int, Recoverability], levels: int, unit: int, mos
             better = moved < place
             place[better] = moved[better]
             choice[1:, level:][better] = level
-        tables.append((best, choice))
-        sums = best
-    return tables
+        choices[block], sums = choice, best
+    return choices
 
 
-def _trace(tables: _Table, blocks: Sequence[int], count: int, levels: int, unit: int) -> dict[int, int]:
+def _trace(choices: Mapping[int, np.ndarray], count: int, levels: int, unit: int) -> dict[int, int]:
     """The structure behind a least sum."""
     structure: dict[int, int] = {}
-    for block, (_, choice) in zip(reversed(blocks), reversed(tables), strict=True):
+    for block, choice in reversed(list(choices.items())):
         level = int(choice[count, levels])
         if level >= 0:
             structure[block] = level * unit
