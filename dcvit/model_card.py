@@ -77,11 +77,14 @@ def _front_matter(license_: str | None, base_model: str | None, task: str) -> Mo
 def _what(result: Mapping[str, Any]) -> str:
     report, plan = result["report"], result["plan"]
     images, blocks = report["num_images"], sorted(plan["blocks"])
+    left = sorted({len(nodes) for nodes in plan["kept_nodes"].values()})
+    nodes = f"{plan['hidden_features']} hidden nodes of the MLP are left"
+    if len(left) > 1:
+        nodes = f"on average {nodes} ({left[0]} to {left[-1]})"
     return (
         f"`{report['model']}`, made smaller by dcvit {report['versions']['dcvit']} from {images} unlabelled "
         f"{'image' if images == 1 else 'images'}: without the attention of {'block' if len(blocks) == 1 else 'blocks'} "
-        f"{', '.join(map(str, blocks))} (counted from 0), where {plan['hidden_features']} hidden nodes of the MLP are "
-        "left.\n"
+        f"{', '.join(map(str, blocks))} (counted from 0), where {nodes}.\n"
     )
 
 

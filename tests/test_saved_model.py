@@ -145,6 +145,12 @@ def test_card_has_the_figures(folder: Path, result: dcvit.CompressionResult) -> 
     assert "from 2 unlabelled images" in text
     assert f"timm {timm.__version__}" in text
     assert "mean (0.5, 0.5, 0.5)" in text
+    for kept, told in (
+        ((0, 3, 4), "where on average 5 hidden nodes of the MLP are left (3 to 7)."),
+        ((0, 1, 2, 3, 4, 5, 6), "where 5 hidden nodes of the MLP are left.\n"),
+    ):
+        plan = replace(result.plan, blocks=(1, 2), hidden_features=5, kept_nodes={1: kept, 2: tuple(range(7))})
+        assert told in replace(result, plan=plan).files()["README.md"]
     labelled = replace(report, teacher=replace(report.teacher, top1=0.875), student=replace(report.student, top1=0.75))
     assert "| top-1, % | 87.50 | 75.00 | |" in replace(result, report=labelled).files()["README.md"]
 
