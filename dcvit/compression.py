@@ -19,7 +19,7 @@ from dcvit.memory import trace_activation_memory
 from dcvit.metric import Metric
 from dcvit.models import adapter_for, hub_repository, load_model, require_supported
 from dcvit.ops import Impl, mimic_loss
-from dcvit.planning import ADDITIVE, Budget, Plan, search
+from dcvit.planning import ADDITIVE, Budget, Plan, search, search_space
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import (
@@ -34,6 +34,7 @@ from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
 from dcvit.refinement import STEP_SIZES, Refinement, num_steps, refine
 from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
+from dcvit.structure import Recoverability
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
@@ -197,11 +198,13 @@ def prepare(
             image_sets.append(views.images[views.held_out][:HELD_OUT_VIEWS])
         metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
     with timer("ranking"):
-        tried = planned.hidden_features
-        if _searches(planned, config, steps):
-            hidden = adapter_for(teacher).hidden_features(teacher, planned.candidates[0])
-            tried = min(max(tried, hidden // 8), hidden // 2)  # in the middle of what the search may choose
-        trials, kept = rank_reconstructed(teacher, states, metric, planned.candidates, tried, config, progress=progress)
+        tried, equal = {}, search_space(teacher, config).equal
+        for block in planned.candidates:
+            hidden = adapter_for(teacher).hidden_features(teacher, block)
+            tried[block] = round((1 - planned.drop_ratio) * hidden)
+            if not equal or _searches(planned, config, steps):  # in the middle of what the search may choose
+                tried[block] = min(max(tried[block], hidden // 8), hidden // 2)
+        trials, kept = rank_reconstructed(teacher, states, metric, tried, config, progress=progress)
     with timer("step size"):
         step_size = _step_size(teacher, states, trials, kept, config) if recovery.epochs else 0.0
     return Prepared(teacher, views, states, trials, step_size, steps)
@@ -252,7 +255,7 @@ def compress_prepared(
 
 
 def _searches(planned: Plan, config: CompressionConfig, refinement_steps: int) -> bool:
-    """Whether the structure is searched.
+    """Whether the structure of equal blocks is searched; that of unequal ones always is.
 
     Trials tell which is best only if what they show is what comes out; and only costs that add up can be searched.
     """
@@ -262,7 +265,19 @@ def _searches(planned: Plan, config: CompressionConfig, refinement_steps: int) -
 def _structure(prepared: Prepared, planned: Plan, config: CompressionConfig) -> tuple[Plan, dict[int, int]]:
     """The plan that is followed, and the hidden nodes that each block to be compressed keeps, best first."""
     profiles = {t.block: t.recoverability for t in prepared.trials if t.recoverability is not None}
-    if len(profiles) < len(prepared.trials):  # not every block has a closed form
+    closed_form = len(profiles) == len(prepared.trials)
+    if not search_space(prepared.teacher, config).equal:
+        if not closed_form:  # then a block is presumed to lose twice as much without any hidden node as with all
+            hidden = {
+                t.block: adapter_for(prepared.teacher).hidden_features(prepared.teacher, t.block)
+                for t in prepared.trials
+            }
+            profiles = {
+                t.block: Recoverability((0, hidden[t.block]), (2 * t.metric_loss, t.metric_loss))
+                for t in prepared.trials
+            }
+        return search(prepared.teacher, planned, profiles, config)
+    if not closed_form:
         ordered = [trial.block for trial in prepared.trials]
     elif _searches(planned, config, prepared.refinement_steps):
         return search(prepared.teacher, planned, profiles, config)
@@ -306,7 +321,8 @@ def reconstruct_blocks(
         with torch.no_grad():
             batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
         at = block
-        rows = states.rows(block, views.rows(torch.cat(batches)))
+        given = torch.cat([adapter.as_tokens(adapter.prepare(student, tokens, block)) for tokens in batches])
+        rows = states.rows(block, views.rows(given))
         kept[block], report = reconstruct_block(
             student, block, hidden_features[block], rows, recovery,
             step_size=step_size, epochs=recovery.epochs, refit=refit,

@@ -154,7 +154,7 @@ def calibrate(
 
     return LatencyModel(
         batch_size=batch_size,
-        depth=len(adapter.cost(model).blocks),
+        depth=adapter.num_blocks(model),
         original_ms=original_ms,
         block_ms=one("blocks"),
         compressed_ms=tuple((width, one(width)) for width in widths),

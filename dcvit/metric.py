@@ -61,7 +61,7 @@ class _Judge:
     def __init__(self, teacher: nn.Module, images: Tensor, kind: MetricKind, batch_size: int) -> None:
         adapter = adapter_for(teacher)
         self._images, self._kind, self._batch_size = images, kind, batch_size
-        depth = len(adapter.cost(teacher).blocks)
+        depth = adapter.num_blocks(teacher)
         with torch.no_grad():
             before = [[adapter.embed(teacher, batch) for batch in images.split(batch_size)]]
             for block in range(depth):

@@ -11,6 +11,9 @@ the number kept is rounded down: a budget is an upper bound, met to within one h
 r_d = 1 none is left, and a compressed block adds a constant to its input; so the budgets that dropping whole blocks can
 meet are met in the same way.
 
+They presume blocks of one size. Where sizes differ (Swin, CNNs), which blocks are compressed decides how many must be,
+so the structure is searched (`dcvit.structure`), and a plan made before that only shows that there is one.
+
 The peak of activation memory is no sum over blocks, so there the structure is searched. Latency is measured, see
 `dcvit.latency_planning`.
 """
@@ -23,13 +26,13 @@ from typing import Any
 
 from torch import nn
 
-from dcvit.config import CompressionConfig
+from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.costs import MAC_CONVENTIONS, BlockCost, Cost, MacConvention, ModelCost, file_size
 from dcvit.errors import BudgetError
 from dcvit.latency_model import PlannedLatency
 from dcvit.memory import trace_activation_memory
 from dcvit.models import require_supported
-from dcvit.structure import Recoverability, search_structure
+from dcvit.structure import Part, Recoverability, search_structure, search_unequal_structure
 from dcvit.surgery import unrecovered
 
 __all__ = ["ADDITIVE", "UNITS", "Budget", "Plan", "SearchSpace", "choose_candidates", "plan", "search", "search_space"]
@@ -242,6 +245,8 @@ def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = No
     space = search_space(model, config)
     if budget.unit == "activation_memory":
         return _plan_activation_memory(model, budget, space)
+    if not space.equal:
+        return _plan_unequal(model, budget, space, config)
     block = space.block
     amount, beyond = _linear_unit(model, budget, space.cost)
     original = amount(space.cost.total) + beyond
@@ -276,21 +281,75 @@ def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = No
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The structures that a config allows of a model: k of some equal blocks, and how many hidden nodes they keep.
+    """The structures that a config allows of a model: k of some blocks, and how many hidden nodes they keep.
 
     Attributes:
         cost: Of the original.
-        block: Of one candidate block.
         candidates: The blocks among which the k are chosen, from 0.
+        groups: The candidates, those together that are compressed together.
         counts: The k allowed.
         round_to: Kept nodes are a multiple of it.
     """
 
     cost: ModelCost
-    block: BlockCost
     candidates: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
     counts: Sequence[int]
     round_to: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether every candidate is of one size and compressed for itself."""
+        first = self.cost.blocks[self.candidates[0]]
+        return len(self.groups) == len(self.candidates) and all(self.cost.blocks[i] == first for i in self.candidates)
+
+    @property
+    def block(self) -> BlockCost:
+        """The cost of one candidate block.
+
+        Raises:
+            BudgetError: If they differ in size.
+        """
+        if not self.equal:
+            raise BudgetError(
+                f"candidates={list(self.candidates)}: the blocks differ in size, so no one drop ratio fits them all. "
+                f"Ask for one of {', '.join(ADDITIVE)} with CompressionConfig(structure='searched'), or pass "
+                "candidates of one size in CompressionConfig(candidates=...)."
+            )
+        return self.cost.blocks[self.candidates[0]]
+
+    def parts(self, amount: Callable[[Cost], int], profiles: Mapping[int, Recoverability]) -> list[Part]:
+        """What can be compressed on its own, for `search_unequal_structure`.
+
+        Args:
+            amount: What a part takes of the budget's unit.
+            profiles: What each candidate would lose.
+        """
+        found = []
+        for group in self.groups:
+            block, nodes = self.cost.blocks[group[0]], profiles[group[0]].nodes
+            losses = tuple(sum(profiles[b].loss(kept) for b in group) for kept in nodes)
+            attention, node = len(group) * amount(block.attention), len(group) * amount(block.hidden_node)
+            found.append(Part(group, attention, node, Recoverability(nodes, losses)))
+        return found
+
+    def cost_of(self, kept: Mapping[int, int]) -> Cost:
+        """What a model costs whose compressed blocks keep so many hidden nodes."""
+        total = self.cost.total
+        for block, nodes in kept.items():
+            of = self.cost.blocks[block]
+            total -= of.attention + of.hidden_node * (of.hidden_features - nodes)
+        return total
+
+    def fields(self, kept: Mapping[int, int]) -> dict[str, Any]:
+        """What a `Plan` says of a structure."""
+        left, hidden = sum(kept.values()), sum(self.cost.blocks[block].hidden_features for block in kept)
+        return {
+            "num_blocks": len(kept),
+            "hidden_features": left // len(kept),
+            "drop_ratio": (hidden - left) / hidden,
+            "cost": self.cost_of(kept),
+        }
 
     @property
     def widths(self) -> range:
@@ -327,14 +386,10 @@ def search_space(model: nn.Module, config: CompressionConfig) -> SearchSpace:
         UnsupportedModelError: If no adapter handles the model.
         BudgetError: If they do not fit the model.
     """
-    cost = require_supported(model).cost(model)
-    candidates = choose_candidates(cost, config.candidates)
-    block = cost.blocks[candidates[0]]
-    if any(cost.blocks[i] != block for i in candidates):
-        raise BudgetError(
-            f"candidates={list(candidates)}: the blocks differ in size, so no one drop ratio fits them all. "
-            "Pass candidates of one size in CompressionConfig(candidates=...)."
-        )
+    adapter = require_supported(model)
+    cost = adapter.cost(model)
+    groups = adapter.groups(model)
+    candidates = choose_candidates(cost, config.candidates, groups)
     counts: Sequence[int] = range(1, len(candidates) + 1)
     if config.num_blocks is not None:
         if config.num_blocks > len(candidates):
@@ -343,11 +398,11 @@ def search_space(model: nn.Module, config: CompressionConfig) -> SearchSpace:
                 f"({list(candidates)}). Ask for fewer, or allow more in CompressionConfig(candidates=...)."
             )
         counts = (config.num_blocks,)
-    if config.round_to > block.hidden_features:
-        raise BudgetError(
-            f"round_to={config.round_to}: a block has only {block.hidden_features} hidden nodes; pass a smaller one."
-        )
-    return SearchSpace(cost, block, candidates, counts, config.round_to)
+    fewest = min(cost.blocks[i].hidden_features for i in candidates)
+    if config.round_to > fewest:
+        raise BudgetError(f"round_to={config.round_to}: a block has only {fewest} hidden nodes; pass a smaller one.")
+    chosen = tuple(group for group in groups if group[0] in candidates)
+    return SearchSpace(cost, candidates, chosen, counts, config.round_to)
 
 
 def search(
@@ -365,23 +420,46 @@ def search(
         The plan, and the hidden nodes that each compressed block keeps, by block, best first.
     """
     space = search_space(model, config)
-    cost, block = space.cost, space.block
+    cost = space.cost
     amount, beyond = _linear_unit(model, fewest.budget, cost)
     saving = math.ceil(beyond + amount(cost.total) - fewest.target)
+    if not space.equal:
+        parts = space.parts(amount, profiles)
+        kept = search_unequal_structure(parts, saving, num_blocks=config.num_blocks, round_to=config.round_to)
+        return replace(fewest, **space.fields(kept)), kept
+    block = space.block
     counts = [k for k in space.counts if k >= fewest.num_blocks]
     kept = search_structure(
         profiles, saving, amount(block.attention), amount(block.hidden_node), counts, round_to=config.round_to
     )
-    left = sum(kept.values())
-    dropped = len(kept) * block.hidden_features - left
-    found = replace(
-        fewest,
-        num_blocks=len(kept),
-        hidden_features=left // len(kept),
-        drop_ratio=dropped / (len(kept) * block.hidden_features),
-        cost=cost.total - block.attention * len(kept) - block.hidden_node * dropped,
-    )
-    return found, kept
+    return replace(fewest, **space.fields(kept)), kept
+
+
+def _plan_unequal(model: nn.Module, budget: Budget, space: SearchSpace, config: CompressionConfig) -> Plan:
+    """A structure that meets the budget, were all blocks alike to lose."""
+    amount, beyond = _linear_unit(model, budget, space.cost)
+    original = amount(space.cost.total) + beyond
+    target = budget.target_of(original)
+    if config.structure != "searched" or isinstance(config.recovery, MimickingConfig):
+        _ = space.block  # says what to do
+    alike = {
+        block: Recoverability((0, space.cost.blocks[block].hidden_features), (1.0, 1.0)) for block in space.candidates
+    }
+    parts = space.parts(amount, alike)
+    lowest = original - sum(part.saving(0) for part in parts)
+    highest = original - min(part.attention for part in parts)
+    if lowest <= target <= highest:
+        try:
+            kept = search_unequal_structure(
+                parts, original - target, num_blocks=config.num_blocks, round_to=config.round_to
+            )
+        except ValueError as error:
+            raise BudgetError(
+                f"num_blocks={config.num_blocks}: {budget.unit}={budget.value!r} cannot be met by as many of the "
+                f"candidates {list(space.candidates)}. Leave it out, or pass another number."
+            ) from error
+        return Plan(budget=budget, target=target, candidates=space.candidates, **space.fields(kept))
+    raise BudgetError(_out_of_range(budget, original, target, [(lowest, highest)], space))
 
 
 def _linear_unit(model: nn.Module, budget: Budget, cost: ModelCost) -> tuple[Callable[[Cost], int], int]:
@@ -422,18 +500,31 @@ def _plan_activation_memory(model: nn.Module, budget: Budget, space: SearchSpace
     return space.plan(budget, target, k, space.widths[bisect_right(space.widths, target, key=peak) - 1])
 
 
-def choose_candidates(cost: ModelCost, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+def choose_candidates(
+    cost: ModelCost, wanted: tuple[int, ...] | None, groups: Sequence[tuple[int, ...]] | None = None
+) -> tuple[int, ...]:
     """The blocks that may be compressed: the caller's, or all that can but the first and the last.
 
+    Args:
+        cost: Of the model.
+        wanted: The caller's.
+        groups: All blocks, those together that are compressed together; each alone if not given.
+
     Raises:
-        BudgetError: If a wanted block does not exist or has nothing to remove, or none is left.
+        BudgetError: If a wanted block does not exist or has nothing to remove, one is wanted without those that go with
+            it, or none is left.
     """
     depth = len(cost.blocks)
+    groups = [(block,) for block in range(depth)] if groups is None else groups
     if wanted is None:
-        inner = range(1, depth - 1) if depth > 2 else range(depth)
-        candidates = tuple(i for i in inner if cost.blocks[i].compressible)
+        inner = groups[1:-1] if len(groups) > 2 else groups
+        candidates = tuple(
+            block for group in inner if all(cost.blocks[i].compressible for i in group) for block in group
+        )
         if not candidates:
-            raise BudgetError(f"None of the blocks {list(inner)} has attention left to remove.")
+            raise BudgetError(
+                f"None of the blocks {[block for group in inner for block in group]} has attention left to remove."
+            )
         return candidates
     for block in wanted:
         if not 0 <= block < depth:
@@ -442,6 +533,12 @@ def choose_candidates(cost: ModelCost, wanted: tuple[int, ...] | None) -> tuple[
             )
         if not cost.blocks[block].compressible:
             raise BudgetError(f"candidates={list(wanted)}: block {block} has no attention left to remove.")
+    for group in groups:
+        present = [block for block in group if block in wanted]
+        if present and len(present) < len(group):
+            raise BudgetError(
+                f"candidates={list(wanted)}: blocks {list(group)} are compressed together; pass all of them or none."
+            )
     return wanted
 
 

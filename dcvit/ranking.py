@@ -182,8 +182,7 @@ def rank_reconstructed(
     teacher: nn.Module,
     states: TeacherStates,
     metric: Metric,
-    candidates: Sequence[int],
-    hidden_features: int,
+    hidden_features: Mapping[int, int],
     config: CompressionConfig,
     *,
     progress: Progress = silent,
@@ -196,8 +195,7 @@ def rank_reconstructed(
         teacher: The original, frozen.
         states: The teacher's tokens for the images that blocks are reconstructed on.
         metric: What the candidates are ranked by.
-        candidates: Blocks to try.
-        hidden_features: How many hidden nodes they keep.
+        hidden_features: The blocks to try, and how many hidden nodes each keeps.
         config: Its `recovery` must be a `ReconstructionConfig`.
         progress: Told after each trial.
 
@@ -207,20 +205,20 @@ def rank_reconstructed(
     recovery = config.reconstruction
     trials: list[Trial] = []
     kept: dict[int, tuple[int, ...]] = {}
-    for block in candidates:
+    for block, count in hidden_features.items():
         start = time.perf_counter()
         rows, seed = states.rows(block).thinned(), derive_seed(config.seed, "trial", block)
         order, errors = error_curve(teacher, block, rows, recovery, seed)
         student = copy.deepcopy(teacher)
         kept[block], reconstruction = reconstruct_block(
-            student, block, hidden_features, rows, recovery,
-            kept=order[:hidden_features] if hidden_features <= len(order) else None,
+            student, block, count, rows, recovery,
+            kept=order[:count] if count <= len(order) else None,
             step_size=0.0, epochs=0, refit=False, seed=seed, impl=config.impl,
         )  # fmt: skip
         loss = metric.loss(student, block)
-        profile = _in_proportion(errors, hidden_features, loss) if errors else None
+        profile = _in_proportion(errors, count, loss) if errors else None
         trials.append(Trial(block, loss, None, reconstruction, time.perf_counter() - start, profile))
-        progress("trials", len(trials), len(candidates), loss)
+        progress("trials", len(trials), len(hidden_features), loss)
     return _best_first(trials), kept
 
 

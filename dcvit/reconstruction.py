@@ -18,8 +18,10 @@ also makes good what the ones before it got wrong.
 """
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -72,21 +74,24 @@ class Views:
     Attributes:
         images: The few-shot images, then random views of them: `[V, C, H, W]`, normalised.
         held_out: Which views are of held-out images, `[V]`.
-        tokens: The tokens of each view that serve as equations, `[V, S]`.
+        lots: Random numbers, one for each token before the first block, `[V, N]`: those of the largest are drawn.
+        num_tokens: S, how many tokens of a view serve as equations; all where there are fewer.
     """
 
     images: Tensor
     held_out: Tensor
-    tokens: Tensor
+    lots: Tensor
+    num_tokens: int
 
-    def rows(self, states: Tensor) -> Tensor:
-        """The chosen tokens `[V·S, D]` of all tokens `[V, N, D]`."""
-        return _chosen_tokens(states, self.tokens)
+    def places(self, available: int, views: slice = slice(None)) -> Tensor:
+        """Which of so many tokens are chosen `[V, S]`, of all views or some; later stages have fewer than the first."""
+        # The places of the largest of random numbers are a draw without replacement.
+        return self.lots[views, :available].topk(min(self.num_tokens, available)).indices
 
-    @property
-    def held_out_rows(self) -> Tensor:
-        """Which rows are of held-out images, `[V·S]`."""
-        return self.held_out.repeat_interleave(self.tokens.shape[1])
+    def rows(self, tokens: Tensor, views: slice = slice(None)) -> Tensor:
+        """The chosen tokens `[V·S, D]` of all tokens `[V, N, D]`, of all views or some."""
+        places = self.places(tokens.shape[1], views)
+        return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class Reconstruction:
 
 
 class TeacherStates:
-    """The teacher's tokens before each block and after the last, at the rows of some views.
+    """What each block of the teacher takes and gives, at the rows of some views.
 
     Args:
         teacher: The original.
@@ -152,25 +157,34 @@ class TeacherStates:
 
     def __init__(self, teacher: nn.Module, views: Views, batch_size: int, *, keep_output: bool = False) -> None:
         adapter = adapter_for(teacher)
-        depth = len(adapter.cost(teacher).blocks)
-        self._held_out = views.held_out_rows
-        collected: list[list[Tensor]] = [[] for _ in range(depth + 1)]
+        depth = adapter.num_blocks(teacher)
+        self._held_out = views.held_out
+        given: list[list[Tensor]] = [[] for _ in range(depth)]
+        wanted: list[list[Tensor]] = [[] for _ in range(depth)]
         outputs: list[Tensor] = []
         with torch.no_grad():
-            for images, tokens in zip(views.images.split(batch_size), views.tokens.split(batch_size), strict=True):
-                states = adapter.embed(teacher, images)
-                for block in range(depth + 1):
-                    if block:
-                        states = adapter.run_blocks(teacher, states, block - 1, block)
-                    collected[block].append(_chosen_tokens(states, tokens))
+            for first in range(0, len(views.images), batch_size):
+                part = slice(first, first + batch_size)
+                state = adapter.embed(teacher, views.images[part])
+                rows = views.rows(adapter.as_tokens(state), part)
+                for block in range(depth):
+                    prepared = adapter.prepare(teacher, state, block)
+                    # Where nothing lies between two blocks, what one takes is what the other gave, and kept once.
+                    if prepared is not state:
+                        rows = views.rows(adapter.as_tokens(prepared), part)
+                    given[block].append(rows)
+                    state = adapter.run_blocks(teacher, state, block, block + 1)
+                    rows = views.rows(adapter.as_tokens(state), part)
+                    wanted[block].append(rows)
                 if keep_output:
-                    outputs.append(adapter.final_norm(teacher, states))
-        self._before = [torch.cat(parts) for parts in collected]
+                    outputs.append(adapter.final_norm(teacher, state))
+        self._wanted = [torch.cat(parts) for parts in wanted]
+        self._given = [
+            self._wanted[block - 1] if block and all(map(operator.is_, given[block], wanted[block - 1]))
+            else torch.cat(given[block])
+            for block in range(depth)
+        ]  # fmt: skip
         self.output = torch.cat(outputs) if keep_output else None
-
-    def before(self, block: int) -> Tensor:
-        """What a block gets, `[R, D]`; for the number of blocks, what the last one gives."""
-        return self._before[block]
 
     def rows(self, block: int, given: Tensor | None = None) -> Rows:
         """The equations of a block.
@@ -179,12 +193,9 @@ class TeacherStates:
             block: The block, from 0.
             given: What a student's block gets, `[R, D]`; what the teacher's gets if not given.
         """
-        return Rows(self.before(block) if given is None else given, self.before(block + 1), self._held_out)
-
-
-def _chosen_tokens(states: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens `[V·S, D]` of `states` `[V, N, D]` at the places `tokens` `[V, S]`."""
-    return states.gather(1, tokens[..., None].expand(-1, -1, states.shape[-1])).flatten(0, 1)
+        wanted = self._wanted[block]
+        held_out = self._held_out.repeat_interleave(len(wanted) // len(self._held_out))
+        return Rows(self._given[block] if given is None else given, wanted, held_out)
 
 
 def draw_views(
@@ -208,13 +219,12 @@ def draw_views(
         if augmentation is not None:
             batches += [augment(images, range(count), augmentation) for _ in range(folds)]
         views = torch.cat(batches)
-        available = adapter_for(teacher).embed(teacher, images.normalised[:1]).shape[1]
-        wanted = min(available, max(1, config.num_rows // len(views)))
-        # One row of random numbers a view: the places of the largest are a draw without replacement.
-        tokens = torch.rand(len(views), available, generator=generator).topk(wanted).indices
+        adapter = adapter_for(teacher)
+        available = adapter.as_tokens(adapter.embed(teacher, images.normalised[:1])).shape[1]
+        lots = torch.rand(len(views), available, generator=generator)
     every = torch.arange(count).repeat(folds + 1) % HELD_OUT_EVERY == 1
     device = images.normalised.device
-    return Views(views, every.to(device), tokens.to(device))
+    return Views(views, every.to(device), lots.to(device), max(1, config.num_rows // len(views)))
 
 
 def reconstruct_block(
@@ -254,7 +264,7 @@ def reconstruct_block(
     kept = tuple(sorted(chosen))
     adapter.compress_block(student, block, kept)
     choose_impl(student, impl)
-    module = adapter.block(student, block)
+    module = _OnTokens(student, block)
     layer = adapter.output_layer(student, block)
     error_before = error_after = _error(module, rows)
     ridge = error_closed_form = None
@@ -322,7 +332,7 @@ def error_curve(
     if found is None:
         return (), {}
     layer, scale = found
-    hidden = layer.in_features
+    hidden = layer.weight.shape[1]
     used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
     judge = used
     if bool(rows.held_out.any()):
@@ -371,20 +381,40 @@ def choose_nodes(
     return tuple(select_inputs(equations, count).tolist())
 
 
-def _with_all_nodes(student: nn.Module, block: int) -> tuple[nn.Module, tuple[nn.Linear, Tensor | None] | None]:
+OutputLayer: TypeAlias = nn.Linear | nn.Conv2d
+"""What a compressed block ends with: linear for each token, in a CNN as a 1×1 convolution."""
+
+
+class _OnTokens(nn.Module):
+    """A compressed block of a model, from tokens `[B, N, D]` to tokens, each of which it treats alone."""
+
+    def __init__(self, model: nn.Module, block: int) -> None:
+        super().__init__()
+        self._adapter = adapter_for(model)
+        self.block = self._adapter.block(model, block)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self._adapter.as_tokens(self.block(self._adapter.from_tokens(tokens)))
+
+    def hidden(self, state: Tensor) -> Tensor:
+        """The hidden nodes `[R, K]` that the output layer is given."""
+        return self._adapter.as_tokens(state)[0]
+
+
+def _with_all_nodes(student: nn.Module, block: int) -> tuple[_OnTokens, tuple[OutputLayer, Tensor | None] | None]:
     """A copy of a block without its attention that keeps every hidden node, and its output layer, see the adapter."""
     adapter = adapter_for(student)
     whole = compress_block(student, block, range(adapter.hidden_features(student, block)))
-    return adapter.block(whole, block), adapter.output_layer(whole, block)
+    return _OnTokens(whole, block), adapter.output_layer(whole, block)
 
 
 @torch.no_grad()
 def _equations(
-    module: nn.Module, layer: nn.Linear, rows: Rows, chosen: Tensor | None = None
+    module: _OnTokens, layer: OutputLayer, rows: Rows, chosen: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden nodes `[R, K]` and missing output `[R, D]` of a block, of some rows or all, piece by piece."""
     hidden: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda module, args: hidden.append(args[0][0]))
+    handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(module.hidden(args[0])))
     given = rows.given if chosen is None else rows.given[chosen]
     wanted = rows.wanted if chosen is None else rows.wanted[chosen]
     try:
@@ -397,8 +427,8 @@ def _equations(
 
 @torch.no_grad()
 def _fit_output_layer(
-    module: nn.Module,
-    layer: nn.Linear,
+    module: _OnTokens,
+    layer: OutputLayer,
     scale: Tensor | None,
     rows: Rows,
     *,
@@ -409,7 +439,7 @@ def _fit_output_layer(
 
     Args:
         module: The compressed block.
-        layer: Its last linear layer.
+        layer: What it ends with.
         scale: The LayerScale behind it, `[D]`.
         rows: The equations.
         on_all: Once λ is found, solve for the held-out images too.
@@ -417,7 +447,7 @@ def _fit_output_layer(
     """
     used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
     constant = layer.bias is not None
-    gamma = layer.weight.new_ones(layer.out_features) if scale is None else scale
+    gamma = layer.weight.new_ones(len(layer.weight)) if scale is None else scale
     anchor = _anchor(layer, scale)
     if bool(rows.held_out.any()):
         held_out = NormalEquations.of(_equations(module, layer, rows, rows.held_out))
@@ -430,21 +460,22 @@ def _fit_output_layer(
         solution = used.solve(ridge, anchor, constant=constant)
         error = used.error(solution)
     wanted = solution.to(layer.weight) / torch.where(gamma.abs() > SMALLEST_SCALE, gamma, torch.inf)
-    switched_off = (gamma.abs() <= SMALLEST_SCALE)[:, None]
-    layer.weight.copy_(torch.where(switched_off, layer.weight, wanted[:-1].T))
-    if constant:
-        layer.bias.copy_(torch.where(switched_off[:, 0], layer.bias, wanted[-1]))
+    switched_off = gamma.abs() <= SMALLEST_SCALE
+    weight = layer.weight.flatten(1)
+    layer.weight.copy_(torch.where(switched_off[:, None], weight, wanted[:-1].T).view_as(layer.weight))
+    if layer.bias is not None:
+        layer.bias.copy_(torch.where(switched_off, layer.bias, wanted[-1]))
     return ridge, error
 
 
-def _anchor(layer: nn.Linear, scale: Tensor | None) -> Tensor:
+def _anchor(layer: OutputLayer, scale: Tensor | None) -> Tensor:
     """The layer's weights with the LayerScale behind it, transposed: `[K, D]`."""
-    weight = layer.weight.detach()
+    weight = layer.weight.detach().flatten(1)
     return (weight if scale is None else weight * scale[:, None]).T
 
 
 def _descend(
-    module: nn.Module,
+    module: _OnTokens,
     rows: Rows,
     config: ReconstructionConfig,
     step_size: float,
@@ -483,7 +514,7 @@ def _descend(
 
 
 @torch.no_grad()
-def _error(module: nn.Module, rows: Rows) -> float:
+def _error(module: _OnTokens, rows: Rows) -> float:
     """Share of the teacher's block's contribution that a block misses, on the held-out rows, or all without any."""
     judged = rows.held_out if bool(rows.held_out.any()) else ~rows.held_out
     given, wanted = rows.given[judged], rows.wanted[judged]

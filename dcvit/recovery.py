@@ -204,7 +204,7 @@ class _Run:
         self.losses: list[float] = []
         self.seconds = 0.0
         self._adapter = adapter_for(self.student)
-        self._depth = len(self._adapter.cost(self.student).blocks)
+        self._depth = self._adapter.num_blocks(self.student)
         self._optimizer = torch.optim.AdamW(updated, lr=rate, weight_decay=config.weight_decay, fused=True)
         self._total = 0.0
 
@@ -236,7 +236,7 @@ class _Run:
 def _shared_prefix(student: nn.Module, teacher: nn.Module, updated: Sequence[nn.Parameter]) -> int:
     """How many of the student's first blocks, with the stem before them, are the teacher's and not updated."""
     adapter, changing = adapter_for(student), {id(parameter) for parameter in updated}
-    depth = len(adapter.cost(student).blocks)
+    depth = adapter.num_blocks(student)
     for block in range(depth):
         ours, theirs = (adapter.parameters(model, block, block) for model in (student, teacher))
         if len(ours) != len(theirs) or any(id(parameter) in changing for parameter in ours):
@@ -307,7 +307,7 @@ class _Views:
     def _see(self, views: Tensor) -> _Batch:
         """Run the teacher once, and keep its tokens where a student starts."""
         adapter, teacher = adapter_for(self._teacher), self._teacher
-        depth = len(adapter.cost(teacher).blocks)
+        depth = adapter.num_blocks(teacher)
         kept: dict[int, list[Tensor]] = {start: [] for start in self._starts}
         outputs: list[Tensor] = []
         for images in views.split(self._config.batch_size):

@@ -105,7 +105,7 @@ def refine(
     """
     start = time.perf_counter()
     adapter = adapter_for(student)
-    depth = len(adapter.cost(student).blocks)
+    depth = adapter.num_blocks(student)
     first, last = min(blocks), min(max(blocks) + 1, depth - 1)
     batch = config.refinement_batch
     with torch.no_grad():

@@ -9,6 +9,9 @@ meets the budget,
 
 which dynamic programming over the blocks finds: numbers of nodes are multiples of H / 64, and what is left over after
 rounding is given back node by node.
+
+Blocks of one size differ only in the numbers of nodes, which are counted exactly (`search_structure`). Where sizes
+differ, as from stage to stage of a Swin or a CNN, what is counted is what they save (`search_unequal_structure`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Recoverability", "search_structure"]
+__all__ = ["Part", "Recoverability", "search_structure", "search_unequal_structure"]
 
 LEVELS = 64
 """Steps between no hidden node and all of them."""
+
+QUANTA = 2048
+"""Steps between saving nothing and what must be saved, for blocks of different sizes."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,108 @@ def search_structure(
         raise ValueError(f"search_structure: {list(counts)} blocks cannot save {saving}.")
     _, best = min(found, key=lambda entry: entry[0])
     return dict(sorted(best.items(), key=lambda entry: (blocks[entry[0]].loss(entry[1]), entry[0])))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Blocks of one size that are compressed together, or not at all.
+
+    Attributes:
+        blocks: The blocks; each keeps as many hidden nodes as the others.
+        attention: What all of them save by their attention, in the budget's unit.
+        node: What they save if each drops one hidden node.
+        recoverability: The sum of their losses.
+    """
+
+    blocks: tuple[int, ...]
+    attention: int
+    node: int
+    recoverability: Recoverability
+
+    @property
+    def hidden_features(self) -> int:
+        """Hidden nodes of each block."""
+        return self.recoverability.nodes[-1]
+
+    def saving(self, kept: int) -> int:
+        """What they save in all if each keeps so many hidden nodes."""
+        return self.attention + (self.hidden_features - kept) * self.node
+
+
+def search_unequal_structure(
+    parts: Sequence[Part], saving: int, *, num_blocks: int | None = None, round_to: int = 1
+) -> dict[int, int]:
+    """The structure of least loss that saves enough, of blocks that differ in size.
+
+    Args:
+        parts: The candidates.
+        saving: What must be saved, in the budget's unit.
+        num_blocks: How many blocks are to be compressed; `None` leaves it open.
+        round_to: Numbers of hidden nodes are multiples of it; a block may keep all of them, too.
+
+    Returns:
+        The hidden nodes that each compressed block keeps, by block: least loss first.
+
+    Raises:
+        ValueError: If the parts cannot save as much.
+    """
+    quantum = max(1, saving // QUANTA)
+    needed = -(-saving // quantum)
+    # By compressed blocks and quanta saved (what is saved beyond need counts as need): least loss, and how it came.
+    sums = np.full((sum(len(part.blocks) for part in parts) + 1, needed + 1), np.inf)
+    sums[0, 0] = 0.0
+    steps: list[tuple[np.ndarray, np.ndarray]] = []
+    levels = [_levels(part, round_to) for part in parts]
+    for part, kept in zip(parts, levels, strict=True):
+        best, choice, source = sums.copy(), np.full(sums.shape, -1), np.tile(np.arange(needed + 1), (len(sums), 1))
+        for level, nodes in enumerate(kept):
+            quanta, loss = min(part.saving(nodes) // quantum, needed), part.recoverability.loss(nodes)
+            rows = sums[: len(sums) - len(part.blocks)] + loss
+            moved = np.full(rows.shape, np.inf)
+            origin = np.zeros(rows.shape, dtype=np.int64)
+            moved[:, quanta:] = rows[:, : needed + 1 - quanta]
+            origin[:, quanta:] = np.arange(needed + 1 - quanta)
+            beyond = needed - quanta + rows[:, needed - quanta :].argmin(axis=1)
+            moved[:, needed], origin[:, needed] = rows[np.arange(len(rows)), beyond], beyond
+            place = slice(len(part.blocks), None)
+            better = moved < best[place]
+            best[place][better], choice[place][better] = moved[better], level
+            source[place][better] = origin[better]
+        steps.append((choice, source))
+        sums = best
+    count = int(sums[:, needed].argmin()) if num_blocks is None else num_blocks
+    found: dict[int, int] = {}  # hidden nodes by number of the part
+    if count < len(sums) and np.isfinite(sums[count, needed]):
+        quanta = needed
+        for i in reversed(range(len(parts))):
+            choice, source = steps[i]
+            level, origin_of = int(choice[count, quanta]), int(source[count, quanta])
+            if level >= 0:
+                found[i] = levels[i][level]
+                count, quanta = count - len(parts[i].blocks), origin_of
+    else:  # unless rounding to quanta hid that all of them together can
+        found = dict.fromkeys(range(len(parts)), 0)
+        if num_blocks not in (None, len(sums) - 1) or sum(part.saving(0) for part in parts) < saving:
+            raise ValueError(f"search_unequal_structure: {num_blocks or 'all'} blocks cannot save {saving}.")
+    _give_back(parts, found, sum(parts[i].saving(kept) for i, kept in found.items()) - saving, round_to)
+    order = sorted(found, key=lambda i: (parts[i].recoverability.loss(found[i]) / len(parts[i].blocks), i))
+    return {block: found[i] for i in order for block in parts[i].blocks}
+
+
+def _levels(part: Part, round_to: int) -> list[int]:
+    """The numbers of hidden nodes that are looked at."""
+    hidden = part.hidden_features
+    unit = -(-max(1, hidden // LEVELS) // round_to) * round_to
+    return sorted({*range(0, hidden + 1, unit), hidden})
+
+
+def _give_back(parts: Sequence[Part], kept: dict[int, int], left: int, round_to: int) -> None:
+    """In place: what is saved beyond need as more hidden nodes, the cheapest last, for they fill the smallest rest."""
+    for i in sorted(kept, key=lambda i: -parts[i].node):
+        more = min(left // max(parts[i].node, 1), parts[i].hidden_features - kept[i])
+        more -= 0 if kept[i] + more == parts[i].hidden_features else more % round_to
+        kept[i] += more
+        left -= more * parts[i].node
 
 
 def _best_choices(blocks: Mapping[int, Recoverability], levels: int, unit: int, most: int) -> dict[int, np.ndarray]:

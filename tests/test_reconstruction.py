@@ -53,9 +53,7 @@ class Problem:
         images = dcvit.load_images(torch.randn(count, *adapter_for(teacher).input_size(teacher), dtype=dtype), teacher)
         views = draw_views(teacher, images, config, seed=0)
         states = TeacherStates(teacher, views, config.batch_size)
-        return cls(
-            teacher, images, views, states, Rows(states.before(block), states.before(block + 1), views.held_out_rows)
-        )
+        return cls(teacher, images, views, states, states.rows(block))
 
     def solve(
         self, config: dcvit.ReconstructionConfig = CONFIG, *, count: int = KEPT, **changes: Any
@@ -118,7 +116,7 @@ def test_views_are_never_fewer_than_the_images(model: nn.Module, images: Tensor)
 @pytest.mark.parametrize(("num_rows", "expected"), [(1, 1), (36, 1), (107, 2), (144, 4), (10_000, 5)])
 def test_rows_are_distinct_tokens_of_every_view(model: nn.Module, num_rows: int, expected: int) -> None:
     problem = Problem.of(model, config=replace(CONFIG, num_rows=num_rows))
-    tokens = problem.views.tokens
+    tokens = problem.views.places(5)
     assert tokens.shape == (36, expected)
     assert all(len(set(row)) == expected and set(row) <= set(range(5)) for row in tokens.tolist())
     if expected < 5:
@@ -126,7 +124,7 @@ def test_rows_are_distinct_tokens_of_every_view(model: nn.Module, num_rows: int,
     numbered = torch.arange(36 * 5, dtype=torch.float32).view(36, 5, 1)
     wanted = [5 * view + token for view, row in enumerate(tokens.tolist()) for token in row]
     assert problem.views.rows(numbered).flatten().tolist() == wanted
-    held = problem.views.held_out_rows.tolist()
+    held = problem.rows.held_out.tolist()
     assert held == [bool(problem.views.held_out[row // 5]) for row in wanted]
 
 
@@ -138,9 +136,9 @@ def test_views_repeat_with_their_seed(model: nn.Module, images: Tensor) -> None:
     first, again, other = (draw_views(model, few_shot, replace(CONFIG, num_rows=72), seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(2), expected)
     assert torch.equal(first.images, again.images)
-    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.places(5), again.places(5))
     assert not torch.equal(first.images[6:], other.images[6:])
-    assert not torch.equal(first.tokens, other.tokens)
+    assert not torch.equal(first.places(5), other.places(5))
 
 
 def test_teacher_states_are_what_the_blocks_see(variant: Variant) -> None:
@@ -155,10 +153,15 @@ def test_teacher_states_are_what_the_blocks_see(variant: Variant) -> None:
     adapter.block(teacher, 3).register_forward_hook(lambda _, args, output: seen[4].append(output))
     with torch.no_grad():
         output = torch.cat([adapter.tokens(teacher, images) for images in problem.views.images.split(5)])
-    for block in range(5):
+    places = problem.views.places(seen[0][0].shape[1])
+
+    def rows(block: int) -> Tensor:
         whole = torch.cat(seen[block])
-        rows = [whole[view, token] for view, row in enumerate(problem.views.tokens.tolist()) for token in row]
-        assert torch.equal(states.before(block), torch.stack(rows))
+        return torch.stack([whole[view, token] for view, row in enumerate(places.tolist()) for token in row])
+
+    for block in range(4):
+        assert torch.equal(states.rows(block).given, rows(block))
+        assert torch.equal(states.rows(block).wanted, rows(block + 1))
     assert states.output is not None
     assert torch.equal(states.output, output)
     assert problem.states.output is None

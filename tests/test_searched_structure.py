@@ -5,12 +5,14 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dcvit
 from dcvit.models import adapter_for
 from dcvit.planning import plan, search
-from dcvit.structure import LEVELS, Recoverability, search_structure
+from dcvit.structure import LEVELS, Part, Recoverability, search_structure, search_unequal_structure
 
 HIDDEN, ATTENTION, NODE = 2 * LEVELS, 1000, 7
 
@@ -107,3 +109,78 @@ def test_compress_keeps_what_the_search_found(model: nn.Module, images: Tensor) 
     assert len(set(kept.values())) > 1
     assert adapter_for(result.model).cost(result.model).total == result.plan.cost
     assert torch.isfinite(result.model(images)).all()
+
+
+def brute_force(parts: list[Part], saving: int, num_blocks: int | None) -> float:
+    """The least loss over every structure of whole numbers of nodes."""
+    best = float("inf")
+    for kept in product(*[[None, *range(part.hidden_features + 1)] for part in parts]):
+        chosen = [(part, n) for part, n in zip(parts, kept, strict=True) if n is not None]
+        if num_blocks not in (None, sum(len(part.blocks) for part, _ in chosen)):
+            continue
+        if sum(part.saving(n) for part, n in chosen) >= saving:
+            best = min(best, sum(part.recoverability.loss(n) for part, n in chosen))
+    return best
+
+
+def loss_of(parts: list[Part], kept: dict[int, int]) -> float:
+    return sum(part.recoverability.loss(kept[part.blocks[0]]) for part in parts if part.blocks[0] in kept)
+
+
+def saving_of(parts: list[Part], kept: dict[int, int]) -> int:
+    return sum(part.saving(kept[part.blocks[0]]) for part in parts if part.blocks[0] in kept)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 2), st.integers(1, 50), st.integers(1, 9), st.integers(1, 6), st.floats(0.1, 5)),
+        min_size=1, max_size=4,
+    ),
+    st.floats(0.05, 0.95),
+    st.booleans(),
+)  # fmt: skip
+def test_the_unequal_search_finds_the_least_loss(
+    shapes: list[tuple[int, int, int, int, float]], share: float, fixed: bool
+) -> None:
+    parts, first = [], 0
+    for size, attention, node, hidden, scale in shapes:
+        losses = tuple(scale * (hidden + 1 - n) ** 1.5 for n in range(hidden + 1))
+        parts.append(
+            Part(tuple(range(first, first + size)), attention, node, Recoverability(tuple(range(hidden + 1)), losses))
+        )
+        first += size
+    saving = max(1, int(share * sum(part.saving(0) for part in parts)))
+    num_blocks = sum(len(part.blocks) for part in parts) if fixed else None
+    kept = search_unequal_structure(parts, saving, num_blocks=num_blocks)
+    assert saving_of(parts, kept) >= saving
+    assert num_blocks in (None, len(kept))
+    for part in parts:  # those of a part go together, to equal numbers of nodes
+        assert len({kept.get(block) for block in part.blocks}) == 1
+    # Here a quantum is one unit, so nothing is rounded.
+    assert loss_of(parts, kept) <= brute_force(parts, saving, num_blocks) * (1 + 1e-12)
+
+
+def test_the_unequal_search_gives_back_what_rounding_saved_too_much() -> None:
+    parts = [
+        Part((0,), 100_000, 1000, Recoverability((0, 300), (4.0, 1.0))),
+        Part((1, 2), 150_000, 777, Recoverability((0, 300), (9.0, 8.0))),
+    ]
+    kept = search_unequal_structure(parts, 333_333)
+    assert kept.keys() == {0}
+    assert 0 <= saving_of(parts, kept) - 333_333 < 1000
+    rounded = search_unequal_structure(parts, 333_333, round_to=8)
+    assert rounded[0] % 8 == 0
+    assert 0 <= saving_of(parts, rounded) - 333_333 < 8000
+
+
+def test_the_unequal_search_refuses_what_cannot_be_saved() -> None:
+    parts = [
+        Part((0,), 10, 1, Recoverability((0, 5), (2.0, 1.0))),
+        Part((1,), 20, 2, Recoverability((0, 5), (2.0, 1.0))),
+    ]
+    assert search_unequal_structure(parts, 45) == {0: 0, 1: 0}
+    with pytest.raises(ValueError, match="all blocks cannot save 46"):
+        search_unequal_structure(parts, 46)
+    with pytest.raises(ValueError, match="1 blocks cannot save 31"):
+        search_unequal_structure(parts, 31, num_blocks=1)

@@ -17,6 +17,9 @@ class ModelAdapter(Protocol):
     """A model family: how to read a model's structure, change it, and rebuild it.
 
     All methods are stateless. `check` is called once, before any work; the others may assume that it passed.
+
+    What runs from block to block is a state, a tensor whose first dimension is the batch: tokens `[B, N, D]` in a ViT,
+    `[B, H, W, D]` in a Swin, a feature map `[B, D, H, W]` in a CNN. Each of its positions is a token.
     """
 
     def check(self, model: nn.Module) -> None:
@@ -39,13 +42,28 @@ class ModelAdapter(Protocol):
         """Output tokens `[B, N, D]` after the final norm, for images `[B, C, H, W]`."""
 
     def embed(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Tokens `[B, N, D]` that the first block takes, for images `[B, C, H, W]`."""
+        """The state that precedes the first block, for images `[B, C, H, W]`."""
 
-    def run_blocks(self, model: nn.Module, tokens: Tensor, first: int, stop: int) -> Tensor:
-        """Tokens `[B, N, D]` through the blocks `first` to `stop - 1`."""
+    def prepare(self, model: nn.Module, state: Tensor, block: int) -> Tensor:
+        """What a block takes, from the state that the one before it gave; other than that where a stage begins."""
 
-    def final_norm(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """Output tokens from those of the last block, `[B, N, D]`.
+    def run_blocks(self, model: nn.Module, state: Tensor, first: int, stop: int) -> Tensor:
+        """A state through the blocks `first` to `stop - 1`, each with what `prepare` does before it."""
+
+    def as_tokens(self, state: Tensor) -> Tensor:
+        """The tokens `[B, N, D]` of a state."""
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """A state of tokens `[B, N, D]`, in any arrangement; a compressed block takes each of them alone."""
+
+    def num_blocks(self, model: nn.Module) -> int:
+        """Blocks of the model. Cheap."""
+
+    def groups(self, model: nn.Module) -> Sequence[tuple[int, ...]]:
+        """All blocks, those together that are compressed together, to equal numbers of hidden nodes."""
+
+    def final_norm(self, model: nn.Module, state: Tensor) -> Tensor:
+        """Output tokens `[B, N, D]` from the state that the last block gave.
 
         `tokens` is `embed`, `run_blocks` over all blocks and `final_norm`, so that a part of it can be run alone.
         """
@@ -63,7 +81,7 @@ class ModelAdapter(Protocol):
         """Hidden nodes of a block's MLP."""
 
     def compress_block(self, model: nn.Module, block: int, kept: Sequence[int]) -> None:
-        """In place: remove the attention of a block and all hidden nodes but `kept`."""
+        """In place: remove what mixes the tokens of a block, such as its attention, and all hidden nodes but `kept`."""
 
     def fuse(self, model: nn.Module) -> None:
         """In place: compute with dcvit's ops what they can compute of blocks that stay whole.
@@ -75,10 +93,10 @@ class ModelAdapter(Protocol):
         """In place: remove a block altogether."""
 
     def block(self, model: nn.Module, block: int) -> nn.Module:
-        """A block's module, from tokens `[B, N, D]` to tokens."""
+        """A block's module, from a state that `prepare` made to a state of the same shape."""
 
-    def output_layer(self, model: nn.Module, block: int) -> tuple[nn.Linear, Tensor | None] | None:
-        """The last linear layer of a compressed block and the LayerScale `[D]` behind it.
+    def output_layer(self, model: nn.Module, block: int) -> tuple[nn.Linear | nn.Conv2d, Tensor | None] | None:
+        """The last linear layer (or 1×1 convolution) of a compressed block and the LayerScale `[D]` behind it.
 
         `None` where the block's output is not its input plus that layer's scaled output.
         """

@@ -202,13 +202,33 @@ class VisionTransformerAdapter:
         """See `ModelAdapter.embed`."""
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
-    def run_blocks(self, model: TimmModule, tokens: Tensor, first: int, stop: int) -> Tensor:
-        """See `ModelAdapter.run_blocks`."""
-        return model.blocks[first:stop](tokens)
+    def prepare(self, model: TimmModule, state: Tensor, block: int) -> Tensor:
+        """See `ModelAdapter.prepare`."""
+        return state
 
-    def final_norm(self, model: TimmModule, tokens: Tensor) -> Tensor:
+    def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
+        """See `ModelAdapter.run_blocks`."""
+        return model.blocks[first:stop](state)
+
+    def as_tokens(self, state: Tensor) -> Tensor:
+        """See `ModelAdapter.as_tokens`."""
+        return state
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.from_tokens`."""
+        return tokens
+
+    def num_blocks(self, model: TimmModule) -> int:
+        """See `ModelAdapter.num_blocks`."""
+        return len(model.blocks)
+
+    def groups(self, model: TimmModule) -> Sequence[tuple[int, ...]]:
+        """See `ModelAdapter.groups`; each block alone."""
+        return [(block,) for block in range(len(model.blocks))]
+
+    def final_norm(self, model: TimmModule, state: Tensor) -> Tensor:
         """See `ModelAdapter.final_norm`."""
-        return model.norm(tokens)
+        return model.norm(state)
 
     def num_classes(self, model: TimmModule) -> int:
         """See `ModelAdapter.num_classes`."""
