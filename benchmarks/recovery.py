@@ -422,7 +422,7 @@ def table(records: Iterable[Record]) -> str:
                 ]
             )
     titles = ["bed", "MACs asked", "method", "seeds", "MACs %", "r", "agreement %", "top-1 %", "cosine, class"]
-    return _markdown([*titles, "cosine, patches", "s", "s / block", "peak MiB", "epochs", "iterations"], rows)
+    return markdown([*titles, "cosine, patches", "s", "s / block", "peak MiB", "epochs", "iterations"], rows)
 
 
 def ratios(records: Iterable[Record]) -> str:
@@ -433,7 +433,7 @@ def ratios(records: Iterable[Record]) -> str:
         error = _ratio(default, naive, lambda run: run.error)
         seconds = _ratio(default, paper, lambda run: run.seconds_per_block)
         rows.append([bed, f"{budget:.0%}", error, seconds])
-    return _markdown(["bed", "MACs asked", "r, default / naive closed form", "s / block, default / paper"], rows)
+    return markdown(["bed", "MACs asked", "r, default / naive closed form", "s / block, default / paper"], rows)
 
 
 def spread(values: Sequence[float | None], decimals: int) -> str:
@@ -481,6 +481,7 @@ def _between(values: Sequence[int]) -> str:
     return NOTHING if low is None else str(low) if low == high else f"{low}–{high}"
 
 
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of titles and cells."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

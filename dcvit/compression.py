@@ -192,7 +192,7 @@ def prepare(
     with timer("views"):
         views = draw_views(teacher, images, recovery, config.seed)
         steps = steps if bool(views.held_out.any()) else 0
-        states = TeacherStates(teacher, views, recovery.batch_size, keep_output=steps > 0)
+        states = TeacherStates(teacher, views, recovery.batch_size, keep_output=steps > 0, progress=progress)
         image_sets = [metric_set.images]
         if config.metric == "mimicking" and bool(views.held_out.any()):
             image_sets.append(views.images[views.held_out][:HELD_OUT_VIEWS])
@@ -206,7 +206,7 @@ def prepare(
                 tried[block] = min(max(tried[block], hidden // 8), hidden // 2)
         trials, kept = rank_reconstructed(teacher, states, metric, tried, config, progress=progress)
     with timer("step size"):
-        step_size = _step_size(teacher, states, trials, kept, config) if recovery.epochs else 0.0
+        step_size = _step_size(teacher, states, trials, kept, config, progress) if recovery.epochs else 0.0
     return Prepared(teacher, views, states, trials, step_size, steps)
 
 
@@ -317,6 +317,7 @@ def reconstruct_blocks(
     adapter = adapter_for(student)
     batches = [adapter.embed(teacher, images) for images in views.images.split(recovery.batch_size)]
     at, kept, reports = 0, {}, []
+    progress("reconstruction", 0, len(hidden_features), None)
     for done, block in enumerate(sorted(hidden_features), 1):
         with torch.no_grad():
             batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
@@ -448,12 +449,13 @@ def _step_size(
     trials: Sequence[Trial],
     kept: Mapping[int, tuple[int, ...]],
     config: CompressionConfig,
+    progress: Progress,
 ) -> float:
     """The step size of reconstruction, found on the candidate of median metric loss."""
     block = trials[len(trials) // 2].block
     return find_step_size(
         teacher, block, len(kept[block]), states.rows(block).thinned(), config.reconstruction,
-        kept=kept[block], seed=derive_seed(config.seed, "step size"), impl=config.impl,
+        kept=kept[block], seed=derive_seed(config.seed, "step size"), impl=config.impl, progress=progress,
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ __all__ = ["Progress", "TerminalProgress", "silent"]
 Progress = Callable[[str, int, int, float | None], None]
 """Called as progress(stage, done, total, loss) after each step of a stage, such as `"trials"`.
 
-The loss is `None` in a stage that has none, such as timing.
+With `done=0` when a stage begins, so that what its first step takes is known. The loss is `None` then, and in a stage
+that has none, such as timing.
 """
 
 
@@ -51,9 +52,9 @@ class TerminalProgress:
         if self._bar is not None:
             self._bar.set_postfix_str(shown.removesuffix(", "), refresh=False)
             self._bar.update(done - self._bar.n)
-        elif done < total and now - self._last >= self._interval:
+        elif 0 < done < total and now - self._last >= self._interval:
             self._last = now
-            left = (now - self._start) / max(done, 1) * (total - done)
+            left = (now - self._start) / done * (total - done)
             print(f"{stage}: {done}/{total}, {shown}{left:.0f} s left", file=self._stream, flush=True)
         if done >= total:
             self.close()

@@ -205,6 +205,7 @@ def rank_reconstructed(
     recovery = config.reconstruction
     trials: list[Trial] = []
     kept: dict[int, tuple[int, ...]] = {}
+    progress("trials", 0, len(hidden_features), None)
     for block, count in hidden_features.items():
         start = time.perf_counter()
         rows, seed = states.rows(block).thinned(), derive_seed(config.seed, "trial", block)

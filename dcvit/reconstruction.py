@@ -32,6 +32,7 @@ from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
 from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_cosine
+from dcvit.progress import Progress, silent
 from dcvit.regression import NormalEquations, best_ridge, select_inputs
 from dcvit.seeding import seeded
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
@@ -153,17 +154,28 @@ class TeacherStates:
         views: The images.
         batch_size: Images a pass.
         keep_output: Whether to keep the output tokens of all views, which `output` then holds, `[V, N, D]`.
+        progress: Told after each pass.
     """
 
-    def __init__(self, teacher: nn.Module, views: Views, batch_size: int, *, keep_output: bool = False) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        views: Views,
+        batch_size: int,
+        *,
+        keep_output: bool = False,
+        progress: Progress = silent,
+    ) -> None:
         adapter = adapter_for(teacher)
         depth = adapter.num_blocks(teacher)
         self._held_out = views.held_out
         given: list[list[Tensor]] = [[] for _ in range(depth)]
         wanted: list[list[Tensor]] = [[] for _ in range(depth)]
         outputs: list[Tensor] = []
+        count = len(views.images)
+        progress("views", 0, count, None)
         with torch.no_grad():
-            for first in range(0, len(views.images), batch_size):
+            for first in range(0, count, batch_size):
                 part = slice(first, first + batch_size)
                 state = adapter.embed(teacher, views.images[part])
                 rows = views.rows(adapter.as_tokens(state), part)
@@ -178,6 +190,7 @@ class TeacherStates:
                     wanted[block].append(rows)
                 if keep_output:
                     outputs.append(adapter.final_norm(teacher, state))
+                progress("views", min(first + batch_size, count), count, None)
         self._wanted = [torch.cat(parts) for parts in wanted]
         self._given = [
             self._wanted[block - 1] if block and all(map(operator.is_, given[block], wanted[block - 1]))
@@ -293,20 +306,24 @@ def find_step_size(
     kept: Sequence[int] | None = None,
     seed: int = 0,
     impl: Impl = "auto",
+    progress: Progress = silent,
 ) -> float:
     """The step size of `config.step_sizes` with the lowest held-out error after one epoch.
 
-    The arguments are those of `reconstruct_block`; the student is not changed.
+    The arguments are those of `reconstruct_block`, and `progress` is told after each step size; the student is not
+    changed.
     """
     if kept is None:
         kept = choose_nodes(student, block, hidden_features, rows, config, seed)
     errors: dict[float, float] = {}
-    for step_size in config.step_sizes:
+    progress("step sizes", 0, len(config.step_sizes), None)
+    for done, step_size in enumerate(config.step_sizes, 1):
         _, report = reconstruct_block(
             copy.deepcopy(student), block, hidden_features, rows, config,
             kept=kept, step_size=step_size, epochs=1, seed=seed, impl=impl,
         )  # fmt: skip
         errors[step_size] = report.error_after
+        progress("step sizes", done, len(config.step_sizes), report.error_after)
     return min(errors, key=errors.__getitem__)
 
 

@@ -156,6 +156,7 @@ def recover_together(
         views = _Views(teacher, images, {run.start for run in runs}, config)
         weight = _token_weight(views.targets, config)
         before = [mimicking_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
+        progress(stage, 0, config.epochs, None)
         for epoch in range(config.epochs):
             for run in running:
                 run.begin_epoch(warmup_cosine(epoch, config.epochs, config.warmup_epochs))

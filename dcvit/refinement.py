@@ -153,10 +153,15 @@ def refine(
     with trainable(module):
         step_size, promise = step_sizes[0], 0.0
         if len(step_sizes) > 1:
-            pilots = {size: min(found for _, found in run(size, -(-steps // PILOT_SHARE), 1)) for size in step_sizes}
+            pilots: dict[float, float] = {}
+            progress("pilot runs", 0, len(step_sizes), None)
+            for size in step_sizes:
+                pilots[size] = min(found for _, found in run(size, -(-steps // PILOT_SHARE), 1))
+                progress("pilot runs", len(pilots), len(step_sizes), pilots[size])
             step_size = min(pilots, key=pilots.__getitem__)
             promise = pilots[step_size]
         if promise < before:
+            progress("refinement", 0, steps, None)
             for done, found in run(step_size, steps, JUDGEMENTS):
                 judgements.append((done, found))
                 if found < error:

@@ -82,6 +82,7 @@ def synthesize(
         exp_avg, exp_avg_sq = torch.zeros_like(images), torch.zeros_like(images)
         best, best_loss = images.clone(), float("inf")
         losses: list[float] = []
+        progress("synthesis", 0, config.iterations, None)
         for iteration in range(config.iterations):
             shifts = tuple(int(torch.randint(-roll, roll + 1, (), generator=generator)) for roll in rolls)
             mirrored = float(torch.rand((), generator=generator)) < config.flip

@@ -428,6 +428,7 @@ class Screen:
 def test_progress_shows_loss_and_time(terminal: bool) -> None:
     screen = Screen(terminal)
     progress = TerminalProgress(screen, interval=0.0)  # type: ignore[arg-type]
+    progress("trials", 0, 3, None)
     for done in range(1, 4):
         progress("trials", done, 3, 0.5 / done)
     lines = screen.text.splitlines()
@@ -439,6 +440,17 @@ def test_progress_shows_loss_and_time(terminal: bool) -> None:
         assert "\r" not in screen.text
         assert lines[0].startswith("trials: 1/3, loss 0.5, ")
         assert lines[0].endswith("s left")
+
+
+def test_the_time_left_counts_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("dcvit.progress.time.monotonic", lambda: now)
+    screen = Screen(terminal=False)
+    progress = TerminalProgress(screen, interval=0.0)  # type: ignore[arg-type]
+    progress("reconstruction", 0, 4, None)
+    now += 7
+    progress("reconstruction", 1, 4, 0.5)
+    assert screen.text == "reconstruction: 1/4, loss 0.5, 21 s left\n"
 
 
 def test_environment_is_not_needed() -> None:
