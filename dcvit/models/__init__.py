@@ -5,8 +5,10 @@ by name and before any work; `adapter_for` then finds the adapter wherever one i
 """
 
 from dcvit.models.adapter import ModelAdapter, adapter_for, require_supported
+from dcvit.models.blocks import CompressedBlock, MlpHalf
 from dcvit.models.loading import DEMO_MODEL, hub_repository, input_size, load_model, preprocessing
-from dcvit.models.vision_transformer import CompressedBlock, DroppedBlock, MlpHalf, create_vision_transformer
+from dcvit.models.modeling_dcvit import DroppedBlock
+from dcvit.models.vision_transformer import create_vision_transformer
 
 __all__ = [
     "DEMO_MODEL",

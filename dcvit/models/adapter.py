@@ -123,17 +123,21 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
     Raises:
         UnsupportedModelError: If no family fits.
     """
+    from dcvit.models.swin import SwinAdapter
     from dcvit.models.vision_transformer import VisionTransformerAdapter
 
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"model={model!r} is a {type(model).__name__}: expected a timm model, or a name that timm knows."
         )
-    if VisionTransformerAdapter.handles(model):
-        return VisionTransformerAdapter()
+    adapters: tuple[type[VisionTransformerAdapter] | type[SwinAdapter], ...] = (VisionTransformerAdapter, SwinAdapter)
+    for adapter in adapters:
+        if adapter.handles(model):
+            return adapter()
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     raise UnsupportedModelError(
-        f"Models of type {kind} are not supported; timm's VisionTransformer and VisionTransformerDistilled are. "
+        f"Models of type {kind} are not supported; timm's VisionTransformer, VisionTransformerDistilled, "
+        "SwinTransformer and SwinTransformerV2 are. "
         "Another family needs an adapter in dcvit/models/ (see ModelAdapter)."
     )
 

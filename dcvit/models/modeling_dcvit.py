@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vision transformer that dcvit compressed, in torch and timm alone.
+"""Models that dcvit compressed, in torch and timm alone.
 
 dcvit puts this file beside the weights of every model that it saves, so that a model also loads where dcvit is not
 installed:
 
     import sys, timm
     sys.path.insert(0, "FOLDER")
-    import modeling_dcvit  # makes the architecture known to timm
+    import modeling_dcvit  # makes the architectures known to timm
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
 
-It is a module of dcvit too, which builds its models with it and only replaces the blocks' MLP by a faster one.
+It is a module of dcvit too, which builds its models with it and only replaces the blocks' MLP by a faster one. One file
+serves all families: a vision transformer is `dcvit_vision_transformer`, a Swin `dcvit_swin_transformer`.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -35,6 +36,8 @@ from timm.layers import (
 from timm.layers.activations import GELU, GELUTanh
 from timm.models import build_model_with_cfg, register_model
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -44,17 +47,25 @@ __all__ = [
     "BLOCKS",
     "MLPS",
     "NORMS",
+    "SWIN_ARCHITECTURE",
     "CompressedBlock",
     "DroppedBlock",
     "MlpHalf",
     "build",
+    "build_swin",
     "create",
+    "create_swin",
+    "dcvit_swin_transformer",
     "dcvit_vision_transformer",
     "keep_hidden_nodes",
+    "swin_places",
 ]
 
 ARCHITECTURE = "dcvit_vision_transformer"
 """The name under which timm's registry knows compressed vision transformers."""
+
+SWIN_ARCHITECTURE = "dcvit_swin_transformer"
+"""That of compressed Swins."""
 
 TimmModule: TypeAlias = Any
 """A module of timm's, whose attributes its type does not tell."""
@@ -85,7 +96,7 @@ class MlpHalf(nn.Module):
     """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
 
     Args:
-        block: A timm `Block` or `ResPostBlock`; its MLP branch is taken over, not copied.
+        block: A timm `Block`, `ResPostBlock` or Swin block; its MLP branch is taken over, not copied.
     """
 
     norm2: TimmModule
@@ -95,23 +106,26 @@ class MlpHalf(nn.Module):
 
     def __init__(self, block: TimmModule) -> None:
         super().__init__()
-        self.post_norm = isinstance(block, ResPostBlock)
+        self.post_norm = isinstance(block, (ResPostBlock, SwinTransformerV2Block))
         self.norm2 = block.norm2
         self.mlp = block.mlp
-        self.ls2 = nn.Identity() if self.post_norm else block.ls2
+        self.ls2 = getattr(block, "ls2", nn.Identity())
         self.drop_path2 = block.drop_path2
 
     def mlp_half(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`."""
+        """Tokens `[B, N, D]` or `[B, H, W, D]`, to the same shape."""
         branch: Tensor = self.norm2(self.mlp(x)) if self.post_norm else self.ls2(self.mlp(self.norm2(x)))
         return x + self.drop_path2(branch)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """A Swin tells its blocks the image size; without windows it makes no difference."""
 
 
 class CompressedBlock(MlpHalf):
     """A transformer block without attention and with fewer hidden nodes."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`; the attention arguments of timm's blocks have nothing to act on."""
+        """Tokens to tokens; the attention arguments of timm's blocks have nothing to act on."""
         return self.mlp_half(x)
 
 
@@ -119,8 +133,11 @@ class DroppedBlock(nn.Identity):
     """What is left of a block that was dropped whole: its output is its input."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]`, unchanged."""
+        """Tokens, unchanged."""
         return x
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """A Swin tells its blocks the image size; without windows it makes no difference."""
 
 
 def build(
@@ -169,14 +186,66 @@ def build(
         mlp_layer=MLPS[mlp_layer],
         **kwargs,
     )
-    for index, settings in per_layer_config.items():
-        block = model.blocks[int(index)]
-        if "mlp" in settings["skip"]:
-            model.blocks[int(index)] = DroppedBlock()
-        else:
-            keep_hidden_nodes(block.mlp, torch.arange(settings["intermediate_size"]))
-            model.blocks[int(index)] = compressed_block(block)
+    _compress([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config, compressed_block)
     return model
+
+
+def build_swin(
+    *,
+    version: int,
+    img_size: Any,
+    patch_size: Any,
+    window_size: Any,
+    norm_layer: Mapping[str, Any],
+    per_layer_config: Mapping[str, Mapping[str, Any]],
+    act_layer: str | None = None,
+    compressed_block: type[nn.Module] = CompressedBlock,
+    **kwargs: Any,
+) -> nn.Module:
+    """The Swin that the `model_args` of a `config.json` describe, freshly initialised.
+
+    Args:
+        version: 1 or 2, of the architecture.
+        img_size: Height and width of the images, or both as one number.
+        patch_size: Likewise of a patch.
+        window_size: Likewise of each stage's windows.
+        norm_layer: Key into `NORMS` and epsilon.
+        per_layer_config: As `build`'s; blocks are numbered through all stages.
+        act_layer: Of version 2, key into `ACTIVATIONS`.
+        compressed_block: Made of each block whose attention is skipped.
+        kwargs: More arguments of timm's `SwinTransformer` or `SwinTransformerV2`.
+    """
+    if act_layer is not None:
+        kwargs["act_layer"] = ACTIVATIONS[act_layer]
+    model = (SwinTransformer if version == 1 else SwinTransformerV2)(
+        img_size=img_size if isinstance(img_size, int) else tuple(img_size),
+        patch_size=tuple(patch_size),
+        window_size=tuple(tuple(window) for window in window_size),
+        norm_layer=_norm_layer(norm_layer),
+        **kwargs,
+    )
+    _compress(swin_places(model), per_layer_config, compressed_block)
+    return model
+
+
+def swin_places(model: nn.Module) -> list[tuple[TimmModule, int]]:
+    """Where the blocks of a Swin are, numbered through all stages: a stage's blocks, and the number among them."""
+    layers: TimmModule = model.layers
+    return [(stage.blocks, index) for stage in layers for index in range(len(stage.blocks))]
+
+
+def _compress(
+    places: Sequence[tuple[TimmModule, int]],
+    per_layer_config: Mapping[str, Mapping[str, Any]],
+    compressed_block: type[nn.Module],
+) -> None:
+    for number, settings in per_layer_config.items():
+        blocks, index = places[int(number)]
+        if "mlp" in settings["skip"]:
+            blocks[index] = DroppedBlock()
+        else:
+            keep_hidden_nodes(blocks[index].mlp, torch.arange(settings["intermediate_size"]))
+            blocks[index] = compressed_block(blocks[index])
 
 
 def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -189,6 +258,16 @@ def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **kwargs,
     )
+
+
+def create_swin(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a Swin the way timm builds its own, with its weights if `pretrained`; the arguments are `build_swin`'s."""
+    return build_model_with_cfg(build_swin, SWIN_ARCHITECTURE, pretrained, pretrained_strict=True, **kwargs)
+
+
+def dcvit_swin_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's entry point for Swins that dcvit compressed; the arguments come from `config.json`."""
+    return create_swin(pretrained, **kwargs)
 
 
 def dcvit_vision_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -243,6 +322,7 @@ def _norm_channels(norm: TimmModule, channels: Tensor) -> nn.Module:
     return kept
 
 
-# As a module of dcvit, or where dcvit is imported, dcvit registers the architecture, with its own blocks.
+# As a module of dcvit, or where dcvit is imported, dcvit registers the architectures, with its own blocks.
 if not __package__ and not timm.is_model(ARCHITECTURE):
     register_model(dcvit_vision_transformer)
+    register_model(dcvit_swin_transformer)

@@ -9,156 +9,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import (
     AttentionPoolLatent,
-    DropPath,
     GluMlp,
-    LayerNorm,
-    LayerNormFp32,
     LayerScale,
     Mlp,
-    PatchDropout,
     PatchEmbed,
     SwiGLU,
 )
-from timm.layers.activations import GELU
 from timm.layers.attention import Attention
 from timm.models import register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
+from dcvit.models.blocks import CompressedBlock, MlpHalf, WholeBlock, mlp_half_cost
 from dcvit.models.modeling_dcvit import (
     ACTIVATIONS,
     ARCHITECTURE,
     BLOCKS,
-    NORMS,
     DroppedBlock,
     TimmModule,
     build,
     keep_hidden_nodes,
 )
-from dcvit.ops import Impl, attention, dropped_mlp
-from dcvit.seeding import seeded
+from dcvit.models.rebuilding import (
+    named_key,
+    norm_spec,
+    num_params,
+    preprocessing_cfg,
+    rebuilt,
+    require_same,
+    timm_type,
+)
 
-__all__ = ["ARCHITECTURE", "CompressedBlock", "DroppedBlock", "VisionTransformerAdapter", "create_vision_transformer"]
-
-_STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
-"""Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
-
-
-_INSIDE_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
-"""Parts of timm's `Attention` that `dcvit.ops.attention` leaves out, because they do nothing."""
-
-
-class MlpHalf(modeling_dcvit.MlpHalf):
-    """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
-
-    Where the MLP is the plain one, it is one call of `dcvit.ops.dropped_mlp`, with the norm, LayerScale and residual
-    fused; else the modules run one by one.
-
-    Args:
-        block: A timm `Block` or `ResPostBlock`; its MLP branch is taken over, not copied.
-    """
-
-    def __init__(self, block: TimmModule) -> None:
-        super().__init__(block)
-        self.impl: Impl = "auto"
-
-    def mlp_half(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`."""
-        # Not by attribute, which nn.Module resolves in Python: that took as long as the op saves on small models.
-        parts: dict[str, TimmModule] = self._modules
-        norm, mlp, scale = parts["norm2"], parts["mlp"], parts["ls2"]
-        # Autocast chooses a precision for each module; it does not see into the op, which would stay in float32.
-        if self._fusible(norm, mlp, scale) and not torch.is_autocast_enabled(x.device.type):
-            layers, norm_weights = mlp._modules, norm._parameters
-            fc1, fc2 = layers["fc1"]._parameters, layers["fc2"]._parameters
-            return dropped_mlp(
-                x,
-                fc1["weight"],
-                fc1["bias"],
-                fc2["weight"],
-                fc2["bias"],
-                norm_weight=norm_weights["weight"],
-                norm_bias=norm_weights["bias"],
-                norm_eps=norm.eps,
-                scale=scale._parameters["gamma"] if type(scale) is LayerScale else None,
-                residual=True,
-                impl=self.impl,
-            )
-        return super().mlp_half(x)
-
-    def _fusible(self, norm: TimmModule, mlp: TimmModule, scale: TimmModule) -> bool:
-        """Whether the fused op computes what the modules would: plain types, no hooks, nothing random active."""
-        if self.post_norm or type(mlp) is not Mlp:
-            return False
-        layers = mlp._modules
-        fc1, act, fc2 = layers["fc1"], layers["act"], layers["fc2"]
-        return (
-            type(norm) in (LayerNorm, LayerNormFp32, nn.LayerNorm)
-            and norm._parameters.get("weight") is not None
-            and type(fc1) is nn.Linear
-            and type(act) in (nn.GELU, GELU)
-            and getattr(act, "approximate", "none") == "none"
-            and type(layers["norm"]) is nn.Identity
-            and type(fc2) is nn.Linear
-            and type(scale) in (LayerScale, nn.Identity)
-            and not (norm._forward_hooks or mlp._forward_hooks or scale._forward_hooks)
-            and not (fc1._forward_hooks or act._forward_hooks or fc2._forward_hooks)
-            and not (norm._forward_pre_hooks or mlp._forward_pre_hooks or scale._forward_pre_hooks)
-            and not (fc1._forward_pre_hooks or act._forward_pre_hooks or fc2._forward_pre_hooks)
-            and not (self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0 or isinstance(self.drop_path2, DropPath)))
-        )
-
-
-class CompressedBlock(MlpHalf):
-    """A transformer block without attention and with fewer hidden nodes."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`; the attention arguments of timm's blocks have nothing to act on."""
-        return self.mlp_half(x)
-
-
-class WholeBlock(MlpHalf):
-    """timm's `Block`, computed with dcvit's ops while a model is compressed; no finished model holds one.
-
-    Args:
-        block: A timm `Block`; taken over, not copied.
-    """
-
-    def __init__(self, block: TimmModule) -> None:
-        super().__init__(block)
-        self.norm1, self.attn, self.ls1, self.drop_path1 = block.norm1, block.attn, block.ls1, block.drop_path1
-
-    def forward(self, x: Tensor, **masks: Any) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`; what timm's `Attention` takes goes to it."""
-        attn: TimmModule = self._modules["attn"]
-        normed = self.norm1(x)
-        if self._plain(attn) and not any(mask is not None and mask is not False for mask in masks.values()):
-            qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-            # An explicit choice is of the MLPs: which heads the attention takes depends on the model.
-            mixed = attn.proj(attention(qkv, impl="eager" if self.impl == "eager" else "auto"))
-        else:
-            mixed = attn(normed, **masks)
-        return self.mlp_half(x + self.drop_path1(self.ls1(mixed)))
-
-    def _plain(self, attn: TimmModule) -> bool:
-        """Whether attention is no more than qkv, softmax and proj: no hooks between, nothing random active."""
-        parts: dict[str, TimmModule] = attn._modules
-        return (
-            type(attn) is Attention
-            and type(parts["q_norm"]) is type(parts["k_norm"]) is type(parts["norm"]) is nn.Identity
-            and parts.get("gate") is None
-            and not (attn._forward_hooks or attn._forward_pre_hooks)
-            and not any(parts[name]._forward_hooks or parts[name]._forward_pre_hooks for name in _INSIDE_ATTENTION)
-            and not (self.training and (parts["attn_drop"].p > 0 or parts["proj_drop"].p > 0))
-        )
+__all__ = ["VisionTransformerAdapter", "create_vision_transformer"]
 
 
 class VisionTransformerAdapter:
@@ -252,7 +141,7 @@ class VisionTransformerAdapter:
         """See `ModelAdapter.cost`."""
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         blocks = tuple(_block_cost(block, tokens) for block in model.blocks)
-        total = Cost(params=_num_params(model))
+        total = Cost(params=num_params(model))
         for block in blocks:
             total += Cost(
                 block.attention.weight_macs + block.mlp.weight_macs,
@@ -315,13 +204,7 @@ class VisionTransformerAdapter:
 
     def rebuild(self, model: TimmModule) -> nn.Module:
         """See `ModelAdapter.rebuild`."""
-        weight = model.patch_embed.proj.weight
-        config = self.config(model)
-        pretrained_cfg = {**config["pretrained_cfg"], "architecture": ARCHITECTURE}
-        with seeded(0):  # what is initialised here is overwritten; the caller's random state is not its business
-            rebuilt = timm.create_model(ARCHITECTURE, pretrained_cfg=pretrained_cfg, **config["model_args"])
-        rebuilt.to(device=weight.device, dtype=weight.dtype).load_state_dict(model.state_dict())
-        return rebuilt.train(model.training)
+        return rebuilt(model, ARCHITECTURE, self.config(model))
 
     def config(self, model: TimmModule) -> Mapping[str, Any]:
         """See `ModelAdapter.config`."""
@@ -341,11 +224,8 @@ class VisionTransformerAdapter:
 
     def _pretrained_cfg(self, model: TimmModule) -> dict[str, Any]:
         """Preprocessing and head of a model, without where its own weights came from."""
-        source = getattr(model, "pretrained_cfg", {})
-        keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license", "label_names", "label_descriptions")
-        cfg = {key: source[key] for key in keep if source.get(key) is not None}
         return {
-            **cfg,
+            **preprocessing_cfg(model),
             "input_size": self.input_size(model),
             "fixed_input_size": not self.dynamic_input(model),
             "num_classes": self.num_classes(model),
@@ -362,15 +242,7 @@ class VisionTransformerAdapter:
         args = _read_model_args(model)
         with torch.device("meta"):
             twin = build(**args, compressed_block=CompressedBlock)
-        original, rebuilt = _signature(model), _signature(twin)
-        for name in sorted(original.keys() | rebuilt.keys()):
-            if original.get(name) != rebuilt.get(name):
-                raise UnsupportedModelError(
-                    f"The model's part {name or '(root)'} is {original.get(name, 'absent')}, where a "
-                    f"VisionTransformer built from its sizes has {rebuilt.get(name, 'nothing')}: dcvit could not "
-                    "rebuild it from its saved form. Replace that part, or extend _read_model_args in "
-                    "dcvit/models/vision_transformer.py."
-                )
+        require_same(model, twin, "VisionTransformer", "_read_model_args in dcvit/models/vision_transformer.py")
         return args
 
 
@@ -384,7 +256,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         )
     if embed.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
-    whole = [block for block in model.blocks if _timm_type(block) in BLOCKS.values()]
+    whole = [block for block in model.blocks if timm_type(block) in BLOCKS.values()]
     for i, block in enumerate(model.blocks):
         if not isinstance(block, (*BLOCKS.values(), MlpHalf, DroppedBlock)):
             raise UnsupportedModelError(
@@ -431,10 +303,10 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "pool_include_prefix": bool(model.pool_include_prefix),
         "dynamic_img_size": bool(model.dynamic_img_size),
         "dynamic_img_pad": bool(embed.dynamic_img_pad),
-        "embed_norm_layer": None if isinstance(embed.norm, nn.Identity) else _norm_spec("patch_embed.norm", embed.norm),
-        "norm_layer": _norm_spec("blocks.*.norm1", block.norm1),
-        "act_layer": _key(ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
-        "block_fn": _key(BLOCKS, "blocks.*", _timm_type(block)),
+        "embed_norm_layer": None if isinstance(embed.norm, nn.Identity) else norm_spec("patch_embed.norm", embed.norm),
+        "norm_layer": norm_spec("blocks.*.norm1", block.norm1),
+        "act_layer": named_key(ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
+        "block_fn": named_key(BLOCKS, "blocks.*", timm_type(block)),
         "mlp_layer": _mlp_key(mlp),
         "distilled": isinstance(model, VisionTransformerDistilled),
         "per_layer_config": per_layer,
@@ -469,40 +341,6 @@ def _layer_settings(block: TimmModule) -> dict[str, Any] | None:
     return None
 
 
-def _signature(model: TimmModule) -> dict[str, str]:
-    """Each module's type and settings, each parameter's and buffer's shape, by name."""
-    parts = {
-        name: f"{_timm_type(module).__qualname__}({module.extra_repr()})"
-        for name, module in model.named_modules()
-        if not isinstance(module, _STATELESS) or isinstance(module, DroppedBlock)
-    }
-    tensors = {name: f"Tensor{list(t.shape)}" for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    norms = {
-        name + ".eps": str(getattr(module, "eps", None))
-        for name, module in model.named_modules()
-        if isinstance(module, tuple(NORMS.values()))
-    }
-    return parts | tensors | norms
-
-
-def _timm_type(module: nn.Module) -> type[nn.Module]:
-    """A module's type, as the finished model has it."""
-    return Block if isinstance(module, WholeBlock) else type(module)
-
-
-def _key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module]) -> str:
-    for key, value in table.items():
-        if value is kind:
-            return key
-    raise UnsupportedModelError(
-        f"{part} is a {kind.__qualname__}; supported are {', '.join(t.__qualname__ for t in table.values())}."
-    )
-
-
-def _norm_spec(part: str, norm: TimmModule) -> dict[str, Any]:
-    return {"type": _key(NORMS, part, type(norm)), "eps": norm.eps}
-
-
 def _mlp_key(mlp: TimmModule) -> str:
     if type(mlp) is Mlp:
         return "mlp"
@@ -520,29 +358,11 @@ def _fc1_features(mlp: TimmModule) -> int:
     return int((mlp.fc1_x if type(mlp) is SwiGLU else mlp.fc1).out_features)
 
 
-def _num_params(module: TimmModule) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
     if isinstance(block, DroppedBlock):
         return BlockCost(Cost(), Cost(), Cost(), 0)
-    mlp = block.mlp
-    hidden, width = mlp.fc2.in_features, mlp.fc2.out_features
-    first_layers = [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
-    rows = sum(layer.out_features for layer in first_layers)  # gate and value count twice per hidden node
-    fc1 = linear_cost(width, rows, tokens, bias=first_layers[0].bias is not None)
-    fc2 = linear_cost(hidden, width, tokens, bias=mlp.fc2.bias is not None)
-    rest = (
-        _num_params(block.norm2)
-        + _num_params(mlp.norm)
-        + (0 if isinstance(block, ResPostBlock) else _num_params(block.ls2))
-    )
-    mlp_cost = fc1 + fc2 + Cost(params=rest)
-    per_node = len(first_layers) if type(mlp) is SwiGLU else 2 if type(mlp) is GluMlp else 1
-    node = linear_cost(width, per_node, tokens, bias=first_layers[0].bias is not None)
-    node += linear_cost(1, width, tokens, bias=False)
-    node += Cost(params=len(list(mlp.norm.parameters())))  # one weight, perhaps one bias, for each node
+    mlp_cost, node = mlp_half_cost(block, tokens)
+    hidden, width = block.mlp.fc2.in_features, block.mlp.fc2.out_features
     if isinstance(block, CompressedBlock):
         return BlockCost(Cost(), mlp_cost, node, hidden)
     attention = block.attn
@@ -552,7 +372,7 @@ def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
         + linear_cost(inner, width, tokens, bias=False)
         + Cost(attention_macs=2 * tokens * tokens * inner)
     )
-    params = sum(_num_params(block.get_submodule(n)) for n in ("norm1", "attn", "ls1") if hasattr(block, n))
+    params = sum(num_params(block.get_submodule(n)) for n in ("norm1", "attn", "ls1") if hasattr(block, n))
     return BlockCost(Cost(cost.weight_macs, cost.attention_macs, params), mlp_cost, node, hidden)
 
 

@@ -1,0 +1,109 @@
+"""What adapters share to rebuild a model from its saved form, and to refuse what that would lose."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from timm.layers import DropPath, PatchDropout
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from dcvit.errors import UnsupportedModelError
+from dcvit.models.blocks import WholeBlock
+from dcvit.models.modeling_dcvit import NORMS, DroppedBlock, TimmModule
+from dcvit.seeding import seeded
+
+__all__ = ["named_key", "norm_spec", "num_params", "preprocessing_cfg", "rebuilt", "require_same", "timm_type"]
+
+_STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
+"""Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
+
+
+def require_same(model: nn.Module, twin: nn.Module, family: str, reader: str) -> None:
+    """Refuse a model that differs from what its saved form would become.
+
+    Args:
+        model: The model.
+        twin: Built from what was read off it, on the meta device.
+        family: What the twin is, for the message.
+        reader: The function that read it, likewise.
+
+    Raises:
+        UnsupportedModelError: Naming the first part that differs.
+    """
+    original, found = _signature(model), _signature(twin)
+    for name in sorted(original.keys() | found.keys()):
+        if original.get(name) != found.get(name):
+            raise UnsupportedModelError(
+                f"The model's part {name or '(root)'} is {original.get(name, 'absent')}, where a "
+                f"{family} built from its sizes has {found.get(name, 'nothing')}: dcvit could not "
+                f"rebuild it from its saved form. Replace that part, or extend {reader}."
+            )
+
+
+def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> nn.Module:
+    """A new timm model of an architecture with the weights of another.
+
+    Args:
+        model: Whose weights, device, dtype and mode it gets.
+        architecture: A name in timm's registry.
+        config: The model's `config.json`.
+    """
+    weight = next(model.parameters())
+    pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
+    with seeded(0):  # what is initialised here is overwritten; the caller's random state is not its business
+        new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
+    new.to(device=weight.device, dtype=weight.dtype).load_state_dict(model.state_dict())
+    return new.train(model.training)
+
+
+def preprocessing_cfg(model: TimmModule) -> dict[str, Any]:
+    """Of a model's `pretrained_cfg`: preprocessing, licence and labels, not where its own weights came from."""
+    source = getattr(model, "pretrained_cfg", {})
+    keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license", "label_names", "label_descriptions")
+    return {key: source[key] for key in keep if source.get(key) is not None}
+
+
+def _signature(model: TimmModule) -> dict[str, str]:
+    """Each module's type and settings, each parameter's and buffer's shape, by name."""
+    parts = {
+        name: f"{timm_type(module).__qualname__}({module.extra_repr()})"
+        for name, module in model.named_modules()
+        if not isinstance(module, _STATELESS) or isinstance(module, DroppedBlock)
+    }
+    tensors = {name: f"Tensor{list(t.shape)}" for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    norms = {
+        name + ".eps": str(getattr(module, "eps", None))
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(NORMS.values()))
+    }
+    return parts | tensors | norms
+
+
+def timm_type(module: nn.Module) -> type[nn.Module]:
+    """A module's type, as the finished model has it."""
+    return Block if isinstance(module, WholeBlock) else type(module)
+
+
+def named_key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module]) -> str:
+    """The key of a type in a table of the modeling file.
+
+    Raises:
+        UnsupportedModelError: If it is not there, naming the part.
+    """
+    for key, value in table.items():
+        if value is kind:
+            return key
+    raise UnsupportedModelError(
+        f"{part} is a {kind.__qualname__}; supported are {', '.join(t.__qualname__ for t in table.values())}."
+    )
+
+
+def norm_spec(part: str, norm: TimmModule) -> dict[str, Any]:
+    """What `config.json` says of a norm."""
+    return {"type": named_key(NORMS, part, type(norm)), "eps": norm.eps}
+
+
+def num_params(module: TimmModule) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())

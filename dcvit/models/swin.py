@@ -1,0 +1,356 @@
+"""timm's `SwinTransformer` and `SwinTransformerV2`.
+
+Blocks are numbered through all stages. They work in pairs, on windows and on windows shifted by half, so that
+neighbours on both sides of a window's border meet; a pair loses its attention as a whole (DC-ViT, arXiv 2403.18708,
+section 4). As in `dcvit.models.vision_transformer` a model is rebuilt from what its modules show.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.models import register_model
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from torch import Tensor, nn
+
+from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
+from dcvit.errors import UnsupportedModelError
+from dcvit.models import modeling_dcvit
+from dcvit.models.blocks import CompressedBlock, mlp_half_cost
+from dcvit.models.modeling_dcvit import (
+    ACTIVATIONS,
+    SWIN_ARCHITECTURE,
+    DroppedBlock,
+    TimmModule,
+    build_swin,
+    keep_hidden_nodes,
+    swin_places,
+)
+from dcvit.models.rebuilding import (
+    named_key,
+    norm_spec,
+    num_params,
+    preprocessing_cfg,
+    rebuilt,
+    require_same,
+)
+
+__all__ = ["SwinAdapter"]
+
+_WHOLE = (SwinTransformerBlock, SwinTransformerV2Block)
+
+
+class SwinAdapter:
+    """timm's `SwinTransformer` and `SwinTransformerV2`. A state is `[B, H, W, D]`.
+
+    Modifications:
+        - a compressed block (`CompressedBlock`) loses its attention with `norm1`, so it has no windows, no shift and no
+          padding, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped;
+        - a dropped block becomes a `DroppedBlock`;
+        - everything else, patch merging and parameter names included, stays.
+    """
+
+    @staticmethod
+    def handles(model: nn.Module) -> bool:
+        """Whether the model is of this family."""
+        return isinstance(model, (SwinTransformer, SwinTransformerV2))
+
+    def check(self, model: TimmModule) -> None:
+        """See `ModelAdapter.check`."""
+        if type(model) not in (SwinTransformer, SwinTransformerV2):
+            raise UnsupportedModelError(
+                f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
+                "rebuilt from its saved form."
+            )
+        if not model.head.global_pool.pool_type and self.num_classes(model):
+            raise UnsupportedModelError(
+                "The model classifies each position (global_pool=''): call model.reset_classifier(0) for a backbone, "
+                "or give it a pooling."
+            )
+        self._model_args(model)
+
+    def input_size(self, model: TimmModule) -> tuple[int, int, int]:
+        """See `ModelAdapter.input_size`."""
+        height, width = model.patch_embed.img_size
+        return model.patch_embed.proj.in_channels, height, width
+
+    def dynamic_input(self, model: TimmModule) -> bool:
+        """See `ModelAdapter.dynamic_input`."""
+        return not model.patch_embed.strict_img_size
+
+    def tokens(self, model: TimmModule, images: Tensor) -> Tensor:
+        """See `ModelAdapter.tokens`."""
+        return self.as_tokens(model.forward_features(images))
+
+    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
+        """See `ModelAdapter.embed`."""
+        return model.patch_embed(images)
+
+    def prepare(self, model: TimmModule, state: Tensor, block: int) -> Tensor:
+        """See `ModelAdapter.prepare`; the patch merging in front of a stage."""
+        blocks, index = swin_places(model)[block]
+        stage = next(stage for stage in model.layers if stage.blocks is blocks)
+        return state if index or isinstance(stage.downsample, nn.Identity) else stage.downsample(state)
+
+    def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
+        """See `ModelAdapter.run_blocks`."""
+        for block in range(first, stop):
+            state = self.block(model, block)(self.prepare(model, state, block))
+        return state
+
+    def as_tokens(self, state: Tensor) -> Tensor:
+        """See `ModelAdapter.as_tokens`."""
+        return state.flatten(1, 2)
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.from_tokens`."""
+        return tokens.unsqueeze(2)
+
+    def num_blocks(self, model: TimmModule) -> int:
+        """See `ModelAdapter.num_blocks`."""
+        return sum(len(stage.blocks) for stage in model.layers)
+
+    def groups(self, model: TimmModule) -> Sequence[tuple[int, ...]]:
+        """See `ModelAdapter.groups`; the pairs of each stage, and a last block without a partner alone."""
+        groups: list[tuple[int, ...]] = []
+        first = 0
+        for stage in model.layers:
+            stop = first + len(stage.blocks)
+            groups += [tuple(range(block, min(block + 2, stop))) for block in range(first, stop, 2)]
+            first = stop
+        return groups
+
+    def final_norm(self, model: TimmModule, state: Tensor) -> Tensor:
+        """See `ModelAdapter.final_norm`."""
+        return self.as_tokens(model.norm(state))
+
+    def num_classes(self, model: TimmModule) -> int:
+        """See `ModelAdapter.num_classes`."""
+        return int(model.num_classes)
+
+    def logits(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.logits`; pooling does not ask where a token was."""
+        return model.forward_head(self.from_tokens(tokens))
+
+    def features(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.features`; without pooling the mean over the tokens."""
+        features = model.forward_head(self.from_tokens(tokens), pre_logits=True)
+        return features if features.ndim == 2 else features.mean(dim=(1, 2))
+
+    def hidden_features(self, model: TimmModule, block: int) -> int:
+        """See `ModelAdapter.hidden_features`."""
+        module: TimmModule = self.block(model, block)
+        return 0 if isinstance(module, DroppedBlock) else int(module.mlp.fc2.in_features)
+
+    def cost(self, model: TimmModule) -> ModelCost:
+        """See `ModelAdapter.cost`; windows are counted with their padding."""
+        grid = model.patch_embed.grid_size
+        conv = model.patch_embed.proj
+        outside = Cost(weight_macs=grid[0] * grid[1] * conv.weight.numel())
+        blocks = []
+        for stage in model.layers:
+            if not isinstance(stage.downsample, nn.Identity):
+                grid = tuple(-(-side // 2) for side in grid)
+                outside += Cost(weight_macs=grid[0] * grid[1] * stage.downsample.reduction.weight.numel())
+            blocks += [_block_cost(block, grid) for block in stage.blocks]
+        if isinstance(model.head.fc, nn.Linear):
+            outside += Cost(weight_macs=model.head.fc.weight.numel())
+        parts = [part for block in blocks for part in (block.attention, block.mlp)]
+        macs = Cost(
+            outside.weight_macs + sum(part.weight_macs for part in parts), sum(part.attention_macs for part in parts)
+        )
+        return ModelCost(total=macs + Cost(params=num_params(model)), blocks=tuple(blocks))
+
+    def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
+        """See `ModelAdapter.compress_block`."""
+        blocks, index = swin_places(model)[block]
+        module = blocks[index]
+        keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
+        blocks[index] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
+
+    def fuse(self, model: TimmModule) -> None:
+        """See `ModelAdapter.fuse`; attention in windows has no op of dcvit's."""
+
+    def drop_block(self, model: TimmModule, block: int) -> None:
+        """See `ModelAdapter.drop_block`."""
+        blocks, index = swin_places(model)[block]
+        blocks[index] = DroppedBlock()
+
+    def block(self, model: TimmModule, block: int) -> nn.Module:
+        """See `ModelAdapter.block`."""
+        blocks, index = swin_places(model)[block]
+        module: nn.Module = blocks[index]
+        return module
+
+    def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Linear, Tensor | None] | None:
+        """See `ModelAdapter.output_layer`; `None` in version 2, whose norm lies behind the layer."""
+        module = self.block(model, block)
+        return None if not isinstance(module, CompressedBlock) or module.post_norm else (module.mlp.fc2, None)
+
+    def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
+        """See `ModelAdapter.parameters`; patch merging goes with the block behind it."""
+        found = list(model.patch_embed.parameters()) if first_block == 0 else []
+        number = 0
+        for stage in model.layers:
+            for index, block in enumerate(stage.blocks):
+                if first_block <= number <= last_block:
+                    found += [*(stage.downsample.parameters() if index == 0 else ()), *block.parameters()]
+                number += 1
+        return found
+
+    def body_parameters(self, model: TimmModule) -> list[nn.Parameter]:
+        """See `ModelAdapter.body_parameters`."""
+        return [*model.patch_embed.parameters(), *model.layers.parameters(), *model.norm.parameters()]
+
+    def rebuild(self, model: TimmModule) -> nn.Module:
+        """See `ModelAdapter.rebuild`."""
+        return rebuilt(model, SWIN_ARCHITECTURE, self.config(model))
+
+    def config(self, model: TimmModule) -> Mapping[str, Any]:
+        """See `ModelAdapter.config`."""
+        args = self._model_args(model)
+        return {
+            "architecture": SWIN_ARCHITECTURE,
+            "num_classes": args["num_classes"],
+            "num_features": int(model.num_features),
+            "global_pool": args["global_pool"],
+            "model_args": args,
+            "pretrained_cfg": {
+                **preprocessing_cfg(model),
+                "input_size": self.input_size(model),
+                "fixed_input_size": not self.dynamic_input(model),
+                "num_classes": self.num_classes(model),
+                "first_conv": "patch_embed.proj",
+                "classifier": "head.fc",
+            },
+        }
+
+    def modeling_file(self) -> Path:
+        """See `ModelAdapter.modeling_file`."""
+        return Path(modeling_dcvit.__file__)
+
+    def _model_args(self, model: TimmModule) -> dict[str, Any]:
+        """The constructor arguments of a model, read off its modules, as values for JSON.
+
+        Raises:
+            UnsupportedModelError: Naming the first part that the arguments would not reproduce.
+        """
+        args = _read_model_args(model)
+        with torch.device("meta"):
+            twin = build_swin(**args, compressed_block=CompressedBlock)
+        require_same(model, twin, "Swin", "_read_model_args in dcvit/models/swin.py")
+        return args
+
+
+def _read_model_args(model: TimmModule) -> dict[str, Any]:
+    """Every constructor argument that shapes the model, and `per_layer_config`."""
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed:
+        raise UnsupportedModelError(
+            f"patch_embed is a {type(embed).__qualname__}; only timm's PatchEmbed is supported."
+        )
+    blocks = [blocks[index] for blocks, index in swin_places(model)]
+    for i, block in enumerate(blocks):
+        if type(block) not in (*_WHOLE, CompressedBlock, DroppedBlock):
+            raise UnsupportedModelError(
+                f"Block {i} is a {type(block).__qualname__}; supported are timm's SwinTransformerBlock and "
+                "SwinTransformerV2Block."
+            )
+        if not isinstance(block, DroppedBlock) and type(block.mlp) is not Mlp:
+            raise UnsupportedModelError(f"Block {i}: mlp is a {type(block.mlp).__qualname__}; only Mlp is supported.")
+    whole = next((block for block in blocks if isinstance(block, _WHOLE)), None)
+    if whole is None:
+        raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
+    # A stage without attention: these sizes are those of its neighbours, and nothing is made of them.
+    of_stage = [next((block for block in stage.blocks if isinstance(block, _WHOLE)), whole) for stage in model.layers]
+    dims = [_width(stage) for stage in model.layers]
+    first = isinstance(model, SwinTransformer)
+    args: dict[str, Any] = {
+        "version": 1 if first else 2,
+        "img_size": list(embed.img_size),
+        "patch_size": list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "num_classes": int(model.num_classes),
+        "global_pool": model.head.global_pool.pool_type,
+        "embed_dim": dims[0],
+        "depths": [len(stage.blocks) for stage in model.layers],
+        "num_heads": [
+            block.attn.num_heads if block.dim == dim else 1 for block, dim in zip(of_stage, dims, strict=True)
+        ],
+        "window_size": [list(block.window_size) for block in of_stage],
+        "always_partition": bool(whole.always_partition),
+        "strict_img_size": bool(embed.strict_img_size),
+        "qkv_bias": (whole.attn.qkv.bias if first else whole.attn.q_bias) is not None,
+        "norm_layer": norm_spec("norm", model.norm),
+        "per_layer_config": {
+            str(i): settings for i, block in enumerate(blocks) if (settings := _layer_settings(block)) is not None
+        },
+    }
+    if first:
+        widths = [block.attn.qkv.out_features // 3 for block in of_stage]
+        args["head_dim"] = [
+            width // block.attn.num_heads if block.dim == dim else None
+            for width, block, dim in zip(widths, of_stage, dims, strict=True)
+        ]
+        args["mlp_ratio"] = [_ratio(stage, dim) for stage, dim in zip(model.layers, dims, strict=True)]
+    else:
+        args["mlp_ratio"] = max(_ratio(stage, max(dims)) for stage in model.layers)  # one for all stages
+        args["act_layer"] = named_key(ACTIVATIONS, "mlp.act", type(whole.mlp.act))
+        args["pretrained_window_sizes"] = [list(block.attn.pretrained_window_size) for block in of_stage]
+    return args
+
+
+def _width(stage: TimmModule) -> int:
+    """Channels of a stage."""
+    if not isinstance(stage.downsample, nn.Identity):
+        return int(stage.downsample.reduction.out_features)
+    return int(stage.dim)
+
+
+def _ratio(stage: TimmModule, largest: int) -> float:
+    """The `mlp_ratio` of a stage's widest block.
+
+    Half a node of a stage with `largest` channels more, so that timm's int(dim * ratio) does not lose one to rounding.
+    """
+    widths = [block.mlp.fc1.out_features for block in stage.blocks if not isinstance(block, DroppedBlock)]
+    return max(widths, default=0) / _width(stage) + 0.5 / largest
+
+
+def _layer_settings(block: TimmModule) -> dict[str, Any] | None:
+    """What differs in a block, in the key names of transformers' `per_layer_config`."""
+    if isinstance(block, DroppedBlock):
+        return {"skip": ["attention", "mlp"]}
+    if isinstance(block, CompressedBlock):
+        return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
+    return None
+
+
+def _block_cost(block: TimmModule, grid: tuple[int, int]) -> BlockCost:
+    if isinstance(block, DroppedBlock):
+        return BlockCost(Cost(), Cost(), Cost(), 0)
+    mlp, node = mlp_half_cost(block, grid[0] * grid[1])
+    hidden, width = block.mlp.fc2.in_features, block.mlp.fc2.out_features
+    if isinstance(block, CompressedBlock):
+        return BlockCost(Cost(), mlp, node, hidden)
+    attn, area = block.attn, block.window_size[0] * block.window_size[1]
+    windows = 1
+    for side, window in zip(grid, block.window_size, strict=True):
+        windows *= -(-side // window)
+    inner = attn.qkv.out_features // 3
+    products = linear_cost(width, 3 * inner, windows * area, bias=False)
+    products += linear_cost(inner, width, windows * area, bias=False)
+    macs = products.weight_macs
+    if isinstance(block, SwinTransformerV2Block):  # the position bias: computed in every pass, for any number of images
+        offsets = (2 * block.window_size[0] - 1) * (2 * block.window_size[1] - 1)
+        macs += sum(offsets * layer.weight.numel() for layer in attn.cpb_mlp if isinstance(layer, nn.Linear))
+    params = num_params(block.norm1) + num_params(attn)
+    return BlockCost(Cost(macs, 2 * windows * area * area * inner, params), mlp, node, hidden)
+
+
+@register_model
+def dcvit_swin_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's entry point for Swins that dcvit compressed; the arguments come from `config.json`."""
+    return modeling_dcvit.create_swin(pretrained, compressed_block=CompressedBlock, **kwargs)

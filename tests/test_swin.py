@@ -1,0 +1,182 @@
+"""Swin transformers of both versions: structure, cost, search, saved form."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dcvit
+from dcvit.errors import BudgetError, UnsupportedModelError
+from dcvit.models import CompressedBlock, DroppedBlock, adapter_for, require_supported
+from dcvit.planning import plan
+from tests.conftest import QUICK
+from tests.without_dcvit import run_without
+
+NAMES = {1: "swin_tiny_patch4_window7_224", 2: "swinv2_tiny_window8_256"}
+
+
+def create(version: int, **changes: Any) -> Any:
+    """A small Swin of two stages with 2 and 5 blocks."""
+    sizes = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 5), "num_heads": (2, 4), "window_size": 4}
+    model = timm.create_model(NAMES[version], num_classes=7, **(sizes | changes)).eval().requires_grad_(False)
+    if version == 2:  # timm starts its norms at zero, where blocks add nothing
+        for stage in model.layers:
+            for block in stage.blocks:
+                nn.init.uniform_(block.norm1.weight, 0.2, 1.0)
+                nn.init.uniform_(block.norm2.weight, 0.2, 1.0)
+    return model
+
+
+@pytest.fixture(params=[1, 2])
+def swin(request: pytest.FixtureRequest) -> Any:
+    return create(request.param)
+
+
+def cut(model: nn.Module) -> nn.Module:
+    """Two pairs compressed, the single block at the end dropped."""
+    adapter = adapter_for(model)
+    for block, kept in {2: [], 3: [], 4: range(0, 128, 2), 5: range(0, 128, 2)}.items():
+        adapter.compress_block(model, block, list(kept))
+    adapter.drop_block(model, 6)
+    return model
+
+
+def test_the_parts_in_order_are_the_model(swin: Any) -> None:
+    adapter, images = require_supported(swin), torch.randn(2, 3, 32, 32)
+    state = adapter.embed(swin, images)
+    for block in range(adapter.num_blocks(swin)):
+        alone = adapter.block(swin, block)(adapter.prepare(swin, state, block))
+        state = adapter.run_blocks(swin, state, block, block + 1)
+        assert torch.equal(state, alone)
+    tokens = adapter.final_norm(swin, state)
+    assert tokens.shape == (2, 64, 32)
+    assert torch.equal(tokens, adapter.tokens(swin, images))
+    torch.testing.assert_close(adapter.logits(swin, tokens), swin(images))
+
+
+def test_pairs_go_together_within_a_stage(swin: Any) -> None:
+    assert list(adapter_for(swin).groups(swin)) == [(0, 1), (2, 3), (4, 5), (6,)]
+    shifts = [any(block.shift_size) for stage in swin.layers for block in stage.blocks]
+    assert shifts == [False, True, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("size", [32, 36, 44])  # 36 and 44: windows are padded
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_cost_is_what_torch_counts(version: int, size: int) -> None:
+    model, images = create(version, img_size=size), torch.randn(1, 3, size, size)
+    for one in (model, cut(model)):
+        with FlopCounterMode(display=False) as counter:
+            one(images)
+        total = adapter_for(one).cost(one).total
+        assert 2 * total.macs("with_attention_products") == counter.get_total_flops()
+        assert total.params == sum(parameter.numel() for parameter in one.parameters())
+
+
+def test_a_block_costs_what_goes_with_it(swin: Any) -> None:
+    adapter = adapter_for(swin)
+    before = adapter.cost(swin)
+    adapter.compress_block(swin, 4, range(50))
+    saved = before.total - adapter.cost(swin).total
+    assert saved == before.blocks[4].attention + before.blocks[4].hidden_node * 78
+    assert not adapter.cost(swin).blocks[4].compressible
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing position biases
+def test_compressed_blocks_take_images_of_any_size(swin: Any) -> None:
+    model = cut(create(1 if isinstance(swin, timm.models.SwinTransformer) else 2, strict_img_size=False))
+    rebuilt = adapter_for(model).rebuild(model)
+    for size in (32, 40, 44):
+        images = torch.randn(1, 3, size, size)
+        torch.testing.assert_close(rebuilt(images), model(images))
+    cut(swin).set_input_size(img_size=48)
+    images = torch.randn(1, 3, 48, 48)
+    assert adapter_for(swin).input_size(swin) == (3, 48, 48)
+    torch.testing.assert_close(adapter_for(swin).rebuild(swin)(images), swin(images))
+
+
+def test_the_pair_search_meets_the_budget(swin: Any) -> None:
+    images = torch.randn(8, 3, 32, 32)
+    result = dcvit.compress(swin, images, dcvit.Budget(macs=0.8), QUICK)
+    original = adapter_for(swin).cost(swin)
+    left = result.report.student.macs / result.report.teacher.macs
+    node = max(block.hidden_node.macs("with_attention_products") for block in original.blocks)
+    target = result.plan.target
+    assert target - 2 * len(result.plan.blocks) * node < result.report.student.macs <= target
+    assert left <= 0.8
+    assert result.plan.cost == adapter_for(result.model).cost(result.model).total
+    for group in adapter_for(swin).groups(swin):
+        kept = {len(result.plan.kept_nodes[block]) if block in result.plan.blocks else None for block in group}
+        assert len(kept) == 1
+    blocks = [block for stage in result.model.layers for block in stage.blocks]
+    assert [i for i, block in enumerate(blocks) if isinstance(block, CompressedBlock)] == sorted(result.plan.blocks)
+
+
+def test_reconstruction_brings_the_model_back() -> None:
+    """A compressed block of version 1 comes nearer to what it replaces; nothing else would notice a wrong token."""
+    result = dcvit.compress(create(1), torch.randn(10, 3, 32, 32), dcvit.Budget(macs=0.7), QUICK)
+    assert result.report.reconstructions
+    for block in result.report.reconstructions:
+        assert block.error_closed_form is not None
+        assert block.error_closed_form < block.error_before
+        assert block.error_after <= block.error_closed_form
+
+
+def test_it_is_saved_and_loaded_with_dcvit_and_without(swin: Any, tmp_path: Path) -> None:
+    images = torch.randn(3, 3, 32, 32)
+    result = dcvit.compress(swin, torch.randn(6, 3, 32, 32), dcvit.Budget(macs=0.8), QUICK)
+    result.save(tmp_path / "small")
+    dcvit.write_report(tmp_path / "small")
+    expected = result.model(images)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
+    assert torch.equal(loaded(images), expected)
+    assert torch.equal(dcvit.load(tmp_path / "small").model(images), expected)
+    save_file({"images": images}, tmp_path / "images")
+    run_without(
+        """
+import sys, timm, torch
+from safetensors.torch import load_file, save_file
+sys.path.insert(0, "small")
+import modeling_dcvit
+model = timm.create_model("local-dir:small", pretrained=True).eval()
+with torch.no_grad():
+    save_file({"output": model(load_file("images")["images"])}, "output")
+""",
+        tmp_path,
+    )
+    # The same computation, but for the order in which dcvit's fused op sums.
+    torch.testing.assert_close(load_file(tmp_path / "output")["output"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in timm.list_models("swin*") if "cr" not in name])
+def test_every_swin_of_timm_is_supported(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    adapter = adapter_for(model)
+    adapter.check(model)
+    assert len(adapter.cost(model).blocks) == adapter.num_blocks(model)
+
+
+def test_what_cannot_be_done_is_refused_by_name(swin: Any) -> None:
+    images: Tensor = torch.randn(4, 3, 32, 32)
+    with pytest.raises(BudgetError, match=r"blocks \[2, 3\] are compressed together; pass all of them or none"):
+        dcvit.compress(swin, images, dcvit.Budget(macs=0.9), QUICK.with_(candidates=(2, 4, 5)))
+    for config in (
+        dcvit.CompressionConfig.paper(candidates=(0, 1, 2, 3)),
+        QUICK.with_(structure="fewest", candidates=(0, 1, 2, 3)),
+    ):
+        with pytest.raises(BudgetError, match=r"the blocks differ in size.*structure='searched'"):
+            plan(swin, dcvit.Budget(macs=0.9), config)
+    with pytest.raises(BudgetError, match="candidate blocks can meet"):
+        plan(swin, dcvit.Budget(macs=0.1), QUICK)
+    with pytest.raises(BudgetError, match=r"num_blocks=3: macs=0\.8 cannot be met by as many"):
+        plan(swin, dcvit.Budget(macs=0.8), QUICK.with_(num_blocks=3))
+    with pytest.raises(UnsupportedModelError, match=r"SwinTransformerV2Cr are not supported;"):
+        require_supported(timm.create_model("swinv2_cr_tiny_ns_224"))
+    with pytest.raises(UnsupportedModelError, match="classifies each position"):
+        require_supported(create(1, global_pool=""))
+    assert isinstance(DroppedBlock()(images), Tensor)
