@@ -15,9 +15,9 @@ import dcvit
 from benchmarks.testbeds import digits
 from dcvit import ranking as ranking_module
 from dcvit import recovery as recovery_module
-from dcvit.baselines import block_dropping
 from dcvit.compression import freeze, fuse
 from dcvit.images import load_images
+from dcvit.methods.practise import block_dropping
 from dcvit.models import adapter_for
 from dcvit.optimisation import warmup_cosine
 from dcvit.ranking import RUNGS, Trial, rank, run_trials

@@ -142,7 +142,7 @@ def build(
 
     Args:
         img_size: Height and width of the images, or both as one number.
-        intermediate_size: Hidden nodes of the MLPs that were not cut; a packed SwiGLU counts gate and value.
+        intermediate_size: Hidden nodes of the widest MLP; a packed SwiGLU counts gate and value.
         layer_scale: Whether the blocks have LayerScale.
         norm_layer: Key into `NORMS` and epsilon of the blocks' norms.
         embed_norm_layer: Likewise of the norm after the patch embedding.
@@ -173,8 +173,9 @@ def build(
         block = model.blocks[int(index)]
         if "mlp" in settings["skip"]:
             model.blocks[int(index)] = DroppedBlock()
-        else:
-            keep_hidden_nodes(block.mlp, torch.arange(settings["intermediate_size"]))
+            continue
+        keep_hidden_nodes(block.mlp, torch.arange(settings["intermediate_size"]))
+        if "attention" in settings["skip"]:
             model.blocks[int(index)] = compressed_block(block)
     return model
 
