@@ -11,11 +11,11 @@ from torch import nn
 import dcvit
 from benchmarks.naive import naive_closed_form
 from benchmarks.testbeds import TestBed, digits, dinov2, photographs
-from dcvit.baselines import block_dropping
 from dcvit.compression import freeze, fuse
 from dcvit.config import CompressionConfig
 from dcvit.errors import BudgetError
 from dcvit.images import load_images
+from dcvit.methods.practise import block_dropping
 from dcvit.models import adapter_for
 from dcvit.planning import Budget, Plan, choose_candidates, plan
 from dcvit.progress import Progress, silent

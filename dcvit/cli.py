@@ -16,7 +16,6 @@ from torchvision.utils import save_image
 
 from dcvit import ops
 from dcvit._version import __version__
-from dcvit.baselines import block_dropping
 from dcvit.compression import compress, freeze
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.costs import MAC_CONVENTIONS
@@ -38,6 +37,10 @@ from dcvit.hub import push_to_hub
 from dcvit.images import FewShotImages, image_files, load_images
 from dcvit.latency import MODES, STOPWATCHES, compare_latency, measure_latency
 from dcvit.latency_planning import TOLERANCE
+from dcvit.methods import METHODS
+from dcvit.methods import method as find_method
+from dcvit.methods.practise import block_dropping
+from dcvit.model_card import cut_kind
 from dcvit.models import DEMO_MODEL, adapter_for, hub_repository, load_model, preprocessing, require_supported
 from dcvit.planning import UNITS, Budget, choose_candidates
 from dcvit.progress import TerminalProgress
@@ -190,6 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     compress_.add_argument(
         "--convention", choices=MAC_CONVENTIONS, default=MAC_CONVENTIONS[0], help="whether q·kᵀ and attn·v count"
     )
+    compress_.add_argument(
+        "--method", choices=tuple(METHODS), default="dcvit", help="how it is compressed, see `dcvit methods`"
+    )
     compress_.add_argument("--num-images", type=int, metavar="N", help="use N random images of the data, not all")
     compress_.add_argument(
         "--paper",
@@ -218,6 +224,14 @@ def _parser() -> argparse.ArgumentParser:
     _output_arguments(compress_)
     _impl_argument(compress_)
     _device_argument(compress_)
+
+    command(
+        "methods",
+        _methods,
+        _show_methods,
+        "list the methods of compress",
+        "What `dcvit compress --method` takes: dcvit's own method, and published ones to compare with.",
+    )
 
     sweep_ = command(
         "sweep",
@@ -523,7 +537,8 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
         batch_size=arguments.budget_batch,
         convention=arguments.convention,
     )
-    config = CompressionConfig.paper() if arguments.paper else CompressionConfig()
+    config = CompressionConfig.paper() if arguments.paper else find_method(arguments.method).config()
+    _check_method(arguments, config)
     config = config.with_(
         recovery=_recovery(arguments, config),
         synthesis=_changed(
@@ -538,7 +553,7 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     model = _load(arguments.model, arguments)
     require_supported(model)
     images, labels = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
-    result = compress(model, images, budget, config, progress=progress)
+    result = compress(model, images, budget, config, method=arguments.method, progress=progress)
     base_model = None if arguments.random_weights else hub_repository(arguments.model)
     result = replace(result, report=replace(result.report, model=arguments.model, base_model=base_model))
     if labels is not None:
@@ -546,6 +561,42 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
         result = _with_top1(result, original, images.normalised, labels)
     result.save(arguments.out, overwrite=arguments.overwrite)
     return {**result.to_dict(), "out": str(arguments.out), "page": str(write_report(arguments.out))}
+
+
+def _check_method(arguments: argparse.Namespace, config: CompressionConfig) -> None:
+    """Refuse options that a method does not read.
+
+    Args:
+        arguments: Of `compress`.
+        config: The method's own.
+    """
+    if arguments.method == "dcvit":
+        return
+    for name in ("paper", "synthesis_iterations", "synthesis_images", "num_blocks"):
+        if getattr(arguments, name) not in (None, False):
+            raise DcvitError(f"--{name.replace('_', '-')}: --method {arguments.method} does not read it; leave it out.")
+    kind = "mimicking" if isinstance(config.recovery, MimickingConfig) else "reconstruction"
+    if arguments.recovery not in (None, kind):
+        raise DcvitError(
+            f"--recovery {arguments.recovery}: --method {arguments.method} reads the settings of {kind}; leave it out."
+        )
+    if kind == "reconstruction" and arguments.epochs is not None:
+        raise DcvitError(f"--epochs {arguments.epochs}: --method {arguments.method} takes no gradient steps.")
+
+
+def _methods(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    return {
+        "methods": [
+            {"name": m.name, "title": m.title, "families": list(m.families), "source": m.source}
+            for m in sorted(METHODS.values(), key=lambda m: m.name != "dcvit")
+        ]
+    }
+
+
+def _show_methods(values: dict[str, Any]) -> str:
+    rows = [("name", "title", "families", "source")]
+    rows += [(m["name"], m["title"], ", ".join(m["families"]), m["source"]) for m in values["methods"]]
+    return _table(rows, left=True)
 
 
 def _sweep(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
@@ -702,12 +753,15 @@ def _show_compress(values: dict[str, Any]) -> str:
     if teacher["top1"] is not None:
         rows.append(("top-1 %", f"{100 * teacher['top1']:.2f}", f"{100 * student['top1']:.2f}", ""))
     agreed = "" if values["agreement"] is None else f"agreement on the images {100 * values['agreement']:.2f} %, "
-    nodes = values["plan"]["kept_nodes"]
-    kept = ", ".join(f"{block} ({len(nodes[str(block)])})" for block in values["blocks"])
+    nodes, kind = values["plan"]["kept_nodes"], cut_kind(values)
+    if kind == "dropped":
+        cut = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
+    else:
+        kept = ", ".join(f"{block} ({len(nodes[str(block)])})" for block in values["blocks"])
+        cut = f"{kind.capitalize()} blocks (hidden nodes kept): {kept}; drop ratio {values['drop_ratio']:.4f}"
     return (
         f"{_table(rows)}\n\n{_latency_met(values)}"
-        f"Compressed blocks (hidden nodes kept): {kept}; drop ratio {values['drop_ratio']:.4f}; "
-        f"{agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
+        f"{cut}; {agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
         f"{_saved(values['out'], values['page'])}"
     )
 
@@ -977,13 +1031,13 @@ def _show_info(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first column to the left, the others to the right, a rule under the first row."""
+def _table(rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    """Rows of text in columns with a rule under the first row; the first column to the left, the others as said."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
         cells = (
-            text.ljust(width) if not i else text.rjust(width)
+            text.ljust(width) if left or not i else text.rjust(width)
             for i, (text, width) in enumerate(zip(row, widths, strict=True))
         )
         return "  ".join(cells).rstrip()

@@ -1,21 +1,22 @@
 """The whole method: plan, try and rank, then compress block by block (DC-ViT, arXiv 2403.18708)."""
 
 import copy
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from dcvit.config import CompressionConfig, MimickingConfig
+from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
 from dcvit.costs import file_size
+from dcvit.errors import DcvitError
 from dcvit.evaluation import agreement
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.latency import Stopwatch, example_images, measure_latency, time_forward
 from dcvit.latency_planning import plan_latency
 from dcvit.memory import trace_activation_memory
+from dcvit.methods import Method, Outcome, Task, Timer, register
+from dcvit.methods import method as find_method
 from dcvit.metric import Metric
 from dcvit.models import adapter_for, hub_repository, load_model, require_supported
 from dcvit.ops import Impl, mimic_loss
@@ -31,14 +32,14 @@ from dcvit.reconstruction import (
     reconstruct_block,
 )
 from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
-from dcvit.refinement import STEP_SIZES, Refinement, num_steps, refine
+from dcvit.refinement import STEP_SIZES, num_steps, refine
 from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
 from dcvit.structure import Recoverability
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
-__all__ = ["compress", "compress_blocks", "freeze", "fuse", "reconstruct_blocks"]
+__all__ = ["DCVIT", "compress", "compress_blocks", "dense", "freeze", "fuse", "reconstruct_blocks"]
 
 HELD_OUT_VIEWS = 50
 """Views of held-out images that the metric looks at."""
@@ -50,6 +51,7 @@ def compress(
     budget: Budget,
     config: CompressionConfig | None = None,
     *,
+    method: str = "dcvit",
     metric_set: MetricSet | None = None,
     progress: Progress = silent,
     stopwatch: Stopwatch = time_forward,
@@ -60,7 +62,8 @@ def compress(
         model: A timm model, or a name that `timm.create_model` takes (its pretrained weights are loaded). Unchanged.
         images: The few-shot set, see `dcvit.images.load_images`. Labels are never read.
         budget: What the result may cost, `Budget(macs=0.75)` for example.
-        config: Every knob; `CompressionConfig.paper()` holds the published settings.
+        config: Every knob; `CompressionConfig.paper()` holds the published settings. The method's own if not given.
+        method: One of `dcvit.methods.METHODS`.
         metric_set: Images to rank blocks on, in place of what `config.metric_set` names.
         progress: Told how it goes, see `dcvit.progress`.
         stopwatch: Times one pass, for a latency budget and for the report.
@@ -69,55 +72,57 @@ def compress(
         The compressed model, the plan that it follows, and a report.
 
     Raises:
-        UnsupportedModelError: If the model cannot be compressed.
+        DcvitError: If there is no such method, or it does not read what it is given.
+        UnsupportedModelError: If the model cannot be compressed, or not by that method.
         ImagesError: If the images do not fit the model.
         BudgetError: If the budget cannot be met.
         All of them before any long work.
     """
-    config = config or CompressionConfig()
+    chosen = find_method(method)
+    if metric_set is not None and method != DCVIT.name:
+        raise DcvitError(f"metric_set with method={method!r}: only {DCVIT.name} ranks on one, leave it out.")
+    config = config or chosen.config()
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
+        chosen.require_family(original)
         few_shot = load_images(images, original)
-        planned = plan_latency(original, budget, config, stopwatch=stopwatch, progress=progress)
-        teacher = fuse(original, config.impl)
+    outcome = chosen.compress(Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set))
+    return finish(model, original, few_shot, outcome.metric_set, outcome, config, timer, stopwatch, method=method)
+
+
+def dense(task: Task) -> Outcome:
+    """DC-ViT: attention and a part of the MLP out of the blocks that recover best, so that any budget is met.
+
+    Args:
+        task: All of its config is read.
+    """
+    config, timer, progress = task.config, task.timer, task.progress
+    with timer("prepare"):
+        planned = plan_latency(task.teacher, task.budget, config, stopwatch=task.stopwatch, progress=progress)
+        teacher = fuse(task.teacher, config.impl)
     with timer("metric set"):
+        metric_set = task.metric_set
         if metric_set is None:
-            metric_set = make_metric_set(teacher, few_shot, config, progress)
+            metric_set = make_metric_set(teacher, task.images, config, progress)
     if isinstance(config.recovery, MimickingConfig):
-        outcome = _published(teacher, few_shot, metric_set, planned, config, timer, progress)
+        outcome = _published(teacher, task.images, metric_set, planned, config, timer, progress)
     else:
-        prepared = prepare(teacher, few_shot, metric_set, planned, config, timer, progress)
+        prepared = prepare(teacher, task.images, metric_set, planned, config, timer, progress)
         outcome = compress_prepared(prepared, planned, config, timer, progress=progress)
-    return finish(model, original, few_shot, metric_set, outcome, config, timer, stopwatch)
+    return replace(outcome, metric_set=metric_set)
 
 
-@dataclass
-class Timer:
-    """Wall-clock seconds of each stage, added up over its runs."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a procedure arrives at."""
-
-    student: nn.Module
-    plan: Plan
-    trials: tuple[Trial, ...]
-    learning_rate: float
-    steps: tuple[Recovery, ...] = ()
-    reconstructions: tuple[Reconstruction, ...] = ()
-    refinement: Refinement | None = None
+DCVIT = register(
+    Method(
+        name="dcvit",
+        title="attention and hidden nodes out of the blocks that recover best, to any budget",
+        source="DC-ViT, arXiv 2403.18708",
+        families=("vit", "swin"),
+        recovery=ReconstructionConfig,
+        compress=dense,
+    )
+)
 
 
 def _published(
@@ -463,12 +468,13 @@ def finish(
     model: str | nn.Module,
     original: nn.Module,
     images: FewShotImages,
-    metric_set: MetricSet,
+    metric_set: MetricSet | None,
     outcome: Outcome,
     config: CompressionConfig,
     timer: Timer,
     stopwatch: Stopwatch = time_forward,
     runs: int = 50,
+    method: str = "dcvit",
 ) -> CompressionResult:
     """The compressed model as an ordinary one, with its figures.
 
@@ -476,16 +482,17 @@ def finish(
         model: What the caller named.
         original: That model, loaded.
         images: The few-shot set.
-        metric_set: What blocks were ranked on.
+        metric_set: What blocks were ranked on, if on any.
         outcome: What the procedure arrived at.
         config: What it was given.
         timer: Has the time of its stages.
         stopwatch: Times a forward pass.
         runs: Forward passes that are timed, at most.
+        method: The procedure's name.
     """
     with timer("report"):
         student = adapter_for(outcome.student).rebuild(outcome.student).eval()
-        report = _report(model, original, student, images, outcome, config, stopwatch, runs)
+        report = _report(model, original, student, images, outcome, config, stopwatch, runs, method)
     return CompressionResult(student, outcome.plan, replace(report, seconds=dict(timer.seconds)), metric_set)
 
 
@@ -498,6 +505,7 @@ def _report(
     config: CompressionConfig,
     stopwatch: Stopwatch,
     runs: int,
+    method: str,
 ) -> Report:
     adapter, batch_size, budget = adapter_for(teacher), config.recovery.batch_size, outcome.plan.budget
     subjects = {"teacher": teacher, "student": student}
@@ -533,7 +541,13 @@ def _report(
         steps=outcome.steps,
         seed=config.seed,
         settings=config.to_dict(),
-        blocks=tuple(BlockShape(block.compressible, block.hidden_features) for block in adapter.cost(teacher).blocks),
+        blocks=_shapes(teacher),
+        blocks_after=_shapes(student),
+        method=method,
         base_model=hub_repository(model) if isinstance(model, str) else None,
         latency_ratio=latency["student"].ratio_to(latency["teacher"]),
     )
+
+
+def _shapes(model: nn.Module) -> tuple[BlockShape, ...]:
+    return tuple(BlockShape(b.compressible, b.hidden_features) for b in adapter_for(model).cost(model).blocks)

@@ -17,7 +17,6 @@ from torch import nn
 
 from dcvit.compression import (
     Prepared,
-    Timer,
     compress_prepared,
     finish,
     freeze,
@@ -30,6 +29,7 @@ from dcvit.costs import MacConvention
 from dcvit.errors import BudgetError, SaveFolderError
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.latency import measure_latency
+from dcvit.methods import Timer
 from dcvit.models import load_model
 from dcvit.planning import ADDITIVE, Budget, Plan, plan
 from dcvit.progress import Progress, silent

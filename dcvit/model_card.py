@@ -4,11 +4,11 @@ Its front matter is what the Hugging Face hub reads: https://huggingface.co/docs
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
-__all__ = ["model_card"]
+__all__ = ["cut_kind", "model_card"]
 
 _HUB_LICENSES = ("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit")
 """Licences that timm's models have and the hub knows by the same name; the hub takes others as `other`, with a name."""
@@ -74,18 +74,37 @@ def _front_matter(license_: str | None, base_model: str | None, task: str) -> Mo
     )
 
 
+def cut_kind(result: Mapping[str, Any]) -> Literal["compressed", "pruned", "dropped"]:
+    """What a model's blocks lost: attention and hidden nodes, hidden nodes alone, or everything.
+
+    Args:
+        result: What `result.json` holds.
+    """
+    plan, after = result["plan"], result["report"].get("blocks_after")
+    if not plan["kept_nodes"]:
+        return "dropped"
+    return "pruned" if after and all(after[int(block)]["attention"] for block in plan["kept_nodes"]) else "compressed"
+
+
 def _what(result: Mapping[str, Any]) -> str:
     report, plan = result["report"], result["plan"]
     images, blocks = report["num_images"], sorted(plan["blocks"])
+    made = (
+        f"`{report['model']}`, made smaller by dcvit {report['versions']['dcvit']} from {images} unlabelled "
+        f"{'image' if images == 1 else 'images'}"
+    )
+    if report.get("method", "dcvit") != "dcvit":
+        made += f" with the method {report['method']}"
+    these = f"{'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))} (counted from 0)"
+    if cut_kind(result) == "dropped":
+        return f"{made}: without the {these}.\n"
     left = sorted({len(nodes) for nodes in plan["kept_nodes"].values()})
     nodes = f"{plan['hidden_features']} hidden nodes of the MLP are left"
     if len(left) > 1:
         nodes = f"on average {nodes} ({left[0]} to {left[-1]})"
-    return (
-        f"`{report['model']}`, made smaller by dcvit {report['versions']['dcvit']} from {images} unlabelled "
-        f"{'image' if images == 1 else 'images'}: without the attention of {'block' if len(blocks) == 1 else 'blocks'} "
-        f"{', '.join(map(str, blocks))} (counted from 0), where {nodes}.\n"
-    )
+    if cut_kind(result) == "pruned":
+        return f"{made}: attention stays; of the {these} {nodes}.\n"
+    return f"{made}: without the attention of {these}, where {nodes}.\n"
 
 
 def _images(preprocessing: Mapping[str, Any]) -> str:

@@ -104,7 +104,7 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One transformer block of the original.
+    """One block.
 
     Attributes:
         attention: Whether it has attention that could be removed.
@@ -137,6 +137,8 @@ class Report:
         versions: Of what computed it.
         settings: The config, as `CompressionConfig.to_dict` gives it; empty in results saved before it was recorded.
         blocks: The original's blocks; likewise.
+        blocks_after: The compressed model's; likewise.
+        method: The name of the method, see `dcvit.methods`.
         base_model: Hub repository of the original's weights; `None` unless they were loaded by a name that tells.
     """
 
@@ -157,6 +159,8 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     settings: Mapping[str, Any] = field(default_factory=dict)
     blocks: tuple[BlockShape, ...] = ()
+    blocks_after: tuple[BlockShape, ...] = ()
+    method: str = "dcvit"
     base_model: str | None = None
 
     @classmethod
@@ -171,7 +175,10 @@ class Report:
                 "refinement": None if values["refinement"] is None else _refinement(values["refinement"]),
                 "reconstructions": tuple(_reconstruction(block) for block in values["reconstructions"]),
                 "steps": tuple(_recovery(step) for step in values["steps"]),
-                "blocks": tuple(BlockShape(**block) for block in values.get("blocks", ())),
+                **{
+                    name: tuple(BlockShape(**block) for block in values.get(name, ()))
+                    for name in ("blocks", "blocks_after")
+                },
             }
         )
 

@@ -14,9 +14,9 @@ from benchmarks.methods import GRADIENT_METHODS, METHODS, num_whole_blocks, shor
 from benchmarks.naive import RIDGE, naive_closed_form, solve_block
 from benchmarks.recovery import Record, Request
 from benchmarks.testbeds.measures import relative_error
-from dcvit.baselines import drop_blocks
 from dcvit.compression import freeze
 from dcvit.errors import BudgetError, DcvitError
+from dcvit.methods.practise import drop_blocks
 from dcvit.models import adapter_for
 from dcvit.recovery import output_tokens
 from dcvit.surgery import compress_block, draw_kept_nodes

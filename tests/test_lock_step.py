@@ -15,9 +15,9 @@ import dcvit
 from benchmarks.testbeds import digits
 from dcvit import ranking as ranking_module
 from dcvit import recovery as recovery_module
-from dcvit.baselines import block_dropping
 from dcvit.compression import freeze, fuse
 from dcvit.images import load_images
+from dcvit.methods.practise import block_dropping
 from dcvit.models import adapter_for
 from dcvit.optimisation import warmup_cosine
 from dcvit.ranking import RUNGS, Trial, rank, run_trials
@@ -166,7 +166,7 @@ def test_a_diverging_student_leaves_the_others_alone(teacher: nn.Module, few_sho
     seen: list[float] = []
     recoveries = recover_together(
         [Candidate(student, (1,), rate) for student, rate in zip(students, (1e30, 1e-3), strict=True)],
-        teacher, few_shot, config, progress=lambda *args: seen.append(args[3]),
+        teacher, few_shot, config, progress=lambda stage, done, total, loss: seen.append(loss) if done else None,
     )  # fmt: skip
     assert [recovery.learning_rate for recovery in recoveries] == [1e30, 1e-3]
     assert recoveries[0].loss_after != recoveries[0].loss_after

@@ -68,7 +68,15 @@ def test_the_best_student_seen_comes_out(model: nn.Module) -> None:
     student, _, views, wanted = problem(model, count=2)
     wrong = wanted + 0.3 * torch.randn_like(wanted) * ~views.held_out.view(-1, 1, 1)
     told: list[float] = []
-    report = refine(student, views, wrong, [1, 2], CONFIG, 160, progress=lambda *args: told.append(args[3]))
+    report = refine(
+        student,
+        views,
+        wrong,
+        [1, 2],
+        CONFIG,
+        160,
+        progress=lambda stage, done, total, loss: told.append(loss) if done and stage == "refinement" else None,
+    )
     assert 0 < report.steps < 160
     assert told == sorted(told, reverse=True)
     assert report.error_after == told[-1] == pytest.approx(held_out_error(student, views, wanted), rel=1e-3)

@@ -24,7 +24,7 @@ LAYERS = [
     {"augmentation", "metric", "latency_planning"},
     {"recovery", "reconstruction", "synthesis"},
     {"refinement", "ranking"},
-    {"results", "baselines"},
+    {"results", "methods"},
     {"report"},
     {"compression", "export", "hub"},
     {"family"},

@@ -152,6 +152,16 @@ with torch.no_grad():
     torch.testing.assert_close(load_file(tmp_path / "output")["output"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_pruned_without_losing_attention_are_saved(swin: Any) -> None:
+    adapter, images = adapter_for(swin), torch.randn(2, 3, 32, 32)
+    for block, kept in {0: 64, 1: 64, 3: 100, 4: 7}.items():
+        adapter.prune_block(swin, block, range(kept))
+        assert adapter.hidden_layer(swin, block).weight.shape[1] == len(adapter.hidden_filters(swin, block)) == kept
+    rebuilt = adapter.rebuild(swin)
+    torch.testing.assert_close(rebuilt(images), swin(images))
+    assert adapter.cost(rebuilt) == adapter.cost(swin)
+
+
 @pytest.mark.parametrize("name", [name for name in timm.list_models("swin*") if "cr" not in name])
 def test_every_swin_of_timm_is_supported(name: str) -> None:
     with torch.device("meta"):

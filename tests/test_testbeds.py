@@ -15,9 +15,9 @@ from benchmarks.testbeds import dinov2_weights as weights
 from benchmarks.testbeds.cache import cache_folder, fingerprint, writing
 from benchmarks.testbeds.crops import PHOTOGRAPHS, crops, load_photograph, normalised, split_column
 from benchmarks.testbeds.measures import relative_error
-from dcvit.baselines import drop_blocks
 from dcvit.errors import DcvitError
 from dcvit.images import load_images
+from dcvit.methods.practise import drop_blocks
 from tests.variants import VARIANTS
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from dcvit.baselines import block_dropping, drop_blocks
 from dcvit.compression import compress, freeze
 from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.demo.digits import Digits
 from dcvit.evaluation import agreement, top1
 from dcvit.images import load_images
 from dcvit.latency import measure_latency
+from dcvit.methods.practise import block_dropping, drop_blocks
 from dcvit.models import adapter_for, load_model
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent

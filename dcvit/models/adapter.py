@@ -16,11 +16,15 @@ __all__ = ["ModelAdapter", "adapter_for", "require_supported"]
 class ModelAdapter(Protocol):
     """A model family: how to read a model's structure, change it, and rebuild it.
 
+    `family` names it, as the methods of `dcvit.methods` do.
+
     All methods are stateless. `check` is called once, before any work; the others may assume that it passed.
 
     What runs from block to block is a state, a tensor whose first dimension is the batch: tokens `[B, N, D]` in a ViT,
     `[B, H, W, D]` in a Swin, a feature map `[B, D, H, W]` in a CNN. Each of its positions is a token.
     """
+
+    family: str
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that cannot be compressed.
@@ -82,6 +86,15 @@ class ModelAdapter(Protocol):
 
     def compress_block(self, model: nn.Module, block: int, kept: Sequence[int]) -> None:
         """In place: remove what mixes the tokens of a block, such as its attention, and all hidden nodes but `kept`."""
+
+    def prune_block(self, model: nn.Module, block: int, kept: Sequence[int]) -> None:
+        """In place: remove all hidden nodes of a block but `kept`, and nothing else."""
+
+    def hidden_filters(self, model: nn.Module, block: int) -> Tensor:
+        """The weights that make the hidden nodes of a block, a row each: `[K, F]`."""
+
+    def hidden_layer(self, model: nn.Module, block: int) -> nn.Linear | nn.Conv2d:
+        """The layer that takes the hidden nodes of a block, compressed or not."""
 
     def fuse(self, model: nn.Module) -> None:
         """In place: compute with dcvit's ops what they can compute of blocks that stay whole.

@@ -159,7 +159,7 @@ def build(
 
     Args:
         img_size: Height and width of the images, or both as one number.
-        intermediate_size: Hidden nodes of the MLPs that were not cut; a packed SwiGLU counts gate and value.
+        intermediate_size: Hidden nodes of the widest MLP; a packed SwiGLU counts gate and value.
         layer_scale: Whether the blocks have LayerScale.
         norm_layer: Key into `NORMS` and epsilon of the blocks' norms.
         embed_norm_layer: Likewise of the norm after the patch embedding.
@@ -243,8 +243,9 @@ def _compress(
         blocks, index = places[int(number)]
         if "mlp" in settings["skip"]:
             blocks[index] = DroppedBlock()
-        else:
-            keep_hidden_nodes(blocks[index].mlp, torch.arange(settings["intermediate_size"]))
+            continue
+        keep_hidden_nodes(blocks[index].mlp, torch.arange(settings["intermediate_size"]))
+        if "attention" in settings["skip"]:
             blocks[index] = compressed_block(blocks[index])
 
 

@@ -50,8 +50,11 @@ class SwinAdapter:
         - a compressed block (`CompressedBlock`) loses its attention with `norm1`, so it has no windows, no shift and no
           padding, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped;
         - a dropped block becomes a `DroppedBlock`;
+        - a pruned block loses those rows and columns alone;
         - everything else, patch merging and parameter names included, stays.
     """
+
+    family = "swin"
 
     @staticmethod
     def handles(model: nn.Module) -> bool:
@@ -171,6 +174,21 @@ class SwinAdapter:
         keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
         blocks[index] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
 
+    def prune_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
+        """See `ModelAdapter.prune_block`."""
+        blocks, index = swin_places(model)[block]
+        keep_hidden_nodes(blocks[index].mlp, torch.as_tensor(kept, dtype=torch.int64))
+
+    def hidden_filters(self, model: TimmModule, block: int) -> Tensor:
+        """See `ModelAdapter.hidden_filters`."""
+        module: TimmModule = self.block(model, block)
+        return module.mlp.fc1.weight
+
+    def hidden_layer(self, model: TimmModule, block: int) -> nn.Linear:
+        """See `ModelAdapter.hidden_layer`."""
+        module: TimmModule = self.block(model, block)
+        return module.mlp.fc2
+
     def fuse(self, model: TimmModule) -> None:
         """See `ModelAdapter.fuse`; attention in windows has no op of dcvit's."""
 
@@ -268,6 +286,10 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     of_stage = [next((block for block in stage.blocks if isinstance(block, _WHOLE)), whole) for stage in model.layers]
     dims = [_width(stage) for stage in model.layers]
     first = isinstance(model, SwinTransformer)
+    ratios = [_ratio(stage, dim if first else max(dims)) for stage, dim in zip(model.layers, dims, strict=True)]
+    if not first:  # one for all stages
+        ratios = [max(ratios)] * len(ratios)
+    made = [int(dim * r) for stage, dim, r in zip(model.layers, dims, ratios, strict=True) for _ in stage.blocks]
     args: dict[str, Any] = {
         "version": 1 if first else 2,
         "img_size": list(embed.img_size),
@@ -286,7 +308,9 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "qkv_bias": (whole.attn.qkv.bias if first else whole.attn.q_bias) is not None,
         "norm_layer": norm_spec("norm", model.norm),
         "per_layer_config": {
-            str(i): settings for i, block in enumerate(blocks) if (settings := _layer_settings(block)) is not None
+            str(i): settings
+            for i, (block, widest) in enumerate(zip(blocks, made, strict=True))
+            if (settings := _layer_settings(block, widest)) is not None
         },
     }
     if first:
@@ -295,9 +319,9 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
             width // block.attn.num_heads if block.dim == dim else None
             for width, block, dim in zip(widths, of_stage, dims, strict=True)
         ]
-        args["mlp_ratio"] = [_ratio(stage, dim) for stage, dim in zip(model.layers, dims, strict=True)]
+        args["mlp_ratio"] = ratios
     else:
-        args["mlp_ratio"] = max(_ratio(stage, max(dims)) for stage in model.layers)  # one for all stages
+        args["mlp_ratio"] = ratios[0]
         args["act_layer"] = named_key(ACTIVATIONS, "mlp.act", type(whole.mlp.act))
         args["pretrained_window_sizes"] = [list(block.attn.pretrained_window_size) for block in of_stage]
     return args
@@ -319,12 +343,14 @@ def _ratio(stage: TimmModule, largest: int) -> float:
     return max(widths, default=0) / _width(stage) + 0.5 / largest
 
 
-def _layer_settings(block: TimmModule) -> dict[str, Any] | None:
-    """What differs in a block, in the key names of transformers' `per_layer_config`."""
+def _layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
+    """What differs in a block from a whole one of so many hidden nodes, in transformers' `per_layer_config` keys."""
     if isinstance(block, DroppedBlock):
         return {"skip": ["attention", "mlp"]}
     if isinstance(block, CompressedBlock):
         return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
+    if block.mlp.fc2.in_features < widest:
+        return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features)}
     return None
 
 

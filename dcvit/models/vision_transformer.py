@@ -56,9 +56,12 @@ class VisionTransformerAdapter:
     Modifications:
         - a compressed block (`CompressedBlock`) loses `norm1`, `attn`, `ls1` and `drop_path1`, and the rows of
           `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped; of a SwiGLU both gate and value;
+        - a pruned block loses those rows and columns alone;
         - a dropped block becomes a `DroppedBlock`;
         - everything else, parameter names included, stays.
     """
+
+    family = "vit"
 
     @staticmethod
     def handles(model: nn.Module) -> bool:
@@ -165,6 +168,21 @@ class VisionTransformerAdapter:
         keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
         model.blocks[block] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
 
+    def prune_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
+        """See `ModelAdapter.prune_block`."""
+        keep_hidden_nodes(model.blocks[block].mlp, torch.as_tensor(kept, dtype=torch.int64))
+
+    def hidden_filters(self, model: TimmModule, block: int) -> Tensor:
+        """See `ModelAdapter.hidden_filters`; of a SwiGLU those of gate and value."""
+        mlp = model.blocks[block].mlp
+        if type(mlp) is SwiGLU:
+            return torch.cat([mlp.fc1_g.weight, mlp.fc1_x.weight], dim=1)
+        return torch.cat(mlp.fc1.weight.chunk(2), dim=1) if type(mlp) is GluMlp else mlp.fc1.weight
+
+    def hidden_layer(self, model: TimmModule, block: int) -> nn.Linear:
+        """See `ModelAdapter.hidden_layer`."""
+        return model.blocks[block].mlp.fc2
+
     def fuse(self, model: TimmModule) -> None:
         """See `ModelAdapter.fuse`."""
         for i, block in enumerate(model.blocks):
@@ -266,7 +284,13 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     if not whole:
         raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
     block = whole[0]
-    attention, mlp = block.attn, block.mlp
+    attention = block.attn
+    # Blocks are cut from the widest: what `build` makes loses nodes and gains none.
+    mlp = max((b.mlp for b in model.blocks if not isinstance(b, DroppedBlock)), key=lambda mlp: mlp.fc2.in_features)
+    intermediate_size = _fc1_features(mlp)
+    if model.attn_pool is not None and model.attn_pool.mlp is not None:  # which is as wide as the uncut blocks
+        intermediate_size = max(intermediate_size, model.attn_pool.mlp.fc1.out_features)
+    widest = intermediate_size // (2 if type(mlp) is GluMlp else 1)
     if type(attention) is not Attention:
         raise UnsupportedModelError(
             f"blocks.*.attn is a {type(attention).__qualname__}; only timm's Attention, whose cost is known, is "
@@ -275,7 +299,9 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     embed_dim = int(model.embed_dim)
     head_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
     per_layer = {
-        str(i): settings for i, module in enumerate(model.blocks) if (settings := _layer_settings(module)) is not None
+        str(i): settings
+        for i, module in enumerate(model.blocks)
+        if (settings := _layer_settings(module, widest)) is not None
     }
     args: dict[str, Any] = {
         "img_size": list(embed.img_size),
@@ -286,7 +312,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "embed_dim": embed_dim,
         "depth": len(model.blocks),
         "num_heads": attention.num_heads,
-        "intermediate_size": _fc1_features(mlp),
+        "intermediate_size": intermediate_size,
         "qkv_bias": attention.qkv.bias is not None,
         "qk_norm": not isinstance(attention.q_norm, nn.Identity),
         "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
@@ -332,12 +358,16 @@ def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Map
     return model
 
 
-def _layer_settings(block: TimmModule) -> dict[str, Any] | None:
-    """What differs in a block, in the key names of transformers' `per_layer_config`."""
+def _layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
+    """What differs in a block from a whole one of so many hidden nodes, in the key names of transformers'
+    `per_layer_config`.
+    """
     if isinstance(block, DroppedBlock):
         return {"skip": ["attention", "mlp"]}
     if isinstance(block, CompressedBlock):
         return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
+    if block.mlp.fc2.in_features < widest:
+        return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features)}
     return None
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcvit.errors import SaveFolderError
+from dcvit.model_card import cut_kind
 from dcvit.ranking import Trial
 from dcvit.report.charts import (
     Curve,
@@ -34,6 +35,7 @@ from dcvit.results import (
     MetricImages,
     ModelFigures,
     Record,
+    Report,
     is_report,
     read_json,
     read_record,
@@ -88,14 +90,13 @@ def run_page(record: Record) -> Page:
     """The page of a saved result; what the result does not hold is named on it."""
     plan, report = record.plan, record.report
     original, used = (_spent(record, figures) for figures in (report.teacher, report.student))
-    nodes = {block: len(plan.kept_nodes[block]) for block in sorted(plan.blocks)}
-    listed = ", ".join(f"{block} ({count:,})" for block, count in nodes.items())
+    chosen = f"They were chosen among {len(plan.candidates)} candidates" if report.trials else "They were recovered"
     text = [
-        f"These blocks lost their attention (hidden nodes that each keeps): {listed}; drop ratio "
-        f"{plan.drop_ratio:.3f}. They were chosen among {len(plan.candidates)} candidates with {report.num_images} "
-        f"unlabelled images. The budget was {_budget(record)}; {_figure(used)} are used.",
+        f"{_cut(record)} {chosen} with {report.num_images} unlabelled images{_by_method(report)}. The budget was "
+        f"{_budget(record)}; {_figure(used)} are used.",
     ]
-    sections = [_comparison(record), _trials(record), _architecture(record), _recovery(record), _metric_set(record)]
+    trials = _trials(record) if report.trials else None
+    sections = [_comparison(record), trials, _architecture(record), _recovery(record), _metric_set(record)]
     return Page(
         title=f"{report.model}, compressed to {100 * used / original:.1f}\N{NO-BREAK SPACE}% of its {_unit(record)}",
         text=text,
@@ -103,6 +104,21 @@ def run_page(record: Record) -> Page:
         sections=[*(section for section in sections if section is not None), _time(record), _settings(record)],
         not_recorded=tuple(_not_recorded(record)),
     )
+
+
+def _cut(record: Record) -> str:
+    """What the blocks lost, in a sentence."""
+    plan, kind = record.plan, cut_kind(record.values)
+    if kind == "dropped":
+        return f"These blocks were dropped whole: {', '.join(map(str, sorted(plan.blocks)))}."
+    listed = ", ".join(f"{block} ({len(plan.kept_nodes[block]):,})" for block in sorted(plan.blocks))
+    lost = "lost hidden nodes and keep their attention" if kind == "pruned" else "lost their attention"
+    return f"These blocks {lost} (hidden nodes that each keeps): {listed}; drop ratio {plan.drop_ratio:.3f}."
+
+
+def _by_method(report: Report) -> str:
+    """Which method it was, unless it is dcvit's own."""
+    return "" if report.method == "dcvit" else f" by the method {report.method}"
 
 
 def _tiles(record: Record) -> Iterator[Tile]:
@@ -189,6 +205,9 @@ def _trials(record: Record) -> Section:
     plan, report = record.plan, record.report
     chosen = set(plan.blocks)
     metric = METRICS.get(str(report.settings.get("metric")), "metric loss")
+    if report.method == "practise":
+        metric = "mimicking loss over the share of MACs saved"
+    cut = "dropped" if cut_kind(record.values) == "dropped" else "compressed"
     losses = {trial.block: trial.metric_loss for trial in sorted(report.trials, key=lambda trial: trial.block)}
     ranked = Table(
         ("rank", "block", "metric loss", "chosen"),
@@ -204,7 +223,7 @@ def _trials(record: Record) -> Section:
             "What the candidates are ranked by",
             lambda width: block_bars(width, losses, chosen, metric),
             ranked,
-            "Each candidate block is compressed alone and recovered. Lower is better.",
+            f"Each candidate block is {cut} alone and recovered. Lower is better.",
             keys,
         ),
         _stages_figure(report.trials, chosen, keys),
@@ -277,13 +296,15 @@ def _architecture(record: Record) -> Section | None:
     before = [(block.attention, block.hidden_features) for block in record.report.blocks]
     kept = {block: (False, len(nodes)) for block, nodes in record.plan.kept_nodes.items()}
     after = [kept.get(block, shape) for block, shape in enumerate(before)]
+    if record.report.blocks_after:
+        after = [(block.attention, block.hidden_features) for block in record.report.blocks_after]
     table = Table(
         ("block", "attention before", "attention after", "hidden nodes before", "hidden nodes after"),
         [
             (str(block), _yes(old[0]), _yes(new[0]), number(old[1]), number(new[1]))
             for block, (old, new) in enumerate(zip(before, after, strict=True))
         ],
-        marked=frozenset(kept),
+        marked=frozenset(record.plan.blocks),
     )
     figure = Figure(
         "Blocks, from the first at the top to the last",
@@ -361,8 +382,9 @@ def _recovery(record: Record) -> Section:
         if lines:
             hint = "Training loss of each epoch, after each cut."
             items.append(_curves("Mimicking after each cut", lines, "epoch", "mimicking loss", hint))
-    rate = "Peak learning rate" if report.steps else "Step size of the gradient steps on blocks"
-    text.append(f"{rate}: {number(report.learning_rate)}.")
+    if report.learning_rate:
+        rate = "Peak learning rate" if report.steps else "Step size of the gradient steps on blocks"
+        text.append(f"{rate}: {number(report.learning_rate)}.")
     return Section("Recovery over time", text, items)
 
 
@@ -398,6 +420,7 @@ def _settings(record: Record) -> Section:
     report = record.report
     run = {
         "model": report.model,
+        "method": report.method,
         "budget": _budget(record),
         "unlabelled images": report.num_images,
         "seed": report.seed,
@@ -415,7 +438,7 @@ def _not_recorded(record: Record) -> Iterator[str]:
         yield "the settings: the result was saved by an earlier dcvit"
     if not report.blocks:
         yield "the original's blocks, and so the drawing of the architecture: saved by an earlier dcvit"
-    if record.images is None:
+    if record.images is None and report.method == "dcvit":
         given = report.settings.get("metric_set") == "images"
         reason = "blocks were ranked on the few-shot images, which are never saved" if given else (
             "blocks were ranked on images of the caller's, or the result was saved by an earlier dcvit"

@@ -1,0 +1,118 @@
+"""The largest structure that meets a budget, where whole blocks go or MLPs alone are pruned.
+
+What a structure costs is read off a model that has it, not calculated from its parts, so that every budget that a
+structure decides is met exactly from below.
+"""
+
+import copy
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from dcvit.costs import file_size
+from dcvit.errors import BudgetError
+from dcvit.models import adapter_for
+from dcvit.planning import ADDITIVE, Budget
+
+__all__ = ["fewest_blocks", "spent", "target", "widest_mlps"]
+
+
+def spent(model: nn.Module, budget: Budget) -> int:
+    """What a model costs, in a budget's unit."""
+    if budget.unit == "file_size":
+        return file_size(model.state_dict())
+    return budget.amount(adapter_for(model).cost(model).total)
+
+
+def target(model: nn.Module, budget: Budget) -> int:
+    """A budget as an absolute number, for an original.
+
+    Raises:
+        BudgetError: If the budget is not of what a structure decides, or not below the original.
+    """
+    if budget.unit not in ADDITIVE:
+        raise BudgetError(
+            f"{budget.unit}={budget.value!r}: this method meets budgets of {', '.join(ADDITIVE)}; the method dcvit "
+            "meets all."
+        )
+    original = spent(model, budget)
+    wanted = budget.target_of(original)
+    if wanted >= original:
+        raise BudgetError(f"{budget.unit}={budget.value!r}: the original has only {original:,}. Ask for less.")
+    return wanted
+
+
+def fewest_blocks(
+    model: nn.Module, budget: Budget, choose: Callable[[int], Sequence[int]], most: int
+) -> tuple[int, ...]:
+    """The fewest whole blocks without which a model meets a budget.
+
+    Args:
+        model: The original.
+        budget: What is left may cost so much.
+        choose: Which blocks go if so many go.
+        most: How many may go.
+
+    Raises:
+        BudgetError: If it cannot be met.
+    """
+    wanted = target(model, budget)
+    left = spent(model, budget)
+    for count in range(1, most + 1):
+        blocks = choose(count)
+        smaller = _shared_copy(model)
+        for block in blocks:
+            adapter_for(smaller).drop_block(smaller, block)
+        left = spent(smaller, budget)
+        if left <= wanted:
+            return tuple(blocks)
+    raise BudgetError(
+        f"{budget.unit}={budget.value!r} asks for {wanted:,}: without all {most} blocks that may go {left:,} are left. "
+        "Ask for more, or allow more blocks in CompressionConfig(candidates=...)."
+    )
+
+
+def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], round_to: int) -> dict[int, int]:
+    """How many hidden nodes each block may keep, all the same share, so that a model meets a budget.
+
+    Args:
+        model: The original.
+        budget: What is left may cost so much.
+        candidates: The blocks that lose nodes.
+        round_to: Kept nodes are a multiple of it, or all of a block's.
+
+    Raises:
+        BudgetError: If it cannot be met with one node, or one multiple, a block.
+    """
+    adapter, wanted = adapter_for(model), target(model, budget)
+    hidden = {block: adapter.hidden_features(model, block) for block in candidates}
+    widest = max(hidden.values())
+
+    def kept(step: int) -> dict[int, int]:
+        shares = {block: nodes * step // widest for block, nodes in hidden.items()}
+        return {block: min(hidden[block], max(round_to, n - n % round_to)) for block, n in shares.items()}
+
+    def cost(step: int) -> int:
+        return spent(_pruned(model, kept(step)), budget)
+
+    step = bisect_right(range(1, widest), wanted, key=cost)
+    if not step:
+        raise BudgetError(
+            f"{budget.unit}={budget.value!r} asks for {wanted:,}: with {round_to} hidden "
+            f"{'node' if round_to == 1 else 'nodes'} in each of {len(hidden)} blocks {cost(1):,} are left. Ask for "
+            "more; this method keeps everything else."
+        )
+    return kept(step)
+
+
+def _pruned(model: nn.Module, kept: Mapping[int, int]) -> nn.Module:
+    """A model whose MLPs are so narrow, for what it costs."""
+    smaller = _shared_copy(model)
+    for block, nodes in kept.items():
+        adapter_for(smaller).prune_block(smaller, block, range(nodes))
+    return smaller
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

@@ -1,0 +1,87 @@
+"""Cross distillation: each pruned layer learns on the teacher's activations and on the student's own.
+
+Source: Bai, Wu, King and Lyu, "Few Shot Network Compression via Cross Distillation" (AAAI 2020, arXiv 1911.09450). With
+x_T and x_S what teacher and student give before a layer, T that layer of the teacher and S of the student, it minimises
+
+    μ ‖S(x_T) − T(x_T)‖² + (1 − μ) ‖S(x_S) − T(x_S)‖²
+
+The first term, correction, knows nothing of the errors made before; the second, imitation, follows the student's own
+activations. μ is constant, 0.6 as the authors' code has it.
+
+As it is applied here:
+
+- A layer's loss is quadratic in its weights, so the minimum is solved for instead of approached by Adam.
+- Which filters go is fixed beforehand, by L1 norm as in `fskd`, not found by a proximal step.
+- To a ViT it is transferred: the layer is `fc2`, whose input are the MLP's hidden nodes; the block before that layer,
+  attention included, makes them of x_T and x_S.
+- The authors fine-tune on labels in the end. Here there are none.
+"""
+
+import torch
+from torch import Tensor
+
+from dcvit.config import ReconstructionConfig
+from dcvit.methods.layerwise import RIDGE, Equations, Layer, fit_layerwise, layer_pairs
+from dcvit.methods.registry import Method, Outcome, Task, register
+from dcvit.models import adapter_for
+from dcvit.regression import NormalEquations
+
+__all__ = ["CD", "MIXING", "cd", "mix"]
+
+MIXING = 0.6
+"""μ, the weight of the correction."""
+
+
+def cd(task: Task) -> Outcome:
+    """Prune hidden nodes by L1 norm, and fit each block's last layer to the teacher's on both networks' activations.
+
+    Args:
+        task: See `dcvit.methods.layerwise.fit_layerwise`.
+    """
+    return fit_layerwise(task, _fit)
+
+
+CD = register(
+    Method(
+        name="cd",
+        title="hidden nodes pruned by L1 norm, the layer after them fitted on both networks' activations",
+        source="Cross Distillation, arXiv 1911.09450",
+        families=("vit",),
+        recovery=ReconstructionConfig,
+        compress=cd,
+    )
+)
+
+
+def mix(correction: NormalEquations, imitation: NormalEquations, mixing: float = MIXING) -> NormalEquations:
+    """The equations of μ times the correction and 1 − μ times the imitation."""
+    return NormalEquations(
+        mixing * correction.gram + (1 - mixing) * imitation.gram,
+        mixing * correction.moment + (1 - mixing) * imitation.moment,
+        mixing * correction.energy + (1 - mixing) * imitation.energy,
+        correction.count,
+    )
+
+
+def _fit(layer: Layer) -> tuple[float, float]:
+    sides = []
+    for states in (layer.teacher_states, layer.student_states):
+        given = [pair.hidden for pair in layer_pairs(layer.student, layer.block, states, layer.views)]
+        wanted = [pair.output for pair in layer_pairs(layer.teacher, layer.block, states, layer.views)]
+        sides.append(Equations.of(given, wanted, layer.views))
+    correction, imitation = sides
+    held_out = mix(correction.held_out, imitation.held_out)
+    module = adapter_for(layer.student).hidden_layer(layer.student, layer.block)
+    anchor, bias = module.weight.double().flatten(1).T, module.bias
+    constant = anchor.new_zeros(1, anchor.shape[1]) if bias is None else bias.double()[None]
+
+    def solve(equations: NormalEquations) -> Tensor:
+        return equations.solve(RIDGE, anchor, constant=bias is not None)
+
+    before = held_out.error(torch.cat([anchor, constant]))
+    after = held_out.error(solve(mix(correction.used, imitation.used)))
+    solution = solve(mix(correction.every, imitation.every))
+    module.weight.copy_(solution[:-1].T.view_as(module.weight))
+    if bias is not None:
+        bias.copy_(solution[-1])
+    return before, after

@@ -1,0 +1,216 @@
+"""PRACTISE: drop whole blocks, those that recover best for the latency they save.
+
+Source: Wang and Wu, "Practical Network Acceleration with Tiny Sets" (arXiv 2202.07861), sections 3.2 to 3.4. The score
+of a block is R(B) / τ(B): R(B) is the mimicking loss that is left when the block alone is dropped and the rest has
+recovered on the few-shot images, τ(B) the share of latency that this saves. The blocks of least score go together, and
+the rest recovers once more. The loss is the mean squared error of what the network gives before its pooling.
+
+As it is applied here:
+
+- τ is the share of MACs that a block takes. A measured latency differs from run to run, and with it the order of blocks
+  that are nearly alike; equal seeds must give equal results. The blocks of a ViT take equal shares, so R alone orders
+  them there.
+- A ViT has no place for the paper's adaptors, the 1×1 convolutions around a cut that a CNN's neighbouring convolutions
+  absorb: behind the residual stream comes a norm, which a linear map does not pass. What recovers instead is what the
+  config's `updated` names, the front of the model by default, as in DC-ViT's comparison (arXiv 2403.18708).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from dcvit.config import CompressionConfig, MimickingConfig
+from dcvit.images import FewShotImages
+from dcvit.methods.budgets import fewest_blocks, target
+from dcvit.methods.registry import Method, Outcome, Task, register
+from dcvit.models import adapter_for, require_supported
+from dcvit.planning import Plan, choose_candidates
+from dcvit.progress import Progress, silent
+from dcvit.ranking import Trial, run_trials
+from dcvit.recovery import Recovery, find_learning_rate, mimicking_loss, output_tokens, recover
+from dcvit.seeding import derive_seed
+from dcvit.surgery import drop_block
+
+__all__ = ["PRACTISE", "BlockDropping", "block_dropping", "drop_blocks", "practise"]
+
+
+def practise(task: Task) -> Outcome:
+    """Drop as few whole blocks as meet the budget, those of least score first.
+
+    Args:
+        task: Of its config candidates, mimicking, seed and impl are read.
+
+    Raises:
+        DcvitError: If the config's recovery is not mimicking.
+        BudgetError: If the budget cannot be met.
+    """
+    teacher, budget, config = task.teacher, task.budget, task.config
+    _ = config.mimicking  # refused now if it is not
+    wanted = target(teacher, budget)
+    cost = adapter_for(teacher).cost(teacher)
+    candidates = choose_candidates(cost, config.candidates)
+
+    def saving(block: int) -> int:
+        whole = cost.blocks[block].attention + cost.blocks[block].mlp
+        return whole.params if budget.unit == "file_size" else budget.amount(whole)
+
+    # Of the blocks that save least most must go: trials that stop early never leave fewer.
+    cheapest = sorted(candidates, key=saving)
+    most = len(fewest_blocks(teacher, budget, lambda count: cheapest[:count], len(cheapest)))
+    with task.timer("learning rate"):
+        config = _with_learning_rate(teacher, task.images, candidates, config, task.progress)
+    with task.timer("ranking"):
+        trials = _try_blocks(teacher, task.images, candidates, config, most, task.progress)
+        order = [trial.block for trial in trials]
+        blocks = fewest_blocks(teacher, budget, lambda count: order[:count], len(order))
+    with task.timer("compression"):
+        student, recovery = _drop_and_recover(teacher, task.images, blocks, config, task.progress)
+    plan = Plan(
+        budget=budget,
+        target=wanted,
+        num_blocks=len(blocks),
+        hidden_features=0,
+        drop_ratio=1.0,
+        candidates=candidates,
+        cost=adapter_for(student).cost(student).total,
+        blocks=blocks,
+    )
+    return Outcome(student, plan, trials, recovery.learning_rate, steps=(recovery,))
+
+
+PRACTISE = register(
+    Method(
+        name="practise",
+        title="whole blocks dropped, those that recover best for what they save",
+        source="PRACTISE, arXiv 2202.07861",
+        families=("vit",),
+        recovery=MimickingConfig,
+        compress=practise,
+    )
+)
+
+
+@dataclass(frozen=True)
+class BlockDropping:
+    """What `block_dropping` gives back.
+
+    Attributes:
+        model: The smaller model.
+        blocks: The blocks that were dropped, best first.
+        trials: The trial of each candidate, best first.
+        recovery: The final recovery.
+    """
+
+    model: nn.Module
+    blocks: tuple[int, ...]
+    trials: tuple[Trial, ...]
+    recovery: Recovery
+
+
+def block_dropping(
+    teacher: nn.Module,
+    images: FewShotImages,
+    num_blocks: int,
+    config: CompressionConfig,
+    *,
+    trials: Sequence[Trial] | None = None,
+    progress: Progress = silent,
+) -> BlockDropping:
+    """`practise` for a number of blocks instead of a budget.
+
+    The blocks are dropped at once and the rest recovers for `num_blocks` times the epochs of a trial: as long as
+    progressive compression of as many blocks.
+
+    Args:
+        teacher: The original, frozen.
+        images: The few-shot set.
+        num_blocks: How many blocks go.
+        config: Candidates, mimicking, seed and impl; the rest is not used.
+        trials: Those of an earlier call with the same model, images and config, which need not be run again.
+        progress: Told after each epoch.
+    """
+    candidates = choose_candidates(require_supported(teacher).cost(teacher), config.candidates)
+    config = _with_learning_rate(teacher, images, candidates, config, progress)
+    if trials is None:
+        trials = _try_blocks(teacher, images, candidates, config, num_blocks, progress)
+    blocks = tuple(trial.block for trial in trials[:num_blocks])
+    student, recovery = _drop_and_recover(teacher, images, blocks, config, progress)
+    return BlockDropping(adapter_for(student).rebuild(student).eval(), blocks, tuple(trials), recovery)
+
+
+def drop_blocks(model: nn.Module, blocks: Sequence[int]) -> nn.Module:
+    """A copy of the model without some blocks, not recovered."""
+    for block in blocks:
+        model = drop_block(model, block)
+    return model
+
+
+def _with_learning_rate(
+    teacher: nn.Module,
+    images: FewShotImages,
+    candidates: Sequence[int],
+    config: CompressionConfig,
+    progress: Progress,
+) -> CompressionConfig:
+    """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
+    if config.mimicking.learning_rate != "auto":
+        return config
+    block = candidates[len(candidates) // 2]
+    rate = find_learning_rate(
+        drop_block(teacher, block), teacher, images, [block], config.mimicking,
+        seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
+    )  # fmt: skip
+    return replace(config, recovery=replace(config.mimicking, learning_rate=rate))
+
+
+def _try_blocks(
+    teacher: nn.Module,
+    images: FewShotImages,
+    candidates: Sequence[int],
+    config: CompressionConfig,
+    num_chosen: int,
+    progress: Progress,
+) -> tuple[Trial, ...]:
+    """Each candidate dropped alone and recovered, least score first."""
+    targets = output_tokens(teacher, images.normalised, config.mimicking.batch_size)
+    original = _macs(teacher)
+
+    def score(student: nn.Module) -> float:
+        recoverability = mimicking_loss(student, targets, images, config.mimicking, impl=config.impl)
+        return recoverability / (1 - _macs(student) / original)
+
+    trials, _ = run_trials(
+        teacher,
+        images,
+        candidates,
+        lambda block: drop_block(teacher, block),
+        score,
+        config,
+        num_chosen=num_chosen,
+        progress=progress,
+    )
+    return trials
+
+
+def _drop_and_recover(
+    teacher: nn.Module, images: FewShotImages, blocks: Sequence[int], config: CompressionConfig, progress: Progress
+) -> tuple[nn.Module, Recovery]:
+    """The student without some blocks, and how it recovered."""
+    student = drop_blocks(teacher, blocks)
+    recovery = recover(
+        student,
+        teacher,
+        images,
+        blocks,
+        replace(config.mimicking, epochs=config.mimicking.epochs * len(blocks)),
+        seed=derive_seed(config.seed, "step", len(blocks)),
+        impl=config.impl,
+        progress=progress,
+        stage=f"recovery without blocks {', '.join(map(str, sorted(blocks)))}",
+    )
+    return student, recovery
+
+
+def _macs(model: nn.Module) -> int:
+    return adapter_for(model).cost(model).total.macs("with_attention_products")

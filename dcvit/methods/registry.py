@@ -1,0 +1,153 @@
+"""The table of methods, and what each is given and gives back.
+
+A module that holds a method registers it, `dcvit.compression` its own included: it lies above this package, which
+therefore cannot import it. After `import dcvit` the table is complete.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
+from dcvit.errors import DcvitError, UnsupportedModelError
+from dcvit.images import FewShotImages
+from dcvit.latency import Stopwatch, time_forward
+from dcvit.models import adapter_for
+from dcvit.planning import Budget, Plan
+from dcvit.progress import Progress, silent
+from dcvit.ranking import Trial
+from dcvit.reconstruction import Reconstruction
+from dcvit.recovery import Recovery
+from dcvit.refinement import Refinement
+from dcvit.synthesis import MetricSet
+
+__all__ = ["METHODS", "Method", "Outcome", "Task", "Timer", "method", "register"]
+
+
+@dataclass
+class Timer:
+    """Wall-clock seconds of each stage, added up over its runs."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given.
+
+    Attributes:
+        teacher: The original, frozen.
+        images: The few-shot set.
+        budget: What the student may cost.
+        config: Every knob; each method says which ones it reads.
+        timer: Takes the time of the stages.
+        progress: Told how it goes.
+        stopwatch: Times one pass, for a budget of latency.
+        metric_set: Images of the caller's to rank blocks on.
+    """
+
+    teacher: nn.Module
+    images: FewShotImages
+    budget: Budget
+    config: CompressionConfig
+    timer: Timer = field(default_factory=Timer)
+    progress: Progress = silent
+    stopwatch: Stopwatch = time_forward
+    metric_set: MetricSet | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method arrives at.
+
+    Attributes:
+        student: The compressed model.
+        plan: Its structure. A block of `blocks` that is not in `kept_nodes` was dropped whole.
+        trials: Of each candidate block, best first, where the method tries them.
+        learning_rate: Given or found: of the mimicking, or the step size of reconstruction; 0 without gradient steps.
+        steps: How each mimicking went.
+        reconstructions: How each block was fitted, front to back.
+        refinement: How the student mimicked after that.
+        metric_set: What blocks were ranked on.
+    """
+
+    student: nn.Module
+    plan: Plan
+    trials: tuple[Trial, ...] = ()
+    learning_rate: float = 0.0
+    steps: tuple[Recovery, ...] = ()
+    reconstructions: tuple[Reconstruction, ...] = ()
+    refinement: Refinement | None = None
+    metric_set: MetricSet | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compress a model.
+
+    Attributes:
+        name: What `dcvit.compress(method=...)` takes.
+        title: What it does, in a line.
+        source: The paper.
+        families: The model families that it handles, see `ModelAdapter.family`.
+        recovery: The kind of `CompressionConfig.recovery` that it reads, with its defaults where no config is given.
+        compress: The method. It refuses what it cannot do before any long work.
+    """
+
+    name: str
+    title: str
+    source: str
+    families: tuple[str, ...]
+    recovery: type[ReconstructionConfig] | type[MimickingConfig]
+    compress: Callable[[Task], Outcome]
+
+    def config(self) -> CompressionConfig:
+        """The settings that it has by default."""
+        return CompressionConfig(recovery=self.recovery())
+
+    def require_family(self, model: nn.Module) -> None:
+        """Refuse a model of a family that the method does not handle.
+
+        Raises:
+            UnsupportedModelError: Naming the methods that do.
+        """
+        family = adapter_for(model).family
+        if family not in self.families:
+            others = ", ".join(other.name for other in METHODS.values() if family in other.families)
+            raise UnsupportedModelError(
+                f"method={self.name!r} handles models of the family {' or '.join(self.families)}, and this one is a "
+                f"{family}: choose one of {others}."
+            )
+
+
+METHODS: dict[str, Method] = {}
+"""All methods, by name."""
+
+
+def register(method: Method) -> Method:
+    """Enter a method in the table."""
+    METHODS[method.name] = method
+    return method
+
+
+def method(name: str) -> Method:
+    """A method by its name.
+
+    Raises:
+        DcvitError: If there is none of that name.
+    """
+    if name not in METHODS:
+        raise DcvitError(f"method={name!r}: expected one of {', '.join(METHODS)} (`dcvit methods` describes them).")
+    return METHODS[name]

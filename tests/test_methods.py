@@ -1,0 +1,427 @@
+"""The methods behind `compress(method=...)`: what defines each, on cases small enough to check by hand."""
+
+import copy
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import dcvit
+from dcvit.compression import freeze
+from dcvit.methods import METHODS, Task, method
+from dcvit.methods.budgets import spent
+from dcvit.methods.cd import cd, mix
+from dcvit.methods.fskd import absorb, fit_map, fskd
+from dcvit.methods.layerwise import l1_norms, layer_pairs
+from dcvit.methods.mir import evenly_spaced, features, mimic_features, mir
+from dcvit.methods.practise import practise
+from dcvit.models import DroppedBlock, adapter_for
+from dcvit.reconstruction import draw_views
+from dcvit.regression import NormalEquations
+from dcvit.results import save_model
+from tests.conftest import PUBLISHED, QUICK
+from tests.variants import VARIANTS
+from tests.without_dcvit import run_without
+
+CONFIGS = {
+    name: QUICK if entry.recovery is dcvit.ReconstructionConfig else PUBLISHED for name, entry in METHODS.items()
+}
+UNAUGMENTED = QUICK.with_(recovery=replace(QUICK.reconstruction, augmentation=None, num_rows=10**6))
+DEPTH = 6
+
+
+@pytest.fixture
+def deep() -> Any:
+    return VARIANTS["plain"].create(depth=DEPTH)
+
+
+def task(model: nn.Module, images: Tensor, budget: dcvit.Budget, config: dcvit.CompressionConfig) -> Task:
+    teacher = freeze(model)
+    return Task(teacher, dcvit.load_images(images, teacher), budget, config)
+
+
+# The table.
+
+
+def test_every_entry_is_complete() -> None:
+    assert set(METHODS) == {"cd", "dcvit", "fskd", "mir", "practise"}
+    for name, entry in METHODS.items():
+        assert method(name) is entry
+        assert entry.name == name
+        assert all(getattr(entry, field.name) for field in fields(entry))
+        assert re.search(r"arXiv \d{4}\.\d{5}$", entry.source)
+        assert isinstance(entry.config().recovery, entry.recovery)
+
+
+def test_an_unknown_name_is_refused_with_the_list(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(dcvit.DcvitError, match=r"method='dcvi': expected one of .*dcvit.*`dcvit methods`"):
+        dcvit.compress(model, images, dcvit.Budget(macs=0.7), method="dcvi")
+
+
+def test_what_a_method_cannot_do_is_refused(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = dcvit.Budget(macs=0.7)
+    with pytest.raises(dcvit.DcvitError, match="this needs mimicking"):
+        dcvit.compress(model, images, budget, QUICK, method="mir")
+    with pytest.raises(dcvit.DcvitError, match="this needs block reconstruction"):
+        dcvit.compress(model, images, budget, PUBLISHED, method="cd")
+    with pytest.raises(dcvit.DcvitError, match="only dcvit ranks on one"):
+        dcvit.compress(model, images, budget, method="mir", metric_set=dcvit.MetricSet(images))
+    with pytest.raises(dcvit.BudgetError, match=r"latency=0\.7: this method meets budgets of macs, params, file_size"):
+        dcvit.compress(model, images, dcvit.Budget(latency=0.7), method="fskd")
+    monkeypatch.setattr(type(adapter_for(model)), "family", "swin")
+    with pytest.raises(dcvit.UnsupportedModelError, match=r"of the family vit, and this one is a swin: choose .*dcvit"):
+        dcvit.compress(model, images, budget, method="fskd")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dcvit"])
+def test_budgets_out_of_range_are_refused(name: str, model: nn.Module, images: Tensor) -> None:
+    for budget, text in (
+        (dcvit.Budget(macs=0.01), r"macs=0\.01 asks for [\d,]+: with.* are left\. Ask for more"),
+        (dcvit.Budget(params=10**9), r"params=1000000000: the original has only [\d,]+\. Ask for less"),
+    ):
+        with pytest.raises(dcvit.BudgetError, match=text):
+            dcvit.compress(model, images, budget, CONFIGS[name], method=name)
+
+
+# All of them.
+
+
+@pytest.mark.parametrize("budget", [dcvit.Budget(macs=0.8), dcvit.Budget(params=0.8), dcvit.Budget(file_size=0.8)])
+@pytest.mark.parametrize("name", METHODS)
+def test_budgets_are_met_from_below(name: str, budget: dcvit.Budget, deep: nn.Module, images: Tensor) -> None:
+    result = dcvit.compress(deep, images, budget, CONFIGS[name], method=name)
+    original, used = spent(deep, budget), spent(result.model, budget)
+    assert used <= 0.8 * original
+    # Nothing is wasted: less than the next size of that kind is left over, a block or a node in each of them.
+    step = original / DEPTH if result.plan.hidden_features == 0 else original * 2 / 192
+    assert used > 0.8 * original - step
+    assert result.plan.cost == adapter_for(result.model).cost(result.model).total
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_results_are_saved_reported_and_loaded(
+    name: str, deep: nn.Module, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = dcvit.compress(deep, images, dcvit.Budget(macs=0.7), CONFIGS[name], method=name)
+    assert result.report.method == name
+    result.save(tmp_path / "small")
+    with torch.no_grad():
+        expected = result.model(images)
+        assert torch.equal(dcvit.load(tmp_path / "small").model(images), expected)
+        assert torch.equal(
+            timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()(images), expected
+        )
+    loaded = dcvit.load(tmp_path / "small")
+    assert loaded.plan == result.plan
+    assert loaded.report == replace(result.report, settings=loaded.report.settings)
+    card, page = (tmp_path / "small" / "README.md").read_text(), dcvit.write_report(tmp_path / "small").read_text()
+    blocks = ", ".join(map(str, sorted(result.plan.blocks)))
+    if name == "dcvit":
+        assert "with the method" not in card
+        assert f"without the attention of block{'s' if len(result.plan.blocks) > 1 else ''} {blocks}" in card
+        assert "These blocks lost their attention" in page
+        return
+    assert f"with the method {name}" in card
+    assert f"by the method {name}" in page
+    assert "synthesised images:" not in page  # which they do not need
+    if name in ("practise", "mir"):
+        assert f": without the blocks {blocks} (counted from 0)." in card
+        assert f"These blocks were dropped whole: {blocks}." in page
+        assert ("Which blocks recover" in page) == (name == "practise")
+    else:
+        kept = result.plan.hidden_features
+        assert (
+            f"attention stays; of the blocks {blocks} (counted from 0) {kept} hidden nodes of the MLP are left" in card
+        )
+        assert (
+            f"These blocks lost hidden nodes and keep their attention (hidden nodes that each keeps): 0 ({kept})"
+            in page
+        )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_result(name: str, deep: nn.Module, images: Tensor) -> None:
+    before = copy.deepcopy(deep.state_dict())
+    first, second, other = (
+        dcvit.compress(deep, images, dcvit.Budget(macs=0.7), CONFIGS[name].with_(seed=seed), method=name).model
+        for seed in (0, 0, 1)
+    )
+    weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, second, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert len(weights[0]) != len(weights[2]) or not torch.equal(weights[0], weights[2])
+    assert all(torch.equal(value, before[key]) for key, value in deep.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["fskd", "cd"])
+def test_layers_are_fitted_in_every_variant(name: str, variant: str) -> None:
+    model = VARIANTS[variant].create()
+    images = torch.randn(6, *adapter_for(model).input_size(model))
+    result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), UNAUGMENTED, method=name)
+    assert spent(result.model, result.plan.budget) <= result.plan.target
+    assert result.report.mimic_loss == result.report.mimic_loss
+    assert [one.block for one in result.report.reconstructions] == list(result.plan.blocks)
+
+
+# Pruned MLPs.
+
+
+def test_pruned_blocks_of_unequal_widths_load_without_dcvit(tmp_path: Path) -> None:
+    """Block 0 pruned, 1 compressed and widest, 2 dropped, 3 pruned further."""
+    expected = {}
+    images = {}
+    for name in ("plain", "swiglu_packed", "swiglu_rmsnorm", "mlp_norm"):
+        model = VARIANTS[name].create()
+        adapter = adapter_for(model)
+        hidden = adapter.hidden_features(model, 0)
+        adapter.prune_block(model, 0, range(hidden // 2))
+        adapter.compress_block(model, 1, range(hidden - 1))
+        adapter.drop_block(model, 2)
+        adapter.prune_block(model, 3, range(1, hidden // 3))
+        cost = adapter.cost(model).blocks
+        assert [block.hidden_features for block in cost] == [hidden // 2, hidden - 1, 0, hidden // 3 - 1]
+        assert [block.compressible for block in cost] == [True, False, False, True]
+        student = adapter.rebuild(model).eval()
+        assert adapter.config(student)["model_args"]["per_layer_config"] == {
+            "0": {"skip": [], "intermediate_size": hidden // 2},
+            "2": {"skip": ["attention", "mlp"]},
+            "3": {"skip": [], "intermediate_size": hidden // 3 - 1},
+            "1": {"skip": ["attention"], "intermediate_size": hidden - 1},
+        }
+        images[name] = torch.randn(2, *adapter.input_size(model))
+        save_model(student, tmp_path / name)
+        with torch.no_grad():
+            expected[name] = student(images[name])
+            torch.testing.assert_close(model(images[name]), expected[name])
+    torch.save(images, tmp_path / "images.pt")
+    code = f"""
+import sys, timm, torch
+sys.path.insert(0, "plain")
+import modeling_dcvit
+images = torch.load("images.pt")
+with torch.no_grad():
+    torch.save({{name: timm.create_model(f"local-dir:{{name}}", pretrained=True).eval()(images[name])
+                for name in {list(expected)}}}, "outputs.pt")
+"""
+    run_without(code, tmp_path)
+    for name, output in torch.load(tmp_path / "outputs.pt").items():
+        torch.testing.assert_close(output, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_pruning_keeps_what_the_nodes_do(model: Any, images: Tensor) -> None:
+    """A node without outgoing weights can go, and it has the least of incoming ones if it has none."""
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[7] = 0
+        model.blocks[1].mlp.fc2.weight[:, 7] = 0
+        before = model(images)
+        assert int(l1_norms(model, 1).argmin()) == 7
+        adapter.prune_block(model, 1, [node for node in range(192) if node != 7])
+        torch.testing.assert_close(model(images), before)
+
+
+# PRACTISE.
+
+
+def test_practise_drops_the_blocks_of_least_score(deep: Any, images: Tensor) -> None:
+    with torch.no_grad():
+        for layer in (deep.blocks[3].attn.proj, deep.blocks[3].mlp.fc2):
+            layer.weight.zero_()  # dropping block 3 costs nothing
+            layer.bias.zero_()
+    config = PUBLISHED.with_(recovery=replace(PUBLISHED.mimicking, learning_rate=1e-7))
+    outcome = practise(task(deep, images, dcvit.Budget(macs=0.7), config))
+    assert outcome.plan.blocks == tuple(trial.block for trial in outcome.trials[:3])
+    assert outcome.plan.blocks[0] == 3
+    assert outcome.trials[0].metric_loss < 1e-3 * outcome.trials[1].metric_loss
+    assert [trial.metric_loss for trial in outcome.trials] == sorted(trial.metric_loss for trial in outcome.trials)
+    assert len(outcome.steps[0].losses) == 3 * config.mimicking.epochs
+    student: Any = outcome.student
+    assert {i for i, block in enumerate(student.blocks) if isinstance(block, DroppedBlock)} == set(outcome.plan.blocks)
+
+
+# MiR.
+
+
+def test_blocks_are_evenly_spaced() -> None:
+    assert evenly_spaced(range(1, 11), 1) == (6,)
+    assert evenly_spaced(range(1, 11), 2) == (3, 8)
+    assert evenly_spaced((2, 4, 6), 3) == (2, 4, 6)
+    assert all(len(set(evenly_spaced(range(10), count))) == count for count in range(1, 11))
+
+
+def test_mir_keeps_the_head_and_changes_all_before_it(deep: Any, images: Tensor) -> None:
+    outcome = mir(task(deep, images, dcvit.Budget(macs=0.7), PUBLISHED))
+    student: Any = outcome.student
+    assert torch.equal(student.head.weight, deep.head.weight)
+    assert torch.equal(student.head.bias, deep.head.bias)
+    for name, parameter in student.named_parameters():
+        assert name.startswith("head.") == torch.equal(parameter, deep.get_parameter(name)), name
+    assert outcome.steps[0].loss_after < outcome.steps[0].loss_before
+
+
+def test_only_features_are_mimicked(model: Any, images: Tensor) -> None:
+    """A student with other tokens but the same class token has nothing to learn."""
+    teacher = freeze(model)
+    student = copy.deepcopy(teacher)
+    last = student.blocks[-1]
+
+    class ClassTokenAlone(nn.Module):
+        def forward(self, x: Tensor, **masks: object) -> Tensor:
+            out: Tensor = last(x)
+            return torch.cat([out[:, :1], 0 * out[:, 1:]], dim=1)
+
+    student.blocks[-1] = ClassTokenAlone()
+    few_shot = dcvit.load_images(images, teacher)
+    assert not torch.equal(student.forward_features(images), teacher.forward_features(images))
+    settings = replace(PUBLISHED.mimicking, epochs=1, weight_decay=0.0)
+    student.blocks[-1].last = last
+    recovery = mimic_features(student, teacher, few_shot, settings)
+    assert recovery.loss_before == recovery.losses[0] == 0
+    student.blocks[-1] = last
+    with torch.no_grad():
+        last.mlp.fc2.bias.add_(1.0)
+    found = mimic_features(student, teacher, few_shot, replace(settings, epochs=0))
+    expected = (features(student, images) - features(teacher, images)).square().mean()
+    assert found.loss_before == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_mir_finds_a_learning_rate(model: nn.Module, images: Tensor) -> None:
+    mimicking = replace(PUBLISHED.mimicking, learning_rate="auto", learning_rates=(1e-8, 1e-4), epochs=5)
+    outcome = mir(task(model, images, dcvit.Budget(macs=0.8), PUBLISHED.with_(recovery=mimicking)))
+    assert outcome.learning_rate == 1e-4
+    with pytest.raises(ValueError, match="needs a number"):
+        mimic_features(model, model, dcvit.load_images(images, model), mimicking)
+
+
+# FSKD.
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_absorbed_map_changes_nothing(bias: bool) -> None:
+    linear_map = torch.randn(5, 5, dtype=torch.float64)
+    for layer, given in (
+        (nn.Linear(7, 5, bias=bias), torch.randn(3, 7)),
+        (nn.Conv2d(7, 5, 3, padding=1, bias=bias), torch.randn(2, 7, 6, 6)),
+    ):
+        with torch.no_grad():
+            output = layer(given)
+            expected = torch.einsum("ed,nd...->ne...", linear_map.float(), output)
+            absorb(layer, linear_map)
+            torch.testing.assert_close(layer(given), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_map_is_the_least_squares_solution() -> None:
+    given = torch.randn(200, 6, dtype=torch.float64)
+    wanted = given @ torch.randn(6, 6, dtype=torch.float64) + torch.randn(200, 6, dtype=torch.float64)
+    found = fit_map(NormalEquations.of([(given, wanted)]))
+    torch.testing.assert_close(found.T, torch.linalg.lstsq(given, wanted).solution, rtol=1e-6, atol=1e-6)
+    # One equation leaves five of six directions open: there the features stay.
+    found = fit_map(NormalEquations.of([(given[:1], wanted[:1])]))
+    torch.testing.assert_close(given[:1] @ found.T, wanted[:1], rtol=1e-5, atol=1e-5)
+    across = torch.linalg.svd(given[:1]).Vh[1:]
+    torch.testing.assert_close(across @ found.T, across, rtol=1e-5, atol=1e-5)
+
+
+def pruned(deep: Any, images: Tensor, name: str) -> tuple[nn.Module, Any, Any, Any]:
+    """The teacher, the fitted student, a copy that is pruned and not fitted, and the views, all in float64."""
+    given = task(deep.double(), images.double(), dcvit.Budget(macs=0.8), UNAUGMENTED)
+    outcome = {"fskd": fskd, "cd": cd}[name](given)
+    bare = copy.deepcopy(given.teacher)
+    for block, nodes in outcome.plan.kept_nodes.items():
+        adapter_for(bare).prune_block(bare, block, nodes)
+    views = draw_views(given.teacher, given.images, UNAUGMENTED.reconstruction, 0)
+    return given.teacher, outcome.student, bare, views
+
+
+def test_fskd_fits_on_the_students_own_activations(deep: Any, images: Tensor) -> None:
+    teacher, student, bare, views = pruned(deep, torch.randn(40, 3, 32, 32), "fskd")
+    adapter = adapter_for(teacher)
+    block = 2
+    with torch.no_grad():
+        state = adapter.embed(teacher, views.images)
+        own, theirs = (adapter.run_blocks(m, state, 0, block) for m in (student, teacher))
+        (given,) = layer_pairs(bare, block, [own], views)
+        (wanted,) = layer_pairs(teacher, block, [theirs], views)
+        solution = torch.linalg.lstsq(given.output, wanted.output).solution
+        fitted, unfitted = (adapter.hidden_layer(m, block) for m in (student, bare))
+        assert not torch.equal(fitted.weight, unfitted.weight)
+        # Where features hardly vary the identity, weighted with 1e-8, still tells.
+        torch.testing.assert_close(fitted(given.hidden), given.output @ solution, rtol=1e-4, atol=1e-5)
+
+
+# Cross distillation.
+
+
+@pytest.mark.parametrize(("mixing", "which"), [(1.0, "correction"), (0.0, "imitation")])
+def test_the_mix_at_its_ends_is_one_of_its_terms(
+    mixing: float, which: str, deep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcvit.methods.cd.mix", lambda *sides: mix(*sides, mixing))
+    teacher, student, bare, views = pruned(deep, torch.randn(40, 3, 32, 32), "cd")
+    adapter = adapter_for(teacher)
+    block = 2
+    with torch.no_grad():
+        state = adapter.embed(teacher, views.images)
+        given = adapter.run_blocks(teacher if which == "correction" else student, state, 0, block)
+        (hidden,) = layer_pairs(bare, block, [given], views)
+        (wanted,) = layer_pairs(teacher, block, [given], views)
+        rows = torch.cat([hidden.hidden, torch.ones(len(hidden.hidden), 1)], dim=1)
+        solution = torch.linalg.lstsq(rows, wanted.output).solution
+        layer = adapter.hidden_layer(student, block)
+        missed = (layer(hidden.hidden) - wanted.output).square().mean()
+        least = (rows @ solution - wanted.output).square().mean()
+        assert float(missed) == pytest.approx(float(least), rel=1e-5, abs=1e-12)
+
+
+def test_the_mix_weighs_both_terms() -> None:
+    x, y = torch.randn(2, 50, 4, dtype=torch.float64), torch.randn(2, 50, 3, dtype=torch.float64)
+    mixed = mix(*(NormalEquations.of([(x[side], y[side])]) for side in (0, 1)), 0.6)
+    weights = torch.tensor([0.6, 0.4], dtype=torch.float64).sqrt()[:, None, None]
+    rows = torch.cat([x, torch.ones(2, 50, 1, dtype=torch.float64)], dim=2) * weights
+    expected = torch.linalg.lstsq(rows.flatten(0, 1), (y * weights).flatten(0, 1)).solution
+    torch.testing.assert_close(mixed.solve(1e-12), expected)
+
+
+# The command line.
+
+
+def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dcvit.cli import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return (main(list(arguments)), *capsys.readouterr())
+
+    code, text, _ = run("methods", "--json")
+    assert code == 0
+    assert {entry["name"]: entry["source"] for entry in json.loads(text)["methods"]} == {
+        name: entry.source for name, entry in METHODS.items()
+    }
+    code, text, _ = run("methods")
+    assert code == 0
+    assert "Cross Distillation, arXiv 1911.09450" in text
+
+    common = ("compress", "demo", "--data", "digits", "--num-images", "5", "--macs", "0.76", "--out")
+    code, text, _ = run(*common, str(tmp_path / "fskd"), "--method", "fskd")
+    assert code == 0
+    assert "Pruned blocks (hidden nodes kept): 0 (" in text
+    code, text, _ = run(
+        *common, str(tmp_path / "mir"), "--method", "mir", "--epochs", "1", "--learning-rate", "1e-4"
+    )  # fmt: skip
+    assert code == 0
+    assert "Dropped blocks: 2, 5; agreement" in text
+    assert dcvit.load(tmp_path / "mir").report.method == "mir"
+    for options, told in (
+        (("--method", "mir", "--paper"), "--paper: --method mir does not read it"),
+        (("--method", "cd", "--recovery", "mimicking"), "reads the settings of reconstruction"),
+        (("--method", "cd", "--epochs", "3"), "takes no gradient steps"),
+        (("--method", "mir", "--synthesis-images", "3"), "--synthesis-images: --method mir does not read it"),
+    ):
+        code, _, error = run(*common, str(tmp_path / "no"), *options)
+        assert code == 2
+        assert told in error
