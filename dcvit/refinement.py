@@ -5,7 +5,8 @@ ViT-S with a third of its MACs gone, 20 steps of 0.3 % of the weights' size each
 So the step size is found from the model: short pilot runs of several, then a full run of the best. The held-out views
 judge, and the student that comes out is the best one seen, which may be the one that went in.
 
-The loss is the mimicking loss of all output tokens (DC-ViT, arXiv 2403.18708, section 3.2). Updated are the blocks from
+The loss is the mimicking loss of all output tokens (DC-ViT, arXiv 2403.18708, section 3.2). Where the head reads but a
+few of them, a class token for example, these weigh more (`READ_SHARE`). Updated are the blocks from
 the first compressed one to one after the last; what lies in front is computed once.
 """
 
@@ -25,7 +26,7 @@ from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Views
 from dcvit.seeding import seeded
 
-__all__ = ["Refinement", "num_steps", "refine"]
+__all__ = ["Refinement", "num_steps", "refine", "token_weight"]
 
 STEP_SIZES = (1e-3, 3e-3, 1e-2, 3e-2)
 """Step sizes that pilot runs try, as shares of a tensor's root mean square."""
@@ -35,6 +36,14 @@ PILOT_SHARE = 8
 
 JUDGEMENTS = 8
 """How often a full run is judged."""
+
+READ_SHARE = 0.3
+"""Share of the loss, at least, of the tokens that the head reads.
+
+Measured on the digits, whose class token is one of 17: at 70 and 60 % of the MACs, three few-shot sets each, agreement
+on held-out images rose by 0.0 to 1.4 points, 0.5 in the mean, and the error over all tokens stayed within 0.6 %. With
+0.6 agreement rose as much, and the error by 2 to 6 %.
+"""
 
 FEWEST_STEPS = 200
 """Fewer are left out: what they gain is less than the held-out images, which reconstruction then learns from too."""
@@ -48,7 +57,7 @@ class Refinement:
     """What a refinement did.
 
     Attributes:
-        error_before: Mean squared error of the output tokens on held-out views, before.
+        error_before: Mean squared error of the output tokens on held-out views, weighted as in the loss, before.
         error_after: The same of the student that came out; never larger.
         step_size: Of the full run, a share of a tensor's root mean square; 0 if no pilot run made it better.
         steps: Gradient steps up to the best, pilot runs not counted.
@@ -116,13 +125,16 @@ def refine(
     def output(index: Tensor) -> Tensor:
         return adapter.final_norm(student, adapter.run_blocks(student, given[index], first, depth))
 
+    weight = token_weight(student, wanted)
     judged = views.held_out.nonzero().flatten()[:JUDGED_VIEWS]
     used = (~views.held_out).nonzero().flatten()
 
     @torch.no_grad()
     def judge() -> float:
-        parts = judged.split(batch)
-        missed = sum(float((output(index) - wanted[index]).double().square().sum()) for index in parts)
+        missed = 0.0
+        for index in judged.split(batch):
+            squares = (output(index) - wanted[index]).double().square()
+            missed += float((squares if weight is None else squares * weight[:, None]).sum())
         return missed / wanted[judged].numel()
 
     module = nn.ModuleList([adapter.block(student, block) for block in range(first, last + 1)])
@@ -143,7 +155,7 @@ def refine(
                 index = order.pop()
                 set_step_size(optimizer, step_size * warmup_cosine(step, length, length // 20))
                 with torch.enable_grad():
-                    loss = mimic_loss(output(index), wanted[index], impl=impl)
+                    loss = mimic_loss(output(index), wanted[index], weight=weight, impl=impl)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -171,3 +183,18 @@ def refine(
             step_size = 0.0
     module.load_state_dict(best)
     return Refinement(before, error, step_size, best_step, time.perf_counter() - start, tuple(judgements))
+
+
+def token_weight(model: nn.Module, tokens: Tensor) -> Tensor | None:
+    """Weights `[N]` of a model's output tokens `[V, N, D]`, 1 in the mean; `None` weighs all alike.
+
+    The head reads a token if its features change with it.
+    """
+    probe = tokens[:1].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(adapter_for(model).features(model, probe).square().sum(), probe)
+    read = gradient[0].abs().amax(dim=-1) > 0
+    share = float(read.float().mean())
+    if share == 0 or share >= READ_SHARE:
+        return None
+    return torch.where(read, READ_SHARE / share, (1 - READ_SHARE) / (1 - share)).to(tokens)

@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from dcvit.compression import freeze
 from dcvit.models import adapter_for
 from dcvit.reconstruction import TeacherStates, Views, draw_views
 from dcvit.recovery import output_tokens
-from dcvit.refinement import Refinement, num_steps, refine
+from dcvit.refinement import READ_SHARE, Refinement, num_steps, refine, token_weight
 from dcvit.surgery import compress_block
 from tests.variants import VARIANTS, Variant
 
@@ -35,8 +36,9 @@ def refined(student: nn.Module, views: Views, wanted: Tensor, steps: int = 40, s
 
 
 def held_out_error(student: nn.Module, views: Views, wanted: Tensor) -> float:
-    tokens = output_tokens(student, views.images[views.held_out], 64)
-    return float((tokens - wanted[views.held_out]).square().mean())
+    tokens, weight = output_tokens(student, views.images[views.held_out], 64), token_weight(student, wanted)
+    squares = (tokens - wanted[views.held_out]).square().mean(dim=(0, 2))
+    return float((squares if weight is None else squares * weight).mean())
 
 
 def test_every_variant_gains(variant: Variant) -> None:
@@ -51,6 +53,17 @@ def test_every_variant_gains(variant: Variant) -> None:
     assert changed == {"1", "2", "3"}  # from the first compressed block to one after the last
     assert all(name.startswith("blocks.") for name, p in student.named_parameters() if not torch.equal(p, old[name]))
     assert not any(p.requires_grad for p in student.parameters())
+
+
+def test_the_tokens_that_the_head_reads_weigh_more() -> None:
+    tokens = torch.randn(2, 5, 32)
+    weight = token_weight(VARIANTS["plain"].create(), tokens)  # one class token of five
+    assert weight is not None
+    torch.testing.assert_close(weight, torch.tensor([5 * READ_SHARE, *[5 * (1 - READ_SHARE) / 4] * 4]))
+    averaged = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2, global_pool="avg", class_token=False
+    )
+    assert token_weight(averaged, tokens[:, :4]) is None
 
 
 def test_a_student_that_cannot_gain_comes_out_as_it_went_in(model: nn.Module) -> None:
