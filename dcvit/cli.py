@@ -18,7 +18,7 @@ from dcvit import ops
 from dcvit._version import __version__
 from dcvit.compression import compress, freeze
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
-from dcvit.costs import MAC_CONVENTIONS
+from dcvit.costs import MAC_CONVENTIONS, Cost
 from dcvit.demo import load_digits
 from dcvit.demo.comparison import (
     BLOCK_DROPPING,
@@ -41,8 +41,8 @@ from dcvit.methods import METHODS
 from dcvit.methods import method as find_method
 from dcvit.methods.practise import block_dropping
 from dcvit.model_card import cut_kind
-from dcvit.models import DEMO_MODEL, adapter_for, hub_repository, load_model, preprocessing, require_supported
-from dcvit.planning import UNITS, Budget, choose_candidates
+from dcvit.models import DEMO_MODEL, adapter_for, adapters, hub_repository, load_model, preprocessing, require_supported
+from dcvit.planning import UNITS, Budget, choose_candidates, search_space
 from dcvit.progress import TerminalProgress
 from dcvit.report import FamilyPoint, write_report
 from dcvit.results import (
@@ -231,6 +231,13 @@ def _parser() -> argparse.ArgumentParser:
         _show_methods,
         "list the methods of compress",
         "What `dcvit compress --method` takes: dcvit's own method, and published ones to compare with.",
+    )
+    command(
+        "families",
+        _families,
+        _show_families,
+        "list the model families, and the methods that each takes",
+        "What can be compressed, and by which of `dcvit methods`.",
     )
 
     sweep_ = command(
@@ -596,6 +603,30 @@ def _methods(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[
 def _show_methods(values: dict[str, Any]) -> str:
     rows = [("name", "title", "families", "source")]
     rows += [(m["name"], m["title"], ", ".join(m["families"]), m["source"]) for m in values["methods"]]
+    return _table(rows, left=True)
+
+
+def _families(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    return {
+        "families": [
+            {
+                "name": adapter.family,
+                "models": adapter.models,
+                "classes": [one.__name__ for one in adapter.classes],
+                "methods": [method["name"] for method in _methods(arguments, progress)["methods"]
+                            if adapter.family in method["families"]],
+                "source": adapter.source,
+            }
+            for adapter in adapters()
+        ]
+    }  # fmt: skip
+
+
+def _show_families(values: dict[str, Any]) -> str:
+    rows = [("name", "models", "timm's classes", "methods", "source")]
+    for family in values["families"]:
+        joined = (", ".join(family[key]) for key in ("classes", "methods"))
+        rows.append((family["name"], family["models"], *joined, family["source"]))
     return _table(rows, left=True)
 
 
@@ -978,27 +1009,29 @@ def _info(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
         return values
     model = load_model(arguments.model, pretrained=not arguments.random_weights)
     adapter = require_supported(model)
-    cost = adapter.cost(model)
-    candidates = choose_candidates(cost, None)
-    block = cost.blocks[candidates[0]]
-    lowest = (block.attention + block.hidden_node * block.hidden_features) * len(candidates)
-    total = cost.total
+    space = search_space(model, CompressionConfig())
+    total = space.cost.total
+    lowest = space.cost_of(dict.fromkeys(space.candidates, 0))
+    # One block, or one pair, that keeps all of its hidden nodes.
+    whole = [space.cost_of({block: adapter.hidden_features(model, block) for block in group}) for group in space.groups]
+
+    def budget(of: Callable[[Cost], int]) -> list[float]:
+        return [of(lowest) / of(total), max(map(of, whole)) / of(total)]
+
     values["model"] = {
         "name": arguments.model,
+        "family": adapter.family,
         "input_size": list(adapter.input_size(model)),
         "macs": {convention: total.macs(convention) for convention in MAC_CONVENTIONS},
         "params": total.params,
-        "blocks": len(cost.blocks),
-        "candidates": list(candidates),
-        "hidden_features": block.hidden_features,
-        "attention_macs": block.attention.macs("with_attention_products"),
-        "mlp_macs": block.mlp.macs("with_attention_products"),
+        "blocks": len(space.cost.blocks),
+        "candidates": list(space.candidates),
+        "hidden_features": [space.cost.blocks[block].hidden_features for block in space.candidates],
+        "attention_macs": [space.cost.blocks[b].attention.macs(MAC_CONVENTIONS[0]) for b in space.candidates],
+        "mlp_macs": [space.cost.blocks[block].mlp.macs(MAC_CONVENTIONS[0]) for block in space.candidates],
         "budget": {
-            "macs": [
-                (total - lowest).macs("with_attention_products") / total.macs("with_attention_products"),
-                (total - block.attention).macs("with_attention_products") / total.macs("with_attention_products"),
-            ],
-            "params": [(total - lowest).params / total.params, (total - block.attention).params / total.params],
+            "macs": budget(lambda cost: cost.macs(MAC_CONVENTIONS[0])),
+            "params": budget(lambda cost: cost.params),
         },
     }
     return values
@@ -1019,8 +1052,9 @@ def _show_info(values: dict[str, Any]) -> str:
                     *((f"MACs {name.replace('_', ' ')}", f"{macs:,}") for name, macs in model["macs"].items()),
                     ("parameters", f"{model['params']:,}"),
                     ("blocks", f"{model['blocks']}, candidates {model['candidates'][0]} to {model['candidates'][-1]}"),
-                    ("MACs of one attention", f"{model['attention_macs']:,}"),
-                    ("MACs of one MLP", f"{model['mlp_macs']:,} ({model['hidden_features']} hidden nodes)"),
+                    ("MACs of one attention", _span(model["attention_macs"])),
+                    ("MACs of one MLP", _span(model["mlp_macs"])),
+                    ("hidden nodes of one MLP", _span(model["hidden_features"])),
                     *(
                         (f"--{unit} from, to", f"{low:.4f}, {high:.4f}")
                         for unit, (low, high) in model["budget"].items()
@@ -1029,6 +1063,12 @@ def _show_info(values: dict[str, Any]) -> str:
             ),
         ]
     return "\n".join(lines)
+
+
+def _span(values: Sequence[int]) -> str:
+    """The least and the largest, or the one value that there is."""
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _table(rows: Sequence[Sequence[str]], *, left: bool = False) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 import dcvit
 from dcvit import cli
 from dcvit.cli import main
+from dcvit.methods import METHODS
 from dcvit.progress import TerminalProgress
 from tests.conftest import QUICK
 
@@ -317,6 +318,31 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     model = dcvit.models.load_model("deit_tiny_patch16_224", pretrained=False)
     assert dcvit.plan(model, dcvit.Budget(macs=low + 1e-6)).num_blocks == 10
     assert dcvit.plan(model, dcvit.Budget(macs=high - 1e-6)).num_blocks == 1
+
+
+def test_info_of_blocks_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "info", "swin_tiny_patch4_window7_224", "--random-weights", "--json")
+    assert code == 0
+    values = json.loads(text)["model"]
+    assert values["hidden_features"] == [768] * 2 + [1536] * 6
+    low, high = values["budget"]["macs"]
+    model = dcvit.models.load_model("swin_tiny_patch4_window7_224", pretrained=False)
+    assert dcvit.plan(model, dcvit.Budget(macs=low + 1e-6)).num_blocks == 8
+    assert dcvit.plan(model, dcvit.Budget(macs=high - 1e-6)).num_blocks == 2
+    code, text, _ = run(capsys, "info", "swin_tiny_patch4_window7_224", "--random-weights")
+    assert "768 to 1,536" in text
+
+
+def test_families_and_their_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "families", "--json")
+    assert code == 0
+    families = {family["name"]: family for family in json.loads(text)["families"]}
+    assert families.keys() == {"vit", "swin"}
+    assert families["vit"]["methods"] == ["dcvit", *sorted(set(METHODS) - {"dcvit"}, key=list(METHODS).index)]
+    assert families["swin"]["methods"] == [name for name, one in METHODS.items() if "swin" in one.families]
+    assert all(family["source"].startswith("arXiv") for family in families.values())
+    code, text, _ = run(capsys, "families")
+    assert "SwinTransformerV2" in text
 
 
 @pytest.mark.parametrize(

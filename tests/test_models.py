@@ -225,7 +225,7 @@ def test_student_honours_hooks_dropout_and_autocast(model: nn.Module) -> None:
         ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
         ("vit_base_r26_s32_224", "HybridEmbed"),
         ("resnet18", "ResNet"),
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("swinv2_cr_tiny_224", "SwinTransformerV2Cr"),
     ],
 )
 def test_what_cannot_be_handled_is_refused_by_name(name: str, part: str) -> None:

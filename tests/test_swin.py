@@ -190,3 +190,32 @@ def test_what_cannot_be_done_is_refused_by_name(swin: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="classifies each position"):
         require_supported(create(1, global_pool=""))
     assert isinstance(DroppedBlock()(images), Tensor)
+
+
+@pytest.mark.parametrize("method", ["practise", "mir", "fskd", "cd"])
+def test_every_method_takes_a_swin(method: str, swin: Any, tmp_path: Path) -> None:
+    if method in ("practise", "mir"):
+        recovery: Any = dcvit.MimickingConfig(epochs=1, learning_rate=1e-3, batch_size=4)
+    else:
+        recovery = QUICK.recovery
+    result = dcvit.compress(
+        swin, torch.randn(6, 3, 32, 32), dcvit.Budget(macs=0.7), QUICK.with_(recovery=recovery), method=method
+    )
+    assert result.report.student.macs <= 0.7 * result.report.teacher.macs
+    if method in ("practise", "mir"):
+        blocks = set(result.plan.blocks)
+        assert all(blocks >= set(group) for group in adapter_for(swin).groups(swin) if blocks & set(group))
+    result.save(tmp_path / "small")
+    dcvit.write_report(tmp_path / "small")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(dcvit.load(tmp_path / "small").model(images), result.model(images))
+
+
+def test_layerwise_fits_bring_a_swin_nearer() -> None:
+    model, images = create(1), torch.randn(12, 3, 32, 32)
+    losses = {
+        method: dcvit.compress(model, images, dcvit.Budget(macs=0.8), QUICK, method=method).report
+        for method in ("fskd", "cd")
+    }
+    for report in losses.values():
+        assert all(block.error_after < block.error_before for block in report.reconstructions)

@@ -6,16 +6,16 @@ structure decides is met exactly from below.
 
 import copy
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from dcvit.costs import file_size
 from dcvit.errors import BudgetError
 from dcvit.models import adapter_for
-from dcvit.planning import ADDITIVE, Budget
+from dcvit.planning import ADDITIVE, Budget, choose_candidates
 
-__all__ = ["fewest_blocks", "spent", "target", "widest_mlps"]
+__all__ = ["candidate_groups", "fewest_blocks", "flat", "spent", "target", "widest_mlps"]
 
 
 def spent(model: nn.Module, budget: Budget) -> int:
@@ -43,33 +43,55 @@ def target(model: nn.Module, budget: Budget) -> int:
     return wanted
 
 
+def candidate_groups(model: nn.Module, wanted: tuple[int, ...] | None) -> list[tuple[int, ...]]:
+    """The blocks that may go, those together that go together: each alone in a ViT, shifted pairs in a Swin.
+
+    Args:
+        model: The original.
+        wanted: The caller's candidates; all but the first and the last where there are none.
+
+    Raises:
+        BudgetError: See `dcvit.planning.choose_candidates`.
+    """
+    adapter = adapter_for(model)
+    groups = adapter.groups(model)
+    candidates = choose_candidates(adapter.cost(model), wanted, groups)
+    return [group for group in groups if group[0] in candidates]
+
+
+def flat(groups: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The blocks of some groups, in their order."""
+    return tuple(block for group in groups for block in group)
+
+
 def fewest_blocks(
-    model: nn.Module, budget: Budget, choose: Callable[[int], Sequence[int]], most: int
+    model: nn.Module, budget: Budget, choose: Callable[[int], Sequence[tuple[int, ...]]], most: int
 ) -> tuple[int, ...]:
     """The fewest whole blocks without which a model meets a budget.
 
     Args:
         model: The original.
         budget: What is left may cost so much.
-        choose: Which blocks go if so many go.
-        most: How many may go.
+        choose: Which groups of blocks go if so many go.
+        most: How many groups may go.
 
     Raises:
         BudgetError: If it cannot be met.
     """
     wanted = target(model, budget)
     left = spent(model, budget)
+    blocks: tuple[int, ...] = ()
     for count in range(1, most + 1):
-        blocks = choose(count)
+        blocks = flat(choose(count))
         smaller = _shared_copy(model)
         for block in blocks:
             adapter_for(smaller).drop_block(smaller, block)
         left = spent(smaller, budget)
         if left <= wanted:
-            return tuple(blocks)
+            return blocks
     raise BudgetError(
-        f"{budget.unit}={budget.value!r} asks for {wanted:,}: without all {most} blocks that may go {left:,} are left. "
-        "Ask for more, or allow more blocks in CompressionConfig(candidates=...)."
+        f"{budget.unit}={budget.value!r} asks for {wanted:,}: without all {len(blocks)} blocks that may go {left:,} "
+        "are left. Ask for more, or allow more blocks in CompressionConfig(candidates=...)."
     )
 
 

@@ -46,7 +46,7 @@ CD = register(
         name="cd",
         title="hidden nodes pruned by L1 norm, the layer after them fitted on both networks' activations",
         source="Cross Distillation, arXiv 1911.09450",
-        families=("vit",),
+        families=("vit", "swin"),
         recovery=ReconstructionConfig,
         compress=cd,
     )

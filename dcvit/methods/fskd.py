@@ -43,7 +43,7 @@ FSKD = register(
         name="fskd",
         title="hidden nodes pruned by L1 norm, a linear map after each MLP fitted to the original's",
         source="FSKD, arXiv 1812.01839",
-        families=("vit",),
+        families=("vit", "swin"),
         recovery=ReconstructionConfig,
         compress=fskd,
     )

@@ -136,7 +136,9 @@ def layer_pairs(model: nn.Module, block: int, states: Sequence[Tensor], views: V
         for state in states:
             adapter.run_blocks(model, state, block, block + 1)
             part = slice(first, first + len(state))
-            hidden, output = (views.rows(adapter.as_tokens(side), part) for side in seen.pop())
+            # A Swin block flattens its positions before its MLP.
+            tokens = (side if side.ndim == 3 else adapter.as_tokens(side) for side in seen.pop())
+            hidden, output = (views.rows(side, part) for side in tokens)
             yield LayerPair(hidden, output)
             first = part.stop
     finally:

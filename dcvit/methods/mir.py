@@ -19,6 +19,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +28,19 @@ from torch import Tensor, nn
 from dcvit.augmentation import augment
 from dcvit.config import MimickingConfig
 from dcvit.images import FewShotImages
-from dcvit.methods.budgets import fewest_blocks, target
+from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, target
 from dcvit.methods.practise import drop_blocks
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
 from dcvit.optimisation import warmup_cosine
-from dcvit.planning import Plan, choose_candidates
+from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
 from dcvit.recovery import HELD_OUT_SHARE, Recovery
 from dcvit.seeding import derive_seed, seeded
 
 __all__ = ["MIR", "evenly_spaced", "features", "mimic_features", "mir"]
+
+T = TypeVar("T")
 
 
 def mir(task: Task) -> Outcome:
@@ -52,8 +55,8 @@ def mir(task: Task) -> Outcome:
         BudgetError: If the budget cannot be met.
     """
     teacher, budget, config, mimicking = task.teacher, task.budget, task.config, task.config.mimicking
-    candidates = choose_candidates(adapter_for(teacher).cost(teacher), config.candidates)
-    blocks = fewest_blocks(teacher, budget, lambda count: evenly_spaced(candidates, count), len(candidates))
+    groups = candidate_groups(teacher, config.candidates)
+    blocks = fewest_blocks(teacher, budget, lambda count: evenly_spaced(groups, count), len(groups))
     student = drop_blocks(teacher, blocks)
     mimicking = replace(mimicking, epochs=mimicking.epochs * len(blocks))
     if mimicking.learning_rate == "auto":
@@ -70,7 +73,7 @@ def mir(task: Task) -> Outcome:
         num_blocks=len(blocks),
         hidden_features=0,
         drop_ratio=1.0,
-        candidates=candidates,
+        candidates=flat(groups),
         cost=adapter_for(student).cost(student).total,
         blocks=blocks,
     )
@@ -82,14 +85,14 @@ MIR = register(
         name="mir",
         title="evenly spaced blocks dropped, the features before the head mimicked",
         source="MiR, arXiv 2201.02620",
-        families=("vit",),
+        families=("vit", "swin"),
         recovery=MimickingConfig,
         compress=mir,
     )
 )
 
 
-def evenly_spaced(candidates: Sequence[int], count: int) -> tuple[int, ...]:
+def evenly_spaced(candidates: Sequence[T], count: int) -> tuple[T, ...]:
     """So many of the candidates, in the middle of as many equal parts."""
     return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
 

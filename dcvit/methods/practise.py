@@ -13,6 +13,7 @@ As it is applied here:
 - A ViT has no place for the paper's adaptors, the 1×1 convolutions around a cut that a CNN's neighbouring convolutions
   absorb: behind the residual stream comes a norm, which a linear map does not pass. What recovers instead is what the
   config's `updated` names, the front of the model by default, as in DC-ViT's comparison (arXiv 2403.18708).
+- Of a Swin, shifted pairs go, as in that comparison.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from dcvit.config import CompressionConfig, MimickingConfig
+from dcvit.costs import Cost
 from dcvit.images import FewShotImages
-from dcvit.methods.budgets import fewest_blocks, target
+from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, target
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for, require_supported
-from dcvit.planning import Plan, choose_candidates
+from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, run_trials
 from dcvit.recovery import Recovery, find_learning_rate, mimicking_loss, output_tokens, recover
@@ -49,20 +51,20 @@ def practise(task: Task) -> Outcome:
     _ = config.mimicking  # refused now if it is not
     wanted = target(teacher, budget)
     cost = adapter_for(teacher).cost(teacher)
-    candidates = choose_candidates(cost, config.candidates)
+    groups = candidate_groups(teacher, config.candidates)
 
-    def saving(block: int) -> int:
-        whole = cost.blocks[block].attention + cost.blocks[block].mlp
+    def saving(group: tuple[int, ...]) -> int:
+        whole = sum((cost.blocks[block].attention + cost.blocks[block].mlp for block in group), Cost())
         return whole.params if budget.unit == "file_size" else budget.amount(whole)
 
     # Of the blocks that save least most must go: trials that stop early never leave fewer.
-    cheapest = sorted(candidates, key=saving)
-    most = len(fewest_blocks(teacher, budget, lambda count: cheapest[:count], len(cheapest)))
+    cheapest = sorted(groups, key=saving)
+    most = len(fewest_blocks(teacher, budget, lambda count: cheapest[:count], len(cheapest))) // len(groups[0])
     with task.timer("learning rate"):
-        config = _with_learning_rate(teacher, task.images, candidates, config, task.progress)
+        config = _with_learning_rate(teacher, task.images, groups, config, task.progress)
     with task.timer("ranking"):
-        trials = _try_blocks(teacher, task.images, candidates, config, most, task.progress)
-        order = [trial.block for trial in trials]
+        trials = _try_blocks(teacher, task.images, groups, config, most, task.progress)
+        order = _ordered(trials, groups)
         blocks = fewest_blocks(teacher, budget, lambda count: order[:count], len(order))
     with task.timer("compression"):
         student, recovery = _drop_and_recover(teacher, task.images, blocks, config, task.progress)
@@ -72,7 +74,7 @@ def practise(task: Task) -> Outcome:
         num_blocks=len(blocks),
         hidden_features=0,
         drop_ratio=1.0,
-        candidates=candidates,
+        candidates=flat(groups),
         cost=adapter_for(student).cost(student).total,
         blocks=blocks,
     )
@@ -84,7 +86,7 @@ PRACTISE = register(
         name="practise",
         title="whole blocks dropped, those that recover best for what they save",
         source="PRACTISE, arXiv 2202.07861",
-        families=("vit",),
+        families=("vit", "swin"),
         recovery=MimickingConfig,
         compress=practise,
     )
@@ -125,16 +127,17 @@ def block_dropping(
     Args:
         teacher: The original, frozen.
         images: The few-shot set.
-        num_blocks: How many blocks go.
+        num_blocks: How many blocks go, of a Swin how many pairs.
         config: Candidates, mimicking, seed and impl; the rest is not used.
         trials: Those of an earlier call with the same model, images and config, which need not be run again.
         progress: Told after each epoch.
     """
-    candidates = choose_candidates(require_supported(teacher).cost(teacher), config.candidates)
-    config = _with_learning_rate(teacher, images, candidates, config, progress)
+    require_supported(teacher)
+    groups = candidate_groups(teacher, config.candidates)
+    config = _with_learning_rate(teacher, images, groups, config, progress)
     if trials is None:
-        trials = _try_blocks(teacher, images, candidates, config, num_blocks, progress)
-    blocks = tuple(trial.block for trial in trials[:num_blocks])
+        trials = _try_blocks(teacher, images, groups, config, num_blocks, progress)
+    blocks = flat(_ordered(trials, groups)[:num_blocks])
     student, recovery = _drop_and_recover(teacher, images, blocks, config, progress)
     return BlockDropping(adapter_for(student).rebuild(student).eval(), blocks, tuple(trials), recovery)
 
@@ -149,16 +152,16 @@ def drop_blocks(model: nn.Module, blocks: Sequence[int]) -> nn.Module:
 def _with_learning_rate(
     teacher: nn.Module,
     images: FewShotImages,
-    candidates: Sequence[int],
+    groups: Sequence[tuple[int, ...]],
     config: CompressionConfig,
     progress: Progress,
 ) -> CompressionConfig:
     """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
     if config.mimicking.learning_rate != "auto":
         return config
-    block = candidates[len(candidates) // 2]
+    group = groups[len(groups) // 2]
     rate = find_learning_rate(
-        drop_block(teacher, block), teacher, images, [block], config.mimicking,
+        drop_blocks(teacher, group), teacher, images, group, config.mimicking,
         seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
     )  # fmt: skip
     return replace(config, recovery=replace(config.mimicking, learning_rate=rate))
@@ -167,14 +170,14 @@ def _with_learning_rate(
 def _try_blocks(
     teacher: nn.Module,
     images: FewShotImages,
-    candidates: Sequence[int],
+    groups: Sequence[tuple[int, ...]],
     config: CompressionConfig,
     num_chosen: int,
     progress: Progress,
 ) -> tuple[Trial, ...]:
-    """Each candidate dropped alone and recovered, least score first."""
+    """Each candidate dropped alone and recovered, least score first; a pair goes by the number of its last block."""
     targets = output_tokens(teacher, images.normalised, config.mimicking.batch_size)
-    original = _macs(teacher)
+    original, by_last = _macs(teacher), {group[-1]: group for group in groups}
 
     def score(student: nn.Module) -> float:
         recoverability = mimicking_loss(student, targets, images, config.mimicking, impl=config.impl)
@@ -183,14 +186,20 @@ def _try_blocks(
     trials, _ = run_trials(
         teacher,
         images,
-        candidates,
-        lambda block: drop_block(teacher, block),
+        list(by_last),
+        lambda block: drop_blocks(teacher, by_last[block]),
         score,
         config,
         num_chosen=num_chosen,
         progress=progress,
     )
     return trials
+
+
+def _ordered(trials: Sequence[Trial], groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The groups of blocks in the order of their trials."""
+    by_last = {group[-1]: group for group in groups}
+    return [by_last[trial.block] for trial in trials]
 
 
 def _drop_and_recover(

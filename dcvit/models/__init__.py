@@ -4,7 +4,7 @@ The algorithm sees a model through `ModelAdapter`. `require_supported` refuses w
 by name and before any work; `adapter_for` then finds the adapter wherever one is needed.
 """
 
-from dcvit.models.adapter import ModelAdapter, adapter_for, require_supported
+from dcvit.models.adapter import ModelAdapter, adapter_for, adapters, require_supported
 from dcvit.models.blocks import CompressedBlock, MlpHalf
 from dcvit.models.loading import DEMO_MODEL, hub_repository, input_size, load_model, preprocessing
 from dcvit.models.modeling_dcvit import DroppedBlock
@@ -17,6 +17,7 @@ __all__ = [
     "MlpHalf",
     "ModelAdapter",
     "adapter_for",
+    "adapters",
     "create_vision_transformer",
     "hub_repository",
     "input_size",

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from dcvit.costs import ModelCost
 from dcvit.errors import UnsupportedModelError
 
-__all__ = ["ModelAdapter", "adapter_for", "require_supported"]
+__all__ = ["ModelAdapter", "adapter_for", "adapters", "require_supported"]
 
 
 class ModelAdapter(Protocol):
     """A model family: how to read a model's structure, change it, and rebuild it.
 
-    `family` names it, as the methods of `dcvit.methods` do.
+    Attributes:
+        family: Its name, as the methods of `dcvit.methods` have it.
+        models: What it is of, in words.
+        classes: Timm's classes that it handles.
+        source: The papers of the architecture.
 
     All methods are stateless. `check` is called once, before any work; the others may assume that it passed.
 
@@ -25,6 +29,9 @@ class ModelAdapter(Protocol):
     """
 
     family: str
+    models: str
+    classes: tuple[type[nn.Module], ...]
+    source: str
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that cannot be compressed.
@@ -136,23 +143,27 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
     Raises:
         UnsupportedModelError: If no family fits.
     """
-    from dcvit.models.swin import SwinAdapter
-    from dcvit.models.vision_transformer import VisionTransformerAdapter
-
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"model={model!r} is a {type(model).__name__}: expected a timm model, or a name that timm knows."
         )
-    adapters: tuple[type[VisionTransformerAdapter] | type[SwinAdapter], ...] = (VisionTransformerAdapter, SwinAdapter)
-    for adapter in adapters:
-        if adapter.handles(model):
-            return adapter()
+    for adapter in adapters():
+        if isinstance(model, adapter.classes):
+            return adapter
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    known = ", ".join(f"{one.__name__}" for adapter in adapters() for one in adapter.classes)
     raise UnsupportedModelError(
-        f"Models of type {kind} are not supported; timm's VisionTransformer, VisionTransformerDistilled, "
-        "SwinTransformer and SwinTransformerV2 are. "
+        f"Models of type {kind} are not supported; timm's {known} are (`dcvit families` lists the families). "
         "Another family needs an adapter in dcvit/models/ (see ModelAdapter)."
     )
+
+
+def adapters() -> tuple[ModelAdapter, ...]:
+    """One adapter for each family."""
+    from dcvit.models.swin import SwinAdapter
+    from dcvit.models.vision_transformer import VisionTransformerAdapter
+
+    return VisionTransformerAdapter(), SwinAdapter()
 
 
 def require_supported(model: nn.Module) -> ModelAdapter:

@@ -55,15 +55,13 @@ class SwinAdapter:
     """
 
     family = "swin"
-
-    @staticmethod
-    def handles(model: nn.Module) -> bool:
-        """Whether the model is of this family."""
-        return isinstance(model, (SwinTransformer, SwinTransformerV2))
+    models = "Swin, Swin v2, S3"
+    classes: tuple[type[nn.Module], ...] = (SwinTransformer, SwinTransformerV2)
+    source = "arXiv 2103.14030, 2111.09883"
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""
-        if type(model) not in (SwinTransformer, SwinTransformerV2):
+        if type(model) not in self.classes:
             raise UnsupportedModelError(
                 f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
                 "rebuilt from its saved form."

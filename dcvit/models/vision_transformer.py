@@ -62,15 +62,13 @@ class VisionTransformerAdapter:
     """
 
     family = "vit"
-
-    @staticmethod
-    def handles(model: nn.Module) -> bool:
-        """Whether the model is of this family."""
-        return isinstance(model, VisionTransformer)
+    models = "ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP, AIMv2, BEiT-3"
+    classes: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
+    source = "arXiv 2010.11929, 2012.12877"
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""
-        if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        if type(model) not in self.classes:
             raise UnsupportedModelError(
                 f"The model is a {type(model).__qualname__}, a subclass of VisionTransformer that dcvit does not "
                 "know; it could not be rebuilt from its saved form."
