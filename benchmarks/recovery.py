@@ -377,8 +377,8 @@ def report(records: Sequence[Record]) -> str:
             table(records),
             "",
             "How the default compares: its r as a ratio to that of the naive closed form, and its time per block as a "
-            "ratio to that of the paper's procedure with the epochs above, and with all of its epochs, as if each took equally "
-            "long (below 1 the default is better); of means over the seeds that both have.",
+            "ratio to that of the paper's procedure with the epochs above, and with all of its epochs, as if each took "
+            "equally long (below 1 the default is better); of means over the seeds that both have.",
             "",
             ratios(records),
         ]
