@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dcvit
 from dcvit.compression import freeze, fuse
-from dcvit.models import MlpHalf, adapter_for, vision_transformer
+from dcvit.models import MlpHalf, adapter_for, blocks
 from dcvit.ops import attention
 from dcvit.reconstruction import TeacherStates, draw_views
 from dcvit.recovery import output_tokens
@@ -89,7 +89,7 @@ def test_whole_blocks_run_the_op_unless_someone_listens(model: nn.Module, images
     assert [isinstance(block, MlpHalf) for block in fused.blocks] == [True, False] + [True] * (len(fused.blocks) - 2)
     ran: list[str] = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(vision_transformer, "dropped_mlp", lambda x, *_, impl, **__: (ran.append(impl), x)[1])
+        patch.setattr(blocks, "dropped_mlp", lambda x, *_, impl, **__: (ran.append(impl), x)[1])
         fused(images)
     assert ran == ["auto"] * (len(fused.blocks) - 2), "blocks 1 and 2 keep their modules"
     assert calls == [1]
@@ -109,7 +109,7 @@ def test_whole_blocks_run_the_attention_op_unless_something_is_between(model: nn
         return attention(qkv, impl=impl)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(vision_transformer, "attention", counted)
+        patch.setattr(blocks, "attention", counted)
         for module in [*model.modules(), *fused.modules()]:
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # which calls attn_drop
