@@ -22,7 +22,7 @@ import dcvit, timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 ```
 
-Where it is not, `modeling_dcvit.py` of this folder takes its place; it needs torch and timm alone:
+Where it is not, `modeling_dcvit.py` of this folder takes its place; it needs torch and timm (1.0.31 or newer) alone:
 
 ```python
 import sys, timm

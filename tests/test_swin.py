@@ -14,6 +14,7 @@ import dcvit
 from dcvit.errors import BudgetError, UnsupportedModelError
 from dcvit.models import CompressedBlock, DroppedBlock, adapter_for, require_supported
 from dcvit.planning import plan
+from dcvit.results import save_model
 from tests.conftest import QUICK
 from tests.without_dcvit import run_without
 
@@ -152,6 +153,29 @@ with torch.no_grad():
     torch.testing.assert_close(load_file(tmp_path / "output")["output"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing position biases
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_saved_model_loads_at_an_image_size_that_shrinks_windows(version: int, tmp_path: Path) -> None:
+    model = cut(create(version))
+    save_model(adapter_for(model).rebuild(model), tmp_path / "small")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True, img_size=6).eval()
+    model.set_input_size(img_size=6, window_size=(4, 4))
+    images = torch.randn(2, 3, 6, 6)
+    assert loaded.layers[0].blocks[0].window_size == (3, 3)
+    torch.testing.assert_close(loaded(images), model(images))
+
+
+def test_a_saved_model_gives_features(swin: Any, tmp_path: Path) -> None:
+    model = cut(swin)
+    save_model(adapter_for(model).rebuild(model), tmp_path / "small")
+    stages = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True, features_only=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    found, expected = stages(images), model.forward_intermediates(images, intermediates_only=True)
+    assert [list(one.shape) for one in found] == [[2, 16, 16, 16], [2, 8, 8, 32]]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.permute(0, 3, 1, 2), other)
+
+
 def test_blocks_pruned_without_losing_attention_are_saved(swin: Any) -> None:
     adapter, images = adapter_for(swin), torch.randn(2, 3, 32, 32)
     for block, kept in {0: 64, 1: 64, 3: 100, 4: 7}.items():
@@ -187,6 +211,8 @@ def test_what_cannot_be_done_is_refused_by_name(swin: Any) -> None:
         plan(swin, dcvit.Budget(macs=0.8), QUICK.with_(num_blocks=3))
     with pytest.raises(UnsupportedModelError, match=r"SwinTransformerV2Cr are not supported;"):
         require_supported(timm.create_model("swinv2_cr_tiny_ns_224"))
+    with pytest.raises(UnsupportedModelError, match=r"Stage 1 of the model has no blocks \(depths=\[2, 0\]\)"):
+        require_supported(create(1, depths=(2, 0)))
     with pytest.raises(UnsupportedModelError, match="classifies each position"):
         require_supported(create(1, global_pool=""))
     assert isinstance(DroppedBlock()(images), Tensor)

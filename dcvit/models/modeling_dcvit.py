@@ -37,6 +37,7 @@ from timm.layers.activations import GELU, GELUTanh
 from timm.models import build_model_with_cfg, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import checkpoint_filter_fn as fit_swin_checkpoint
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -263,7 +264,27 @@ def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 def create_swin(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a Swin the way timm builds its own, with its weights if `pretrained`; the arguments are `build_swin`'s."""
-    return build_model_with_cfg(build_swin, SWIN_ARCHITECTURE, pretrained, pretrained_strict=True, **kwargs)
+    return build_model_with_cfg(
+        build_swin,
+        SWIN_ARCHITECTURE,
+        pretrained,
+        pretrained_strict=True,
+        pretrained_filter_fn=_fit_swin_weights,
+        feature_cfg={"out_indices": tuple(range(len(kwargs["depths"]))), "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+def _fit_swin_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Saved weights for a Swin built at another image size, whose windows may be smaller.
+
+    Timm resamples the position biases of version 1; where none differs in shape its function is left out, because it
+    takes a model for one of Microsoft's by its parameters' names.
+    """
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if "relative_position" in name}
+    if any(name in state and state[name].shape != shape for name, shape in shapes.items()):
+        return fit_swin_checkpoint(state, model)
+    return state
 
 
 def dcvit_swin_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:

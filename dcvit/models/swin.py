@@ -66,6 +66,12 @@ class SwinAdapter:
                 f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
                 "rebuilt from its saved form."
             )
+        empty = [i for i, stage in enumerate(model.layers) if len(stage.blocks) == 0]
+        if empty:
+            raise UnsupportedModelError(
+                f"Stage {empty[0]} of the model has no blocks (depths={[len(stage.blocks) for stage in model.layers]}): "
+                "expected at least one block in each stage."
+            )
         if not model.head.global_pool.pool_type and self.num_classes(model):
             raise UnsupportedModelError(
                 "The model classifies each position (global_pool=''): call model.reset_classifier(0) for a backbone, "
