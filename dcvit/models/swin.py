@@ -66,11 +66,11 @@ class SwinAdapter:
                 f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
                 "rebuilt from its saved form."
             )
-        empty = [i for i, stage in enumerate(model.layers) if len(stage.blocks) == 0]
-        if empty:
+        depths = [len(stage.blocks) for stage in model.layers]
+        if 0 in depths:
             raise UnsupportedModelError(
-                f"Stage {empty[0]} of the model has no blocks (depths={[len(stage.blocks) for stage in model.layers]}): "
-                "expected at least one block in each stage."
+                f"Stage {depths.index(0)} of the model has no blocks (depths={depths}): expected at least one block in "
+                "each stage."
             )
         if not model.head.global_pool.pool_type and self.num_classes(model):
             raise UnsupportedModelError(
