@@ -32,7 +32,7 @@ from dcvit.reconstruction import (
     reconstruct_block,
 )
 from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
-from dcvit.refinement import STEP_SIZES, num_steps, refine
+from dcvit.refinement import HELD_OUT_EVERY, STEP_SIZES, num_steps, refine
 from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
 from dcvit.structure import Recoverability
@@ -195,7 +195,13 @@ def prepare(
     recovery = config.reconstruction
     steps = num_steps(teacher, recovery)
     with timer("views"):
-        views = draw_views(teacher, images, recovery, config.seed)
+        if steps:
+            views = draw_views(
+                teacher, images, recovery, config.seed,
+                num_views=recovery.refinement_views, held_out_every=HELD_OUT_EVERY,
+            )  # fmt: skip
+        else:
+            views = draw_views(teacher, images, recovery, config.seed)
         steps = steps if bool(views.held_out.any()) else 0
         states = TeacherStates(teacher, views, recovery.batch_size, keep_output=steps > 0, progress=progress)
         image_sets = [metric_set.images]

@@ -72,6 +72,7 @@ class ReconstructionConfig:
     Attributes:
         num_views: Images that blocks are reconstructed on: the few-shot images and random views of them. Never fewer
             than the few-shot images.
+        refinement_views: The same where refinement follows, which goes over them many times.
         num_rows: Tokens drawn from them, at least one from each; each is one equation.
         nodes: Which hidden nodes a block keeps: those that explain the missing output best (`"greedy"`), or
             `"random"` ones as published.
@@ -89,6 +90,7 @@ class ReconstructionConfig:
     """
 
     num_views: int = 1000
+    refinement_views: int = 2500
     num_rows: int = 32768
     nodes: Nodes = "greedy"
     epochs: int = 6
@@ -102,6 +104,7 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         _check(self.num_views >= 1, "num_views", self.num_views, "1 or more")
+        _check(self.refinement_views >= 1, "refinement_views", self.refinement_views, "1 or more")
         _check(self.num_rows >= 1, "num_rows", self.num_rows, "1 or more")
         _check_choice("nodes", self.nodes, Nodes)
         _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")

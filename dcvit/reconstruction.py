@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 HELD_OUT_EVERY = 5
-"""One image of so many is held out, with all its views."""
+"""One image of so many is held out, with all its views; in the end blocks learn from it too."""
 
 FEW_ROWS = 16384
 """Rows that suffice to choose nodes, whose products are the most expensive ones, and to try a block."""
@@ -216,17 +216,23 @@ def draw_views(
     images: FewShotImages,
     config: ReconstructionConfig,
     seed: int,
+    *,
+    num_views: int | None = None,
+    held_out_every: int = HELD_OUT_EVERY,
 ) -> Views:
-    """The few-shot images and as many random views as make `config.num_views`, with the rows that they give.
+    """The few-shot images and as many random views as make a number, with the rows that they give.
 
     Args:
         teacher: Says how many tokens an image has.
         images: The few-shot set.
-        config: How many, and how they differ.
+        config: How they differ.
         seed: Draws views and rows.
+        num_views: How many; `config.num_views` if not given.
+        held_out_every: One image of so many is held out.
     """
     count, augmentation = len(images), config.augmentation
-    folds = 0 if augmentation is None else max(0, config.num_views // count - 1)
+    wanted = config.num_views if num_views is None else num_views
+    folds = 0 if augmentation is None else max(0, wanted // count - 1)
     with seeded(seed, "views") as generator, torch.no_grad():
         batches = [images.normalised]
         if augmentation is not None:
@@ -235,7 +241,7 @@ def draw_views(
         adapter = adapter_for(teacher)
         available = adapter.as_tokens(adapter.embed(teacher, images.normalised[:1])).shape[1]
         lots = torch.rand(len(views), available, generator=generator)
-    every = torch.arange(count).repeat(folds + 1) % HELD_OUT_EVERY == 1
+    every = torch.arange(count).repeat(folds + 1) % held_out_every == 1
     device = images.normalised.device
     return Views(views, every.to(device), lots.to(device), max(1, config.num_rows // len(views)))
 

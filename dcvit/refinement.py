@@ -48,6 +48,14 @@ on held-out images rose by 0.0 to 1.4 points, 0.5 in the mean, and the error ove
 FEWEST_STEPS = 200
 """Fewer are left out: what they gain is less than the held-out images, which reconstruction then learns from too."""
 
+HELD_OUT_EVERY = 10
+"""One image of so many is held out, with all its views: fewer than where blocks learn from them in the end.
+
+Measured on the digits, with 2600 views instead of 1000, at 80 and 70 % of the MACs, three few-shot sets each: r of
+held-out images falls from 0.056 to 0.052 and from 0.092 to 0.080, agreement rises from 96.6 to 97.2 and from 93.2 to
+93.6 %; about half of it comes from the views. 6000 views are no better.
+"""
+
 JUDGED_VIEWS = 100
 """Views of held-out images that judge."""
 

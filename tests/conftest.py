@@ -30,7 +30,9 @@ QUICK = dcvit.CompressionConfig(
 )
 """Block reconstruction, as by default but for the amounts and the refinement, in half a second."""
 
-REFINED = QUICK.with_(recovery=replace(QUICK.reconstruction, refinement_steps=200, refinement_batch=4))
+REFINED = QUICK.with_(
+    recovery=replace(QUICK.reconstruction, refinement_views=60, refinement_steps=200, refinement_batch=4)
+)
 """The same with the refinement, of as few steps as are worth it."""
 
 PUBLISHED = dcvit.CompressionConfig.paper(

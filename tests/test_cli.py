@@ -149,7 +149,9 @@ def test_options_of_the_recovery(
 def test_demo_writes_what_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fewer = replace(cli.DEMO_CONFIG.reconstruction, num_views=50, refinement_steps=200, refinement_batch=10)
+    fewer = replace(
+        cli.DEMO_CONFIG.reconstruction, num_views=50, refinement_views=50, refinement_steps=200, refinement_batch=10
+    )
     monkeypatch.setattr(cli, "DEMO_CONFIG", replace(cli.DEMO_CONFIG, recovery=fewer))
     out = tmp_path / "demo"
     code, text, _ = run(capsys, "demo", "--seeds", "2", "--epochs", "1", "--num-images", "8", "--out", str(out))
@@ -337,7 +339,7 @@ def test_families_and_their_methods(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys, "families", "--json")
     assert code == 0
     families = {family["name"]: family for family in json.loads(text)["families"]}
-    assert families.keys() == {"vit", "swin"}
+    assert families.keys() == {"vit", "swin", "cnn"}
     assert families["vit"]["methods"] == ["dcvit", *sorted(set(METHODS) - {"dcvit"}, key=list(METHODS).index)]
     assert set(families["swin"]["methods"]) == {name for name, one in METHODS.items() if "swin" in one.families}
     assert all(family["source"].startswith("arXiv") for family in families.values())
@@ -357,7 +359,8 @@ def test_families_and_their_methods(capsys: pytest.CaptureFixture[str]) -> None:
         (["compress", "local-dir:/nowhere", "--data", "digits", "--macs", "0.75", "--out", "OUT"], r"no config.json"),
         (["compress", "vit_tiny_patch16_224", "--random-weights", "--data", "digits", "--macs", "0.75", "--out", "OUT"],
          "1 channels"),
-        (["compress", "resnet18", "--random-weights", "--data", "digits", "--macs", "0.75", "--out", "OUT"], "ResNet"),
+        (["compress", "densenet121", "--random-weights", "--data", "digits", "--macs", "0.75", "--out", "OUT"],
+         "DenseNet"),
         (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--device", "qpu"], "--device"),
         (["compress", "demo", "--data", "digits", "--latency", "12", "--out", "OUT"], "pass latency_ms="),
         (["compress", "demo", "--data", "digits", "--activation-memory", "0.9", "--out", "OUT"], "stay whole"),

@@ -154,7 +154,7 @@ def test_same_seed_same_result(model: nn.Module, images: Tensor, config: dcvit.C
 def test_default_report_says_how_each_block_went(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     """By default, with fewer views: a trial of each candidate, then each chosen block, then the refinement."""
     default = dcvit.CompressionConfig(candidates=(0, 1, 2, 3))
-    smaller = replace(default.reconstruction, num_views=60, refinement_steps=200, refinement_batch=5)
+    smaller = replace(default.reconstruction, refinement_views=60, refinement_steps=200, refinement_batch=5)
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.7), default.with_(recovery=smaller))
     report = result.report
     assert sorted(trial.block for trial in report.trials) == [0, 1, 2, 3]
@@ -287,7 +287,7 @@ def synthesis_with(**changes: Any) -> Change:
 
 
 RECONSTRUCTION: dict[str, Change] = {
-    "num_views": recovery_with(num_views=54),
+    "refinement_views": recovery_with(refinement_views=54),
     "num_rows": recovery_with(num_rows=240),
     "nodes": recovery_with(nodes="random"),
     "epochs": recovery_with(epochs=3),
@@ -333,6 +333,7 @@ REST: dict[str, Change] = {
     "metric": lambda c: replace(c, metric="mimicking" if c.metric == "cross_entropy" else "cross_entropy"),
     "seed": lambda c: replace(c, seed=1),
 }
+WITHOUT_REFINEMENT: dict[str, Change] = {"num_views": recovery_with(num_views=54)}
 OF_ONE_PROCEDURE: dict[str, tuple[dcvit.CompressionConfig, Change]] = {
     "structure": (QUICK, lambda c: replace(c, structure="fewest")),
     "progressive": (PUBLISHED, lambda c: replace(c, progressive=False)),
@@ -340,6 +341,7 @@ OF_ONE_PROCEDURE: dict[str, tuple[dcvit.CompressionConfig, Change]] = {
 
 CHANGES = [
     *((REFINED, f"reconstruction.{name}", change) for name, change in RECONSTRUCTION.items()),
+    *((QUICK, f"reconstruction.{name}", change) for name, change in WITHOUT_REFINEMENT.items()),
     *((PUBLISHED, f"mimicking.{name}", change) for name, change in MIMICKING.items()),
     *((base, f"synthesis.{name}", change) for name, change in SYNTHESIS.items() for base in (QUICK, PUBLISHED)),
     *((base, name, change) for name, change in REST.items() for base in (QUICK, PUBLISHED)),
@@ -362,7 +364,7 @@ def test_every_config_field_is_covered() -> None:
     `batch_size` of reconstruction changes rounding alone, see the test below; `lock_step` of mimicking nothing, see
     tests/test_lock_step.py.
     """
-    assert field_names(QUICK.recovery) == RECONSTRUCTION.keys() | {"batch_size"}
+    assert field_names(QUICK.recovery) == RECONSTRUCTION.keys() | WITHOUT_REFINEMENT.keys() | {"batch_size"}
     assert field_names(PUBLISHED.recovery) == MIMICKING.keys() | {"lock_step"}
     assert field_names(QUICK.synthesis) == SYNTHESIS.keys()
     assert field_names(QUICK) == REST.keys() | OF_ONE_PROCEDURE.keys() | {"synthesis", "impl"}
@@ -427,6 +429,7 @@ def test_the_kind_of_recovery_is_told_apart(config: dcvit.CompressionConfig, acc
         (lambda: dcvit.MimickingConfig(lock_step=0), "lock_step=0"),
         (lambda: dcvit.MimickingConfig(halving=2), "halving=2"),  # type: ignore[arg-type]
         (lambda: dcvit.ReconstructionConfig(num_views=0), "num_views=0"),
+        (lambda: dcvit.ReconstructionConfig(refinement_views=0), "refinement_views=0"),
         (lambda: dcvit.ReconstructionConfig(num_rows=0), "num_rows=0"),
         (lambda: dcvit.ReconstructionConfig(nodes="best"), "one of 'greedy', 'random'"),  # type: ignore[arg-type]
         (lambda: dcvit.ReconstructionConfig(epochs=-1), "epochs=-1"),

@@ -224,7 +224,7 @@ def test_student_honours_hooks_dropout_and_autocast(model: nn.Module) -> None:
         ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
         ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
         ("vit_base_r26_s32_224", "HybridEmbed"),
-        ("resnet18", "ResNet"),
+        ("densenet121", "DenseNet"),
         ("swinv2_cr_tiny_224", "SwinTransformerV2Cr"),
     ],
 )

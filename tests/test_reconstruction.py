@@ -90,16 +90,18 @@ def test_views_are_the_images_and_whole_rounds_of_views_of_them(model: nn.Module
     colours = torch.linspace(-0.9, 0.9, 11)[:, None, None, None].expand(-1, 3, 32, 32)
     few_shot = dcvit.load_images(colours, model)
     cropped = dcvit.AugmentationConfig(color_jitter=0)
-    views = draw_views(model, few_shot, replace(CONFIG, num_views=36, augmentation=cropped), seed=0)
-    assert len(views.images) == 33  # as many whole rounds as fit
-    assert torch.equal(views.images[:11], colours)
-    torch.testing.assert_close(views.images, views.images[:, :1, :1, :1].expand_as(views.images), rtol=0, atol=1e-4)
-    shown = {
-        held: {round(float(c), 2) for c in views.images[views.held_out == held, 0, 0, 0]} for held in (False, True)
-    }
-    assert not shown[False] & shown[True]
-    assert (len(shown[False]), len(shown[True])) == (9, 2)
-    assert int(views.held_out.sum()) == 2 * 3
+    for every, held_out in ((5, 2), (10, 1)):
+        config = replace(CONFIG, num_views=99, augmentation=cropped)
+        views = draw_views(model, few_shot, config, seed=0, num_views=36, held_out_every=every)
+        assert len(views.images) == 33  # as many whole rounds as fit
+        assert torch.equal(views.images[:11], colours)
+        first = views.images[:, :1, :1, :1]
+        torch.testing.assert_close(views.images, first.expand_as(views.images), rtol=0, atol=1e-4)
+        shown = {held: {round(float(c), 2) for c in first[views.held_out == held].flatten()} for held in (False, True)}
+        assert not shown[False] & shown[True]
+        assert (len(shown[False]), len(shown[True])) == (11 - held_out, held_out)
+        assert int(views.held_out.sum()) == held_out * 3
+    assert len(draw_views(model, few_shot, replace(CONFIG, num_views=30), seed=0).images) == 22
 
 
 def test_views_are_never_fewer_than_the_images(model: nn.Module, images: Tensor) -> None:

@@ -160,10 +160,11 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
 
 def adapters() -> tuple[ModelAdapter, ...]:
     """One adapter for each family."""
+    from dcvit.models.residual_cnn import ResidualCnnAdapter
     from dcvit.models.swin import SwinAdapter
     from dcvit.models.vision_transformer import VisionTransformerAdapter
 
-    return VisionTransformerAdapter(), SwinAdapter()
+    return VisionTransformerAdapter(), SwinAdapter(), ResidualCnnAdapter()
 
 
 def require_supported(model: nn.Module) -> ModelAdapter:

@@ -10,7 +10,8 @@ installed:
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
 
 It is a module of dcvit too, which builds its models with it and only replaces the blocks' MLP by a faster one. One file
-serves all families: a vision transformer is `dcvit_vision_transformer`, a Swin `dcvit_swin_transformer`.
+serves all families: a vision transformer is `dcvit_vision_transformer`, a Swin `dcvit_swin_transformer`, a CNN of
+residual blocks `dcvit_residual_cnn`.
 """
 
 import copy
@@ -21,6 +22,7 @@ from typing import Any, TypeAlias
 import timm
 import torch
 from timm.layers import (
+    BatchNormAct2d,
     GluMlp,
     LayerNorm,
     LayerNormFp32,
@@ -34,8 +36,10 @@ from timm.layers import (
     SwiGLUPacked,
 )
 from timm.layers.activations import GELU, GELUTanh
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, register_model, regnet, resnet
+from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.efficientnet import EfficientNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn as fit_swin_checkpoint
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
@@ -46,19 +50,30 @@ __all__ = [
     "ACTIVATIONS",
     "ARCHITECTURE",
     "BLOCKS",
+    "CNN_ARCHITECTURE",
     "MLPS",
     "NORMS",
     "SWIN_ARCHITECTURE",
     "CompressedBlock",
     "DroppedBlock",
     "MlpHalf",
+    "Pointwise",
+    "PointwiseBlock",
     "build",
+    "build_cnn",
     "build_swin",
+    "cnn_places",
+    "cnn_stages",
     "create",
+    "create_cnn",
     "create_swin",
+    "dcvit_residual_cnn",
     "dcvit_swin_transformer",
     "dcvit_vision_transformer",
+    "expansion",
+    "keep_channels",
     "keep_hidden_nodes",
+    "last_activation",
     "swin_places",
 ]
 
@@ -67,6 +82,9 @@ ARCHITECTURE = "dcvit_vision_transformer"
 
 SWIN_ARCHITECTURE = "dcvit_swin_transformer"
 """That of compressed Swins."""
+
+CNN_ARCHITECTURE = "dcvit_residual_cnn"
+"""That of compressed CNNs."""
 
 TimmModule: TypeAlias = Any
 """A module of timm's, whose attributes its type does not tell."""
@@ -139,6 +157,63 @@ class DroppedBlock(nn.Identity):
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """A Swin tells its blocks the image size; without windows it makes no difference."""
+
+
+class Pointwise(nn.Conv2d):
+    """A 1×1 convolution with bias, which may have no channels to take or to give."""
+
+    bias: nn.Parameter
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[B, C, H, W]` to `[B, K, H, W]`."""
+        if self.out_channels == 0:
+            return x.new_empty(len(x), 0, *x.shape[2:])
+        if self.in_channels == 0:
+            return self.bias.view(-1, 1, 1).expand(len(x), -1, *x.shape[2:])
+        return super().forward(x)
+
+
+class PointwiseBlock(nn.Module):
+    """A residual block that looks at each position alone: act2(x + conv2(act1(conv1(x)))), both convolutions 1×1.
+
+    `conv1` is the block's own first convolution, with the taps of each filter summed and its norm folded in; its
+    channels are the hidden nodes. `conv2` starts at zero and takes the place of all that followed.
+
+    Args:
+        block: A residual block of timm's, see `expansion`; not changed.
+    """
+
+    conv1: Pointwise
+    conv2: Pointwise
+    act1: TimmModule
+    act2: TimmModule
+
+    def __init__(self, block: TimmModule) -> None:
+        super().__init__()
+        conv, norm, act = expansion(block)
+        weight = conv.weight
+        with torch.no_grad():
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            shift = norm.bias - norm.running_mean * scale
+            if conv.bias is not None:
+                shift = shift + conv.bias * scale
+            self.conv1 = Pointwise(conv.in_channels, conv.out_channels).to(weight)
+            self.conv1.weight.copy_(weight.sum(dim=(2, 3), keepdim=True) * scale.view(-1, 1, 1, 1))
+            self.conv1.bias.copy_(shift)
+            self.conv2 = Pointwise(conv.out_channels, conv.in_channels).to(weight)
+            self.conv2.weight.zero_()
+            self.conv2.bias.zero_()
+        self.act1 = copy.deepcopy(act)
+        name = last_activation(block)
+        self.act2 = nn.Identity() if name is None else copy.deepcopy(getattr(block, name))
+        self.requires_grad_(weight.requires_grad).train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[B, D, H, W]` to the same shape."""
+        return self.act2(x + self.conv2(self.act1(self.conv1(x))))
 
 
 def build(
@@ -235,6 +310,104 @@ def swin_places(model: nn.Module) -> list[tuple[TimmModule, int]]:
     return [(stage.blocks, index) for stage in layers for index in range(len(stage.blocks))]
 
 
+def build_cnn(
+    *,
+    base: str,
+    base_args: Mapping[str, Any],
+    num_classes: int,
+    in_chans: int,
+    global_pool: str,
+    per_layer_config: Mapping[str, Mapping[str, Any]],
+) -> nn.Module:
+    """The CNN that the `model_args` of a `config.json` describe, freshly initialised.
+
+    Args:
+        base: The timm architecture that was compressed.
+        base_args: More arguments of it.
+        num_classes: Classes of the head.
+        in_chans: Channels of the images.
+        global_pool: The pooling.
+        per_layer_config: As `build`'s; numbered are the residual blocks, see `cnn_places`.
+    """
+    model: TimmModule = timm.create_model(
+        base, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, **base_args
+    )
+    model.dcvit_base = {"base": base, "base_args": dict(base_args)}
+    places = cnn_places(model)
+    for number, settings in per_layer_config.items():
+        stage, name = places[int(number)]
+        if "block" in settings["skip"]:
+            setattr(stage, name, DroppedBlock())
+        else:
+            block = PointwiseBlock(getattr(stage, name))
+            keep_channels(block, torch.arange(settings["intermediate_size"]))
+            setattr(stage, name, block)
+    return model
+
+
+def cnn_stages(model: TimmModule) -> list[TimmModule]:
+    """The sequences of blocks of a ResNet, EfficientNet or RegNet."""
+    if isinstance(model, EfficientNet):
+        return list(model.blocks)
+    prefix = "layer" if isinstance(model, resnet.ResNet) else "s"
+    return [
+        stage for name, stage in model.named_children() if name.startswith(prefix) and name[len(prefix) :].isdigit()
+    ]
+
+
+def cnn_places(model: TimmModule) -> list[tuple[TimmModule, str]]:
+    """Where the residual blocks of a CNN are: a stage, and the name in it. Other blocks have no number."""
+    return [
+        (stage, name)
+        for stage in cnn_stages(model)
+        for name, block in stage.named_children()
+        if isinstance(block, (PointwiseBlock, DroppedBlock)) or expansion(block) is not None
+    ]
+
+
+def expansion(block: TimmModule) -> Any:
+    """The first convolution of a residual block with the norm and the activation behind it.
+
+    `None` unless the block adds to its input, and that convolution is of all channels and has a plain BatchNorm.
+    """
+    found: tuple[Any, Any, Any]
+    if type(block) in (resnet.BasicBlock, resnet.Bottleneck):
+        adds = block.downsample is None and block.stride == 1
+        found = block.conv1, block.bn1, block.act1
+    elif type(block) in (InvertedResidual, EdgeResidual):
+        adds = block.has_skip and getattr(block, "conv_s2d", None) is None
+        conv = block.conv_pw if type(block) is InvertedResidual else block.conv_exp
+        found = conv, block.bn1, getattr(block.bn1, "act", None)
+    elif type(block) is regnet.Bottleneck:
+        adds = isinstance(block.downsample, nn.Identity)
+        found = block.conv1.conv, block.conv1.bn, getattr(block.conv1.bn, "act", None)
+    else:
+        return None
+    plain = type(found[1]) in (nn.BatchNorm2d, BatchNormAct2d) and isinstance(found[0], nn.Conv2d)
+    return found if adds and plain and found[0].groups == 1 else None
+
+
+def last_activation(block: TimmModule) -> str | None:
+    """The name of the activation behind a residual block's sum; `None` where there is none."""
+    if type(block) in (resnet.Bottleneck, regnet.Bottleneck):
+        return "act3"
+    return "act2" if type(block) in (resnet.BasicBlock, PointwiseBlock) else None
+
+
+@torch.no_grad()
+def keep_channels(block: PointwiseBlock, kept: Tensor) -> None:
+    """In place: only some hidden nodes of a block stay; their numbers `[K]`."""
+    kept = kept.to(block.conv1.weight.device)
+    first, second = block.conv1, block.conv2
+    first.out_channels = second.in_channels = len(kept)
+    for layer, name, values in (
+        (first, "weight", first.weight[kept]),
+        (first, "bias", first.bias[kept]),
+        (second, "weight", second.weight[:, kept].contiguous()),
+    ):
+        setattr(layer, name, nn.Parameter(values, requires_grad=getattr(layer, name).requires_grad))
+
+
 def _compress(
     places: Sequence[tuple[TimmModule, int]],
     per_layer_config: Mapping[str, Mapping[str, Any]],
@@ -285,6 +458,23 @@ def _fit_swin_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
     if any(name in state and state[name].shape != shape for name, shape in shapes.items()):
         return fit_swin_checkpoint(state, model)
     return state
+
+
+def create_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a CNN the way timm builds its own, with its weights if `pretrained`; the arguments are `build_cnn`'s."""
+    return build_model_with_cfg(
+        build_cnn,
+        CNN_ARCHITECTURE,
+        pretrained,
+        pretrained_strict=True,
+        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": kwargs["base"].startswith("reg")},
+        **kwargs,
+    )
+
+
+def dcvit_residual_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's entry point for CNNs that dcvit compressed; the arguments come from `config.json`."""
+    return create_cnn(pretrained, **kwargs)
 
 
 def dcvit_swin_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -348,3 +538,4 @@ def _norm_channels(norm: TimmModule, channels: Tensor) -> nn.Module:
 if not __package__ and not timm.is_model(ARCHITECTURE):
     register_model(dcvit_vision_transformer)
     register_model(dcvit_swin_transformer)
+    register_model(dcvit_residual_cnn)

@@ -1,0 +1,383 @@
+"""timm's `ResNet`, `EfficientNet` and `RegNet`: CNNs of residual blocks.
+
+Numbered are the blocks that add to their input, so that they can be left out; stems, and blocks that change the shape,
+go with the numbered block behind them. DC-ViT drops such blocks whole (arXiv 2403.18708, section 4). Here they are
+compressed as densely as a transformer's: the spatial convolution goes, as attention does there, and what stays looks at
+each position alone, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden nodes as the budget leaves (`PointwiseBlock`).
+
+Where an activation follows the sum, as in a ResNet, a state is the sum before it: what a block adds is then linear in
+its last layer, and the activation belongs to what lies between two blocks.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import register_model
+from timm.models.efficientnet import EfficientNet
+from timm.models.regnet import RegNet
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
+from dcvit.errors import UnsupportedModelError
+from dcvit.models import modeling_dcvit
+from dcvit.models.modeling_dcvit import (
+    CNN_ARCHITECTURE,
+    DroppedBlock,
+    PointwiseBlock,
+    TimmModule,
+    build_cnn,
+    cnn_places,
+    cnn_stages,
+    expansion,
+    keep_channels,
+    last_activation,
+)
+from dcvit.models.rebuilding import num_params, preprocessing_cfg, rebuilt, require_same
+
+__all__ = ["ResidualCnnAdapter"]
+
+_NO_FILTERS = "a CNN's convolutions are compressed with their blocks, not filter by filter"
+
+
+class ResidualCnnAdapter:
+    """timm's `ResNet`, `EfficientNet` and `RegNet`. A state is a feature map `[B, D, H, W]`.
+
+    Modifications:
+        - a compressed block becomes a `PointwiseBlock`;
+        - a dropped block becomes a `DroppedBlock`;
+        - everything else, and every BatchNorm's statistics, stays.
+    """
+
+    family = "cnn"
+    models = "ResNet, ResNeXt, MobileNetV2, EfficientNet, RegNet"
+    classes: tuple[type[nn.Module], ...] = (ResNet, EfficientNet, RegNet)
+    source = "arXiv 1512.03385, 1611.05431, 1801.04381, 1905.11946, 2003.13678"
+
+    def check(self, model: TimmModule) -> None:
+        """See `ModelAdapter.check`."""
+        if type(model) not in self.classes:
+            raise UnsupportedModelError(
+                f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
+                "rebuilt from its saved form."
+            )
+        if not _pool_type(model):
+            raise UnsupportedModelError(
+                "The model has no pooling (global_pool=''): give it one, "
+                "model.reset_classifier(num_classes, global_pool='avg')."
+            )
+        if not any(expansion(getattr(stage, name)) is not None for stage, name in cnn_places(model)):
+            kinds = sorted({type(block).__qualname__ for stage in cnn_stages(model) for block in stage.children()})
+            raise UnsupportedModelError(
+                f"None of the model's blocks ({', '.join(kinds)}) is a residual block with BatchNorm that dcvit can "
+                "compress: there is nothing to compress."
+            )
+        self._model_args(model)
+
+    def input_size(self, model: TimmModule) -> tuple[int, int, int]:
+        """See `ModelAdapter.input_size`; no module knows it, so it is that of `model.pretrained_cfg`."""
+        channels, height, width = model.pretrained_cfg["input_size"]
+        return int(channels), int(height), int(width)
+
+    def dynamic_input(self, model: TimmModule) -> bool:
+        """See `ModelAdapter.dynamic_input`."""
+        return True
+
+    def tokens(self, model: TimmModule, images: Tensor) -> Tensor:
+        """See `ModelAdapter.tokens`."""
+        return self.as_tokens(model.forward_features(images))
+
+    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
+        """See `ModelAdapter.embed`."""
+        if isinstance(model, ResNet):
+            return model.maxpool(model.act1(model.bn1(model.conv1(images))))
+        return model.bn1(model.conv_stem(images)) if isinstance(model, EfficientNet) else model.stem(images)
+
+    def prepare(self, model: TimmModule, state: Tensor, block: int) -> Tensor:
+        """See `ModelAdapter.prepare`; the activation of the block before, and blocks that change the shape."""
+        for module in _between(model)[block]:
+            state = module(state)
+        return state
+
+    def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
+        """See `ModelAdapter.run_blocks`."""
+        between = _between(model)
+        for block in range(first, stop):
+            for module in between[block]:
+                state = module(state)
+            state = self.block(model, block)(state)
+        return state
+
+    def as_tokens(self, state: Tensor) -> Tensor:
+        """See `ModelAdapter.as_tokens`."""
+        return state.flatten(2).transpose(1, 2)
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.from_tokens`."""
+        return tokens.transpose(1, 2).unsqueeze(-1)
+
+    def num_blocks(self, model: TimmModule) -> int:
+        """See `ModelAdapter.num_blocks`."""
+        return len(cnn_places(model))
+
+    def groups(self, model: TimmModule) -> Sequence[tuple[int, ...]]:
+        """See `ModelAdapter.groups`; each block alone."""
+        return [(block,) for block in range(self.num_blocks(model))]
+
+    def final_norm(self, model: TimmModule, state: Tensor) -> Tensor:
+        """See `ModelAdapter.final_norm`; what follows the last numbered block, up to the pooling."""
+        for module in _between(model)[-1]:
+            state = module(state)
+        if isinstance(model, EfficientNet):
+            state = model.bn2(model.conv_head(state))
+        elif isinstance(model, RegNet):
+            state = model.final_conv(state)
+        return self.as_tokens(state)
+
+    def num_classes(self, model: TimmModule) -> int:
+        """See `ModelAdapter.num_classes`."""
+        return int(model.num_classes)
+
+    def logits(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.logits`; pooling does not ask where a token was."""
+        return model.forward_head(self.from_tokens(tokens))
+
+    def features(self, model: TimmModule, tokens: Tensor) -> Tensor:
+        """See `ModelAdapter.features`."""
+        return model.forward_head(self.from_tokens(tokens), pre_logits=True)
+
+    def hidden_features(self, model: TimmModule, block: int) -> int:
+        """See `ModelAdapter.hidden_features`; the channels of the block's first convolution."""
+        return _hidden_features(_at(model, block))
+
+    def cost(self, model: TimmModule) -> ModelCost:
+        """See `ModelAdapter.cost`; counted by torch in a pass without data."""
+        # Shapes alone: no weight is copied, and nothing is computed.
+        memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in model.buffers()}
+        memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+        twin = copy.deepcopy(model, memo).eval()
+        sizes: dict[nn.Module, int] = {}
+        blocks = [_at(twin, block) for block in range(self.num_blocks(twin))]
+        handles = [
+            block.register_forward_hook(lambda module, _, out: sizes.__setitem__(module, out.shape[2] * out.shape[3]))
+            for block in blocks
+        ]
+        weight = next(model.parameters())
+        images = torch.empty(1, *self.input_size(model), device="meta", dtype=weight.dtype)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            twin(images)
+        for handle in handles:
+            handle.remove()
+        by_name = counter.get_flop_counts()
+        names = {module: f"{type(twin).__name__}.{name}" for name, module in twin.named_modules()}
+        macs = [sum(by_name.get(names[block], {}).values()) // 2 for block in blocks]
+        costs = tuple(_block_cost(block, total, sizes[block]) for block, total in zip(blocks, macs, strict=True))
+        return ModelCost(total=Cost(counter.get_total_flops() // 2, 0, num_params(model)), blocks=costs)
+
+    def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
+        """See `ModelAdapter.compress_block`."""
+        stage, name = cnn_places(model)[block]
+        module = getattr(stage, name)
+        module = module if isinstance(module, PointwiseBlock) else PointwiseBlock(module)
+        keep_channels(module, torch.as_tensor(kept, dtype=torch.int64))
+        setattr(stage, name, module)
+
+    def prune_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
+        """Refused: see `ModelAdapter.prune_block`."""
+        raise UnsupportedModelError(f"Block {block}: {_NO_FILTERS}.")
+
+    def hidden_filters(self, model: TimmModule, block: int) -> Tensor:
+        """Refused: see `ModelAdapter.hidden_filters`."""
+        raise UnsupportedModelError(f"Block {block}: {_NO_FILTERS}.")
+
+    def hidden_layer(self, model: TimmModule, block: int) -> nn.Conv2d:
+        """See `ModelAdapter.hidden_layer`; of a compressed block alone."""
+        module = _at(model, block)
+        if not isinstance(module, PointwiseBlock):
+            raise UnsupportedModelError(f"Block {block}: {_NO_FILTERS}.")
+        return module.conv2
+
+    def fuse(self, model: TimmModule) -> None:
+        """See `ModelAdapter.fuse`; convolutions have no op of dcvit's."""
+
+    def drop_block(self, model: TimmModule, block: int) -> None:
+        """See `ModelAdapter.drop_block`."""
+        stage, name = cnn_places(model)[block]
+        setattr(stage, name, DroppedBlock())
+
+    def block(self, model: TimmModule, block: int) -> nn.Module:
+        """See `ModelAdapter.block`; without the activation behind its sum, its parameters shared."""
+        return _without_activation(_at(model, block))
+
+    def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Conv2d, Tensor | None] | None:
+        """See `ModelAdapter.output_layer`."""
+        module = _at(model, block)
+        return (module.conv2, None) if isinstance(module, PointwiseBlock) else None
+
+    def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
+        """See `ModelAdapter.parameters`; blocks that change the shape go with the one behind them."""
+        found: list[nn.Parameter] = []
+        if first_block == 0:
+            found += [p for module in _stem(model) for p in module.parameters()]
+        for block, modules in enumerate(_between(model)[:-1]):
+            if first_block <= block <= last_block:
+                found += [p for module in (*modules, _at(model, block)) for p in module.parameters()]
+        return found
+
+    def body_parameters(self, model: TimmModule) -> list[nn.Parameter]:
+        """See `ModelAdapter.body_parameters`."""
+        head = {id(parameter) for parameter in model.get_classifier().parameters()}
+        return [parameter for parameter in model.parameters() if id(parameter) not in head]
+
+    def rebuild(self, model: TimmModule) -> nn.Module:
+        """See `ModelAdapter.rebuild`."""
+        return rebuilt(model, CNN_ARCHITECTURE, self.config(model))
+
+    def config(self, model: TimmModule) -> Mapping[str, Any]:
+        """See `ModelAdapter.config`."""
+        args = self._model_args(model)
+        source = model.pretrained_cfg
+        return {
+            "architecture": CNN_ARCHITECTURE,
+            "num_classes": args["num_classes"],
+            "num_features": int(model.num_features),
+            "global_pool": args["global_pool"],
+            "model_args": args,
+            "pretrained_cfg": {
+                **preprocessing_cfg(model),
+                "input_size": self.input_size(model),
+                "num_classes": self.num_classes(model),
+                "first_conv": source.get("first_conv"),
+                "classifier": source.get("classifier"),
+            },
+        }
+
+    def modeling_file(self) -> Path:
+        """See `ModelAdapter.modeling_file`."""
+        return Path(modeling_dcvit.__file__)
+
+    def _model_args(self, model: TimmModule) -> dict[str, Any]:
+        """The arguments of `build_cnn` for a model, as values for JSON.
+
+        Raises:
+            UnsupportedModelError: Naming the first part that they would not reproduce.
+        """
+        base = getattr(model, "dcvit_base", None) or {
+            "base": model.pretrained_cfg.get("architecture"),
+            "base_args": _shape_args(model),
+        }
+        args = {
+            **base,
+            "num_classes": self.num_classes(model),
+            "in_chans": int(next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels),
+            "global_pool": _pool_type(model),
+            "per_layer_config": {
+                str(i): settings
+                for i, (stage, name) in enumerate(cnn_places(model))
+                if (settings := _layer_settings(getattr(stage, name))) is not None
+            },
+        }
+        with torch.device("meta"):
+            twin = build_cnn(**args)
+        require_same(model, twin, f"{args['base']} of timm", "_shape_args in dcvit/models/residual_cnn.py")
+        return args
+
+
+def _shape_args(model: TimmModule) -> dict[str, Any]:
+    """Arguments that a ResNet may have been made with beyond its name: blocks and width of each stage."""
+    if not isinstance(model, ResNet):
+        return {}
+    stages = cnn_stages(model)
+    first = [getattr(stage, next(iter(stage._modules))) for stage in stages]
+    channels = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in first]
+    return {
+        "layers": [len(stage) for stage in stages],
+        "channels": [width // type(block).expansion for width, block in zip(channels, first, strict=True)],
+    }
+
+
+def _at(model: TimmModule, block: int) -> TimmModule:
+    """A block as it stands in the model."""
+    stage, name = cnn_places(model)[block]
+    return getattr(stage, name)
+
+
+def _stem(model: TimmModule) -> list[TimmModule]:
+    if isinstance(model, ResNet):
+        return [model.conv1, model.bn1]
+    return [model.conv_stem, model.bn1] if isinstance(model, EfficientNet) else [model.stem]
+
+
+def _between(model: TimmModule) -> list[list[TimmModule]]:
+    """What lies in front of each numbered block, since the one before, and behind the last."""
+    numbered = {(id(stage), name) for stage, name in cnn_places(model)}
+    found: list[list[TimmModule]] = [[]]
+    for stage in cnn_stages(model):
+        for name, block in stage.named_children():
+            if (id(stage), name) not in numbered:
+                found[-1].append(block)
+                continue
+            activation = last_activation(block)
+            found.append([] if activation is None else [_out_of_place(getattr(block, activation))])
+    return found
+
+
+def _out_of_place(activation: TimmModule) -> TimmModule:
+    """An activation that leaves what it takes alone: a state is still needed behind it."""
+    twin = copy.copy(activation)
+    if getattr(twin, "inplace", False):
+        twin.inplace = False
+    return twin
+
+
+def _without_activation(block: TimmModule) -> TimmModule:
+    """A block that shares all with another but for the activation behind its sum."""
+    name = last_activation(block)
+    if name is None:
+        return block
+    twin = copy.copy(block)
+    twin._modules = {**block._modules, name: nn.Identity()}
+    return twin
+
+
+def _hidden_features(block: TimmModule) -> int:
+    if isinstance(block, PointwiseBlock):
+        return block.conv1.out_channels
+    return 0 if isinstance(block, DroppedBlock) else int(expansion(block)[0].out_channels)
+
+
+def _block_cost(block: TimmModule, macs: int, positions: int) -> BlockCost:
+    """What a block costs, from all its MACs and the positions of its output."""
+    if isinstance(block, DroppedBlock):
+        return BlockCost(Cost(), Cost(), Cost(), 0)
+    hidden = _hidden_features(block)
+    width = block.conv2.out_channels if isinstance(block, PointwiseBlock) else expansion(block)[0].in_channels
+    node = linear_cost(width, 1, positions, bias=True) + linear_cost(1, width, positions, bias=False)
+    pointwise = node * hidden + Cost(params=width)
+    whole = Cost(macs, 0, num_params(block))
+    attention = Cost() if isinstance(block, PointwiseBlock) else whole - pointwise
+    return BlockCost(attention, pointwise, node, hidden)
+
+
+def _layer_settings(block: TimmModule) -> dict[str, Any] | None:
+    """What differs in a block from timm's, in transformers' `per_layer_config` keys."""
+    if isinstance(block, DroppedBlock):
+        return {"skip": ["block"]}
+    if isinstance(block, PointwiseBlock):
+        return {"skip": ["convolution"], "intermediate_size": block.conv1.out_channels}
+    return None
+
+
+def _pool_type(model: TimmModule) -> str:
+    pool = model.head.global_pool if isinstance(model, RegNet) else model.global_pool
+    return str(pool.pool_type or "")
+
+
+@register_model
+def dcvit_residual_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's entry point for CNNs that dcvit compressed; the arguments come from `config.json`."""
+    return modeling_dcvit.create_cnn(pretrained, **kwargs)
