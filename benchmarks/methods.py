@@ -125,7 +125,7 @@ def num_whole_blocks(model: nn.Module, budget: Budget) -> int:
     """
     cost = adapter_for(model).cost(model)
     left, target = budget.amount(cost.total), budget.target(cost.total)
-    candidates = choose_candidates(cost, None)
+    candidates = choose_candidates(model, None, cost)
     for count, block in enumerate(candidates):
         if left <= target:
             return count

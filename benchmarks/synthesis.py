@@ -116,7 +116,7 @@ def _students(model: nn.Module, views: Views, config: ReconstructionConfig, seed
     """The model with each candidate block compressed alone and solved, by block."""
     states, adapter = TeacherStates(model, views, config.batch_size), adapter_for(model)
     students = {}
-    for block in choose_candidates(adapter.cost(model), None):
+    for block in choose_candidates(model, None):
         students[block] = copy.deepcopy(model)
         count = round(KEPT * adapter.hidden_features(model, block))
         rows = states.rows(block).thinned()

@@ -39,10 +39,11 @@ from dcvit.latency import MODES, STOPWATCHES, compare_latency, measure_latency
 from dcvit.latency_planning import TOLERANCE
 from dcvit.methods import METHODS
 from dcvit.methods import method as find_method
+from dcvit.methods.budgets import candidate_groups
 from dcvit.methods.practise import block_dropping
 from dcvit.model_card import cut_kind
 from dcvit.models import DEMO_MODEL, adapter_for, adapters, hub_repository, load_model, preprocessing, require_supported
-from dcvit.planning import UNITS, Budget, choose_candidates, search_space
+from dcvit.planning import UNITS, Budget, search_space
 from dcvit.progress import TerminalProgress
 from dcvit.report import FamilyPoint, write_report
 from dcvit.results import (
@@ -689,7 +690,7 @@ def _dropped_points(
     smallest = members[-1].report.student.macs
     models: dict[str, nn.Module] = {"original": original}
     trials = None
-    for count in range(1, len(choose_candidates(adapter.cost(original), None)) + 1):
+    for count in range(1, len(candidate_groups(original, None)) + 1):
         dropped = block_dropping(original, images, count, config, trials=trials, progress=progress)
         trials = dropped.trials
         blocks = ", ".join(map(str, sorted(dropped.blocks)))

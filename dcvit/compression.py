@@ -118,7 +118,7 @@ DCVIT = register(
         name="dcvit",
         title="attention and hidden nodes out of the blocks that recover best, to any budget",
         source="DC-ViT, arXiv 2403.18708",
-        families=("vit", "swin"),
+        families=("vit", "swin", "cnn"),
         recovery=ReconstructionConfig,
         compress=dense,
     )
@@ -333,8 +333,12 @@ def reconstruct_blocks(
         with torch.no_grad():
             batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
         at = block
-        given = torch.cat([adapter.as_tokens(adapter.prepare(student, tokens, block)) for tokens in batches])
-        rows = states.rows(block, views.rows(given))
+        given = [adapter.as_tokens(adapter.prepare(student, tokens, block)) for tokens in batches]
+        first, parts = 0, []
+        for tokens in given:
+            parts.append(views.rows(tokens, slice(first, first + len(tokens))))
+            first += len(tokens)
+        rows = states.rows(block, torch.cat(parts))
         kept[block], report = reconstruct_block(
             student, block, hidden_features[block], rows, recovery,
             step_size=step_size, epochs=recovery.epochs, refit=refit,

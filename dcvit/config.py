@@ -186,6 +186,8 @@ class SynthesisConfig:
         tv_exponent: β, the power of the four difference norms: 0.6 for ViT, 1 for DeiT and Swin.
         tv_weight: Weight of the total variation.
         l2_weight: Weight of the images' mean 2-norm.
+        bn_weight: Weight of the distance between what each BatchNorm sees and the statistics that it has, ten times as
+            much at the first one; a model without BatchNorm has no such term.
     """
 
     num_images: int = 16
@@ -198,6 +200,7 @@ class SynthesisConfig:
     tv_exponent: float = 0.6
     tv_weight: float = 1e-4
     l2_weight: float = 1e-5
+    bn_weight: float = 0.01
 
     def __post_init__(self) -> None:
         _check(self.num_images >= 1, "num_images", self.num_images, "1 or more")
@@ -210,6 +213,7 @@ class SynthesisConfig:
         _check(self.tv_exponent > 0, "tv_exponent", self.tv_exponent, "a positive float")
         _check(self.tv_weight >= 0, "tv_weight", self.tv_weight, "0 or more")
         _check(self.l2_weight >= 0, "l2_weight", self.l2_weight, "0 or more")
+        _check(self.bn_weight >= 0, "bn_weight", self.bn_weight, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,8 @@ class CompressionConfig:
         recovery: How cut students recover: block by block (`ReconstructionConfig`), or by mimicking the teacher's
             output tokens as published (`MimickingConfig`).
         synthesis: How the metric set is made.
-        candidates: Blocks that may be compressed, from 0; `None` is all but the first and the last.
+        candidates: Blocks that may be compressed, from 0; `None` is all, of a transformer all but the first and
+            the last.
         num_blocks: k, if it is to be a certain number; the more blocks, the less each loses.
         structure: As published (`"fewest"`): as few blocks as meet the budget, the ones of least metric loss, all with
             the same share of hidden nodes. Or (`"searched"`): the blocks, and the nodes that each keeps, of which the

@@ -31,7 +31,7 @@ from dcvit.costs import MAC_CONVENTIONS, BlockCost, Cost, MacConvention, ModelCo
 from dcvit.errors import BudgetError
 from dcvit.latency_model import PlannedLatency
 from dcvit.memory import trace_activation_memory
-from dcvit.models import require_supported
+from dcvit.models import adapter_for, require_supported
 from dcvit.structure import Part, Recoverability, search_structure, search_unequal_structure
 from dcvit.surgery import unrecovered
 
@@ -389,7 +389,7 @@ def search_space(model: nn.Module, config: CompressionConfig) -> SearchSpace:
     adapter = require_supported(model)
     cost = adapter.cost(model)
     groups = adapter.groups(model)
-    candidates = choose_candidates(cost, config.candidates, groups)
+    candidates = choose_candidates(model, config.candidates, cost)
     counts: Sequence[int] = range(1, len(candidates) + 1)
     if config.num_blocks is not None:
         if config.num_blocks > len(candidates):
@@ -501,30 +501,30 @@ def _plan_activation_memory(model: nn.Module, budget: Budget, space: SearchSpace
 
 
 def choose_candidates(
-    cost: ModelCost, wanted: tuple[int, ...] | None, groups: Sequence[tuple[int, ...]] | None = None
+    model: nn.Module, wanted: tuple[int, ...] | None, cost: ModelCost | None = None
 ) -> tuple[int, ...]:
-    """The blocks that may be compressed: the caller's, or all that can but the first and the last.
+    """The blocks that may be compressed: the caller's, or all that can, without the ends where the family keeps them.
 
     Args:
-        cost: Of the model.
+        model: The model.
         wanted: The caller's.
-        groups: All blocks, those together that are compressed together; each alone if not given.
+        cost: The model's, where it is known.
 
     Raises:
         BudgetError: If a wanted block does not exist or has nothing to remove, one is wanted without those that go with
             it, or none is left.
     """
+    adapter = adapter_for(model)
+    cost, groups = cost or adapter.cost(model), adapter.groups(model)
     depth = len(cost.blocks)
-    groups = [(block,) for block in range(depth)] if groups is None else groups
     if wanted is None:
-        inner = groups[1:-1] if len(groups) > 2 else groups
+        inner = groups[1:-1] if adapter.keeps_ends and len(groups) > 2 else groups
         candidates = tuple(
             block for group in inner if all(cost.blocks[i].compressible for i in group) for block in group
         )
         if not candidates:
-            raise BudgetError(
-                f"None of the blocks {[block for group in inner for block in group]} has attention left to remove."
-            )
+            looked_at = [block for group in inner for block in group]
+            raise BudgetError(f"None of the blocks {looked_at} has {adapter.removed} left to remove.")
         return candidates
     for block in wanted:
         if not 0 <= block < depth:
@@ -532,7 +532,7 @@ def choose_candidates(
                 f"candidates={list(wanted)}: block {block} does not exist, the model has 0 to {depth - 1}."
             )
         if not cost.blocks[block].compressible:
-            raise BudgetError(f"candidates={list(wanted)}: block {block} has no attention left to remove.")
+            raise BudgetError(f"candidates={list(wanted)}: block {block} has no {adapter.removed} left to remove.")
     for group in groups:
         present = [block for block in group if block in wanted]
         if present and len(present) < len(group):

@@ -8,8 +8,13 @@ with target classes y, minimise
 where the prior R is an L2 term and the total variation of four difference images (`dcvit.ops.tv_prior`). The prior
 is taken of the images themselves, the cross-entropy of a jittered view: rolling and mirroring leave the prior as it
 is, but for the rows that a roll joins.
+
+A model with BatchNorm knows the mean and variance of what each of these norms saw in training; DeepInversion's prior
+asks the view for the same (`bn_prior`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +29,10 @@ from dcvit.optimisation import warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.seeding import seeded
 
-__all__ = ["MetricSet", "synthesize"]
+__all__ = ["FIRST_BN_WEIGHT", "MetricSet", "bn_prior", "synthesize"]
+
+FIRST_BN_WEIGHT = 10.0
+"""The first BatchNorm counts so many times as much as another (DeepInversion's code)."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,8 @@ class MetricSet:
     Attributes:
         images: Normalised, `[M, C, H, W]`.
         targets: The classes that they were made for, `[M]`; `None` where the images were not synthesised.
-        loss: The lowest value of CE + R; NaN where the images were not synthesised.
-        losses: CE + R at each iteration; empty where the images were not synthesised.
+        loss: The lowest value of the objective; NaN where the images were not synthesised.
+        losses: The objective at each iteration; empty where the images were not synthesised.
     """
 
     images: Tensor
@@ -73,7 +81,7 @@ def synthesize(
     low, high = (bound.to(parameter) for bound in preprocessing(model).pixel_range)
     rolls = round(config.jitter * height), round(config.jitter * width)
 
-    with seeded(seed, "synthesis") as generator:
+    with seeded(seed, "synthesis") as generator, _bn_inputs(model) as bn_inputs:
         shape = (config.num_images, channels, height, width)
         # Drawn on the CPU, so that a seed means the same images on every device.
         images = torch.randn(shape, generator=generator).to(parameter)
@@ -89,8 +97,11 @@ def synthesize(
             seen = images.detach().requires_grad_(True)
             view = seen.roll(shifts, dims=(2, 3))
             view = view.flip(3) if mirrored else view
-            cross_entropy = F.cross_entropy(class_logits(model, adapter.tokens(model, view)), targets)
-            (gradient,) = torch.autograd.grad(cross_entropy, seen)
+            bn_inputs.clear()
+            of_view = F.cross_entropy(class_logits(model, adapter.tokens(model, view)), targets)
+            if bn_inputs:
+                of_view = of_view + config.bn_weight * bn_prior(bn_inputs)
+            (gradient,) = torch.autograd.grad(of_view, seen)
             before = images.clone()
             rate = config.learning_rate * warmup_cosine(iteration, config.iterations, config.warmup_iterations)
             prior = synthesis_step(
@@ -108,9 +119,41 @@ def synthesize(
                 high=high,
                 impl=impl,
             )
-            loss = float(cross_entropy.detach() + prior)
+            loss = float(of_view.detach() + prior)
             losses.append(loss)
             if loss < best_loss:
                 best, best_loss = before, loss
             progress("synthesis", iteration + 1, config.iterations, loss)
     return MetricSet(best, targets, best_loss, tuple(losses))
+
+
+def bn_prior(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
+    """How far what the BatchNorms of a model see is from the statistics that they have.
+
+    Σ ‖mean − running mean‖₂ + ‖variance − running variance‖₂ over the norms, the first `FIRST_BN_WEIGHT` times
+    (DeepInversion, arXiv 1912.08795, equation 4).
+
+    Args:
+        inputs: Each norm, and what it is given, `[B, D, H, W]`, in the order of the model.
+    """
+    total = inputs[0][1].new_zeros(())
+    for number, (norm, given) in enumerate(inputs):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        variance, mean = torch.var_mean(given, dim=(0, 2, 3), correction=0)
+        distance = (mean - norm.running_mean).norm() + (variance - norm.running_var).norm()
+        total = total + (FIRST_BN_WEIGHT if number == 0 else 1.0) * distance
+    return total
+
+
+@contextmanager
+def _bn_inputs(model: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, Tensor]]]:
+    """A list that fills in each pass with the model's BatchNorms and what they are given."""
+    inputs: list[tuple[nn.BatchNorm2d, Tensor]] = []
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    handles = [norm.register_forward_pre_hook(lambda module, args: inputs.append((module, args[0]))) for norm in norms]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()

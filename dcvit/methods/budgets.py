@@ -48,15 +48,13 @@ def candidate_groups(model: nn.Module, wanted: tuple[int, ...] | None) -> list[t
 
     Args:
         model: The original.
-        wanted: The caller's candidates; all but the first and the last where there are none.
+        wanted: The caller's candidates; see `dcvit.planning.choose_candidates` where there are none.
 
     Raises:
         BudgetError: See `dcvit.planning.choose_candidates`.
     """
-    adapter = adapter_for(model)
-    groups = adapter.groups(model)
-    candidates = choose_candidates(adapter.cost(model), wanted, groups)
-    return [group for group in groups if group[0] in candidates]
+    candidates = choose_candidates(model, wanted)
+    return [group for group in adapter_for(model).groups(model) if group[0] in candidates]
 
 
 def flat(groups: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

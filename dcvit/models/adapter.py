@@ -21,6 +21,8 @@ class ModelAdapter(Protocol):
         models: What it is of, in words.
         classes: Timm's classes that it handles.
         source: The papers of the architecture.
+        removed: What a compressed block loses beside hidden nodes, in a word.
+        keeps_ends: Whether the first and the last blocks stay whole unless the caller names them.
 
     All methods are stateless. `check` is called once, before any work; the others may assume that it passed.
 
@@ -32,6 +34,8 @@ class ModelAdapter(Protocol):
     models: str
     classes: tuple[type[nn.Module], ...]
     source: str
+    removed: str
+    keeps_ends: bool
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that cannot be compressed.

@@ -57,6 +57,8 @@ class ResidualCnnAdapter:
     models = "ResNet, ResNeXt, MobileNetV2, EfficientNet, RegNet"
     classes: tuple[type[nn.Module], ...] = (ResNet, EfficientNet, RegNet)
     source = "arXiv 1512.03385, 1611.05431, 1801.04381, 1905.11946, 2003.13678"
+    removed = "convolution"
+    keeps_ends = False
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""

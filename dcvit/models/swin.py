@@ -58,6 +58,8 @@ class SwinAdapter:
     models = "Swin, Swin v2, S3"
     classes: tuple[type[nn.Module], ...] = (SwinTransformer, SwinTransformerV2)
     source = "arXiv 2103.14030, 2111.09883"
+    removed = "attention"
+    keeps_ends = True
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""

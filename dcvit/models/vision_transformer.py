@@ -65,6 +65,8 @@ class VisionTransformerAdapter:
     models = "ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP, AIMv2, BEiT-3"
     classes: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
     source = "arXiv 2010.11929, 2012.12877"
+    removed = "attention"
+    keeps_ends = True
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""
