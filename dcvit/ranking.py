@@ -129,6 +129,7 @@ def run_trials(
     config: CompressionConfig,
     *,
     num_chosen: int,
+    updated: Callable[[nn.Module], Sequence[nn.Parameter]] | None = None,
     progress: Progress = silent,
 ) -> tuple[tuple[Trial, ...], nn.Module]:
     """Cut, recover by mimicking and score each candidate alone, all in lock step.
@@ -141,6 +142,7 @@ def run_trials(
         score: Gives a student's metric loss.
         config: Its `recovery.learning_rate` must be a number.
         num_chosen: How many blocks will be taken, which halving never goes below.
+        updated: The parameters of a student that recover, if it gives any; else those that the config names.
         progress: Told after each epoch.
 
     Returns:
@@ -148,11 +150,14 @@ def run_trials(
     """
     mimicking = config.mimicking
     students: dict[int, nn.Module] = {}
+    runs: list[Candidate] = []
     for block in candidates:
         students[block] = student = cut(block)
-        share_parameters(student, teacher, but=updated_parameters(student, [block], mimicking))
+        chosen = () if updated is None else tuple(updated(student))
+        runs.append(Candidate(student, (block,), updated=chosen or None))
+        share_parameters(student, teacher, but=chosen or updated_parameters(student, [block], mimicking))
     recoveries = recover_together(
-        [Candidate(student, (block,)) for block, student in students.items()], teacher, images, mimicking,
+        runs, teacher, images, mimicking,
         selection=_halving(score, num_chosen, mimicking) if mimicking.halving else None,
         seed=derive_seed(config.seed, "trial"), impl=config.impl, progress=progress, stage="trials",
     )  # fmt: skip

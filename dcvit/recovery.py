@@ -74,11 +74,13 @@ class Candidate:
         student: The cut model.
         blocks: Its compressed blocks, which decide what is updated.
         learning_rate: The peak; `None` is the config's.
+        updated: The parameters that are updated; `None` takes those that the config names.
     """
 
     student: nn.Module
     blocks: tuple[int, ...]
     learning_rate: float | None = None
+    updated: tuple[nn.Parameter, ...] | None = None
 
 
 def recover(
@@ -197,7 +199,7 @@ class _Run:
         if rate == "auto":
             raise ValueError("learning_rate='auto': recover needs a number, find_learning_rate finds one.")
         self.student, self.peak = candidate.student, rate
-        updated = updated_parameters(self.student, candidate.blocks, config)
+        updated = list(candidate.updated or updated_parameters(self.student, candidate.blocks, config))
         self.student.eval().requires_grad_(False)
         for parameter in updated:
             parameter.requires_grad_(True)

@@ -362,11 +362,11 @@ def test_every_config_field_is_covered() -> None:
     """`impl` is covered by the tests of the ops; augmentation's own fields by tests/test_images.py.
 
     `batch_size` of reconstruction changes rounding alone, see the test below; `lock_step` of mimicking nothing, see
-    tests/test_lock_step.py.
+    tests/test_lock_step.py; `bn_weight` is of CNNs, see tests/test_cnn.py.
     """
     assert field_names(QUICK.recovery) == RECONSTRUCTION.keys() | WITHOUT_REFINEMENT.keys() | {"batch_size"}
     assert field_names(PUBLISHED.recovery) == MIMICKING.keys() | {"lock_step"}
-    assert field_names(QUICK.synthesis) == SYNTHESIS.keys()
+    assert field_names(QUICK.synthesis) == SYNTHESIS.keys() | {"bn_weight"}
     assert field_names(QUICK) == REST.keys() | OF_ONE_PROCEDURE.keys() | {"synthesis", "impl"}
 
 

@@ -10,9 +10,11 @@ As it is applied here:
 - τ is the share of MACs that a block takes. A measured latency differs from run to run, and with it the order of blocks
   that are nearly alike; equal seeds must give equal results. The blocks of a ViT take equal shares, so R alone orders
   them there.
-- A ViT has no place for the paper's adaptors, the 1×1 convolutions around a cut that a CNN's neighbouring convolutions
-  absorb: behind the residual stream comes a norm, which a linear map does not pass. What recovers instead is what the
-  config's `updated` names, the front of the model by default, as in DC-ViT's comparison (arXiv 2403.18708).
+- In a trial of a CNN only the adaptors around the gap recover (`dcvit.methods.adaptors`); the final recovery updates
+  them together with the weights that the config's `updated` names, then they are absorbed. Where no neighbour can
+  absorb one, those weights recover in the trial too.
+- A ViT has no place for adaptors: behind the residual stream comes a norm, which a linear map does not pass. What
+  recovers is what `updated` names, the front of the model by default, as in DC-ViT's comparison (arXiv 2403.18708).
 - Of a Swin, shifted pairs go, as in that comparison.
 """
 
@@ -24,6 +26,7 @@ from torch import nn
 from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.costs import Cost
 from dcvit.images import FewShotImages
+from dcvit.methods.adaptors import absorb_adaptors, adaptors, insert_adaptors
 from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, target
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for, require_supported
@@ -179,20 +182,21 @@ def _try_blocks(
     targets = output_tokens(teacher, images.normalised, config.mimicking.batch_size)
     original, by_last = _macs(teacher), {group[-1]: group for group in groups}
 
+    saved: dict[nn.Module, float] = {}
+
+    def cut(block: int) -> nn.Module:
+        student = drop_blocks(teacher, by_last[block])
+        saved[student] = 1 - _macs(student) / original
+        insert_adaptors(student, by_last[block])
+        return student
+
     def score(student: nn.Module) -> float:
-        recoverability = mimicking_loss(student, targets, images, config.mimicking, impl=config.impl)
-        return recoverability / (1 - _macs(student) / original)
+        return mimicking_loss(student, targets, images, config.mimicking, impl=config.impl) / saved[student]
 
     trials, _ = run_trials(
-        teacher,
-        images,
-        list(by_last),
-        lambda block: drop_blocks(teacher, by_last[block]),
-        score,
-        config,
-        num_chosen=num_chosen,
-        progress=progress,
-    )
+        teacher, images, list(by_last), cut, score, config,
+        num_chosen=num_chosen, updated=adaptors, progress=progress,
+    )  # fmt: skip
     return trials
 
 
@@ -207,6 +211,7 @@ def _drop_and_recover(
 ) -> tuple[nn.Module, Recovery]:
     """The student without some blocks, and how it recovered."""
     student = drop_blocks(teacher, blocks)
+    insert_adaptors(student, blocks)
     recovery = recover(
         student,
         teacher,
@@ -218,6 +223,7 @@ def _drop_and_recover(
         progress=progress,
         stage=f"recovery without blocks {', '.join(map(str, sorted(blocks)))}",
     )
+    absorb_adaptors(student)
     return student, recovery
 
 

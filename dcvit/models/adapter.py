@@ -125,6 +125,13 @@ class ModelAdapter(Protocol):
         `None` where the block's output is not its input plus that layer's scaled output.
         """
 
+    def absorbing_layers(self, model: nn.Module, block: int) -> tuple[nn.Conv2d | None, nn.Conv2d | None]:
+        """The convolutions next to a dropped block that can absorb a linear map of channels.
+
+        The last one before it takes the map on its output, the first one behind it on its input; `None` where there is
+        no such convolution, as in a transformer, whose blocks begin with a norm.
+        """
+
     def parameters(self, model: nn.Module, first_block: int, last_block: int) -> list[nn.Parameter]:
         """The parameters of blocks `first_block` to `last_block`, inclusive; what precedes block 0 goes with it."""
 

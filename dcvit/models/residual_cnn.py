@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import register_model
+from timm.models import register_model, regnet, resnet
+from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual
 from timm.models.efficientnet import EfficientNet
 from timm.models.regnet import RegNet
 from timm.models.resnet import ResNet
@@ -42,6 +43,22 @@ from dcvit.models.rebuilding import num_params, preprocessing_cfg, rebuilt, requ
 __all__ = ["ResidualCnnAdapter"]
 
 _NO_FILTERS = "a CNN's convolutions are compressed with their blocks, not filter by filter"
+
+
+_LAST_CONVOLUTION: dict[type[nn.Module], str] = {
+    resnet.BasicBlock: "conv2",
+    resnet.Bottleneck: "conv3",
+    InvertedResidual: "conv_pwl",
+    EdgeResidual: "conv_pwl",
+    regnet.Bottleneck: "conv3.conv",
+}
+_FIRST_CONVOLUTION: dict[type[nn.Module], str] = {
+    resnet.BasicBlock: "conv1",
+    resnet.Bottleneck: "conv1",
+    InvertedResidual: "conv_pw",
+    EdgeResidual: "conv_exp",
+    regnet.Bottleneck: "conv1.conv",
+}
 
 
 class ResidualCnnAdapter:
@@ -182,6 +199,7 @@ class ResidualCnnAdapter:
 
     def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
         """See `ModelAdapter.compress_block`."""
+        model.dcvit_base = _base(model)
         stage, name = cnn_places(model)[block]
         module = getattr(stage, name)
         module = module if isinstance(module, PointwiseBlock) else PointwiseBlock(module)
@@ -208,6 +226,7 @@ class ResidualCnnAdapter:
 
     def drop_block(self, model: TimmModule, block: int) -> None:
         """See `ModelAdapter.drop_block`."""
+        model.dcvit_base = _base(model)
         stage, name = cnn_places(model)[block]
         setattr(stage, name, DroppedBlock())
 
@@ -219,6 +238,16 @@ class ResidualCnnAdapter:
         """See `ModelAdapter.output_layer`."""
         module = _at(model, block)
         return (module.conv2, None) if isinstance(module, PointwiseBlock) else None
+
+    def absorbing_layers(self, model: TimmModule, block: int) -> tuple[nn.Conv2d | None, nn.Conv2d | None]:
+        """See `ModelAdapter.absorbing_layers`; of the nearest blocks on both sides that are still there."""
+        stage, name = cnn_places(model)[block]
+        blocks = [(id(stage), name, module) for stage in cnn_stages(model) for name, module in stage.named_children()]
+        at = next(i for i, (owner, key, _) in enumerate(blocks) if (owner, key) == (id(stage), name))
+        there = [(i, module) for i, (_, _, module) in enumerate(blocks) if not isinstance(module, DroppedBlock)]
+        before = next((module for i, module in reversed(there) if i < at), None)
+        behind = next((module for i, module in there if i > at), None)
+        return _named(before, _LAST_CONVOLUTION), _named(behind, _FIRST_CONVOLUTION)
 
     def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
         """See `ModelAdapter.parameters`; blocks that change the shape go with the one behind them."""
@@ -268,12 +297,8 @@ class ResidualCnnAdapter:
         Raises:
             UnsupportedModelError: Naming the first part that they would not reproduce.
         """
-        base = getattr(model, "dcvit_base", None) or {
-            "base": model.pretrained_cfg.get("architecture"),
-            "base_args": _shape_args(model),
-        }
         args = {
-            **base,
+            **_base(model),
             "num_classes": self.num_classes(model),
             "in_chans": int(next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels),
             "global_pool": _pool_type(model),
@@ -285,27 +310,38 @@ class ResidualCnnAdapter:
         }
         with torch.device("meta"):
             twin = build_cnn(**args)
-        require_same(model, twin, f"{args['base']} of timm", "_shape_args in dcvit/models/residual_cnn.py")
+        require_same(model, twin, f"{args['base']} of timm", "_base in dcvit/models/residual_cnn.py")
         return args
 
 
-def _shape_args(model: TimmModule) -> dict[str, Any]:
-    """Arguments that a ResNet may have been made with beyond its name: blocks and width of each stage."""
+def _base(model: TimmModule) -> dict[str, Any]:
+    """The timm architecture that was or will be cut, and its arguments: of a ResNet, blocks and width of each stage."""
+    if hasattr(model, "dcvit_base"):
+        known: dict[str, Any] = model.dcvit_base
+        return known
+    base = model.pretrained_cfg.get("architecture")
     if not isinstance(model, ResNet):
-        return {}
+        return {"base": base, "base_args": {}}
     stages = cnn_stages(model)
     first = [getattr(stage, next(iter(stage._modules))) for stage in stages]
     channels = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in first]
-    return {
+    sizes = {
         "layers": [len(stage) for stage in stages],
         "channels": [width // type(block).expansion for width, block in zip(channels, first, strict=True)],
     }
+    return {"base": base, "base_args": sizes}
 
 
 def _at(model: TimmModule, block: int) -> TimmModule:
     """A block as it stands in the model."""
     stage, name = cnn_places(model)[block]
     return getattr(stage, name)
+
+
+def _named(block: TimmModule | None, names: Mapping[type[nn.Module], str]) -> nn.Conv2d | None:
+    if block is None or type(block) not in names:
+        return None
+    return block.get_submodule(names[type(block)])
 
 
 def _stem(model: TimmModule) -> list[TimmModule]:

@@ -214,6 +214,10 @@ class SwinAdapter:
         module = self.block(model, block)
         return None if not isinstance(module, CompressedBlock) or module.post_norm else (module.mlp.fc2, None)
 
+    def absorbing_layers(self, model: TimmModule, block: int) -> tuple[None, None]:
+        """See `ModelAdapter.absorbing_layers`."""
+        return None, None
+
     def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
         """See `ModelAdapter.parameters`; patch merging goes with the block behind it."""
         found = list(model.patch_embed.parameters()) if first_block == 0 else []

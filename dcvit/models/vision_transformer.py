@@ -204,6 +204,10 @@ class VisionTransformerAdapter:
             return None
         return module.mlp.fc2, getattr(module.ls2, "gamma", None)
 
+    def absorbing_layers(self, model: TimmModule, block: int) -> tuple[None, None]:
+        """See `ModelAdapter.absorbing_layers`."""
+        return None, None
+
     def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
         """See `ModelAdapter.parameters`."""
         blocks = list(model.blocks[first_block : last_block + 1].parameters())
