@@ -1,4 +1,4 @@
-"""`python -m benchmarks kernels | compress | recovery | synthesis | export | gpu-static`; each takes `--help`."""
+"""`python -m benchmarks kernels | compress | recovery | compare | synthesis | …`; each takes `--help`."""
 
 import importlib
 import importlib.util
@@ -8,6 +8,7 @@ COMMANDS = {
     "kernels": "each op x implementation x shape, against eager and torch.compile(eager)",
     "compress": "dcvit.compress on the embedded model, with the kernels and without",
     "recovery": "how well methods recover: method x test bed x budget x seeds, with time and memory",
+    "compare": "methods on the same images at the same budget, and ablations, on test beds or ImageNet",
     "synthesis": "how well metric sets order the blocks, and what they cost",
     "export": "onnxruntime beside PyTorch, the original beside the compressed model",
     "gpu-static": "what the compilers say about the GPU kernels, without a GPU",

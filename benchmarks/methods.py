@@ -10,7 +10,7 @@ from torch import nn
 
 import dcvit
 from benchmarks.naive import naive_closed_form
-from benchmarks.testbeds import TestBed, digits, dinov2, photographs
+from benchmarks.testbeds import TestBed, digits, dinov2, photographs, resnet, swin
 from dcvit.compression import freeze, fuse
 from dcvit.config import CompressionConfig
 from dcvit.errors import BudgetError
@@ -23,10 +23,19 @@ from dcvit.recovery import recover
 from dcvit.surgery import compress_block, draw_kept_nodes
 from dcvit.synthesis import synthesize
 
-__all__ = ["BEDS", "GRADIENT_METHODS", "METHODS", "Info", "Options", "num_whole_blocks"]
+__all__ = ["BEDS", "GRADIENT_METHODS", "METHODS", "RECOVERY_BEDS", "Info", "Options", "num_whole_blocks"]
 
-BEDS: dict[str, Callable[[int], TestBed]] = {"digits": digits, "photographs": photographs, "dinov2": dinov2}
+BEDS: dict[str, Callable[[int], TestBed]] = {
+    "digits": digits,
+    "photographs": photographs,
+    "dinov2": dinov2,
+    "swin": swin,
+    "resnet": resnet,
+}
 """From a seed to a test bed whose few-shot set it draws."""
+
+RECOVERY_BEDS = ("digits", "photographs", "dinov2")
+"""Those that `recovery` measures unless told otherwise."""
 
 METRIC_SET_SHARE = 0.25
 """The share of an allowance that synthesis may take, so that the recoveries get most of it."""

@@ -7,24 +7,32 @@ code. All of a seed is run before the next seed, so an interrupted table is a wh
 
 import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import join
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 
 from benchmarks.harness import ROOT, header
-from benchmarks.methods import BEDS, GRADIENT_METHODS, METHODS, Options
+from benchmarks.methods import BEDS, GRADIENT_METHODS, METHODS, RECOVERY_BEDS, Options
+from benchmarks.runs import (
+    NOTHING,
+    code_version,
+    count,
+    json_lines,
+    markdown,
+    peak_memory,
+    prepare_bed,
+    run_command,
+    share,
+    spread,
+    with_section,
+)
 from benchmarks.testbeds import measure
-from benchmarks.testbeds.cache import fingerprint
 from dcvit.config import CompressionConfig
 from dcvit.errors import DcvitError
 from dcvit.models import adapter_for
@@ -37,14 +45,10 @@ RUNS = ROOT / "benchmarks" / "results" / "recovery.jsonl"
 MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/methods.py", "benchmarks/naive.py", "benchmarks/testbeds")
 """What a run's figures depend on."""
 
-BEGIN, END = "<!-- begin recovery -->", "<!-- end recovery -->"
-"""What of a results file is this command's."""
-
 PUBLISHED_EPOCHS = CompressionConfig.paper().mimicking.epochs
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SEEDS = 5
-NOTHING = "–"
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Record:
     error: float
     agreement: float
     top1: float | None
-    cosine_class: float
+    cosine_class: float | None
     cosine_patch: float
     seconds: float
     blocks: tuple[int, ...]
@@ -141,15 +145,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = latest(known, options.beds, options.methods, options.budgets, seeds)
     else:
         wanted = requests(
-            options.beds or BEDS, options.methods or METHODS, options.budgets or BUDGETS, seeds or range(SEEDS),
-            options.threads, options.paper_hours,
+            options.beds or RECOVERY_BEDS, options.methods or METHODS, options.budgets or BUDGETS,
+            seeds or range(SEEDS), options.threads, options.paper_hours,
         )  # fmt: skip
         records, failed = _run_missing(wanted, [] if options.force else known, options.out, options.verbose)
     text = report(records) if records else "No finished runs."
     print(text)
     if options.results and records:
         existing = options.results.read_text() if options.results.is_file() else ""
-        options.results.write_text(with_section(existing, text))
+        options.results.write_text(with_section(existing, text, "recovery"))
     if failed:
         print(f"{failed} runs failed; the same command tries them again.", file=sys.stderr)
     return int(failed > 0)
@@ -157,14 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks recovery", description=__doc__.partition("\n")[0])
-    parser.add_argument("--beds", nargs="+", choices=BEDS, help="all if not given")
+    parser.add_argument("--beds", nargs="+", choices=BEDS, help=f"{' '.join(RECOVERY_BEDS)} if not given")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
                         help="of " + ", ".join(map(repr, METHODS)) + "; all if not given")  # fmt: skip
-    parser.add_argument("--budgets", nargs="+", type=_share,
+    parser.add_argument("--budgets", nargs="+", type=share,
                         help=f"shares of the MACs to take away; {BUDGETS} if not given")  # fmt: skip
-    parser.add_argument("--seeds", type=_count,
+    parser.add_argument("--seeds", type=count,
                         help=f"how many, each draws another few-shot set; {SEEDS} if not given")  # fmt: skip
-    parser.add_argument("--threads", type=_count, default=1, help="of torch; 1 if not given")
+    parser.add_argument("--threads", type=count, default=1, help="of torch; 1 if not given")
     parser.add_argument("--paper-hours", type=float,
                         help="what a run of a published procedure may take: an hour if not given, and as published on "
                         "the digits")  # fmt: skip
@@ -176,20 +180,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="say how each run goes")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one request, in the process of its own
     return parser
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share between 0 and 1, both excluded")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return value
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -232,13 +222,13 @@ def _run_missing(
     out.parent.mkdir(parents=True, exist_ok=True)
     prepared: set[str] = set()
     records, failed = [], 0
-    for count, request in enumerate(wanted, 1):
-        label = f"{count}/{len(wanted)} {request.bed}, {request.budget:.0%}, seed {request.seed}, {request.method}"
-        code = code_version()  # each time: it may change while the table is made
+    for number, request in enumerate(wanted, 1):
+        label = f"{number}/{len(wanted)} {request.bed}, {request.budget:.0%}, seed {request.seed}, {request.method}"
+        code = code_version(MEASURED)  # each time: it may change while the table is made
         record = finished.get((request, code))
         if record is None:
             if request.bed not in prepared:
-                _prepare(request.bed)
+                prepare_bed(request.bed)
                 prepared.add(request.bed)
             try:
                 record = run_apart(request, code, verbose)
@@ -254,29 +244,10 @@ def _run_missing(
 
 
 def run_apart(request: Request, code: str, verbose: bool = False) -> Record:
-    """One run in a process of its own.
-
-    Linux starts a process's peak memory at what its parent holds; the parent here has imported what the child
-    imports anyway, and must load no more.
-
-    Raises:
-        DcvitError: If it failed; what it said has gone to standard error.
-    """
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks", "recovery", "--threads", str(request.threads)]
-    command += ["--run", json.dumps(asdict(request)), *(["--verbose"] if verbose else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise DcvitError(f"the run ended with status {done.returncode}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Record.from_dict({**found, "request": asdict(request), "code": code, "wall": time.perf_counter() - start})
-
-
-def _prepare(bed: str) -> None:
-    """Have a test bed make what it caches, so that no run's time and memory contain it; not in this process."""
-    code = f"from benchmarks.methods import BEDS; BEDS[{bed!r}](0)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=sys.stderr, check=False)
+    """One run in a process of its own, see `run_command`."""
+    more = ["--verbose"] if verbose else []
+    found, wall = run_command("recovery", asdict(request), request.threads, *more)
+    return Record.from_dict({**found, "request": asdict(request), "code": code, "wall": wall})
 
 
 def _measured(request: dict[str, Any], verbose: bool) -> dict[str, Any]:
@@ -299,16 +270,9 @@ def _measured(request: dict[str, Any], verbose: bool) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> float:
-    """The peak resident set of this process so far, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def read_records(path: Path) -> list[Record]:
     """The finished runs of a file, in its order."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [Record.from_dict(json.loads(line)) for line in lines]
+    return [Record.from_dict(values) for values in json_lines(path)]
 
 
 def latest(
@@ -326,25 +290,6 @@ def latest(
         if all(wanted is None or p in wanted for p, wanted in zip(place, (beds, methods, budgets, seeds), strict=True)):
             found[place] = record
     return list(found.values())
-
-
-def code_version() -> str:
-    """The last commit that touched what is measured, and a fingerprint of what has changed since.
-
-    A commit of something else, such as the results, does not make finished runs outdated.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments, "--", *MEASURED]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("log", "-1", "--format=%h") or "no commit"
-    if commit != "no commit" and not git("status", "--porcelain"):
-        return commit
-    places = [ROOT / place for place in MEASURED]
-    files = sorted(f for place in places for f in ([place] if place.is_file() else place.rglob("*")))
-    sources = [f for f in files if f.suffix in (".py", ".cpp", ".cu", ".h")]
-    return f"{commit}+{fingerprint(*[(str(f.relative_to(ROOT)), f.read_bytes()) for f in sources])}"
 
 
 # --- table -----------------------------------------------------------------------------------------------------------
@@ -447,24 +392,6 @@ def _published_seconds_per_block(run: Record) -> float:
     return run.seconds_per_block * (1.0 if run.epochs is None else PUBLISHED_EPOCHS / run.epochs)
 
 
-def spread(values: Sequence[float | None], decimals: int) -> str:
-    """Mean ± standard deviation; the mean alone of one value, and a dash where there is none."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return NOTHING
-    deviation = f" ± {stdev(known):.{decimals}f}" if len(known) > 1 else ""
-    return f"{mean(known):.{decimals}f}{deviation}"
-
-
-def with_section(existing: str, text: str) -> str:
-    """A results file with this command's section, in place of an earlier one or at the end."""
-    section = f"{BEGIN}\n{text}\n{END}\n"
-    if BEGIN in existing and END in existing:
-        before, _, rest = existing.partition(BEGIN)
-        return before + section + rest.partition(END)[2].lstrip("\n")
-    return f"{existing.rstrip()}\n\n{section}" if existing.strip() else f"# Results\n\n{section}"
-
-
 def _grouped(records: Iterable[Record]) -> dict[tuple[str, float], dict[str, list[Record]]]:
     """The runs of each test bed and budget, by method, in the order of the registries."""
     beds, methods = list(BEDS), list(METHODS)
@@ -490,9 +417,3 @@ def _ratio(ours: Sequence[Record], theirs: Sequence[Record], figure: Callable[[R
 def _between(values: Sequence[int]) -> str:
     low, high = min(values, default=None), max(values, default=None)
     return NOTHING if low is None else str(low) if low == high else f"{low}–{high}"
-
-
-def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of titles and cells."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

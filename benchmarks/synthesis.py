@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.harness import header
 from benchmarks.methods import BEDS
-from benchmarks.recovery import markdown, spread
+from benchmarks.runs import markdown, spread
 from benchmarks.testbeds import TestBed, measure
 from dcvit.compression import HELD_OUT_VIEWS
 from dcvit.config import CompressionConfig, MetricKind, ReconstructionConfig, SynthesisConfig

@@ -13,6 +13,7 @@ from benchmarks import recovery
 from benchmarks.methods import GRADIENT_METHODS, METHODS, num_whole_blocks, shortened
 from benchmarks.naive import RIDGE, naive_closed_form, solve_block
 from benchmarks.recovery import Record, Request
+from benchmarks.runs import with_section
 from benchmarks.testbeds.measures import relative_error
 from dcvit.compression import freeze
 from dcvit.errors import BudgetError, DcvitError
@@ -76,9 +77,10 @@ def test_the_report_says_how_it_came_about() -> None:
 
 
 def test_a_results_file_keeps_what_is_not_of_this_command() -> None:
-    first = recovery.with_section("# Other\n\nwords\n", "one")
-    assert recovery.with_section(first + "\n## More\n", "two") == first.replace("one", "two") + "## More\n"
-    assert recovery.with_section("", "one").startswith("# Results\n")
+    first = with_section("# Other\n\nwords\n", "one", "kind")
+    assert with_section(first + "\n## More\n", "two", "kind") == first.replace("one", "two") + "\n## More\n"
+    assert with_section(first, "two", "other").startswith(first)
+    assert with_section("", "one", "kind").startswith("# Results\n")
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -114,8 +116,8 @@ def test_an_interrupted_table_goes_on_where_it_stopped(
         return replace(record(request.method, request.seed, code), request=request)
 
     monkeypatch.setattr(recovery, "run_apart", run_apart)
-    monkeypatch.setattr(recovery, "_prepare", lambda bed: None)
-    monkeypatch.setattr(recovery, "code_version", lambda: "c1")
+    monkeypatch.setattr(recovery, "prepare_bed", lambda bed: None)
+    monkeypatch.setattr(recovery, "code_version", lambda measured: "c1")
 
     def call(*more: str) -> tuple[int, Sequence[tuple[str, int]], str]:
         made.clear()

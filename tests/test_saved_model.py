@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,19 @@ def folder(result: dcvit.CompressionResult, tmp_path: Path) -> Path:
 
 
 # Without dcvit.
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18"])
+def test_importing_dcvit_makes_saved_models_known_to_timm(name: str, tmp_path: Path) -> None:
+    """In a process that has seen no model of the family."""
+    model = timm.create_model(name)
+    save_model(model, tmp_path / "model")
+    code = "import dcvit, timm, sys; print(type(timm.create_model(sys.argv[1], pretrained=True)).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"local-dir:{tmp_path / 'model'}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == type(model).__name__
 
 
 def test_every_variant_loads_without_dcvit(tmp_path: Path) -> None:

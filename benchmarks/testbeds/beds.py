@@ -14,7 +14,7 @@ from dcvit.demo.comparison import DIGIT_VIEWS
 from dcvit.models import DEMO_MODEL, adapter_for, load_model
 from dcvit.seeding import derive_seed
 
-__all__ = ["digits", "dinov2", "photographs"]
+__all__ = ["digits", "dinov2", "photographs", "resnet", "swin"]
 
 NUM_HELD_OUT = 200
 HELD_OUT_SEED = 0
@@ -54,10 +54,27 @@ def photographs(seed: int, num_images: int = 50) -> TestBed:
     Raises:
         DcvitError: If there are to be no images, or the photographs cannot be had.
     """
-    # Here, because Python warns when a package has already imported the module that it is told to run.
-    from benchmarks.testbeds.train_photographs import IMAGE_SIZE, trained_model
+    return _trained_on_photographs("photographs", seed, num_images)
 
-    return _on_photographs("photographs", freeze(trained_model()), IMAGE_SIZE, seed, num_images)
+
+def swin(seed: int, num_images: int = 50) -> TestBed:
+    """A small Swin on the images of `photographs`: two stages of 2 and 6 blocks, windows of 4; trained likewise.
+
+    Args:
+        seed: Draws the few-shot set.
+        num_images: Its size.
+    """
+    return _trained_on_photographs("swin", seed, num_images)
+
+
+def resnet(seed: int, num_images: int = 50) -> TestBed:
+    """A small ResNet on the images of `photographs`: four stages of 2, 3, 3 and 1 basic blocks; trained likewise.
+
+    Args:
+        seed: Draws the few-shot set.
+        num_images: Its size.
+    """
+    return _trained_on_photographs("resnet", seed, num_images)
 
 
 def dinov2(seed: int, num_images: int = 50, image_size: int = 112) -> TestBed:
@@ -77,6 +94,13 @@ def dinov2(seed: int, num_images: int = 50, image_size: int = 112) -> TestBed:
     """
     model = dinov2_weights.backbone(image_size)
     return _on_photographs(f"dinov2-{image_size}", model, image_size, seed, num_images, probe=_probe(model, image_size))
+
+
+def _trained_on_photographs(name: str, seed: int, num_images: int) -> TestBed:
+    # Here, because Python warns when a package has already imported the module that it is told to run.
+    from benchmarks.testbeds.train_photographs import IMAGE_SIZE, trained_model
+
+    return _on_photographs(name, freeze(trained_model(name)), IMAGE_SIZE, seed, num_images)
 
 
 def _on_photographs(

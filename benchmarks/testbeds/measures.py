@@ -19,14 +19,14 @@ class Measures:
         error: r = ‖s − t‖² / ‖t − mean(t)‖² over all output tokens; 0 is exact, 1 is as good as a constant.
         agreement: Share of images for which both name the same class.
         top1: Share of images whose class is named rightly; `None` without labels.
-        cosine_class: Mean cosine similarity of the class token.
-        cosine_patch: Mean cosine similarity of the patch tokens.
+        cosine_class: Mean cosine similarity of the class token; `None` without one.
+        cosine_patch: Mean cosine similarity of the other tokens.
     """
 
     error: float
     agreement: float
     top1: float | None
-    cosine_class: float
+    cosine_class: float | None
     cosine_patch: float
 
 
@@ -34,7 +34,7 @@ def measure(bed: TestBed, student: nn.Module) -> Measures:
     """Compare a student with a bed's model on the bed's held-out images.
 
     Args:
-        bed: The test bed; its model has one class token in front.
+        bed: The test bed; its model has one class token in front, or none.
         student: In evaluation mode, with the same output tokens.
     """
     teacher_tokens = bed.teacher_tokens
@@ -42,12 +42,13 @@ def measure(bed: TestBed, student: nn.Module) -> Measures:
     named = bed.predictions(student, student_tokens)
     agreed = named == bed.predictions(bed.model, teacher_tokens)
     cosine = F.cosine_similarity(student_tokens, teacher_tokens, dim=-1).double()
+    prefix = int(getattr(bed.model, "num_prefix_tokens", 0))
     return Measures(
         error=relative_error(student_tokens, teacher_tokens),
         agreement=float(agreed.double().mean()),
         top1=None if bed.labels is None else float((named == bed.labels).double().mean()),
-        cosine_class=float(cosine[:, 0].mean()),
-        cosine_patch=float(cosine[:, 1:].mean()),
+        cosine_class=float(cosine[:, 0].mean()) if prefix else None,
+        cosine_patch=float(cosine[:, prefix:].mean()),
     )
 
 

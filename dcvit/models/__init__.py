@@ -8,6 +8,8 @@ from dcvit.models.adapter import ModelAdapter, adapter_for, adapters, require_su
 from dcvit.models.blocks import CompressedBlock, MlpHalf
 from dcvit.models.loading import DEMO_MODEL, hub_repository, input_size, load_model, preprocessing
 from dcvit.models.modeling_dcvit import DroppedBlock
+from dcvit.models.residual_cnn import ResidualCnnAdapter  # imported, these make saved models known to timm
+from dcvit.models.swin import SwinAdapter
 from dcvit.models.vision_transformer import create_vision_transformer
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "DroppedBlock",
     "MlpHalf",
     "ModelAdapter",
+    "ResidualCnnAdapter",
+    "SwinAdapter",
     "adapter_for",
     "adapters",
     "create_vision_transformer",

@@ -1,0 +1,343 @@
+"""Methods on the same images at the same budget: method x test bed x budget x seeds: `python -m benchmarks compare`.
+
+Each run is a process of its own; finished runs are kept in a file (`--out`), and an interrupted table goes on where it
+stopped. A method that does not handle a bed's family is left out there.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shlex import join
+from typing import Any
+
+import torch
+
+import dcvit
+from benchmarks.contestants import ABLATIONS, config_of, images_of
+from benchmarks.harness import ROOT, header
+from benchmarks.methods import BEDS
+from benchmarks.runs import (
+    code_version,
+    count,
+    json_lines,
+    markdown,
+    prepare_bed,
+    run_command,
+    share,
+    spread,
+    with_section,
+)
+from benchmarks.testbeds import TestBed, imagenet, measure
+from dcvit.errors import DcvitError
+from dcvit.methods import METHODS
+from dcvit.models import adapter_for
+
+RUNS = ROOT / "benchmarks" / "results" / "compare.jsonl"
+"""Part of the repository, so that a table grows from one machine and day to the next."""
+
+MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/contestants.py", "benchmarks/testbeds")
+"""What a run's figures depend on."""
+
+FAMILIES = {"digits": "vit", "photographs": "vit", "dinov2": "vit", "swin": "swin", "resnet": "cnn"}
+BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
+SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run to be made: with the version of the code, what a finished run is known by.
+
+    Attributes:
+        bed: Name of the test bed.
+        method: Name of the method.
+        budget: Share of the MACs to take away.
+        seed: Draws the few-shot set, and seeds the method.
+        num_images: Few-shot images.
+        threads: Of torch.
+        epochs: Of each recovery by mimicking; the method's own if `None`.
+        ablation: What is changed of the published procedure; `None` for a method as it is.
+        imagenet: Folder of ImageNet, with the bed's name that of the model; `None` for a bed of the repository.
+        held_out: Validation images of ImageNet.
+    """
+
+    bed: str
+    method: str
+    budget: float
+    seed: int
+    num_images: int
+    threads: int
+    epochs: int | None = None
+    ablation: str | None = None
+    imagenet: str | None = None
+    held_out: int = 0
+
+    @property
+    def title(self) -> str:
+        """What stands in the table."""
+        return self.method if self.ablation is None else f"{self.method}, {self.ablation}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Attributes:
+        request: What was asked for.
+        code: Version of the code.
+        header: Machine, versions and commit.
+        macs: Share that is left, as of the next two.
+        params: Likewise.
+        latency: Measured in turn with the original, of a batch of the few-shot images.
+        agreement: Share of held-out images.
+        top1: Likewise; `None` without labels.
+        error: r, see `benchmarks.testbeds.Measures`.
+        original_top1: Of the original.
+        seconds: Wall-clock time of the compression.
+    """
+
+    request: Request
+    code: str
+    header: str
+    macs: float
+    params: float
+    latency: float
+    agreement: float
+    top1: float | None
+    error: float
+    original_top1: float | None
+    seconds: float
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Record":
+        """The inverse of `dataclasses.asdict`, after JSON."""
+        return cls(**{**values, "request": Request(**values["request"])})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, then print the table.
+
+    Returns:
+        1 if a run failed.
+    """
+    options = _parser().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    if options.run:
+        print(json.dumps(_measured(Request(**json.loads(options.run)))), flush=True)
+        return 0
+    known = [Record.from_dict(values) for values in json_lines(options.out)]
+    failed = 0
+    if options.table:
+        records = latest(known)
+    else:
+        records, failed = _run_missing(_requests(options), [] if options.force else known, options.out)
+    text = report(records) if records else "No finished runs."
+    print(text)
+    if options.results and records:
+        existing = options.results.read_text() if options.results.is_file() else ""
+        options.results.write_text(with_section(existing, text, "compare"))
+    if failed:
+        print(f"{failed} runs failed; the same command tries them again.", file=sys.stderr)
+    return int(failed > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks compare", description=__doc__.partition("\n")[0])
+    parser.add_argument("--beds", nargs="+", choices=BEDS, default=list(BEDS), help="all if not given")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="all if not given")
+    parser.add_argument("--budgets", nargs="+", type=share, default=list(BUDGETS),
+                        help="shares of the MACs to take away (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seeds", type=count, default=SEEDS, help="how many few-shot sets (default: %(default)s)")
+    parser.add_argument("--num-images", nargs="+", type=count, default=[50], metavar="N",
+                        help="few-shot images (default: 50; with --imagenet 50 100 500 1000)")  # fmt: skip
+    parser.add_argument("--epochs", type=count, help="of each recovery by mimicking; the methods' own if not given")
+    parser.add_argument("--ablate", nargs="*", choices=ABLATIONS, metavar="ABLATION",
+                        help="the published procedure, one thing changed: " + ", ".join(map(repr, ABLATIONS))
+                        + "; all without a name")  # fmt: skip
+    parser.add_argument("--imagenet", type=Path, metavar="DIR",
+                        help="the paper's protocol on ImageNet (DIR/train, DIR/val) seeds from 2021 on")  # fmt: skip
+    parser.add_argument("--model", default="deit_base_patch16_224", help="on ImageNet (default: %(default)s)")
+    parser.add_argument("--held-out", type=count, default=50_000, metavar="N",
+                        help="validation images of ImageNet (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--threads", type=count, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RUNS, help="JSON lines of finished runs")
+    parser.add_argument("--force", action="store_true", help="run again what is finished")
+    parser.add_argument("--table", action="store_true", help="only print what is in the file, the last of each kind")
+    parser.add_argument("--results", type=Path, help="write the table into this Markdown file, too")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one request, in the process of its own
+    return parser
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def _requests(options: argparse.Namespace) -> list[Request]:
+    """All runs of a table, seed by seed, so that an interrupted table is a whole one of fewer seeds."""
+    ablations: list[str | None] = [None]
+    methods = options.methods
+    if options.ablate is not None:
+        ablations, methods = list(options.ablate or ABLATIONS), ["dcvit"]
+    if options.imagenet is not None:
+        numbers = options.num_images if options.num_images != [50] else [50, 100, 500, 1000]
+        return [
+            Request(options.model, name, budget, seed, number, options.threads, options.epochs, ablation,
+                    str(options.imagenet), options.held_out)
+            for seed in imagenet.SEEDS[: options.seeds] for number in numbers for budget in options.budgets
+            for ablation in ablations for name in methods
+        ]  # fmt: skip
+    return [
+        Request(bed, name, budget, seed, number, options.threads, options.epochs, ablation)
+        for seed in range(options.seeds) for bed in options.beds for number in options.num_images
+        for budget in options.budgets for ablation in ablations for name in methods
+        if FAMILIES[bed] in METHODS[name].families
+    ]  # fmt: skip
+
+
+def _run_missing(wanted: Sequence[Request], known: Sequence[Record], out: Path) -> tuple[list[Record], int]:
+    """The record of each run, made where there is none yet, and how many runs failed."""
+    finished = {(record.request, record.code): record for record in known}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prepared: set[str] = set()
+    records, failed = [], 0
+    for number, request in enumerate(wanted, 1):
+        label = f"{number}/{len(wanted)} {request.bed}, {request.budget:.0%}, seed {request.seed}, {request.title}"
+        code = code_version(MEASURED)  # each time: it may change while the table is made
+        record = finished.get((request, code))
+        if record is None:
+            if request.imagenet is None and request.bed not in prepared:
+                prepare_bed(request.bed)
+                prepared.add(request.bed)
+            try:
+                found, _ = run_command("compare", asdict(request), request.threads)
+            except DcvitError as error:
+                print(f"{label}: {error}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
+            record = Record.from_dict({**found, "request": asdict(request), "code": code})
+            with out.open("a") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+            figures = f"agreement {record.agreement:.1%}, r {record.error:.4f}, {record.seconds:.1f} s"
+            print(f"{label}: {figures}", file=sys.stderr, flush=True)
+        records.append(record)
+    return records, failed
+
+
+def _bed(request: Request) -> TestBed:
+    if request.imagenet is None:
+        beds: dict[str, Callable[..., TestBed]] = dict(BEDS)
+        return beds[request.bed](request.seed, request.num_images)
+    folder = Path(request.imagenet)
+    return imagenet.imagenet(
+        folder, request.seed, request.num_images, model=request.bed, num_held_out=request.held_out
+    )  # fmt: skip
+
+
+def _measured(request: Request) -> dict[str, Any]:
+    """Make a run in this process; the fields of its `Record` that are known here."""
+    machine, bed = header(), _bed(request)
+    config = config_of(request.method, bed, request.seed, request.epochs, request.ablation)
+    images = images_of(bed, request.seed, request.ablation)
+    start = time.perf_counter()
+    result = dcvit.compress(bed.model, images, dcvit.Budget(macs=1 - request.budget), config, method=request.method)
+    seconds = time.perf_counter() - start
+    measures, of_original = measure(bed, result.model), measure(bed, bed.model)
+    original, left = (adapter_for(m).cost(m).total for m in (bed.model, result.model))
+    return {
+        "header": machine,
+        "macs": left.macs("with_attention_products") / original.macs("with_attention_products"),
+        "params": left.params / original.params,
+        "latency": result.report.latency_ratio,
+        "agreement": measures.agreement,
+        "top1": measures.top1,
+        "error": measures.error,
+        "original_top1": of_original.top1,
+        "seconds": seconds,
+    }
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The last run of each request."""
+    return list({record.request: record for record in records}.values())
+
+
+# --- table -----------------------------------------------------------------------------------------------------------
+
+
+def report(records: Sequence[Record]) -> str:
+    """The section of a results file: how it was measured, and a table for each bed."""
+    ordered = sorted(records, key=_place)
+    hours = sum(record.seconds for record in records) / 3600
+    codes = list(dict.fromkeys(record.code for record in records))
+    lines = [
+        "## Methods compared",
+        "",
+        records[-1].header,
+        "",
+        f"    {command(records)}",
+        "",
+        f"{len(records)} runs, {hours:.2f} hours of compression in all, of the code as of {', '.join(codes)}. Mean ± "
+        "standard deviation over the seeds, each of which draws another few-shot set. MACs, parameters and latency are "
+        "shares of the original's that are left, in per cent; latency is measured in turn with the original, in one "
+        "thread of a shared machine. Agreement with the original and top-1 are of held-out images, in per cent. "
+        "r = ‖s − t‖² / ‖t − mean(t)‖² over their output tokens; 0 is exact.",
+    ]
+    for bed in dict.fromkeys(record.request.bed for record in ordered):
+        of_bed = [record for record in ordered if record.request.bed == bed]
+        top1 = of_bed[0].original_top1
+        lines += ["", f"### {bed}" + ("" if top1 is None else f" (original: {100 * top1:.1f} % top-1)"), ""]
+        lines.append(table(of_bed))
+    return "\n".join(lines)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Method by method for each budget of one bed; the best agreement of a budget is bold."""
+    groups: dict[tuple[float, int], dict[str, list[Record]]] = {}
+    for record in records:
+        request = record.request
+        groups.setdefault((request.budget, request.num_images), {}).setdefault(request.title, []).append(record)
+    rows = []
+    for (budget, images), methods in groups.items():
+        agreements = {name: sum(run.agreement for run in runs) / len(runs) for name, runs in methods.items()}
+        for name, runs in methods.items():
+            cell = spread([100 * run.agreement for run in runs], 1)
+            rows.append(
+                [
+                    f"{budget:.1%}".replace(".0%", "%"),
+                    str(images),
+                    name,
+                    str(len(runs)),
+                    f"**{cell}**" if agreements[name] == max(agreements.values()) else cell,
+                    spread([None if run.top1 is None else 100 * run.top1 for run in runs], 1),
+                    spread([run.error for run in runs], 4),
+                    spread([100 * run.macs for run in runs], 1),
+                    spread([100 * run.params for run in runs], 1),
+                    spread([100 * run.latency for run in runs], 0),
+                    spread([run.seconds for run in runs], 0),
+                ]
+            )
+    titles = ["MACs asked", "images", "method", "seeds", "agreement %", "top-1 %", "r", "MACs %", "params %"]
+    return markdown([*titles, "latency %", "s"], rows)
+
+
+def command(records: Sequence[Record]) -> str:
+    """The command that makes a table of these runs."""
+
+    def all_of(field: str) -> list[str]:
+        return [str(value) for value in dict.fromkeys(getattr(record.request, field) for record in records)]
+
+    epochs = [value for value in all_of("epochs") if value != "None"]
+    seeds = {record.request.seed for record in records}
+    parts = ["--beds", *all_of("bed"), "--methods", *all_of("method"), "--budgets", *sorted(all_of("budget"))]
+    parts += ["--seeds", str(len(seeds)), "--num-images", *all_of("num_images")]
+    return join(["python", "-m", "benchmarks", "compare", *parts, *(["--epochs", epochs[-1]] if epochs else [])])
+
+
+def _place(record: Record) -> tuple[Any, ...]:
+    request, beds, methods = record.request, list(BEDS), list(METHODS)
+    bed = beds.index(request.bed) if request.bed in beds else len(beds)
+    ablation = -1 if request.ablation is None else list(ABLATIONS).index(request.ablation)
+    method = -1 if request.method == "dcvit" else methods.index(request.method)
+    return bed, request.budget, request.num_images, method, ablation, request.seed
