@@ -276,7 +276,7 @@ def report(records: Sequence[Record]) -> str:
         "",
         records[-1].header,
         "",
-        f"    {command(records)}",
+        f"    {command(ordered)}",
         "",
         f"{len(records)} runs, {hours:.2f} hours of compression in all, of the code as of {', '.join(codes)}. Mean ± "
         "standard deviation over the seeds, each of which draws another few-shot set. MACs, parameters and latency are "

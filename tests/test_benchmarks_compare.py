@@ -45,9 +45,7 @@ def test_the_table_puts_dcvit_first_and_the_best_in_bold() -> None:
     assert second[titles.index("agreement %")] == "**95.0**"
     assert (first[titles.index("seeds")], first[titles.index("latency %")]) == ("2", "80 ± 0")
     assert "### digits (original: 96.4 % top-1)" in text
-    assert "--beds digits --methods dcvit fskd --budgets 0.25 --seeds 2 --num-images 50" in text.replace(
-        "fskd dcvit", "dcvit fskd"
-    )
+    assert "--beds digits --methods dcvit fskd --budgets 0.25 --seeds 2 --num-images 50" in text
 
 
 def test_a_record_survives_the_file() -> None:
