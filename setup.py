@@ -38,6 +38,11 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-DDCVIT_ATEN" if ATEN else TARGET,
 ]
+SANITIZE = os.environ.get("DCVIT_SANITIZE")
+"""Sanitizers for the CPU kernels, for example "address,undefined"; `make check-native` sets it."""
+SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
+if SANITIZE:
+    CXX_FLAGS[:2] = ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZER_FLAGS]
 NVCC_FLAGS = ["-O3", "-lineinfo", TARGET, "-Xcompiler", "-fvisibility=hidden"]
 AGAIN = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -127,6 +132,7 @@ def extension(home: Path | None) -> Extension:
             "dcvit._C",
             sources("cpu"),
             extra_compile_args={"cxx": [*CXX_FLAGS, *openmp_flags()]},
+            extra_link_args=SANITIZER_FLAGS,
             py_limited_api=True,
         )
     cpp_extension.CUDA_HOME = str(home)  # torch asks where the first nvcc on the PATH lies

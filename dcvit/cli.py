@@ -4,10 +4,11 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -34,7 +35,7 @@ from dcvit.evaluation import agreement, top1
 from dcvit.export import SUFFIXES, TOLERANCES, compare_rounded, export_model
 from dcvit.family import DEFAULT_SHARES, check_family_folder, sweep
 from dcvit.hub import push_to_hub
-from dcvit.images import FewShotImages, image_files, load_images
+from dcvit.images import FewShotImages, ImagesWarning, image_files, load_images
 from dcvit.latency import MODES, STOPWATCHES, compare_latency, measure_latency
 from dcvit.latency_planning import TOLERANCE
 from dcvit.methods import METHODS
@@ -91,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = TerminalProgress()
     try:
         run: Callable[[argparse.Namespace, TerminalProgress], dict[str, Any]] = arguments.run
-        values = run(arguments, progress)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            values = run(arguments, progress)
         print(json.dumps(values, indent=2) if arguments.json is True else arguments.show(values))
     except DcvitError as error:
         progress.close()
@@ -102,6 +105,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("dcvit: interrupted, nothing was saved", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line; of dcvit's own without the place in the code, which tells a user nothing."""
+    place = "" if issubclass(category, ImagesWarning) else f" ({category.__name__}, {filename}:{lineno})"
+    print(f"dcvit: warning: {message}{place}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,20 +3,21 @@
 Labels are never read. All images are held in memory: a set has 50 to 1000 of them.
 """
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dcvit.errors import ImagesError
 from dcvit.models import adapter_for, preprocessing
 
-__all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "image_files", "load_images"]
+__all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "ImagesWarning", "image_files", "load_images"]
 
 Images = Tensor | Dataset[Any] | DataLoader[Any] | str | Path
 """What `compress` takes as images."""
@@ -54,21 +55,23 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
     Args:
         images: A normalised tensor `[N, C, H, W]`; a `Dataset` or `DataLoader` of normalised tensors `[C, H, W]`
             or PIL images, alone or as the first of a tuple; or a folder, searched recursively.
-            PIL images and files get timm's evaluation preprocessing for the model.
+            PIL images and files get timm's evaluation preprocessing for the model. Files that cannot be read are left
+            out, with a warning that names them.
         model: The model that will see them.
 
     Returns:
         The images on the model's device.
 
     Raises:
-        ImagesError: If there are none, or any does not fit: size, channels, dtype, device, NaN or infinite pixels.
+        ImagesError: If there are none, or any does not fit: size, channels, dtype, device, NaN or infinite pixels; or
+            if fewer than half of a folder's files can be read.
     """
     if isinstance(images, FewShotImages):
         return images
     prep = preprocessing(model)
     device = next(model.parameters()).device
     if isinstance(images, str | Path):
-        items: Iterable[Any] = map(_open, image_files(Path(images)))
+        items: Iterable[Any] = _readable(image_files(Path(images)))
     elif isinstance(images, Tensor):
         if images.device != device:
             raise ImagesError(
@@ -110,6 +113,14 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
     return FewShotImages(stacked, pixels, prep.mean, prep.std)
 
 
+NAMED = 5
+"""So many broken files are named."""
+
+
+class ImagesWarning(UserWarning):
+    """Some images were left out."""
+
+
 def image_files(folder: Path) -> list[Path]:
     """The image files of a folder and its subfolders, sorted by path.
 
@@ -124,13 +135,24 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except (UnidentifiedImageError, OSError) as error:
-        raise ImagesError(f"{str(path)!r} cannot be read as an image ({error}): remove or replace it.") from error
-    return image
+def _readable(files: Sequence[Path]) -> Iterator[Image.Image]:
+    """The images of files one by one; at the end it warns of those that cannot be read, or refuses if they are most."""
+    broken: list[str] = []
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:  # Pillow's readers raise whatever a broken file makes them
+            broken.append(f"{str(path)!r} ({' '.join(str(error).split()) or type(error).__name__})")
+            continue
+        yield image
+    if not broken:
+        return
+    listed = ", ".join(broken[:NAMED]) + (f" and {len(broken) - NAMED} more" if len(broken) > NAMED else "")
+    problem = f"{len(broken)} of {len(files)} files cannot be read as images: {listed}"
+    if 2 * len(broken) > len(files):
+        raise ImagesError(f"{problem}: remove or replace them.")
+    warnings.warn(f"{problem}. They are left out.", ImagesWarning, stacklevel=3)
 
 
 def _first(item: Any) -> Any:

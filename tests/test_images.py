@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dcvit
 from dcvit.augmentation import augment
-from dcvit.images import load_images
+from dcvit.images import ImagesWarning, load_images
 from dcvit.models import preprocessing
 from dcvit.seeding import seeded
 from tests.variants import VARIANTS
@@ -93,7 +93,21 @@ def test_bad_folders(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(dcvit.ImagesError, match="holds no image files"):
         load_images(tmp_path, model)
     (tmp_path / "broken.png").write_bytes(b"not a png")
-    with pytest.raises(dcvit.ImagesError, match=r"broken\.png' cannot be read"):
+    with pytest.raises(dcvit.ImagesError, match=r"1 of 1 files cannot be read as images: '.*broken\.png' \(.*remove"):
+        load_images(tmp_path, model)
+
+
+def test_files_that_cannot_be_read_are_named_and_left_out(model: nn.Module, tmp_path: Path) -> None:
+    for number in range(8):
+        Image.new("RGB", (40, 40), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "0.png").read_bytes()
+    for number in range(7):
+        (tmp_path / f"cut{number}.png").write_bytes(whole[: 10 + 6 * number])
+    with pytest.warns(ImagesWarning, match=r"7 of 15 files .*cut0\.png.*cut4\.png.* and 2 more\. They are left out"):
+        assert len(load_images(tmp_path, model)) == 8
+    for number in range(2):
+        (tmp_path / f"empty{number}.jpg").touch()
+    with pytest.raises(dcvit.ImagesError, match="9 of 17 files cannot be read"):
         load_images(tmp_path, model)
 
 

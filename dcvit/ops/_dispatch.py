@@ -16,6 +16,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +221,7 @@ def _missing_kernel(op: OpOverload, key: str) -> Callable[[], str | None]:
 def extension_problem() -> str | None:
     """Load the compiled extension, once, and say what is wrong with it; `None` if nothing is."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    built = [file for suffix in suffixes if (file := _package() / f"_C{suffix}").is_file()]
+    built = [file for suffix in suffixes if (file := _build() / f"_C{suffix}").is_file()]
     if not built:
         reason = _build_note("CPU") or "reinstall dcvit where a C++ compiler is found"
         return f"the compiled extension was never built ({reason})"
@@ -238,8 +239,9 @@ def extension_problem() -> str | None:
     return None
 
 
-def _package() -> Path:
-    return Path(__file__).parent.parent
+def _build() -> Path:
+    """Where the compiled extension is: in the package, or in `$DCVIT_KERNELS`, a folder with another build of it."""
+    return Path(os.environ.get("DCVIT_KERNELS") or Path(__file__).parent.parent)
 
 
 def _build_note(about: str) -> str | None:
@@ -249,7 +251,7 @@ def _build_note(about: str) -> str | None:
     for "CPU" or "CUDA".
     """
     try:
-        note: dict[str, str | None] = json.loads((_package() / "_C.json").read_text())
+        note: dict[str, str | None] = json.loads((_build() / "_C.json").read_text())
     except OSError:
         return None
     return note.get(about.lower())
