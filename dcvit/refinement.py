@@ -86,7 +86,8 @@ def num_steps(model: nn.Module, config: ReconstructionConfig) -> int:
 
     0 where that is less than `FEWEST_STEPS`.
     """
-    macs = adapter_for(model).cost(model).total.macs("with_attention_products")
+    adapter = adapter_for(model)
+    macs = adapter.mac_weight * adapter.cost(model).total.macs("with_attention_products")
     affordable = config.refinement_macs / (3.0 * macs * config.refinement_batch)  # the backward takes two forwards
     steps = min(config.refinement_steps, int(affordable / (1 + len(STEP_SIZES) / PILOT_SHARE)))
     return steps if steps >= FEWEST_STEPS else 0

@@ -23,6 +23,7 @@ class ModelAdapter(Protocol):
         source: The papers of the architecture.
         removed: What a compressed block loses beside hidden nodes, in a word.
         keeps_ends: Whether the first and the last blocks stay whole unless the caller names them.
+        mac_weight: How long a MAC takes in training, about, in those of a ViT's matrix products.
 
     All methods are stateless. `check` is called once, before any work; the others may assume that it passed.
 
@@ -36,6 +37,7 @@ class ModelAdapter(Protocol):
     source: str
     removed: str
     keeps_ends: bool
+    mac_weight: float
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that cannot be compressed.

@@ -76,6 +76,7 @@ class ResidualCnnAdapter:
     source = "arXiv 1512.03385, 1611.05431, 1801.04381, 1905.11946, 2003.13678"
     removed = "convolution"
     keeps_ends = False
+    mac_weight = 3.0  # depthwise convolutions: MobileNetV2, on one core of an AMD EPYC
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""

@@ -60,6 +60,7 @@ class SwinAdapter:
     source = "arXiv 2103.14030, 2111.09883"
     removed = "attention"
     keeps_ends = True
+    mac_weight = 1.0
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""

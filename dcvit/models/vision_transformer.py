@@ -67,6 +67,7 @@ class VisionTransformerAdapter:
     source = "arXiv 2010.11929, 2012.12877"
     removed = "attention"
     keeps_ends = True
+    mac_weight = 1.0
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""
