@@ -44,7 +44,10 @@ DEFAULT_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 """Shares of the original's MACs that a sweep goes through unless told otherwise."""
 
 REFINEMENT_SHARE = 1 / 3
-"""Of a single compression's refinement steps, those that each member gets. The first finds the step size for all."""
+"""Of a single compression's refinement steps, those that each member gets, and about as many of its views.
+
+The first member finds the step size for all.
+"""
 
 TIMED_RUNS, MOST_SECONDS = 50, 10.0
 """Of every member, in turn; fewer where they take longer than this together."""
@@ -282,7 +285,9 @@ def sweep(
         All of them before any long work.
     """
     config = config or CompressionConfig()
-    _ = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
+    recovery = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
+    fewer = max(recovery.num_views, round(REFINEMENT_SHARE * recovery.refinement_views))
+    config = config.with_(recovery=replace(recovery, refinement_views=min(fewer, recovery.refinement_views)))
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
