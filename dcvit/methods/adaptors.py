@@ -77,4 +77,4 @@ def absorb_adaptors(model: nn.Module) -> None:
 
 def _of(layer: nn.Module) -> Iterator[_Adaptor]:
     if parametrize.is_parametrized(layer, "weight"):
-        yield from (one for one in layer.parametrizations["weight"] if isinstance(one, _Adaptor))  # type: ignore
+        yield from (one for one in layer.parametrizations["weight"] if isinstance(one, _Adaptor))  # type: ignore[index]
