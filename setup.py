@@ -30,19 +30,16 @@ For an older torch the CPU kernels are built on ATen, as `csrc/cpu/torch.h` tell
 """
 ATEN = torch is not None and torch.__version__ < STABLE
 TARGET = f"-DTORCH_TARGET_VERSION=0x{STABLE[0]:02x}{STABLE[1]:02x}000000000000"
+SANITIZE = os.environ.get("DCVIT_SANITIZE")
+"""Sanitizers for the CPU kernels, for example "address,undefined"; `make check-native` sets it."""
+SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 CXX_FLAGS = [
-    "-O3",
-    "-g0",
+    *(["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZER_FLAGS] if SANITIZE else ["-O3", "-g0"]),
     "-fvisibility=hidden",
     "-fno-math-errno",  # sqrt and selections become vector instructions; no result changes
     "-fno-trapping-math",
     "-DDCVIT_ATEN" if ATEN else TARGET,
 ]
-SANITIZE = os.environ.get("DCVIT_SANITIZE")
-"""Sanitizers for the CPU kernels, for example "address,undefined"; `make check-native` sets it."""
-SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
-if SANITIZE:
-    CXX_FLAGS[:2] = ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZER_FLAGS]
 NVCC_FLAGS = ["-O3", "-lineinfo", TARGET, "-Xcompiler", "-fvisibility=hidden"]
 AGAIN = "pip install --no-build-isolation --force-reinstall --no-deps ."
 

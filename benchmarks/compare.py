@@ -6,9 +6,8 @@ stopped. A method that does not handle a bed's family is left out there.
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import join
@@ -20,26 +19,14 @@ import dcvit
 from benchmarks.contestants import ABLATIONS, config_of, images_of
 from benchmarks.harness import ROOT, header
 from benchmarks.methods import BEDS
-from benchmarks.runs import (
-    code_version,
-    count,
-    json_lines,
-    markdown,
-    prepare_bed,
-    run_command,
-    share,
-    spread,
-    with_section,
-)
+from benchmarks.runs import count, json_lines, markdown, publish, run_command, run_missing, share, spread
 from benchmarks.testbeds import TestBed, imagenet, measure
-from dcvit.errors import DcvitError
 from dcvit.methods import METHODS
-from dcvit.models import adapter_for
 
 RUNS = ROOT / "benchmarks" / "results" / "compare.jsonl"
 """Part of the repository, so that a table grows from one machine and day to the next."""
 
-MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/contestants.py", "benchmarks/testbeds")
+MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/contestants.py", "benchmarks/methods.py", "benchmarks/testbeds")
 """What a run's figures depend on."""
 
 FAMILIES = {"digits": "vit", "photographs": "vit", "dinov2": "vit", "swin": "swin", "resnet": "cnn"}
@@ -80,6 +67,16 @@ class Request:
         """What stands in the table."""
         return self.method if self.ablation is None else f"{self.method}, {self.ablation}"
 
+    @property
+    def label(self) -> str:
+        """What is said of it while it runs."""
+        return f"{self.bed}, {self.budget:.0%}, seed {self.seed}, {self.title}"
+
+    @property
+    def prepared(self) -> bool:
+        """Whether its bed caches nothing: ImageNet's."""
+        return self.imagenet is not None
+
 
 @dataclass(frozen=True)
 class Record:
@@ -111,6 +108,16 @@ class Record:
     original_top1: float | None
     seconds: float
 
+    @property
+    def key(self) -> tuple[Request, str]:
+        """What the run is known by."""
+        return self.request, self.code
+
+    @property
+    def summary(self) -> str:
+        """What is said of it when it is finished."""
+        return f"agreement {self.agreement:.1%}, r {self.error:.4f}, {self.seconds:.1f} s"
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
         """The inverse of `dataclasses.asdict`, after JSON."""
@@ -133,15 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.table:
         records = latest(known)
     else:
-        records, failed = _run_missing(_requests(options), [] if options.force else known, options.out)
-    text = report(records) if records else "No finished runs."
-    print(text)
-    if options.results and records:
-        existing = options.results.read_text() if options.results.is_file() else ""
-        options.results.write_text(with_section(existing, text, "compare"))
-    if failed:
-        print(f"{failed} runs failed; the same command tries them again.", file=sys.stderr)
-    return int(failed > 0)
+        wanted = _requests(options)
+        records, failed = run_missing(wanted, [] if options.force else known, options.out, MEASURED, run_apart)
+    return publish(report(records) if records else None, failed, options.results, "compare")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,14 +152,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", nargs="+", type=share, default=list(BUDGETS),
                         help="shares of the MACs to take away (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seeds", type=count, default=SEEDS, help="how many few-shot sets (default: %(default)s)")
-    parser.add_argument("--num-images", nargs="+", type=count, default=[50], metavar="N",
-                        help="few-shot images (default: 50; with --imagenet 50 100 500 1000)")  # fmt: skip
+    parser.add_argument("--num-images", nargs="+", type=count, metavar="N",
+                        help="few-shot images (default: 50, with --imagenet 50 100 500 1000)")  # fmt: skip
     parser.add_argument("--epochs", type=count, help="of each recovery by mimicking; the methods' own if not given")
     parser.add_argument("--ablate", nargs="*", choices=ABLATIONS, metavar="ABLATION",
                         help="the published procedure, one thing changed: " + ", ".join(map(repr, ABLATIONS))
                         + "; all without a name")  # fmt: skip
     parser.add_argument("--imagenet", type=Path, metavar="DIR",
-                        help="the paper's protocol on ImageNet (DIR/train, DIR/val) seeds from 2021 on")  # fmt: skip
+                        help="the paper's protocol on DIR/train and DIR/val, seeds from 2021 on")  # fmt: skip
     parser.add_argument("--model", default="deit_base_patch16_224", help="on ImageNet (default: %(default)s)")
     parser.add_argument("--held-out", type=count, default=50_000, metavar="N",
                         help="validation images of ImageNet (default: %(default)s)")  # fmt: skip
@@ -181,7 +182,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     if options.ablate is not None:
         ablations, methods = list(options.ablate or ABLATIONS), ["dcvit"]
     if options.imagenet is not None:
-        numbers = options.num_images if options.num_images != [50] else [50, 100, 500, 1000]
+        numbers = options.num_images or [50, 100, 500, 1000]
         return [
             Request(options.model, name, budget, seed, number, options.threads, options.epochs, ablation,
                     str(options.imagenet), options.held_out)
@@ -190,49 +191,24 @@ def _requests(options: argparse.Namespace) -> list[Request]:
         ]  # fmt: skip
     return [
         Request(bed, name, budget, seed, number, options.threads, options.epochs, ablation)
-        for seed in range(options.seeds) for bed in options.beds for number in options.num_images
+        for seed in range(options.seeds) for bed in options.beds for number in options.num_images or [50]
         for budget in options.budgets for ablation in ablations for name in methods
         if FAMILIES[bed] in METHODS[name].families
     ]  # fmt: skip
 
 
-def _run_missing(wanted: Sequence[Request], known: Sequence[Record], out: Path) -> tuple[list[Record], int]:
-    """The record of each run, made where there is none yet, and how many runs failed."""
-    finished = {(record.request, record.code): record for record in known}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prepared: set[str] = set()
-    records, failed = [], 0
-    for number, request in enumerate(wanted, 1):
-        label = f"{number}/{len(wanted)} {request.bed}, {request.budget:.0%}, seed {request.seed}, {request.title}"
-        code = code_version(MEASURED)  # each time: it may change while the table is made
-        record = finished.get((request, code))
-        if record is None:
-            if request.imagenet is None and request.bed not in prepared:
-                prepare_bed(request.bed)
-                prepared.add(request.bed)
-            try:
-                found, _ = run_command("compare", asdict(request), request.threads)
-            except DcvitError as error:
-                print(f"{label}: {error}", file=sys.stderr, flush=True)
-                failed += 1
-                continue
-            record = Record.from_dict({**found, "request": asdict(request), "code": code})
-            with out.open("a") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
-            figures = f"agreement {record.agreement:.1%}, r {record.error:.4f}, {record.seconds:.1f} s"
-            print(f"{label}: {figures}", file=sys.stderr, flush=True)
-        records.append(record)
-    return records, failed
+def run_apart(request: Request, code: str) -> Record:
+    """One run in a process of its own, see `run_command`."""
+    found, _ = run_command("compare", asdict(request), request.threads)
+    return Record.from_dict({**found, "request": asdict(request), "code": code})
 
 
 def _bed(request: Request) -> TestBed:
     if request.imagenet is None:
-        beds: dict[str, Callable[..., TestBed]] = dict(BEDS)
-        return beds[request.bed](request.seed, request.num_images)
-    folder = Path(request.imagenet)
+        return BEDS[request.bed](request.seed, request.num_images)
     return imagenet.imagenet(
-        folder, request.seed, request.num_images, model=request.bed, num_held_out=request.held_out
-    )  # fmt: skip
+        Path(request.imagenet), request.seed, request.num_images, model=request.bed, num_held_out=request.held_out
+    )
 
 
 def _measured(request: Request) -> dict[str, Any]:
@@ -243,17 +219,16 @@ def _measured(request: Request) -> dict[str, Any]:
     start = time.perf_counter()
     result = dcvit.compress(bed.model, images, dcvit.Budget(macs=1 - request.budget), config, method=request.method)
     seconds = time.perf_counter() - start
-    measures, of_original = measure(bed, result.model), measure(bed, bed.model)
-    original, left = (adapter_for(m).cost(m).total for m in (bed.model, result.model))
+    measures, (original, left) = measure(bed, result.model), (result.report.teacher, result.report.student)
     return {
         "header": machine,
-        "macs": left.macs("with_attention_products") / original.macs("with_attention_products"),
+        "macs": left.macs / original.macs,
         "params": left.params / original.params,
         "latency": result.report.latency_ratio,
         "agreement": measures.agreement,
         "top1": measures.top1,
         "error": measures.error,
-        "original_top1": of_original.top1,
+        "original_top1": bed.top1(bed.model, bed.teacher_tokens),
         "seconds": seconds,
     }
 

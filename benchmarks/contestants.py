@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.methods import suited
 from benchmarks.testbeds import TestBed
 from benchmarks.testbeds.crops import PHOTOGRAPHS, crops
-from dcvit.config import CompressionConfig, MimickingConfig
+from dcvit.config import CompressionConfig, MimickingConfig, SynthesisConfig
 from dcvit.demo import load_digits
 from dcvit.methods import method
 from dcvit.models.loading import preprocessing
@@ -52,12 +53,10 @@ def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: 
     """
     config = method(name).config()
     if ablation is not None:
-        config = CompressionConfig.paper(recovery=MimickingConfig())
-    recovery = replace(config.recovery, augmentation=bed.augmentation)
-    if isinstance(recovery, MimickingConfig) and epochs is not None:
-        recovery = replace(recovery, epochs=epochs, warmup_epochs=epochs // 20)
-    synthesis = replace(CompressionConfig().synthesis, flip=bed.augmentation.flip)
-    config = replace(config, seed=seed, recovery=recovery, synthesis=synthesis)
+        config = CompressionConfig.paper(recovery=MimickingConfig(), synthesis=SynthesisConfig())
+    config = replace(suited(config, bed), seed=seed)
+    if isinstance(config.recovery, MimickingConfig) and epochs is not None:
+        config = _mimicking(epochs=epochs, warmup_epochs=epochs // 20)(config)
     return config if ablation is None else ABLATIONS[ablation](config)
 
 

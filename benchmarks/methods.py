@@ -23,16 +23,16 @@ from dcvit.recovery import recover
 from dcvit.surgery import compress_block, draw_kept_nodes
 from dcvit.synthesis import synthesize
 
-__all__ = ["BEDS", "GRADIENT_METHODS", "METHODS", "RECOVERY_BEDS", "Info", "Options", "num_whole_blocks"]
+__all__ = ["BEDS", "GRADIENT_METHODS", "METHODS", "RECOVERY_BEDS", "Info", "Options", "num_whole_blocks", "suited"]
 
-BEDS: dict[str, Callable[[int], TestBed]] = {
+BEDS: dict[str, Callable[..., TestBed]] = {
     "digits": digits,
     "photographs": photographs,
     "dinov2": dinov2,
     "swin": swin,
     "resnet": resnet,
 }
-"""From a seed to a test bed whose few-shot set it draws."""
+"""From a seed, and a number of images, to a test bed whose few-shot set the seed draws."""
 
 RECOVERY_BEDS = ("digits", "photographs", "dinov2")
 """Those that `recovery` measures unless told otherwise."""
@@ -149,11 +149,11 @@ def num_whole_blocks(model: nn.Module, budget: Budget) -> int:
 
 def _compress(bed: TestBed, budget: Budget, config: CompressionConfig, options: Options) -> tuple[nn.Module, Info]:
     start = time.perf_counter()
-    result = dcvit.compress(bed.model, bed.images, budget, _suited(config, bed), progress=options.progress)
+    result = dcvit.compress(bed.model, bed.images, budget, suited(config, bed), progress=options.progress)
     return result.model, Info(time.perf_counter() - start, result.plan.blocks)
 
 
-def _suited(config: CompressionConfig, bed: TestBed) -> CompressionConfig:
+def suited(config: CompressionConfig, bed: TestBed) -> CompressionConfig:
     """The config with the views that suit a test bed's images."""
     return replace(
         config,
@@ -164,7 +164,7 @@ def _suited(config: CompressionConfig, bed: TestBed) -> CompressionConfig:
 
 def _published(bed: TestBed, budget: Budget, seed: int, options: Options) -> CompressionConfig:
     """The published settings, with as many iterations and epochs as the allowance permits."""
-    config = _suited(CompressionConfig.paper(seed=seed), bed)
+    config = suited(CompressionConfig.paper(seed=seed), bed)
     if options.allowance is None:
         return config
     planned = plan(bed.model, budget, config)

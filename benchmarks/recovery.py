@@ -7,13 +7,12 @@ code. All of a seed is run before the next seed, so an interrupted table is a wh
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import join
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,20 +20,18 @@ from benchmarks.harness import ROOT, header
 from benchmarks.methods import BEDS, GRADIENT_METHODS, METHODS, RECOVERY_BEDS, Options
 from benchmarks.runs import (
     NOTHING,
-    code_version,
     count,
     json_lines,
     markdown,
     peak_memory,
-    prepare_bed,
+    publish,
     run_command,
+    run_missing,
     share,
     spread,
-    with_section,
 )
 from benchmarks.testbeds import measure
 from dcvit.config import CompressionConfig
-from dcvit.errors import DcvitError
 from dcvit.models import adapter_for
 from dcvit.planning import Budget
 from dcvit.progress import TerminalProgress, silent
@@ -70,6 +67,12 @@ class Request:
     seed: int
     threads: int
     allowance: float | None = None
+    prepared: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """What is said of it while it runs."""
+        return f"{self.bed}, {self.budget:.0%}, seed {self.seed}, {self.method}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Record:
 
     Attributes:
         request: What was asked for.
-        code: Version of the code, see `code_version`.
+        code: Version of the code, see `benchmarks.runs.code_version`.
         header: Machine, versions and commit.
         removed: Share of the MACs that was taken away.
         error: r, see `benchmarks.testbeds.Measures`, as for the next four.
@@ -118,6 +121,11 @@ class Record:
         return self.request, self.code
 
     @property
+    def summary(self) -> str:
+        """What is said of it when it is finished."""
+        return f"r {self.error:.4f}, {self.seconds:.1f} s"
+
+    @property
     def seconds_per_block(self) -> float:
         """Wall-clock time of the compression over the number of blocks."""
         return self.seconds / len(self.blocks)
@@ -148,15 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.beds or RECOVERY_BEDS, options.methods or METHODS, options.budgets or BUDGETS,
             seeds or range(SEEDS), options.threads, options.paper_hours,
         )  # fmt: skip
-        records, failed = _run_missing(wanted, [] if options.force else known, options.out, options.verbose)
-    text = report(records) if records else "No finished runs."
-    print(text)
-    if options.results and records:
-        existing = options.results.read_text() if options.results.is_file() else ""
-        options.results.write_text(with_section(existing, text, "recovery"))
-    if failed:
-        print(f"{failed} runs failed; the same command tries them again.", file=sys.stderr)
-    return int(failed > 0)
+        records, failed = run_missing(
+            wanted, [] if options.force else known, options.out, MEASURED,
+            lambda request, code: run_apart(request, code, options.verbose),
+        )  # fmt: skip
+    return publish(report(records) if records else None, failed, options.results, "recovery")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,35 +216,6 @@ def requests(
         Request(bed, method, budget, seed, threads, allowance(bed, method))
         for seed in seeds for bed in beds for budget in budgets for method in methods
     ]  # fmt: skip
-
-
-def _run_missing(
-    wanted: Sequence[Request], known: Sequence[Record], out: Path, verbose: bool
-) -> tuple[list[Record], int]:
-    """The record of each run, made where there is none yet, and how many runs failed."""
-    finished = {record.key: record for record in known}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prepared: set[str] = set()
-    records, failed = [], 0
-    for number, request in enumerate(wanted, 1):
-        label = f"{number}/{len(wanted)} {request.bed}, {request.budget:.0%}, seed {request.seed}, {request.method}"
-        code = code_version(MEASURED)  # each time: it may change while the table is made
-        record = finished.get((request, code))
-        if record is None:
-            if request.bed not in prepared:
-                prepare_bed(request.bed)
-                prepared.add(request.bed)
-            try:
-                record = run_apart(request, code, verbose)
-            except DcvitError as error:
-                print(f"{label}: {error}", file=sys.stderr, flush=True)
-                failed += 1
-                continue
-            with out.open("a") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
-            print(f"{label}: r {record.error:.4f}, {record.seconds:.1f} s", file=sys.stderr, flush=True)
-        records.append(record)
-    return records, failed
 
 
 def run_apart(request: Request, code: str, verbose: bool = False) -> Record:

@@ -7,10 +7,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from benchmarks.harness import ROOT
 from benchmarks.testbeds.cache import fingerprint
@@ -24,7 +25,9 @@ __all__ = [
     "markdown",
     "peak_memory",
     "prepare_bed",
+    "publish",
     "run_command",
+    "run_missing",
     "share",
     "spread",
     "with_section",
@@ -32,6 +35,38 @@ __all__ = [
 
 NOTHING = "–"
 """An empty cell."""
+
+
+class AnyRequest(Protocol):
+    """A run to be made, a frozen dataclass. The bed is made before, unless `prepared` says that it needs not be."""
+
+    @property
+    def bed(self) -> str:
+        """Name of the test bed."""
+
+    @property
+    def label(self) -> str:
+        """What is said of it while it runs."""
+
+    @property
+    def prepared(self) -> bool:
+        """Whether its bed caches nothing."""
+
+
+class AnyRecord(Protocol):
+    """A finished run, a dataclass."""
+
+    @property
+    def key(self) -> tuple[Any, str]:
+        """What it is known by: the request, and the version of the code."""
+
+    @property
+    def summary(self) -> str:
+        """What is said of it when it is finished."""
+
+
+RequestT = TypeVar("RequestT", bound=AnyRequest)
+RecordT = TypeVar("RecordT", bound=AnyRecord)
 
 
 def share(text: str) -> float:
@@ -78,6 +113,68 @@ def run_command(command: str, request: dict[str, Any], threads: int, *more: str)
         raise DcvitError(f"the run ended with status {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found, time.perf_counter() - start
+
+
+def run_missing(
+    wanted: Sequence[RequestT],
+    known: Sequence[RecordT],
+    out: Path,
+    measured: Sequence[str],
+    run: Callable[[RequestT, str], RecordT],
+) -> tuple[list[RecordT], int]:
+    """The record of each run, made where there is none yet, and how many runs failed.
+
+    Args:
+        wanted: The runs of a table.
+        known: Finished ones.
+        out: The file that new ones are appended to.
+        measured: What their figures depend on, see `code_version`.
+        run: Makes one with the code of a version; a `DcvitError` means that it failed.
+    """
+    finished = {record.key: record for record in known}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prepared: set[str] = set()
+    records, failed = [], 0
+    for number, request in enumerate(wanted, 1):
+        label = f"{number}/{len(wanted)} {request.label}"
+        code = code_version(measured)  # each time: it may change while the table is made
+        record = finished.get((request, code))
+        if record is None:
+            if not request.prepared and request.bed not in prepared:
+                prepare_bed(request.bed)
+                prepared.add(request.bed)
+            try:
+                record = run(request, code)
+            except DcvitError as error:
+                print(f"{label}: {error}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
+            with out.open("a") as file:
+                file.write(json.dumps(asdict(record)) + "\n")  # type: ignore[call-overload]
+            print(f"{label}: {record.summary}", file=sys.stderr, flush=True)
+        records.append(record)
+    return records, failed
+
+
+def publish(text: str | None, failed: int, results: Path | None, name: str) -> int:
+    """Print a table, write it into a results file if there is one, and say how many runs failed.
+
+    Args:
+        text: The section of the results file; `None` without a finished run.
+        failed: Runs that failed.
+        results: The file.
+        name: The section's.
+
+    Returns:
+        The exit status: 1 if a run failed.
+    """
+    print(text or "No finished runs.")
+    if results and text:
+        existing = results.read_text() if results.is_file() else ""
+        results.write_text(with_section(existing, text, name))
+    if failed:
+        print(f"{failed} runs failed; the same command tries them again.", file=sys.stderr)
+    return int(failed > 0)
 
 
 def prepare_bed(bed: str) -> None:

@@ -333,12 +333,8 @@ def reconstruct_blocks(
         with torch.no_grad():
             batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
         at = block
-        given = [adapter.as_tokens(adapter.prepare(student, tokens, block)) for tokens in batches]
-        first, parts = 0, []
-        for tokens in given:
-            parts.append(views.rows(tokens, slice(first, first + len(tokens))))
-            first += len(tokens)
-        rows = states.rows(block, torch.cat(parts))
+        given = (adapter.as_tokens(adapter.prepare(student, tokens, block)) for tokens in batches)
+        rows = states.rows(block, views.rows_of_all(given))
         kept[block], report = reconstruct_block(
             student, block, hidden_features[block], rows, recovery,
             step_size=step_size, epochs=recovery.epochs, refit=refit,

@@ -19,7 +19,7 @@ also makes good what the ones before it got wrong.
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -93,6 +93,14 @@ class Views:
         """The chosen tokens `[V·S, D]` of all tokens `[V, N, D]`, of all views or some."""
         places = self.places(tokens.shape[1], views)
         return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
+
+    def rows_of_all(self, batches: Iterable[Tensor]) -> Tensor:
+        """The chosen tokens `[V·S, D]` of all views, whose tokens come in batches: only one need be there at a time."""
+        first, chosen = 0, []
+        for tokens in batches:
+            chosen.append(self.rows(tokens, slice(first, first + len(tokens))))
+            first += len(tokens)
+        return torch.cat(chosen)
 
 
 @dataclass(frozen=True)

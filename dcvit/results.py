@@ -31,7 +31,7 @@ from dcvit._version import __version__
 from dcvit.costs import FILE_METADATA
 from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
 from dcvit.model_card import model_card
-from dcvit.models import adapter_for, load_model, preprocessing
+from dcvit.models import adapter_for, load_model, modeling_dcvit, preprocessing
 from dcvit.planning import Plan
 from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
@@ -369,11 +369,10 @@ def save_model(
         DtypeError: If the dtype cannot hold a weight.
     """
     folder = Path(folder)
-    adapter = adapter_for(model)
     weights = model.state_dict() if dtype is None else cast_weights(model.state_dict(), dtype)
     files = {
-        CONFIG_FILE: dict(adapter.config(model)),
-        MODELING_FILE: adapter.modeling_file().read_text(encoding="utf-8"),
+        CONFIG_FILE: dict(adapter_for(model).config(model)),
+        MODELING_FILE: Path(modeling_dcvit.__file__).read_text(encoding="utf-8"),
         **(extra or {}),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -102,8 +102,8 @@ def test_an_interrupted_table_goes_on_where_it_stopped(
         return {key: value for key, value in found.items() if key not in ("request", "code")}, 1.0
 
     monkeypatch.setattr(compare, "run_command", run_command)
-    monkeypatch.setattr(compare, "prepare_bed", lambda bed: None)
-    monkeypatch.setattr(compare, "code_version", lambda measured: "c1")
+    monkeypatch.setattr("benchmarks.runs.prepare_bed", lambda bed: None)
+    monkeypatch.setattr("benchmarks.runs.code_version", lambda measured: "c1")
     arguments = ["--beds", "digits", "--budgets", "0.25", "--methods", "dcvit", "cd", "--seeds", "1"]
     arguments += ["--out", str(tmp_path / "runs.jsonl"), "--results", str(tmp_path / "RESULTS.md")]
     assert compare.main(arguments) == 1

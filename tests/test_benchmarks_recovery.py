@@ -116,8 +116,8 @@ def test_an_interrupted_table_goes_on_where_it_stopped(
         return replace(record(request.method, request.seed, code), request=request)
 
     monkeypatch.setattr(recovery, "run_apart", run_apart)
-    monkeypatch.setattr(recovery, "prepare_bed", lambda bed: None)
-    monkeypatch.setattr(recovery, "code_version", lambda measured: "c1")
+    monkeypatch.setattr("benchmarks.runs.prepare_bed", lambda bed: None)
+    monkeypatch.setattr("benchmarks.runs.code_version", lambda measured: "c1")
 
     def call(*more: str) -> tuple[int, Sequence[tuple[str, int]], str]:
         made.clear()

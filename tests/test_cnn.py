@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +20,7 @@ from dcvit.planning import choose_candidates
 from dcvit.surgery import drop_block
 from dcvit.synthesis import FIRST_BN_WEIGHT, bn_prior
 from tests.conftest import QUICK
-from tests.without_dcvit import run_without
+from tests.without_dcvit import output_without_dcvit
 
 SIZE = 32
 CNNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -154,20 +153,7 @@ def test_it_meets_the_budget_is_saved_and_loaded(kind: str, share: float, images
 def test_it_loads_without_dcvit(cnn: Any, images: Tensor, tmp_path: Path) -> None:
     model = adapter_for(cnn).rebuild(cut(cnn))
     dcvit.results.save_model(model, tmp_path / "small")
-    save_file({"images": images}, tmp_path / "images")
-    run_without(
-        """
-import sys, timm, torch
-from safetensors.torch import load_file, save_file
-sys.path.insert(0, "small")
-import modeling_dcvit
-model = timm.create_model("local-dir:small", pretrained=True).eval()
-with torch.no_grad():
-    save_file({"output": model(load_file("images")["images"])}, "output")
-""",
-        tmp_path,
-    )
-    torch.testing.assert_close(load_file(tmp_path / "output")["output"], model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +15,7 @@ from dcvit.models import CompressedBlock, DroppedBlock, adapter_for, require_sup
 from dcvit.planning import plan
 from dcvit.results import save_model
 from tests.conftest import QUICK
-from tests.without_dcvit import run_without
+from tests.without_dcvit import output_without_dcvit
 
 NAMES = {1: "swin_tiny_patch4_window7_224", 2: "swinv2_tiny_window8_256"}
 
@@ -136,21 +135,8 @@ def test_it_is_saved_and_loaded_with_dcvit_and_without(swin: Any, tmp_path: Path
     loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
     assert torch.equal(loaded(images), expected)
     assert torch.equal(dcvit.load(tmp_path / "small").model(images), expected)
-    save_file({"images": images}, tmp_path / "images")
-    run_without(
-        """
-import sys, timm, torch
-from safetensors.torch import load_file, save_file
-sys.path.insert(0, "small")
-import modeling_dcvit
-model = timm.create_model("local-dir:small", pretrained=True).eval()
-with torch.no_grad():
-    save_file({"output": model(load_file("images")["images"])}, "output")
-""",
-        tmp_path,
-    )
     # The same computation, but for the order in which dcvit's fused op sums.
-    torch.testing.assert_close(load_file(tmp_path / "output")["output"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing position biases

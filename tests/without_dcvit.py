@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 BLOCKED = """\
 import sys
 
@@ -16,6 +19,29 @@ for name in {blocked!r}:
     else:
         raise SystemExit(f"{{name}} can be imported")
 """
+
+
+OUTPUT = """\
+import timm, torch
+from safetensors.torch import load_file, save_file
+sys.path.insert(0, {name!r})
+import modeling_dcvit
+model = timm.create_model("local-dir:" + {name!r}, pretrained=True).eval()
+with torch.no_grad():
+    save_file({{"output": model(load_file("images")["images"])}}, "output")
+"""
+
+
+def output_without_dcvit(saved: Path, images: Tensor) -> Tensor:
+    """What a saved model makes of images where dcvit cannot be imported.
+
+    Args:
+        saved: Its folder; images and output pass through files beside it.
+        images: Normalised, `[B, C, H, W]`.
+    """
+    save_file({"images": images}, saved.parent / "images")
+    run_without(OUTPUT.format(name=saved.name), saved.parent)
+    return load_file(saved.parent / "output")["output"]
 
 
 def run_without(code: str, folder: Path, *blocked: str) -> str:

@@ -54,6 +54,12 @@ class TestBed:
         logits: Tensor = self.probe(adapter.features(model, tokens).cpu())
         return logits.argmax(-1)
 
+    def top1(self, model: nn.Module, tokens: Tensor) -> float | None:
+        """Share of the held-out images whose class a model's output tokens `[M, T, D]` name; `None` without labels."""
+        if self.labels is None:
+            return None
+        return float((self.predictions(model, tokens) == self.labels).double().mean())
+
 
 def output_tokens(model: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
     """A model's output tokens after the final norm, `[M, T, D]` on the CPU, for images `[M, C, H, W]`."""

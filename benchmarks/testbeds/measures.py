@@ -39,14 +39,13 @@ def measure(bed: TestBed, student: nn.Module) -> Measures:
     """
     teacher_tokens = bed.teacher_tokens
     student_tokens = output_tokens(student, bed.held_out)
-    named = bed.predictions(student, student_tokens)
-    agreed = named == bed.predictions(bed.model, teacher_tokens)
+    agreed = bed.predictions(student, student_tokens) == bed.predictions(bed.model, teacher_tokens)
     cosine = F.cosine_similarity(student_tokens, teacher_tokens, dim=-1).double()
     prefix = int(getattr(bed.model, "num_prefix_tokens", 0))
     return Measures(
         error=relative_error(student_tokens, teacher_tokens),
         agreement=float(agreed.double().mean()),
-        top1=None if bed.labels is None else float((named == bed.labels).double().mean()),
+        top1=bed.top1(student, student_tokens),
         cosine_class=float(cosine[:, 0].mean()) if prefix else None,
         cosine_patch=float(cosine[:, prefix:].mean()),
     )

@@ -1,7 +1,6 @@
 """What the algorithm needs to know of a model family."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -145,9 +144,6 @@ class ModelAdapter(Protocol):
 
     def config(self, model: nn.Module) -> Mapping[str, Any]:
         """The `config.json` with which `timm.create_model("local-dir:…")` rebuilds the model."""
-
-    def modeling_file(self) -> Path:
-        """The module that makes that architecture known to timm where dcvit is not installed; it needs timm alone."""
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

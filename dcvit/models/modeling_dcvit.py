@@ -71,6 +71,7 @@ __all__ = [
     "dcvit_swin_transformer",
     "dcvit_vision_transformer",
     "expansion",
+    "first_layers",
     "keep_channels",
     "keep_hidden_nodes",
     "last_activation",
@@ -370,21 +371,31 @@ def expansion(block: TimmModule) -> Any:
 
     `None` unless the block adds to its input, and that convolution is of all channels and has a plain BatchNorm.
     """
-    found: tuple[Any, Any, Any]
+    found = first_layers(block)
+    if found is None:
+        return None
     if type(block) in (resnet.BasicBlock, resnet.Bottleneck):
         adds = block.downsample is None and block.stride == 1
-        found = block.conv1, block.bn1, block.act1
-    elif type(block) in (InvertedResidual, EdgeResidual):
-        adds = block.has_skip and getattr(block, "conv_s2d", None) is None
-        conv = block.conv_pw if type(block) is InvertedResidual else block.conv_exp
-        found = conv, block.bn1, getattr(block.bn1, "act", None)
     elif type(block) is regnet.Bottleneck:
         adds = isinstance(block.downsample, nn.Identity)
-        found = block.conv1.conv, block.conv1.bn, getattr(block.conv1.bn, "act", None)
     else:
-        return None
-    plain = type(found[1]) in (nn.BatchNorm2d, BatchNormAct2d) and isinstance(found[0], nn.Conv2d)
-    return found if adds and plain and found[0].groups == 1 else None
+        adds = block.has_skip and getattr(block, "conv_s2d", None) is None
+    conv, norm, _ = found
+    plain = type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and isinstance(conv, nn.Conv2d)
+    return found if adds and plain and conv.groups == 1 else None
+
+
+def first_layers(block: TimmModule) -> tuple[TimmModule, TimmModule, TimmModule] | None:
+    """The first convolution of a block with the norm and the activation behind it; `None` of another kind of block."""
+    if type(block) in (resnet.BasicBlock, resnet.Bottleneck):
+        return block.conv1, block.bn1, block.act1
+    if type(block) is InvertedResidual:
+        return block.conv_pw, block.bn1, getattr(block.bn1, "act", None)
+    if type(block) is EdgeResidual:
+        return block.conv_exp, block.bn1, getattr(block.bn1, "act", None)
+    if type(block) is regnet.Bottleneck:
+        return block.conv1.conv, block.conv1.bn, getattr(block.conv1.bn, "act", None)
+    return None
 
 
 def last_activation(block: TimmModule) -> str | None:

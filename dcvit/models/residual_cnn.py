@@ -11,7 +11,6 @@ its last layer, and the activation belongs to what lies between two blocks.
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from dcvit.models.modeling_dcvit import (
     cnn_places,
     cnn_stages,
     expansion,
+    first_layers,
     keep_channels,
     last_activation,
 )
@@ -45,19 +45,12 @@ __all__ = ["ResidualCnnAdapter"]
 _NO_FILTERS = "a CNN's convolutions are compressed with their blocks, not filter by filter"
 
 
-_LAST_CONVOLUTION: dict[type[nn.Module], str] = {
+_LAST_CONVOLUTION: dict[type, str] = {
     resnet.BasicBlock: "conv2",
     resnet.Bottleneck: "conv3",
     InvertedResidual: "conv_pwl",
     EdgeResidual: "conv_pwl",
     regnet.Bottleneck: "conv3.conv",
-}
-_FIRST_CONVOLUTION: dict[type[nn.Module], str] = {
-    resnet.BasicBlock: "conv1",
-    resnet.Bottleneck: "conv1",
-    InvertedResidual: "conv_pw",
-    EdgeResidual: "conv_exp",
-    regnet.Bottleneck: "conv1.conv",
 }
 
 
@@ -113,23 +106,17 @@ class ResidualCnnAdapter:
 
     def embed(self, model: TimmModule, images: Tensor) -> Tensor:
         """See `ModelAdapter.embed`."""
-        if isinstance(model, ResNet):
-            return model.maxpool(model.act1(model.bn1(model.conv1(images))))
-        return model.bn1(model.conv_stem(images)) if isinstance(model, EfficientNet) else model.stem(images)
+        return _through(_stem(model), images)
 
     def prepare(self, model: TimmModule, state: Tensor, block: int) -> Tensor:
         """See `ModelAdapter.prepare`; the activation of the block before, and blocks that change the shape."""
-        for module in _between(model)[block]:
-            state = module(state)
-        return state
+        return _through(_between(model)[block], state)
 
     def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
         """See `ModelAdapter.run_blocks`."""
         between = _between(model)
         for block in range(first, stop):
-            for module in between[block]:
-                state = module(state)
-            state = self.block(model, block)(state)
+            state = self.block(model, block)(_through(between[block], state))
         return state
 
     def as_tokens(self, state: Tensor) -> Tensor:
@@ -150,13 +137,12 @@ class ResidualCnnAdapter:
 
     def final_norm(self, model: TimmModule, state: Tensor) -> Tensor:
         """See `ModelAdapter.final_norm`; what follows the last numbered block, up to the pooling."""
-        for module in _between(model)[-1]:
-            state = module(state)
+        behind = _between(model)[-1]
         if isinstance(model, EfficientNet):
-            state = model.bn2(model.conv_head(state))
+            behind += [model.conv_head, model.bn2]
         elif isinstance(model, RegNet):
-            state = model.final_conv(state)
-        return self.as_tokens(state)
+            behind.append(model.final_conv)
+        return self.as_tokens(_through(behind, state))
 
     def num_classes(self, model: TimmModule) -> int:
         """See `ModelAdapter.num_classes`."""
@@ -242,13 +228,15 @@ class ResidualCnnAdapter:
 
     def absorbing_layers(self, model: TimmModule, block: int) -> tuple[nn.Conv2d | None, nn.Conv2d | None]:
         """See `ModelAdapter.absorbing_layers`; of the nearest blocks on both sides that are still there."""
-        stage, name = cnn_places(model)[block]
-        blocks = [(id(stage), name, module) for stage in cnn_stages(model) for name, module in stage.named_children()]
-        at = next(i for i, (owner, key, _) in enumerate(blocks) if (owner, key) == (id(stage), name))
-        there = [(i, module) for i, (_, _, module) in enumerate(blocks) if not isinstance(module, DroppedBlock)]
-        before = next((module for i, module in reversed(there) if i < at), None)
-        behind = next((module for i, module in there if i > at), None)
-        return _named(before, _LAST_CONVOLUTION), _named(behind, _FIRST_CONVOLUTION)
+        modules = [module for stage in cnn_stages(model) for module in stage.children()]
+        gap = next(i for i, module in enumerate(modules) if module is _at(model, block))
+        before, behind = (
+            next((module for module in side if not isinstance(module, DroppedBlock)), None)
+            for side in (reversed(modules[:gap]), modules[gap + 1 :])
+        )
+        name, first = _LAST_CONVOLUTION.get(type(before)), first_layers(behind)
+        last = None if before is None or name is None else before.get_submodule(name)
+        return last, first[0] if first is not None and isinstance(first[0], nn.Conv2d) else None
 
     def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
         """See `ModelAdapter.parameters`; blocks that change the shape go with the one behind them."""
@@ -287,10 +275,6 @@ class ResidualCnnAdapter:
                 "classifier": source.get("classifier"),
             },
         }
-
-    def modeling_file(self) -> Path:
-        """See `ModelAdapter.modeling_file`."""
-        return Path(modeling_dcvit.__file__)
 
     def _model_args(self, model: TimmModule) -> dict[str, Any]:
         """The arguments of `build_cnn` for a model, as values for JSON.
@@ -339,15 +323,16 @@ def _at(model: TimmModule, block: int) -> TimmModule:
     return getattr(stage, name)
 
 
-def _named(block: TimmModule | None, names: Mapping[type[nn.Module], str]) -> nn.Conv2d | None:
-    if block is None or type(block) not in names:
-        return None
-    return block.get_submodule(names[type(block)])
+def _through(modules: Sequence[TimmModule], state: Tensor) -> Tensor:
+    for module in modules:
+        state = module(state)
+    return state
 
 
 def _stem(model: TimmModule) -> list[TimmModule]:
+    """What lies in front of the first stage."""
     if isinstance(model, ResNet):
-        return [model.conv1, model.bn1]
+        return [model.conv1, model.bn1, model.act1, model.maxpool]
     return [model.conv_stem, model.bn1] if isinstance(model, EfficientNet) else [model.stem]
 
 

@@ -6,7 +6,6 @@ section 4). As in `dcvit.models.vision_transformer` a model is rebuilt from what
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -256,10 +255,6 @@ class SwinAdapter:
                 "classifier": "head.fc",
             },
         }
-
-    def modeling_file(self) -> Path:
-        """See `ModelAdapter.modeling_file`."""
-        return Path(modeling_dcvit.__file__)
 
     def _model_args(self, model: TimmModule) -> dict[str, Any]:
         """The constructor arguments of a model, read off its modules, as values for JSON.

@@ -6,7 +6,6 @@ is refused by name before any work.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -240,10 +239,6 @@ class VisionTransformerAdapter:
             "model_args": args,
             "pretrained_cfg": self._pretrained_cfg(model),
         }
-
-    def modeling_file(self) -> Path:
-        """See `ModelAdapter.modeling_file`."""
-        return Path(modeling_dcvit.__file__)
 
     def _pretrained_cfg(self, model: TimmModule) -> dict[str, Any]:
         """Preprocessing and head of a model, without where its own weights came from."""

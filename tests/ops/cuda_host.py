@@ -20,8 +20,9 @@ _TORCH = Path(torch.__file__).parent
 # Optimised, or the emulation takes minutes; without _FORTIFY_SOURCE, whose longjmp refuses to switch between fibers.
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDCVIT_HOST")
 _SANITIZE = os.environ.get("DCVIT_SANITIZE")  # as for setup.py
+_SANITIZER_FLAGS = (f"-fsanitize={_SANITIZE}", "-fno-sanitize-recover=all") if _SANITIZE else ()
 if _SANITIZE:
-    _FLAGS += (f"-fsanitize={_SANITIZE}", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer")
+    _FLAGS += (*_SANITIZER_FLAGS, "-g", "-fno-omit-frame-pointer")
 
 
 @functools.cache
@@ -65,6 +66,6 @@ def _build(compiler: str) -> tuple[Path, str | None]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(compile_one, sources))
     partial = folder / f"host.{os.getpid()}.so"
-    run("-shared", *_FLAGS[-4:] if _SANITIZE else (), *objects, f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-o", partial)
+    run("-shared", *_SANITIZER_FLAGS, *objects, f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-o", partial)
     partial.replace(library)  # at once, because another process may build the same
     return library, None
