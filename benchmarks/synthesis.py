@@ -30,6 +30,7 @@ from dcvit.metric import Metric
 from dcvit.models import adapter_for
 from dcvit.planning import choose_candidates
 from dcvit.reconstruction import TeacherStates, Views, draw_views, reconstruct_block
+from dcvit.structure import Cut
 from dcvit.synthesis import synthesize
 
 KEPT = 0.25
@@ -120,5 +121,7 @@ def _students(model: nn.Module, views: Views, config: ReconstructionConfig, seed
         students[block] = copy.deepcopy(model)
         count = round(KEPT * adapter.hidden_features(model, block))
         rows = states.rows(block).thinned()
-        reconstruct_block(students[block], block, count, rows, config, step_size=0.0, epochs=0, refit=False, seed=seed)
+        reconstruct_block(
+            students[block], block, Cut(count), rows, config, step_size=0.0, epochs=0, refit=False, seed=seed
+        )
     return students

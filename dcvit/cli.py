@@ -801,12 +801,18 @@ def _show_compress(values: dict[str, Any]) -> str:
     if teacher["top1"] is not None:
         rows.append(("top-1 %", f"{100 * teacher['top1']:.2f}", f"{100 * student['top1']:.2f}", ""))
     agreed = "" if values["agreement"] is None else f"agreement on the images {100 * values['agreement']:.2f} %, "
-    nodes, kind = values["plan"]["kept_nodes"], cut_kind(values)
-    if kind == "dropped":
+    nodes, pruned = values["plan"]["kept_nodes"], values["plan"]["pruned"]
+    if cut_kind(values) == "dropped":
         cut = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
     else:
-        kept = ", ".join(f"{block} ({len(nodes[str(block)])})" for block in values["blocks"])
-        cut = f"{kind.capitalize()} blocks (hidden nodes kept): {kept}; drop ratio {values['drop_ratio']:.4f}"
+        compressed = [block for block in values["blocks"] if block not in pruned]
+        told = [
+            f"{name} blocks (hidden nodes kept): "
+            + ", ".join(f"{block} ({len(nodes[str(block)])})" for block in blocks)
+            for name, blocks in (("Compressed", compressed), ("Pruned", pruned))
+            if blocks
+        ]
+        cut = f"{'; '.join(told)}; drop ratio {values['drop_ratio']:.4f}"
     return (
         f"{_table(rows)}\n\n{_latency_met(values)}"
         f"{cut}; {agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
@@ -1028,12 +1034,10 @@ def _info(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str
     adapter = require_supported(model)
     space = search_space(model, CompressionConfig())
     total = space.cost.total
-    lowest = space.cost_of(dict.fromkeys(space.candidates, 0))
-    # One block, or one pair, that keeps all of its hidden nodes.
-    whole = [space.cost_of({block: adapter.hidden_features(model, block) for block in group}) for group in space.groups]
 
     def budget(of: Callable[[Cost], int]) -> list[float]:
-        return [of(lowest) / of(total), max(map(of, whole)) / of(total)]
+        least, most = space.savings(of)
+        return [1 - most / of(total), 1 - least / of(total)]
 
     values["model"] = {
         "name": arguments.model,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
 from dcvit.costs import file_size
@@ -17,10 +17,11 @@ from dcvit.latency_planning import plan_latency
 from dcvit.memory import trace_activation_memory
 from dcvit.methods import Method, Outcome, Task, Timer, register
 from dcvit.methods import method as find_method
+from dcvit.methods.budgets import flat
 from dcvit.metric import Metric
 from dcvit.models import adapter_for, hub_repository, load_model, require_supported
 from dcvit.ops import Impl, mimic_loss
-from dcvit.planning import ADDITIVE, Budget, Plan, search, search_space
+from dcvit.planning import ADDITIVE, Budget, Plan, search, search_space, searched
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import (
@@ -35,7 +36,7 @@ from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
 from dcvit.refinement import HELD_OUT_EVERY, STEP_SIZES, num_steps, refine
 from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report
 from dcvit.seeding import derive_seed
-from dcvit.structure import Recoverability
+from dcvit.structure import Cut, Recoverability
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
@@ -160,6 +161,7 @@ class Prepared:
         views: The images that blocks are reconstructed on.
         states: The teacher's tokens for them.
         trials: Of each candidate, least metric loss first.
+        pruning_trials: Of each block that may keep its attention and lose hidden nodes only, likewise.
         step_size: Of the gradient steps on a block.
         refinement_steps: Of the mimicking at the end; 0 where there is none.
     """
@@ -168,6 +170,7 @@ class Prepared:
     views: Views
     states: TeacherStates
     trials: tuple[Trial, ...]
+    pruning_trials: tuple[Trial, ...]
     step_size: float
     refinement_steps: int
 
@@ -192,8 +195,10 @@ def prepare(
         timer: Takes the time of the stages.
         progress: Told after each trial.
     """
-    recovery = config.reconstruction
+    recovery, adapter = config.reconstruction, adapter_for(teacher)
     steps = num_steps(teacher, recovery)
+    space, searches = search_space(teacher, config), _searches(planned, config)
+    prunable = flat(space.prunable) if searches else ()
     with timer("views"):
         if steps:
             views = draw_views(
@@ -203,22 +208,29 @@ def prepare(
         else:
             views = draw_views(teacher, images, recovery, config.seed)
         steps = steps if bool(views.held_out.any()) else 0
-        states = TeacherStates(teacher, views, recovery.batch_size, keep_output=steps > 0, progress=progress)
+        states = TeacherStates(
+            teacher, views, recovery.batch_size, prunable=prunable, keep_output=steps > 0, progress=progress
+        )
         image_sets = [metric_set.images]
         if config.metric == "mimicking" and bool(views.held_out.any()):
             image_sets.append(views.images[views.held_out][:HELD_OUT_VIEWS])
         metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
     with timer("ranking"):
-        tried, equal = {}, search_space(teacher, config).equal
+        cuts = {}
         for block in planned.candidates:
-            hidden = adapter_for(teacher).hidden_features(teacher, block)
-            tried[block] = round((1 - planned.drop_ratio) * hidden)
-            if not equal or _searches(planned, config, steps):  # in the middle of what the search may choose
-                tried[block] = min(max(tried[block], hidden // 8), hidden // 2)
-        trials, kept = rank_reconstructed(teacher, states, metric, tried, config, progress=progress)
+            hidden = adapter.hidden_features(teacher, block)
+            tried = round((1 - planned.drop_ratio) * hidden)
+            if searches:  # in the middle of what the search may choose
+                tried = min(max(tried, hidden // 8), hidden // 2)
+            cuts[block] = Cut(tried)
+        trials, kept = rank_reconstructed(teacher, states, metric, cuts, config, progress=progress)
+        pruned = {block: Cut(3 * adapter.hidden_features(teacher, block) // 8, attention=True) for block in prunable}
+        pruning_trials, _ = rank_reconstructed(
+            teacher, states, metric, pruned, config, progress=progress, stage="pruning trials"
+        )
     with timer("step size"):
         step_size = _step_size(teacher, states, trials, kept, config, progress) if recovery.epochs else 0.0
-    return Prepared(teacher, views, states, trials, step_size, steps)
+    return Prepared(teacher, views, states, trials, pruning_trials, step_size, steps)
 
 
 def compress_prepared(
@@ -244,10 +256,10 @@ def compress_prepared(
     """
     steps = prepared.refinement_steps if refinement_steps is None else refinement_steps
     with timer("compression"):
-        chosen, hidden_features = _structure(prepared, planned, config)
-        blocks = tuple(hidden_features)
+        chosen, cuts = _structure(prepared, planned, config)
+        blocks = tuple(cuts)
         student, kept, reconstructions = reconstruct_blocks(
-            prepared.teacher, prepared.views, prepared.states, hidden_features, config, prepared.step_size,
+            prepared.teacher, prepared.views, prepared.states, cuts, config, prepared.step_size,
             refit=steps == 0, progress=progress,
         )  # fmt: skip
     refinement = None
@@ -261,60 +273,54 @@ def compress_prepared(
             )  # fmt: skip
     chosen = replace(chosen, blocks=blocks, kept_nodes={block: kept[block] for block in blocks})
     return Outcome(
-        student, chosen, prepared.trials, prepared.step_size, reconstructions=reconstructions, refinement=refinement
+        student, chosen, prepared.trials, prepared.step_size,
+        pruning_trials=prepared.pruning_trials, reconstructions=reconstructions, refinement=refinement,
+    )  # fmt: skip
+
+
+def _searches(planned: Plan, config: CompressionConfig) -> bool:
+    """Whether the structure is searched: only costs that add up can be."""
+    return searched(config) and planned.budget.unit in ADDITIVE
+
+
+def _structure(prepared: Prepared, planned: Plan, config: CompressionConfig) -> tuple[Plan, dict[int, Cut]]:
+    """The plan that is followed, and what each block that is cut keeps, best first."""
+    compressed, pruned = (
+        {t.block: t.recoverability for t in trials if t.recoverability is not None}
+        for trials in (prepared.trials, prepared.pruning_trials)
     )
-
-
-def _searches(planned: Plan, config: CompressionConfig, refinement_steps: int) -> bool:
-    """Whether the structure of equal blocks is searched; that of unequal ones always is.
-
-    Trials tell which is best only if what they show is what comes out; and only costs that add up can be searched.
-    """
-    return config.structure == "searched" and refinement_steps == 0 and planned.budget.unit in ADDITIVE
-
-
-def _structure(prepared: Prepared, planned: Plan, config: CompressionConfig) -> tuple[Plan, dict[int, int]]:
-    """The plan that is followed, and the hidden nodes that each block to be compressed keeps, best first."""
-    profiles = {t.block: t.recoverability for t in prepared.trials if t.recoverability is not None}
-    closed_form = len(profiles) == len(prepared.trials)
-    if not search_space(prepared.teacher, config).equal:
-        if not closed_form:  # then a block is presumed to lose twice as much without any hidden node as with all
-            hidden = {
-                t.block: adapter_for(prepared.teacher).hidden_features(prepared.teacher, t.block)
-                for t in prepared.trials
-            }
-            profiles = {
-                t.block: Recoverability((0, hidden[t.block]), (2 * t.metric_loss, t.metric_loss))
-                for t in prepared.trials
-            }
-        return search(prepared.teacher, planned, profiles, config)
-    if not closed_form:
-        ordered = [trial.block for trial in prepared.trials]
-    elif _searches(planned, config, prepared.refinement_steps):
-        return search(prepared.teacher, planned, profiles, config)
-    else:
-        ordered = sorted(profiles, key=lambda block: (profiles[block].loss(planned.hidden_features), block))
-    return planned, dict.fromkeys(ordered[: planned.num_blocks], planned.hidden_features)
+    closed_form = len(compressed) == len(prepared.trials)
+    if not closed_form and not search_space(prepared.teacher, config).equal:
+        # Then a block is presumed to lose twice as much without any hidden node as with all.
+        for trial in prepared.trials:
+            hidden = adapter_for(prepared.teacher).hidden_features(prepared.teacher, trial.block)
+            compressed[trial.block] = Recoverability((0, hidden), (2 * trial.metric_loss, trial.metric_loss))
+    if len(compressed) == len(prepared.trials) and _searches(planned, config):
+        return search(prepared.teacher, planned, compressed, pruned, config)
+    ordered = [trial.block for trial in prepared.trials]
+    if closed_form:
+        ordered.sort(key=lambda block: (compressed[block].loss(planned.hidden_features), block))
+    return planned, dict.fromkeys(ordered[: planned.num_blocks], Cut(planned.hidden_features))
 
 
 def reconstruct_blocks(
     teacher: nn.Module,
     views: Views,
     states: TeacherStates,
-    hidden_features: Mapping[int, int],
+    cuts: Mapping[int, Cut],
     config: CompressionConfig,
     step_size: float,
     *,
     refit: bool = True,
     progress: Progress = silent,
 ) -> tuple[nn.Module, dict[int, tuple[int, ...]], tuple[Reconstruction, ...]]:
-    """Compress blocks of a copy of the teacher, front to back, each on what the ones before it give.
+    """Cut blocks of a copy of the teacher, front to back, each on what the ones before it give.
 
     Args:
         teacher: The original, frozen.
         views: The images that blocks are reconstructed on.
         states: The teacher's tokens for them.
-        hidden_features: How many hidden nodes each block keeps, by block.
+        cuts: What each block keeps.
         config: Its `recovery` must be a `ReconstructionConfig`.
         step_size: Of the gradient steps.
         refit: Learn from the held-out images too once they have judged; not if they are to judge again.
@@ -328,21 +334,33 @@ def reconstruct_blocks(
     adapter = adapter_for(student)
     batches = [adapter.embed(teacher, images) for images in views.images.split(recovery.batch_size)]
     at, kept, reports = 0, {}, []
-    progress("reconstruction", 0, len(hidden_features), None)
-    for done, block in enumerate(sorted(hidden_features), 1):
+    progress("reconstruction", 0, len(cuts), None)
+    for done, block in enumerate(sorted(cuts), 1):
         with torch.no_grad():
             batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
         at = block
-        given = (adapter.as_tokens(adapter.prepare(student, tokens, block)) for tokens in batches)
+        given = (_given(student, tokens, block, cuts[block]) for tokens in batches)
         rows = states.rows(block, views.rows_of_all(given))
         kept[block], report = reconstruct_block(
-            student, block, hidden_features[block], rows, recovery,
+            student, block, cuts[block], rows, recovery,
             step_size=step_size, epochs=recovery.epochs, refit=refit,
             seed=derive_seed(config.seed, "reconstruction", block), impl=config.impl,
         )  # fmt: skip
         reports.append(report)
-        progress("reconstruction", done, len(hidden_features), report.error_after)
+        progress("reconstruction", done, len(cuts), report.error_after)
     return student, kept, tuple(reports)
+
+
+@torch.no_grad()
+def _given(student: nn.Module, state: Tensor, block: int, cut: Cut) -> Tensor:
+    """What is fitted to the teacher's block gets these tokens `[B, N, D]`: the block's, or its MLP's."""
+    adapter = adapter_for(student)
+    state = adapter.prepare(student, state, block)
+    if cut.attention:
+        halves = adapter.halves(student, block)
+        assert halves is not None
+        state = halves[0](state)
+    return adapter.as_tokens(state)
 
 
 def compress_blocks(
@@ -465,7 +483,7 @@ def _step_size(
     """The step size of reconstruction, found on the candidate of median metric loss."""
     block = trials[len(trials) // 2].block
     return find_step_size(
-        teacher, block, len(kept[block]), states.rows(block).thinned(), config.reconstruction,
+        teacher, block, Cut(len(kept[block])), states.rows(block).thinned(), config.reconstruction,
         kept=kept[block], seed=derive_seed(config.seed, "step size"), impl=config.impl, progress=progress,
     )  # fmt: skip
 
@@ -542,6 +560,7 @@ def _report(
         mimic_loss=float(mimic_loss(*(output_tokens(m, images.normalised, batch_size) for m in (student, teacher)))),
         learning_rate=outcome.learning_rate,
         trials=outcome.trials,
+        pruning_trials=outcome.pruning_trials,
         reconstructions=outcome.reconstructions,
         refinement=outcome.refinement,
         steps=outcome.steps,

@@ -3,7 +3,7 @@
 Its front matter is what the Hugging Face hub reads: https://huggingface.co/docs/hub/model-cards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
@@ -74,16 +74,16 @@ def _front_matter(license_: str | None, base_model: str | None, task: str) -> Mo
     )
 
 
-def cut_kind(result: Mapping[str, Any]) -> Literal["compressed", "pruned", "dropped"]:
-    """What a model's blocks lost: attention and hidden nodes, hidden nodes alone, or everything.
+def cut_kind(result: Mapping[str, Any]) -> Literal["compressed", "pruned", "mixed", "dropped"]:
+    """What a model's blocks lost: attention and hidden nodes, hidden nodes alone, some this and some that, or all.
 
     Args:
         result: What `result.json` holds.
     """
-    plan, after = result["plan"], result["report"].get("blocks_after")
-    if not plan["kept_nodes"]:
+    cut, pruned = result["plan"]["kept_nodes"], result["plan"].get("pruned", ())
+    if not cut:
         return "dropped"
-    return "pruned" if after and all(after[int(block)]["attention"] for block in plan["kept_nodes"]) else "compressed"
+    return "compressed" if not pruned else "pruned" if len(pruned) == len(cut) else "mixed"
 
 
 def _what(result: Mapping[str, Any]) -> str:
@@ -95,16 +95,23 @@ def _what(result: Mapping[str, Any]) -> str:
     )
     if report.get("method", "dcvit") != "dcvit":
         made += f" with the method {report['method']}"
-    these = f"{'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))} (counted from 0)"
     if cut_kind(result) == "dropped":
-        return f"{made}: without the {these}.\n"
+        return f"{made}: without the {_named(blocks)}.\n"
     left = sorted({len(nodes) for nodes in plan["kept_nodes"].values()})
     nodes = f"{plan['hidden_features']} hidden nodes of the MLP are left"
     if len(left) > 1:
         nodes = f"on average {nodes} ({left[0]} to {left[-1]})"
-    if cut_kind(result) == "pruned":
-        return f"{made}: attention stays; of the {these} {nodes}.\n"
-    return f"{made}: without the attention of {these}, where {nodes}.\n"
+    without = [block for block in blocks if block not in plan.get("pruned", ())]
+    if not without:
+        return f"{made}: attention stays; of the {_named(blocks)} {nodes}.\n"
+    if len(without) == len(blocks):
+        return f"{made}: without the attention of {_named(blocks)}, where {nodes}.\n"
+    return f"{made}: without the attention of {_named(without)}; of the {_named(blocks)} {nodes}.\n"
+
+
+def _named(blocks: Sequence[int]) -> str:
+    """Blocks in words."""
+    return f"{'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))} (counted from 0)"
 
 
 def _images(preprocessing: Mapping[str, Any]) -> str:

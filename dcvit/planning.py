@@ -11,8 +11,9 @@ the number kept is rounded down: a budget is an upper bound, met to within one h
 r_d = 1 none is left, and a compressed block adds a constant to its input; so the budgets that dropping whole blocks can
 meet are met in the same way.
 
-They presume blocks of one size. Where sizes differ (Swin, CNNs), which blocks are compressed decides how many must be,
-so the structure is searched (`dcvit.structure`), and a plan made before that only shows that there is one.
+They presume blocks of one size, and that each loses its attention. Where the structure is searched (`dcvit.structure`)
+a block may also keep its attention and lose hidden nodes only, and sizes may differ (Swin, CNNs). What a structure
+loses only trials tell, so a plan made before them shows that the budget can be met, not how it will be.
 
 The peak of activation memory is no sum over blocks, so there the structure is searched. Latency is measured, see
 `dcvit.latency_planning`.
@@ -26,16 +27,27 @@ from typing import Any
 
 from torch import nn
 
-from dcvit.config import CompressionConfig, MimickingConfig
+from dcvit.config import CompressionConfig, ReconstructionConfig
 from dcvit.costs import MAC_CONVENTIONS, BlockCost, Cost, MacConvention, ModelCost, file_size
 from dcvit.errors import BudgetError
 from dcvit.latency_model import PlannedLatency
 from dcvit.memory import trace_activation_memory
 from dcvit.models import adapter_for, require_supported
-from dcvit.structure import Part, Recoverability, search_structure, search_unequal_structure
+from dcvit.structure import Cut, Part, Recoverability, Way, search_structure
 from dcvit.surgery import unrecovered
 
-__all__ = ["ADDITIVE", "UNITS", "Budget", "Plan", "SearchSpace", "choose_candidates", "plan", "search", "search_space"]
+__all__ = [
+    "ADDITIVE",
+    "UNITS",
+    "Budget",
+    "Plan",
+    "SearchSpace",
+    "choose_candidates",
+    "plan",
+    "search",
+    "search_space",
+    "searched",
+]
 
 
 UNITS = ("macs", "params", "file_size", "activation_memory", "latency", "latency_ms")
@@ -165,13 +177,14 @@ class Plan:
     Attributes:
         budget: The budget that is met.
         target: The budget as an absolute number: MACs per image, parameters, bytes or milliseconds.
-        num_blocks: k, how many blocks are compressed.
-        hidden_features: Hidden nodes that each compressed block keeps; where they differ, their mean, rounded down.
-        drop_ratio: r_d, the share of the compressed blocks' hidden nodes that is dropped.
-        candidates: The blocks among which the k are chosen, from 0.
+        num_blocks: k, how many blocks are cut: compressed, or pruned.
+        hidden_features: Hidden nodes that each of them keeps; where they differ, their mean, rounded down.
+        drop_ratio: r_d, the share of their hidden nodes that is dropped.
+        candidates: The blocks among which those without attention are chosen, from 0.
         cost: What the compressed model will cost.
         blocks: The chosen blocks in the order of compression, best first; empty until ranked.
         kept_nodes: For each chosen block, the indices of the hidden nodes kept, ascending.
+        pruned: Those of `blocks` that keep their attention, ascending.
         latency: What was measured to meet a latency budget; `None` for the others.
     """
 
@@ -184,6 +197,7 @@ class Plan:
     cost: Cost
     blocks: tuple[int, ...] = ()
     kept_nodes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    pruned: tuple[int, ...] = ()
     latency: PlannedLatency | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,6 +216,7 @@ class Plan:
             },
             "blocks": list(self.blocks),
             "kept_nodes": {str(block): list(nodes) for block, nodes in self.kept_nodes.items()},
+            "pruned": list(self.pruned),
             "latency": None if self.latency is None else self.latency.to_dict(),
         }
 
@@ -218,6 +233,7 @@ class Plan:
             cost=Cost(**values["cost"]),
             blocks=tuple(values["blocks"]),
             kept_nodes={int(block): tuple(nodes) for block, nodes in values["kept_nodes"].items()},
+            pruned=tuple(values.get("pruned", ())),
             latency=None if values.get("latency") is None else PlannedLatency.from_dict(values["latency"]),
         )
 
@@ -246,7 +262,7 @@ def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = No
     if budget.unit == "activation_memory":
         return _plan_activation_memory(model, budget, space)
     if not space.equal:
-        return _plan_unequal(model, budget, space, config)
+        return _plan_searched(model, budget, space, config)
     block = space.block
     amount, beyond = _linear_unit(model, budget, space.cost)
     original = amount(space.cost.total) + beyond
@@ -270,6 +286,8 @@ def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = No
         if not kept:  # the budget asks for that
             return space.plan(budget, target, k, 0)
         too_few = too_few or (k, kept)
+    if space.prunable:
+        return _plan_searched(model, budget, space, config)
     if too_few is not None:
         k, kept = too_few
         raise BudgetError(
@@ -287,6 +305,7 @@ class SearchSpace:
         cost: Of the original.
         candidates: The blocks among which the k are chosen, from 0.
         groups: The candidates, those together that are compressed together.
+        prunable: Likewise the blocks that may keep their attention and lose hidden nodes only.
         counts: The k allowed.
         round_to: Kept nodes are a multiple of it.
     """
@@ -294,6 +313,7 @@ class SearchSpace:
     cost: ModelCost
     candidates: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
+    prunable: tuple[tuple[int, ...], ...]
     counts: Sequence[int]
     round_to: int
 
@@ -318,37 +338,65 @@ class SearchSpace:
             )
         return self.cost.blocks[self.candidates[0]]
 
-    def parts(self, amount: Callable[[Cost], int], profiles: Mapping[int, Recoverability]) -> list[Part]:
-        """What can be compressed on its own, for `search_unequal_structure`.
+    def parts(
+        self,
+        amount: Callable[[Cost], int],
+        compressed: Mapping[int, Recoverability],
+        pruned: Mapping[int, Recoverability],
+    ) -> list[Part]:
+        """What can be cut on its own, for `search_structure`.
 
         Args:
             amount: What a part takes of the budget's unit.
-            profiles: What each candidate would lose.
+            compressed: What each candidate would lose without its attention.
+            pruned: What each block would lose with it, of those that may be pruned and of which it is known.
         """
         found = []
-        for group in self.groups:
-            block, nodes = self.cost.blocks[group[0]], profiles[group[0]].nodes
-            losses = tuple(sum(profiles[b].loss(kept) for b in group) for kept in nodes)
-            attention, node = len(group) * amount(block.attention), len(group) * amount(block.hidden_node)
-            found.append(Part(group, attention, node, Recoverability(nodes, losses)))
+        for group in sorted({*self.groups, *self.prunable}):
+            of = self.cost.blocks[group[0]]
+            ways = []
+            for attention, profiles in ((False, compressed), (True, pruned)):
+                if group in (self.prunable if attention else self.groups) and all(b in profiles for b in group):
+                    nodes = profiles[group[0]].nodes
+                    losses = tuple(sum(profiles[b].loss(kept) for b in group) for kept in nodes)
+                    saving = 0 if attention else len(group) * amount(of.attention)
+                    ways.append(Way(attention, saving, Recoverability(nodes, losses)))
+            if ways:
+                found.append(Part(group, len(group) * amount(of.hidden_node), tuple(ways)))
         return found
 
-    def cost_of(self, kept: Mapping[int, int]) -> Cost:
-        """What a model costs whose compressed blocks keep so many hidden nodes."""
+    def parts_alike(self, amount: Callable[[Cost], int]) -> list[Part]:
+        """The same, were all blocks alike to lose."""
+        blocks = enumerate(self.cost.blocks)
+        alike = {block: Recoverability((0, of.hidden_features), (1.0, 1.0)) for block, of in blocks}
+        return self.parts(amount, alike, alike)
+
+    def savings(self, amount: Callable[[Cost], int]) -> tuple[int, int]:
+        """The least that a cut of one part can save, and the most that cuts of all can."""
+        parts = self.parts_alike(amount)
+        # Of a block that is pruned that is one hidden node.
+        least = min(part.node if way.attention else way.saving for part in parts for way in part.ways)
+        return least, sum(part.saving(part.smallest) for part in parts)
+
+    def cost_of(self, cuts: Mapping[int, Cut]) -> Cost:
+        """What a model costs of which some blocks are cut."""
         total = self.cost.total
-        for block, nodes in kept.items():
+        for block, cut in cuts.items():
             of = self.cost.blocks[block]
-            total -= of.attention + of.hidden_node * (of.hidden_features - nodes)
+            total -= of.hidden_node * (of.hidden_features - cut.hidden_features)
+            total -= Cost() if cut.attention else of.attention
         return total
 
-    def fields(self, kept: Mapping[int, int]) -> dict[str, Any]:
+    def fields(self, cuts: Mapping[int, Cut]) -> dict[str, Any]:
         """What a `Plan` says of a structure."""
-        left, hidden = sum(kept.values()), sum(self.cost.blocks[block].hidden_features for block in kept)
+        left = sum(cut.hidden_features for cut in cuts.values())
+        hidden = sum(self.cost.blocks[block].hidden_features for block in cuts)
         return {
-            "num_blocks": len(kept),
-            "hidden_features": left // len(kept),
+            "num_blocks": len(cuts),
+            "hidden_features": left // len(cuts),
             "drop_ratio": (hidden - left) / hidden,
-            "cost": self.cost_of(kept),
+            "cost": self.cost_of(cuts),
+            "pruned": tuple(sorted(block for block, cut in cuts.items() if cut.attention)),
         }
 
     @property
@@ -402,63 +450,67 @@ def search_space(model: nn.Module, config: CompressionConfig) -> SearchSpace:
     if config.round_to > fewest:
         raise BudgetError(f"round_to={config.round_to}: a block has only {fewest} hidden nodes; pass a smaller one.")
     chosen = tuple(group for group in groups if group[0] in candidates)
-    return SearchSpace(cost, candidates, chosen, counts, config.round_to)
+    prunable: tuple[tuple[int, ...], ...] = ()
+    if searched(config) and config.num_blocks is None:
+        prunable = tuple(
+            group
+            for group in (groups if config.candidates is None else chosen)
+            if all(adapter.halves(model, block) is not None for block in group)
+        )
+    return SearchSpace(cost, candidates, chosen, prunable, counts, config.round_to)
+
+
+def searched(config: CompressionConfig) -> bool:
+    """Whether a config leaves the structure to a search; mimicking has no trials that could guide it."""
+    return config.structure == "searched" and isinstance(config.recovery, ReconstructionConfig)
 
 
 def search(
-    model: nn.Module, fewest: Plan, profiles: Mapping[int, Recoverability], config: CompressionConfig
-) -> tuple[Plan, dict[int, int]]:
-    """The structure of least metric loss that meets a plan's budget: which blocks, and how many nodes each keeps.
+    model: nn.Module,
+    planned: Plan,
+    compressed: Mapping[int, Recoverability],
+    pruned: Mapping[int, Recoverability],
+    config: CompressionConfig,
+) -> tuple[Plan, dict[int, Cut]]:
+    """The structure of least metric loss that meets a plan's budget: which blocks are cut, and what each keeps.
 
     Args:
         model: The original model.
-        fewest: What `plan` says for it; its budget is one of `ADDITIVE`.
-        profiles: What each candidate would lose, by the nodes that it keeps.
+        planned: What `plan` says for it; its budget is one of `ADDITIVE`.
+        compressed: What each candidate would lose without its attention, by the nodes that it keeps.
+        pruned: What each block would lose with its attention.
         config: Its `num_blocks` fixes the number of blocks, its `round_to` the numbers of nodes.
 
     Returns:
-        The plan, and the hidden nodes that each compressed block keeps, by block, best first.
+        The plan, and what each block that is cut keeps, best first.
     """
     space = search_space(model, config)
-    cost = space.cost
-    amount, beyond = _linear_unit(model, fewest.budget, cost)
-    saving = math.ceil(beyond + amount(cost.total) - fewest.target)
-    if not space.equal:
-        parts = space.parts(amount, profiles)
-        kept = search_unequal_structure(parts, saving, num_blocks=config.num_blocks, round_to=config.round_to)
-        return replace(fewest, **space.fields(kept)), kept
-    block = space.block
-    counts = [k for k in space.counts if k >= fewest.num_blocks]
-    kept = search_structure(
-        profiles, saving, amount(block.attention), amount(block.hidden_node), counts, round_to=config.round_to
-    )
-    return replace(fewest, **space.fields(kept)), kept
+    amount, beyond = _linear_unit(model, planned.budget, space.cost)
+    saving = math.ceil(beyond + amount(space.cost.total) - planned.target)
+    parts = space.parts(amount, compressed, pruned)
+    cuts = search_structure(parts, saving, num_blocks=config.num_blocks, round_to=config.round_to)
+    return replace(planned, **space.fields(cuts)), cuts
 
 
-def _plan_unequal(model: nn.Module, budget: Budget, space: SearchSpace, config: CompressionConfig) -> Plan:
+def _plan_searched(model: nn.Module, budget: Budget, space: SearchSpace, config: CompressionConfig) -> Plan:
     """A structure that meets the budget, were all blocks alike to lose."""
     amount, beyond = _linear_unit(model, budget, space.cost)
     original = amount(space.cost.total) + beyond
     target = budget.target_of(original)
-    if config.structure != "searched" or isinstance(config.recovery, MimickingConfig):
+    if not searched(config):
         _ = space.block  # says what to do
-    alike = {
-        block: Recoverability((0, space.cost.blocks[block].hidden_features), (1.0, 1.0)) for block in space.candidates
-    }
-    parts = space.parts(amount, alike)
-    lowest = original - sum(part.saving(0) for part in parts)
-    highest = original - min(part.attention for part in parts)
+    parts = space.parts_alike(amount)
+    least, most = space.savings(amount)
+    lowest, highest = original - most, original - least
     if lowest <= target <= highest:
         try:
-            kept = search_unequal_structure(
-                parts, original - target, num_blocks=config.num_blocks, round_to=config.round_to
-            )
+            cuts = search_structure(parts, original - target, num_blocks=config.num_blocks, round_to=config.round_to)
         except ValueError as error:
             raise BudgetError(
                 f"num_blocks={config.num_blocks}: {budget.unit}={budget.value!r} cannot be met by as many of the "
                 f"candidates {list(space.candidates)}. Leave it out, or pass another number."
             ) from error
-        return Plan(budget=budget, target=target, candidates=space.candidates, **space.fields(kept))
+        return Plan(budget=budget, target=target, candidates=space.candidates, **space.fields(cuts))
     raise BudgetError(_out_of_range(budget, original, target, [(lowest, highest)], space))
 
 

@@ -29,7 +29,7 @@ from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Reconstruction, TeacherStates, error_curve, reconstruct_block
 from dcvit.recovery import Candidate, Recovery, Selection, recover_together, updated_parameters
 from dcvit.seeding import derive_seed
-from dcvit.structure import Recoverability
+from dcvit.structure import Cut, Recoverability
 from dcvit.surgery import compress_block, draw_kept_nodes, share_parameters
 
 __all__ = ["RUNGS", "Ranking", "Trial", "rank", "rank_reconstructed", "run_trials"]
@@ -187,12 +187,13 @@ def rank_reconstructed(
     teacher: nn.Module,
     states: TeacherStates,
     metric: Metric,
-    hidden_features: Mapping[int, int],
+    cuts: Mapping[int, Cut],
     config: CompressionConfig,
     *,
     progress: Progress = silent,
+    stage: str = "trials",
 ) -> tuple[tuple[Trial, ...], dict[int, tuple[int, ...]]]:
-    """Reconstruct each candidate block alone, in closed form, and sort by metric loss.
+    """Cut each candidate block alone, reconstruct it in closed form, and sort by metric loss.
 
     What a block would lose at another size is its metric loss in proportion to what the closed form misses there.
 
@@ -200,9 +201,10 @@ def rank_reconstructed(
         teacher: The original, frozen.
         states: The teacher's tokens for the images that blocks are reconstructed on.
         metric: What the candidates are ranked by.
-        hidden_features: The blocks to try, and how many hidden nodes each keeps.
+        cuts: The blocks to try, and what each keeps; those with attention must be prunable in `states`.
         config: Its `recovery` must be a `ReconstructionConfig`.
         progress: Told after each trial.
+        stage: What these trials are called there.
 
     Returns:
         The trials, best first, and the hidden nodes that each kept, by block.
@@ -210,21 +212,22 @@ def rank_reconstructed(
     recovery = config.reconstruction
     trials: list[Trial] = []
     kept: dict[int, tuple[int, ...]] = {}
-    progress("trials", 0, len(hidden_features), None)
-    for block, count in hidden_features.items():
+    progress(stage, 0, len(cuts), None)
+    for block, cut in cuts.items():
         start = time.perf_counter()
-        rows, seed = states.rows(block).thinned(), derive_seed(config.seed, "trial", block)
+        rows = states.take_mlp_rows(block) if cut.attention else states.rows(block).thinned()
+        seed, count = derive_seed(config.seed, "trial", block), cut.hidden_features
         order, errors = error_curve(teacher, block, rows, recovery, seed)
         student = copy.deepcopy(teacher)
         kept[block], reconstruction = reconstruct_block(
-            student, block, count, rows, recovery,
+            student, block, cut, rows, recovery,
             kept=order[:count] if count <= len(order) else None,
             step_size=0.0, epochs=0, refit=False, seed=seed, impl=config.impl,
         )  # fmt: skip
         loss = metric.loss(student, block)
         profile = _in_proportion(errors, count, loss) if errors else None
         trials.append(Trial(block, loss, None, reconstruction, time.perf_counter() - start, profile))
-        progress("trials", len(trials), len(hidden_features), loss)
+        progress(stage, len(trials), len(cuts), loss)
     return _best_first(trials), kept
 
 

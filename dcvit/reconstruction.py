@@ -12,6 +12,9 @@ gradients:
    attention computed. The epoch that is best on the held-out images is kept, the closed form if none is better.
 4. W₂ and b₂ once more in closed form, now on all images, anchored at what the steps found.
 
+A block that is pruned keeps its attention, and only nodes go. Then x is what its attention gives, on the student's own
+tokens, and its MLP is reconstructed in just the same way.
+
 As in BRECQ (arXiv 2102.05426, block reconstruction for quantisation), with the closed form of CORP (arXiv 2602.05243)
 and ReplaceMe (arXiv 2505.02819). Blocks are reconstructed front to back on the student's own activations, so that each
 also makes good what the ones before it got wrong.
@@ -19,7 +22,7 @@ also makes good what the ones before it got wrong.
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -35,6 +38,7 @@ from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_c
 from dcvit.progress import Progress, silent
 from dcvit.regression import NormalEquations, best_ridge, select_inputs
 from dcvit.seeding import seeded
+from dcvit.structure import Cut
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 
 __all__ = [
@@ -94,6 +98,15 @@ class Views:
         places = self.places(tokens.shape[1], views)
         return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
 
+    def few_rows(self, tokens: Tensor, views: slice) -> Tensor:
+        """Of the chosen tokens of some views those that `Rows.thinned` leaves of all, `[·, D]`."""
+        rows = self.rows(tokens, views)
+        of_each = len(rows) // len(tokens)
+        if of_each * len(self.images) <= FEW_ROWS:
+            return rows
+        few = _few(of_each * len(self.images)) - of_each * views.start
+        return rows[few[(few >= 0) & (few < len(rows))].to(rows.device)]
+
     def rows_of_all(self, batches: Iterable[Tensor]) -> Tensor:
         """The chosen tokens `[V·S, D]` of all views, whose tokens come in batches: only one need be there at a time."""
         first, chosen = 0, []
@@ -121,10 +134,14 @@ class Rows:
         """At most `FEW_ROWS` of them, drawn at random but always the same."""
         if len(self.given) <= FEW_ROWS:
             return self
-        # Not every n-th: that could leave out all rows that are held out.
-        order = torch.randperm(len(self.given), generator=torch.Generator().manual_seed(0))
-        some = order[:FEW_ROWS].sort().values.to(self.given.device)
+        some = _few(len(self.given)).to(self.given.device)
         return Rows(self.given[some], self.wanted[some], self.held_out[some])
+
+
+def _few(count: int) -> Tensor:
+    """Which `FEW_ROWS` of more rows are enough, ascending."""
+    # Not every n-th: that could leave out all rows that are held out.
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:FEW_ROWS].sort().values
 
 
 @dataclass(frozen=True)
@@ -161,6 +178,7 @@ class TeacherStates:
         teacher: The original.
         views: The images.
         batch_size: Images a pass.
+        prunable: The blocks of which `mlp_rows` will be asked.
         keep_output: Whether to keep the output tokens of all views, which `output` then holds, `[V, N, D]`.
         progress: Told after each pass.
     """
@@ -171,6 +189,7 @@ class TeacherStates:
         views: Views,
         batch_size: int,
         *,
+        prunable: Collection[int] = (),
         keep_output: bool = False,
         progress: Progress = silent,
     ) -> None:
@@ -179,6 +198,8 @@ class TeacherStates:
         self._held_out = views.held_out
         given: list[list[Tensor]] = [[] for _ in range(depth)]
         wanted: list[list[Tensor]] = [[] for _ in range(depth)]
+        halves = {block: found for block in prunable if (found := adapter.halves(teacher, block)) is not None}
+        between: dict[int, list[Tensor]] = {block: [] for block in halves}
         outputs: list[Tensor] = []
         count = len(views.images)
         progress("views", 0, count, None)
@@ -193,7 +214,13 @@ class TeacherStates:
                     if prepared is not state:
                         rows = views.rows(adapter.as_tokens(prepared), part)
                     given[block].append(rows)
-                    state = adapter.run_blocks(teacher, state, block, block + 1)
+                    if block in halves:
+                        attention, mlp = halves[block]
+                        middle = attention(prepared)
+                        between[block].append(views.few_rows(adapter.as_tokens(middle), part))
+                        state = mlp(middle)
+                    else:
+                        state = adapter.run_blocks(teacher, state, block, block + 1)
                     rows = views.rows(adapter.as_tokens(state), part)
                     wanted[block].append(rows)
                 if keep_output:
@@ -205,6 +232,7 @@ class TeacherStates:
             else torch.cat(given[block])
             for block in range(depth)
         ]  # fmt: skip
+        self._between = {block: torch.cat(parts) for block, parts in between.items()}
         self.output = torch.cat(outputs) if keep_output else None
 
     def rows(self, block: int, given: Tensor | None = None) -> Rows:
@@ -217,6 +245,15 @@ class TeacherStates:
         wanted = self._wanted[block]
         held_out = self._held_out.repeat_interleave(len(wanted) // len(self._held_out))
         return Rows(self._given[block] if given is None else given, wanted, held_out)
+
+    def take_mlp_rows(self, block: int) -> Rows:
+        """The equations of the MLP of a prunable block alone, thinned; they are given up, so that nothing holds them.
+
+        Raises:
+            KeyError: If the block was not named as prunable, or its equations are taken.
+        """
+        given, rows = self._between.pop(block), self.rows(block).thinned()
+        return Rows(given, rows.wanted, rows.held_out)
 
 
 def draw_views(
@@ -257,7 +294,7 @@ def draw_views(
 def reconstruct_block(
     student: nn.Module,
     block: int,
-    hidden_features: int,
+    cut: Cut,
     rows: Rows,
     config: ReconstructionConfig,
     *,
@@ -268,13 +305,13 @@ def reconstruct_block(
     seed: int = 0,
     impl: Impl = "auto",
 ) -> tuple[tuple[int, ...], Reconstruction]:
-    """Compress a block of a student, in place, and let it reproduce what the teacher's block gives.
+    """Cut a block of a student, in place, and let it reproduce what the teacher's block gives.
 
     Args:
         student: Any cut of the teacher in which the block is whole; nothing but that block changes.
         block: The block, from 0.
-        hidden_features: How many hidden nodes stay.
-        rows: The block's equations.
+        cut: What stays.
+        rows: The block's equations; of its MLP where attention stays.
         config: How.
         kept: The hidden nodes that stay, where they are chosen already.
         step_size: Of the gradient steps, see `ReconstructionConfig.step_sizes`.
@@ -287,16 +324,19 @@ def reconstruct_block(
         The hidden nodes kept, ascending, and how it went.
     """
     adapter = adapter_for(student)
-    chosen = choose_nodes(student, block, hidden_features, rows, config, seed) if kept is None else kept
+    chosen = choose_nodes(student, block, cut.hidden_features, rows, config, seed) if kept is None else kept
     kept = tuple(sorted(chosen))
-    adapter.compress_block(student, block, kept)
+    if cut.attention:
+        adapter.prune_block(student, block, kept)
+    else:
+        adapter.compress_block(student, block, kept)
     choose_impl(student, impl)
     module = _OnTokens(student, block)
     layer = adapter.output_layer(student, block)
     error_before = error_after = _error(module, rows)
     ridge = error_closed_form = None
     judged = bool(rows.held_out.any())
-    steps = epochs if judged and hidden_features else 0
+    steps = epochs if judged and cut.hidden_features else 0
     if layer is not None:
         ridge, error_closed_form = _fit_output_layer(
             module, *layer, rows, on_all=refit and not steps, at_most=error_before
@@ -313,7 +353,7 @@ def reconstruct_block(
 def find_step_size(
     student: nn.Module,
     block: int,
-    hidden_features: int,
+    cut: Cut,
     rows: Rows,
     config: ReconstructionConfig,
     *,
@@ -328,12 +368,12 @@ def find_step_size(
     changed.
     """
     if kept is None:
-        kept = choose_nodes(student, block, hidden_features, rows, config, seed)
+        kept = choose_nodes(student, block, cut.hidden_features, rows, config, seed)
     errors: dict[float, float] = {}
     progress("step sizes", 0, len(config.step_sizes), None)
     for done, step_size in enumerate(config.step_sizes, 1):
         _, report = reconstruct_block(
-            copy.deepcopy(student), block, hidden_features, rows, config,
+            copy.deepcopy(student), block, cut, rows, config,
             kept=kept, step_size=step_size, epochs=1, seed=seed, impl=impl,
         )  # fmt: skip
         errors[step_size] = report.error_after
@@ -351,7 +391,7 @@ def error_curve(
     Args:
         student: Any cut of the teacher in which the block is whole; not changed.
         block: The block, from 0.
-        rows: The block's equations.
+        rows: The block's equations, or those of its MLP if attention is to stay.
         config: How the nodes are chosen.
         seed: Draws random ones.
 
@@ -417,12 +457,13 @@ OutputLayer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 class _OnTokens(nn.Module):
-    """A compressed block of a model, from tokens `[B, N, D]` to tokens, each of which it treats alone."""
+    """A block without attention, or the MLP of one that has it, from tokens `[B, N, D]` to tokens: each alone."""
 
     def __init__(self, model: nn.Module, block: int) -> None:
         super().__init__()
         self._adapter = adapter_for(model)
-        self.block = self._adapter.block(model, block)
+        halves = self._adapter.halves(model, block)
+        self.block = self._adapter.block(model, block) if halves is None else halves[1]
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self._adapter.as_tokens(self.block(self._adapter.from_tokens(tokens)))

@@ -128,6 +128,7 @@ class Report:
         mimic_loss: Final mimicking loss on the few-shot images.
         learning_rate: Given or found: the peak learning rate of the mimicking, or the step size of reconstruction.
         trials: The trial of each candidate block, best first.
+        pruning_trials: Of each block that might keep its attention and lose hidden nodes only, best first.
         reconstructions: How each chosen block was reconstructed, front to back.
         refinement: How the student mimicked after that; `None` if it did not.
         steps: How the published mimicking went after each progressive step; the first is the best trial's.
@@ -162,6 +163,7 @@ class Report:
     blocks_after: tuple[BlockShape, ...] = ()
     method: str = "dcvit"
     base_model: str | None = None
+    pruning_trials: tuple[Trial, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Report":
@@ -172,6 +174,7 @@ class Report:
                 "teacher": ModelFigures(**values["teacher"]),
                 "student": ModelFigures(**values["student"]),
                 "trials": tuple(_trial(trial) for trial in values["trials"]),
+                "pruning_trials": tuple(_trial(trial) for trial in values.get("pruning_trials", ())),
                 "refinement": None if values["refinement"] is None else _refinement(values["refinement"]),
                 "reconstructions": tuple(_reconstruction(block) for block in values["reconstructions"]),
                 "steps": tuple(_recovery(step) for step in values["steps"]),

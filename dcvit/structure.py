@@ -1,36 +1,48 @@
 """Which blocks to compress and how many hidden nodes each of them keeps: the structure, searched.
 
-The published method computes it (`dcvit.planning.plan`): as few blocks as meet the budget, all with the same share of
-hidden nodes. But blocks differ. A trial shows for each what it would lose at any number of nodes (`Recoverability`),
-and as long as losses are small those of different blocks add up. So the best structure is the one of smallest sum that
-meets the budget,
+The published method computes it (`dcvit.planning.plan`): as few blocks as meet the budget lose their attention, and all
+of them the same share of hidden nodes. But blocks differ, and many have hidden nodes that the others nearly determine,
+which can go while attention stays. A trial shows for each block, and for each of the two ways of cutting it, what it
+would lose at any number of nodes (`Recoverability`), and as long as losses are small those of different blocks add up.
+So the best structure is the one of smallest sum that meets the budget,
 
-    min over S and n   Σ_{b ∈ S} loss_b(n_b)   so that   Σ_{b ∈ S} (attention + (H − n_b) · node) ≥ o − p,
+    min over blocks, ways w and nodes n   Σ loss_bw(n_b)   so that   Σ (attention_bw + (H_b − n_b) · node_b) ≥ o − p,
 
-which dynamic programming over the blocks finds: numbers of nodes are multiples of H / 64, and what is left over after
-rounding is given back node by node.
-
-Blocks of one size differ only in the numbers of nodes, which are counted exactly (`search_structure`). Where sizes
-differ, as from stage to stage of a Swin or a CNN, what is counted is what they save (`search_unequal_structure`).
+where attention_bw is what the block's attention takes if it goes, else 0. Dynamic programming over the blocks finds it:
+numbers of nodes are multiples of H / 64, savings are counted in 2048ths of what must be saved, and what is left over
+after rounding is given back node by node.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Part", "Recoverability", "search_structure", "search_unequal_structure"]
+__all__ = ["Cut", "Part", "Recoverability", "Way", "search_structure"]
 
 LEVELS = 64
 """Steps between no hidden node and all of them."""
 
 QUANTA = 2048
-"""Steps between saving nothing and what must be saved, for blocks of different sizes."""
+"""Steps between saving nothing and what must be saved."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a block keeps.
+
+    Attributes:
+        hidden_features: Hidden nodes.
+        attention: Whether attention stays, so that the block is pruned, or goes.
+    """
+
+    hidden_features: int
+    attention: bool = False
 
 
 @dataclass(frozen=True)
 class Recoverability:
-    """What compressing a block alone would cost, by the number of hidden nodes that it keeps.
+    """What cutting a block alone would cost, by the number of hidden nodes that it keeps.
 
     Attributes:
         nodes: Numbers of hidden nodes, ascending, from 0 to all.
@@ -45,188 +57,169 @@ class Recoverability:
         return float(np.interp(kept, self.nodes, self.losses))
 
 
-def search_structure(
-    blocks: Mapping[int, Recoverability],
-    saving: int,
-    attention: int,
-    node: int,
-    counts: Sequence[int],
-    *,
-    round_to: int = 1,
-) -> dict[int, int]:
-    """The structure of least loss that saves enough.
+@dataclass(frozen=True)
+class Way:
+    """One of the ways to cut a part.
 
-    Args:
-        blocks: The candidates, all of the same size.
-        saving: What must be saved, in the budget's unit.
-        attention: What a compressed block saves by its attention.
-        node: What it saves by each hidden node that it drops.
-        counts: How many blocks may be compressed.
-        round_to: Numbers of hidden nodes are multiples of it; a block may keep all of them, too.
-
-    Returns:
-        The hidden nodes that each compressed block keeps, by block: least loss first.
-
-    Raises:
-        ValueError: If none of these numbers of blocks can save as much and no more.
+    Attributes:
+        attention: Whether attention stays.
+        saving: What all its blocks save without dropping a hidden node, in the budget's unit.
+        recoverability: The sum of their losses.
     """
-    hidden = next(iter(blocks.values())).nodes[-1]
-    unit = -(-max(1, hidden // LEVELS) // round_to) * round_to
-    levels = hidden // unit
-    found: list[tuple[float, dict[int, int]]] = []
-    choices = _best_choices(blocks, levels, unit, max(counts))
-    for count in counts:
-        of_nodes = saving - count * attention
-        dropped = -(-of_nodes // node)  # rounded up: the budget is an upper bound
-        if of_nodes < 0 or dropped > count * hidden:
-            continue
-        kept = count * hidden - dropped
-        whole = min(kept // unit, count * levels)
-        structure = _trace(choices, count, whole, unit)
-        left = kept - sum(structure.values())
-        for block in sorted(structure, key=lambda b: structure[b]):
-            more = min(left, hidden - structure[block])
-            more -= 0 if structure[block] + more == hidden else more % round_to
-            structure[block] += more
-            left -= more
-        found.append((sum(blocks[b].loss(n) for b, n in structure.items()), structure))
-    if not found:
-        raise ValueError(f"search_structure: {list(counts)} blocks cannot save {saving}.")
-    _, best = min(found, key=lambda entry: entry[0])
-    return dict(sorted(best.items(), key=lambda entry: (blocks[entry[0]].loss(entry[1]), entry[0])))
+
+    attention: bool
+    saving: int
+    recoverability: Recoverability
 
 
 @dataclass(frozen=True)
 class Part:
-    """Blocks of one size that are compressed together, or not at all.
+    """Blocks of one size that are cut together, or not at all.
 
     Attributes:
         blocks: The blocks; each keeps as many hidden nodes as the others.
-        attention: What all of them save by their attention, in the budget's unit.
-        node: What they save if each drops one hidden node.
-        recoverability: The sum of their losses.
+        node: What they save if each drops one hidden node, in the budget's unit.
+        ways: How they can be cut.
     """
 
     blocks: tuple[int, ...]
-    attention: int
     node: int
-    recoverability: Recoverability
+    ways: tuple[Way, ...]
 
     @property
     def hidden_features(self) -> int:
         """Hidden nodes of each block."""
-        return self.recoverability.nodes[-1]
+        return self.ways[0].recoverability.nodes[-1]
 
-    def saving(self, kept: int) -> int:
-        """What they save in all if each keeps so many hidden nodes."""
-        return self.attention + (self.hidden_features - kept) * self.node
+    @property
+    def smallest(self) -> Cut:
+        """The cut that saves most."""
+        return max(self._of(range(self.hidden_features + 1)), key=self.saving)
+
+    def way(self, cut: Cut) -> Way:
+        """The way of a cut."""
+        return next(way for way in self.ways if way.attention == cut.attention)
+
+    def saving(self, cut: Cut) -> int:
+        """What they save in all by a cut."""
+        return self.way(cut).saving + (self.hidden_features - cut.hidden_features) * self.node
+
+    def loss(self, cut: Cut) -> float:
+        """What they lose in all by a cut."""
+        return self.way(cut).recoverability.loss(cut.hidden_features)
+
+    def cuts(self, round_to: int) -> tuple[Cut, ...]:
+        """Those that are looked at."""
+        hidden = self.hidden_features
+        return tuple(self._of(sorted({*range(0, hidden + 1, _unit(hidden, round_to)), hidden})))
+
+    def _of(self, numbers: Sequence[int]) -> Iterator[Cut]:
+        for way in self.ways:
+            # A pruned block has an MLP, and a smaller one than before.
+            yield from (Cut(n, way.attention) for n in numbers if not way.attention or 0 < n < self.hidden_features)
 
 
-def search_unequal_structure(
+def search_structure(
     parts: Sequence[Part], saving: int, *, num_blocks: int | None = None, round_to: int = 1
-) -> dict[int, int]:
-    """The structure of least loss that saves enough, of blocks that differ in size.
+) -> dict[int, Cut]:
+    """The structure of least loss that saves enough.
 
     Args:
         parts: The candidates.
         saving: What must be saved, in the budget's unit.
-        num_blocks: How many blocks are to be compressed; `None` leaves it open.
+        num_blocks: How many blocks are to be cut; `None` leaves it open.
         round_to: Numbers of hidden nodes are multiples of it; a block may keep all of them, too.
 
     Returns:
-        The hidden nodes that each compressed block keeps, by block: least loss first.
+        What each block that is cut keeps: least loss first.
 
     Raises:
         ValueError: If the parts cannot save as much.
     """
     quantum = max(1, saving // QUANTA)
     needed = -(-saving // quantum)
-    # By compressed blocks and quanta saved (what is saved beyond need counts as need): least loss, and how it came.
-    sums = np.full((sum(len(part.blocks) for part in parts) + 1, needed + 1), np.inf)
-    sums[0, 0] = 0.0
-    steps: list[tuple[np.ndarray, np.ndarray]] = []
-    levels = [_levels(part, round_to) for part in parts]
-    for part, kept in zip(parts, levels, strict=True):
-        best, choice, source = sums.copy(), np.full(sums.shape, -1), np.tile(np.arange(needed + 1), (len(sums), 1))
-        for level, nodes in enumerate(kept):
-            quanta, loss = min(part.saving(nodes) // quantum, needed), part.recoverability.loss(nodes)
-            rows = sums[: len(sums) - len(part.blocks)] + loss
-            moved = np.full(rows.shape, np.inf)
-            origin = np.zeros(rows.shape, dtype=np.int64)
-            moved[:, quanta:] = rows[:, : needed + 1 - quanta]
-            origin[:, quanta:] = np.arange(needed + 1 - quanta)
-            beyond = needed - quanta + rows[:, needed - quanta :].argmin(axis=1)
-            moved[:, needed], origin[:, needed] = rows[np.arange(len(rows)), beyond], beyond
-            place = slice(len(part.blocks), None)
-            better = moved < best[place]
-            best[place][better], choice[place][better] = moved[better], level
-            source[place][better] = origin[better]
-        steps.append((choice, source))
-        sums = best
-    count = int(sums[:, needed].argmin()) if num_blocks is None else num_blocks
-    found: dict[int, int] = {}  # hidden nodes by number of the part
-    if count < len(sums) and np.isfinite(sums[count, needed]):
-        quanta = needed
-        for i in reversed(range(len(parts))):
-            choice, source = steps[i]
-            level, origin_of = int(choice[count, quanta]), int(source[count, quanta])
-            if level >= 0:
-                found[i] = levels[i][level]
-                count, quanta = count - len(parts[i].blocks), origin_of
-    else:  # unless rounding to quanta hid that all of them together can
-        found = dict.fromkeys(range(len(parts)), 0)
-        if num_blocks not in (None, len(sums) - 1) or sum(part.saving(0) for part in parts) < saving:
-            raise ValueError(f"search_unequal_structure: {num_blocks or 'all'} blocks cannot save {saving}.")
-    _give_back(parts, found, sum(parts[i].saving(kept) for i, kept in found.items()) - saving, round_to)
-    order = sorted(found, key=lambda i: (parts[i].recoverability.loss(found[i]) / len(parts[i].blocks), i))
+    cuts = [part.cuts(round_to) for part in parts]
+    # No more is to be saved than grids of numbers of nodes ask for, unless nothing else saves enough.
+    grain = max(_unit(part.hidden_features, round_to) * part.node for part in parts)
+    found = _least_loss(parts, cuts, quantum, range(needed, needed - (-grain // quantum) + 1), num_blocks)
+    if found is None:
+        most = sum(part.saving(part.smallest) for part in parts) // quantum
+        found = _least_loss(parts, cuts, quantum, range(needed, most + 1), num_blocks)
+    if found is None:  # unless rounding to quanta hid that all of them together can
+        found = {i: part.smallest for i, part in enumerate(parts)}
+        all_blocks = sum(len(part.blocks) for part in parts)
+        if num_blocks not in (None, all_blocks) or _saving(parts, found) < saving:
+            raise ValueError(f"search_structure: {num_blocks or 'all'} blocks cannot save {saving}.")
+    _give_back(parts, found, _saving(parts, found) - saving, round_to)
+    order = sorted(found, key=lambda i: (parts[i].loss(found[i]) / len(parts[i].blocks), i))
     return {block: found[i] for i in order for block in parts[i].blocks}
 
 
-def _levels(part: Part, round_to: int) -> list[int]:
-    """The numbers of hidden nodes that are looked at."""
-    hidden = part.hidden_features
-    unit = -(-max(1, hidden // LEVELS) // round_to) * round_to
-    return sorted({*range(0, hidden + 1, unit), hidden})
+def _least_loss(
+    parts: Sequence[Part], cuts: Sequence[Sequence[Cut]], quantum: int, wanted: range, num_blocks: int | None
+) -> dict[int, Cut] | None:
+    """Dynamic programming over the parts.
 
-
-def _give_back(parts: Sequence[Part], kept: dict[int, int], left: int, round_to: int) -> None:
-    """In place: what is saved beyond need as more hidden nodes, the cheapest last, for they fill the smallest rest."""
-    for i in sorted(kept, key=lambda i: -parts[i].node):
-        more = min(left // max(parts[i].node, 1), parts[i].hidden_features - kept[i])
-        more -= 0 if kept[i] + more == parts[i].hidden_features else more % round_to
-        kept[i] += more
-        left -= more * parts[i].node
-
-
-def _best_choices(blocks: Mapping[int, Recoverability], levels: int, unit: int, most: int) -> dict[int, np.ndarray]:
-    """Dynamic programming over the blocks.
+    Args:
+        parts: The candidates.
+        cuts: Those of each that are looked at.
+        quantum: What a quantum is.
+        wanted: How many quanta may be saved.
+        num_blocks: See `search_structure`.
 
     Returns:
-        For each block its level, -1 if left whole, in the least sum over it and the blocks before it, by how many of
-        them are compressed and how many levels these keep in all: `[most + 1, most · levels + 1]`.
+        The cut of each part that is cut, by its number; `None` if none save as much.
     """
-    sums = np.full((most + 1, most * levels + 1), np.inf)
+    if not wanted:
+        return None
+    # By cut blocks (where their number matters) and quanta saved: the least loss, and the last cut on the way to it.
+    counted = num_blocks is not None
+    sums = np.full((sum(len(part.blocks) for part in parts) + 1 if counted else 1, wanted.stop), np.inf)
     sums[0, 0] = 0.0
-    choices: dict[int, np.ndarray] = {}
-    for block, profile in blocks.items():
-        losses = [profile.loss(level * unit) for level in range(levels + 1)]
+    steps: list[np.ndarray] = []
+    savings = [[part.saving(cut) // quantum for cut in looked_at] for part, looked_at in zip(parts, cuts, strict=True)]
+    for part, looked_at, quanta in zip(parts, cuts, savings, strict=True):
+        step = len(part.blocks) if counted else 0
         best, choice = sums.copy(), np.full(sums.shape, -1)
-        for level, loss in enumerate(losses):
-            moved = sums[:-1, : sums.shape[1] - level] + loss
-            place = best[1:, level:]
-            better = moved < place
-            place[better] = moved[better]
-            choice[1:, level:][better] = level
-        choices[block], sums = choice, best
-    return choices
+        for number, (cut, saved) in enumerate(zip(looked_at, quanta, strict=True)):
+            if saved < wanted.stop:
+                moved = sums[: len(sums) - step, : wanted.stop - saved] + part.loss(cut)
+                place = best[step:, saved:]
+                better = moved < place
+                place[better] = moved[better]
+                choice[step:, saved:][better] = number
+        steps.append(choice)
+        sums = best
+    count = num_blocks or 0
+    if count >= len(sums) or not np.isfinite(sums[count, wanted.start :]).any():
+        return None
+    at = wanted.start + int(sums[count, wanted.start :].argmin())
+    found: dict[int, Cut] = {}
+    for i in reversed(range(len(parts))):
+        number = int(steps[i][count, at])
+        if number >= 0:
+            found[i] = cuts[i][number]
+            count -= len(parts[i].blocks) if counted else 0
+            at -= savings[i][number]
+    return found
 
 
-def _trace(choices: Mapping[int, np.ndarray], count: int, levels: int, unit: int) -> dict[int, int]:
-    """The structure behind a least sum."""
-    structure: dict[int, int] = {}
-    for block, choice in reversed(list(choices.items())):
-        level = int(choice[count, levels])
-        if level >= 0:
-            structure[block] = level * unit
-            count, levels = count - 1, levels - level
-    return structure
+def _unit(hidden_features: int, round_to: int) -> int:
+    """The distance of the numbers of hidden nodes that are looked at."""
+    return -(-max(1, hidden_features // LEVELS) // round_to) * round_to
+
+
+def _saving(parts: Sequence[Part], cuts: Mapping[int, Cut]) -> int:
+    return sum(parts[i].saving(cut) for i, cut in cuts.items())
+
+
+def _give_back(parts: Sequence[Part], cuts: dict[int, Cut], left: int, round_to: int) -> None:
+    """In place: what is saved beyond need as more hidden nodes, the cheapest last, for they fill the smallest rest."""
+    for i in sorted(cuts, key=lambda i: -parts[i].node):
+        hidden, cut = parts[i].hidden_features, cuts[i]
+        more = min(left // max(parts[i].node, 1), hidden - cut.hidden_features)
+        more -= 0 if cut.hidden_features + more == hidden else more % round_to
+        left -= more * parts[i].node
+        cuts[i] = Cut(cut.hidden_features + more, cut.attention)
+        if cut.attention and cuts[i].hidden_features == hidden:  # nothing is left to prune
+            del cuts[i]

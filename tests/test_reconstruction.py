@@ -26,6 +26,7 @@ from dcvit.reconstruction import (
     reconstruct_block,
 )
 from dcvit.regression import RIDGES
+from dcvit.structure import Cut
 from dcvit.surgery import compress_block, draw_kept_nodes
 from tests.variants import VARIANTS, Variant
 
@@ -60,7 +61,7 @@ class Problem:
     ) -> tuple[nn.Module, tuple[int, ...], Reconstruction]:
         student = copy.deepcopy(self.teacher)
         kept, report = reconstruct_block(
-            student, BLOCK, count, self.rows, config, **{"step_size": 0.03, "epochs": 2, **changes}
+            student, BLOCK, Cut(count), self.rows, config, **{"step_size": 0.03, "epochs": 2, **changes}
         )
         return student, kept, report
 
@@ -431,6 +432,6 @@ def test_step_size_is_found_on_held_out_images(model: nn.Module) -> None:
     assert min(sizes, key=sizes.__getitem__) == 0.02
     for candidates in (tuple(sizes), tuple(sizes)[::-1]):
         config = replace(CONFIG, step_sizes=candidates)
-        assert find_step_size(problem.teacher, BLOCK, 5, problem.rows, config) == 0.02
+        assert find_step_size(problem.teacher, BLOCK, Cut(5), problem.rows, config) == 0.02
     after = problem.teacher.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())

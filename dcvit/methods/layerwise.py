@@ -96,6 +96,7 @@ def fit_layerwise(task: Task, fit: Fit) -> Outcome:
         cost=adapter.cost(student).total,
         blocks=candidates,
         kept_nodes=kept,
+        pruned=candidates,
     )
     return Outcome(student, plan, reconstructions=tuple(reports))
 

@@ -76,6 +76,7 @@ class Outcome:
         student: The compressed model.
         plan: Its structure. A block of `blocks` that is not in `kept_nodes` was dropped whole.
         trials: Of each candidate block, best first, where the method tries them.
+        pruning_trials: Of each block that might keep its attention and lose hidden nodes only, likewise.
         learning_rate: Given or found: of the mimicking, or the step size of reconstruction; 0 without gradient steps.
         steps: How each mimicking went.
         reconstructions: How each block was fitted, front to back.
@@ -91,6 +92,7 @@ class Outcome:
     reconstructions: tuple[Reconstruction, ...] = ()
     refinement: Refinement | None = None
     metric_set: MetricSet | None = None
+    pruning_trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the algorithm needs to know of a model family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -120,10 +120,18 @@ class ModelAdapter(Protocol):
     def block(self, model: nn.Module, block: int) -> nn.Module:
         """A block's module, from a state that `prepare` made to a state of the same shape."""
 
-    def output_layer(self, model: nn.Module, block: int) -> tuple[nn.Linear | nn.Conv2d, Tensor | None] | None:
-        """The last linear layer (or 1×1 convolution) of a compressed block and the LayerScale `[D]` behind it.
+    def halves(self, model: nn.Module, block: int) -> "tuple[Callable[[Tensor], Tensor], nn.Module] | None":
+        """Attention and MLP of a block that has both, one behind the other and each with its residual.
 
-        `None` where the block's output is not its input plus that layer's scaled output.
+        The first takes a state and gives the one between the two; the second is a module with the block's own weights,
+        which treats each token alone, as a compressed block does. `None` where a block is made otherwise, or where its
+        MLP has no output layer (see `output_layer`).
+        """
+
+    def output_layer(self, model: nn.Module, block: int) -> tuple[nn.Linear | nn.Conv2d, Tensor | None] | None:
+        """The last linear layer (or 1×1 convolution) of a block's MLP and the LayerScale `[D]` behind it.
+
+        `None` where the MLP's output is not its input plus that layer's scaled output.
         """
 
     def absorbing_layers(self, model: nn.Module, block: int) -> tuple[nn.Conv2d | None, nn.Conv2d | None]:

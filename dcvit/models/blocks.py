@@ -13,7 +13,7 @@ from dcvit.models import modeling_dcvit
 from dcvit.models.modeling_dcvit import TimmModule
 from dcvit.ops import Impl, attention, dropped_mlp
 
-__all__ = ["CompressedBlock", "MlpHalf", "WholeBlock", "mlp_half_cost"]
+__all__ = ["CompressedBlock", "MlpHalf", "WholeBlock", "attention_half", "mlp_half_cost"]
 
 _INSIDE_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
 """Parts of timm's `Attention` that `dcvit.ops.attention` leaves out, because they do nothing."""
@@ -31,7 +31,7 @@ class MlpHalf(modeling_dcvit.MlpHalf):
 
     def __init__(self, block: TimmModule) -> None:
         super().__init__(block)
-        self.impl: Impl = "auto"
+        self.impl: Impl = getattr(block, "impl", "auto")
 
     def mlp_half(self, x: Tensor) -> Tensor:
         """Tokens `[B, N, D]` to `[B, N, D]`."""
@@ -101,6 +101,10 @@ class WholeBlock(MlpHalf):
 
     def forward(self, x: Tensor, **masks: Any) -> Tensor:
         """Tokens `[B, N, D]` to `[B, N, D]`; what timm's `Attention` takes goes to it."""
+        return self.mlp_half(self.attention_half(x, **masks))
+
+    def attention_half(self, x: Tensor, **masks: Any) -> Tensor:
+        """The first half of the block, x + ls1(attn(norm1(x)))."""
         attn: TimmModule = self._modules["attn"]
         normed = self.norm1(x)
         if self._plain(attn) and not any(mask is not None and mask is not False for mask in masks.values()):
@@ -109,7 +113,8 @@ class WholeBlock(MlpHalf):
             mixed = attn.proj(attention(qkv, impl="eager" if self.impl == "eager" else "auto"))
         else:
             mixed = attn(normed, **masks)
-        return self.mlp_half(x + self.drop_path1(self.ls1(mixed)))
+        added: Tensor = self.drop_path1(self.ls1(mixed))
+        return x + added
 
     def _plain(self, attn: TimmModule) -> bool:
         """Whether attention is no more than qkv, softmax and proj: no hooks between, nothing random active."""
@@ -122,6 +127,14 @@ class WholeBlock(MlpHalf):
             and not any(parts[name]._forward_hooks or parts[name]._forward_pre_hooks for name in _INSIDE_ATTENTION)
             and not (self.training and (parts["attn_drop"].p > 0 or parts["proj_drop"].p > 0))
         )
+
+
+def attention_half(block: TimmModule, x: Tensor) -> Tensor:
+    """The first half of timm's `Block`, or of a `WholeBlock`: tokens `[B, N, D]` to `[B, N, D]`."""
+    if isinstance(block, WholeBlock):
+        return block.attention_half(x)
+    mixed: Tensor = block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+    return x + mixed
 
 
 def mlp_half_cost(block: TimmModule, tokens: int) -> tuple[Cost, Cost]:

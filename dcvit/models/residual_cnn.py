@@ -221,6 +221,9 @@ class ResidualCnnAdapter:
         """See `ModelAdapter.block`; without the activation behind its sum, its parameters shared."""
         return _without_activation(_at(model, block))
 
+    def halves(self, model: TimmModule, block: int) -> None:
+        """See `ModelAdapter.halves`; what mixes positions stands between the layers of a block."""
+
     def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Conv2d, Tensor | None] | None:
         """See `ModelAdapter.output_layer`."""
         module = _at(model, block)

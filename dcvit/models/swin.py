@@ -5,7 +5,7 @@ neighbours on both sides of a window's border meet; a pair loses its attention a
 section 4). As in `dcvit.models.vision_transformer` a model is rebuilt from what its modules show.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,10 +209,19 @@ class SwinAdapter:
         module: nn.Module = blocks[index]
         return module
 
+    def halves(self, model: TimmModule, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+        """See `ModelAdapter.halves`; `None` in version 2."""
+        module: TimmModule = self.block(model, block)
+        if not isinstance(module, SwinTransformerBlock):
+            return None
+        return lambda state: state + module.drop_path1(module._attn(module.norm1(state))), CompressedBlock(module)
+
     def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Linear, Tensor | None] | None:
         """See `ModelAdapter.output_layer`; `None` in version 2, whose norm lies behind the layer."""
-        module = self.block(model, block)
-        return None if not isinstance(module, CompressedBlock) or module.post_norm else (module.mlp.fc2, None)
+        module: TimmModule = self.block(model, block)
+        if isinstance(module, (SwinTransformerV2Block, DroppedBlock)) or getattr(module, "post_norm", False):
+            return None
+        return module.mlp.fc2, None
 
     def absorbing_layers(self, model: TimmModule, block: int) -> tuple[None, None]:
         """See `ModelAdapter.absorbing_layers`."""

@@ -5,7 +5,8 @@ the model, builds a twin on the meta device and compares the two module by modul
 is refused by name before any work.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from timm.layers import (
 from timm.layers.attention import Attention
 from timm.models import register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
-from dcvit.models.blocks import CompressedBlock, MlpHalf, WholeBlock, mlp_half_cost
+from dcvit.models.blocks import CompressedBlock, MlpHalf, WholeBlock, attention_half, mlp_half_cost
 from dcvit.models.modeling_dcvit import (
     ACTIVATIONS,
     ARCHITECTURE,
@@ -197,10 +198,17 @@ class VisionTransformerAdapter:
         """See `ModelAdapter.block`."""
         return model.blocks[block]
 
-    def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Linear, Tensor | None] | None:
-        """See `ModelAdapter.output_layer`."""
+    def halves(self, model: TimmModule, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+        """See `ModelAdapter.halves`."""
         module = model.blocks[block]
-        if not isinstance(module, CompressedBlock) or module.post_norm:
+        if not isinstance(module, (Block, WholeBlock)):
+            return None
+        return partial(attention_half, module), CompressedBlock(module)
+
+    def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Linear, Tensor | None] | None:
+        """See `ModelAdapter.output_layer`; `None` where the norm lies behind the MLP."""
+        module = model.blocks[block]
+        if isinstance(module, (ResPostBlock, DroppedBlock)) or getattr(module, "post_norm", False):
             return None
         return module.mlp.fc2, getattr(module.ls2, "gamma", None)
 

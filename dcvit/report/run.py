@@ -108,12 +108,18 @@ def run_page(record: Record) -> Page:
 
 def _cut(record: Record) -> str:
     """What the blocks lost, in a sentence."""
-    plan, kind = record.plan, cut_kind(record.values)
-    if kind == "dropped":
+    plan = record.plan
+    if cut_kind(record.values) == "dropped":
         return f"These blocks were dropped whole: {', '.join(map(str, sorted(plan.blocks)))}."
-    listed = ", ".join(f"{block} ({len(plan.kept_nodes[block]):,})" for block in sorted(plan.blocks))
-    lost = "lost hidden nodes and keep their attention" if kind == "pruned" else "lost their attention"
-    return f"These blocks {lost} (hidden nodes that each keeps): {listed}; drop ratio {plan.drop_ratio:.3f}."
+    told = []
+    for lost, blocks in (
+        ("lost their attention", [block for block in sorted(plan.blocks) if block not in plan.pruned]),
+        ("lost hidden nodes and keep their attention", plan.pruned),
+    ):
+        if blocks:
+            listed = ", ".join(f"{block} ({len(plan.kept_nodes[block]):,})" for block in blocks)
+            told.append(f"These blocks {lost} (hidden nodes that each keeps): {listed}.")
+    return f"{' '.join(told)} The drop ratio is {plan.drop_ratio:.3f}."
 
 
 def _by_method(report: Report) -> str:
@@ -203,7 +209,7 @@ def _comparison(record: Record) -> Section | None:
 def _trials(record: Record) -> Section:
     """How well each candidate recovers, and which were chosen."""
     plan, report = record.plan, record.report
-    chosen = set(plan.blocks)
+    chosen = set(plan.blocks) - set(plan.pruned)
     metric = METRICS.get(str(report.settings.get("metric")), "metric loss")
     if report.method == "practise":
         metric = "mimicking loss over the share of MACs saved"
@@ -228,16 +234,26 @@ def _trials(record: Record) -> Section:
         ),
         _stages_figure(report.trials, chosen, keys),
     ]
-    profiles = {trial.block: trial.recoverability for trial in report.trials if trial.recoverability is not None}
-    if profiles:
-        lines = [
-            Curve(f"block {block}" + (" ✓" if block in chosen else ""), tuple(zip(it.nodes, it.losses, strict=True)))
-            for block, it in sorted(profiles.items())
-        ]
-        hint = "What the trials say that each block would lose alone; ✓ marks the chosen ones."
-        title = "Expected loss by the hidden nodes that a block keeps"
-        figures.append(_curves(title, lines, "hidden nodes kept", metric, hint))
+    title, hint = "Expected loss by the hidden nodes that a block keeps", "What the trials say of each block alone"
+    figures += [
+        _profiles_figure(name, trials, cut_blocks, metric, f"{hint}; ✓ marks the {kind} ones.")
+        for name, trials, cut_blocks, kind in (
+            (title, report.trials, chosen, "chosen"),
+            (f"{title}, with attention", report.pruning_trials, set(plan.pruned), "pruned"),
+        )
+        if any(trial.recoverability is not None for trial in trials)
+    ]
     return Section("Which blocks recover", items=figures)
+
+
+def _profiles_figure(title: str, trials: Sequence[Trial], chosen: set[int], metric: str, text: str) -> Figure:
+    """What each block would lose, by its hidden nodes."""
+    profiles = {trial.block: trial.recoverability for trial in trials if trial.recoverability is not None}
+    lines = [
+        Curve(f"block {block}" + (" ✓" if block in chosen else ""), tuple(zip(it.nodes, it.losses, strict=True)))
+        for block, it in sorted(profiles.items())
+    ]
+    return _curves(title, lines, "hidden nodes kept", metric, text)
 
 
 def _stages_figure(trials: Sequence[Trial], chosen: set[int], keys: Sequence[Key]) -> Figure:
