@@ -224,13 +224,14 @@ class CompressionConfig:
         recovery: How cut students recover: block by block (`ReconstructionConfig`), or by mimicking the teacher's
             output tokens as published (`MimickingConfig`).
         synthesis: How the metric set is made.
-        candidates: Blocks that may be compressed, from 0; `None` is all, of a transformer all but the first and
-            the last.
-        num_blocks: k, if it is to be a certain number; the more blocks, the less each loses.
-        structure: As published (`"fewest"`): as few blocks as meet the budget, the ones of least metric loss, all with
-            the same share of hidden nodes. Or (`"searched"`): the blocks, and the nodes that each keeps, of which the
-            trials promise the least loss in all. Where refinement follows it is the fewest all the same: that makes
-            more of them than a trial shows; and where the budget is of latency or activation memory.
+        candidates: Blocks that may be cut, from 0; `None` is all, but of a transformer the first and the last keep
+            their attention.
+        num_blocks: k, how many blocks lose their attention, if it is to be a certain number; then the others stay as
+            they are.
+        structure: As published (`"fewest"`): as few blocks as meet the budget, the ones of least metric loss, lose
+            their attention, all with the same share of hidden nodes. Or (`"searched"`): the blocks, the nodes that each
+            keeps and whether its attention stays, of which the trials promise the least loss in all. Where the budget
+            is of latency or activation memory it is the fewest all the same.
         round_to: Kept hidden nodes are rounded down to a multiple of this, 8 for example where hardware likes that; the
             budget holds.
         metric_set: What blocks are ranked on: synthesised images, or the few-shot images (an ablation).

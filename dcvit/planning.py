@@ -59,6 +59,15 @@ ADDITIVE = ("macs", "params", "file_size")
 PER_BATCH = ("activation_memory", "latency", "latency_ms")
 """Those that depend on the batch size."""
 
+LOST_ATTENTION = 2.0
+"""What a block loses with its attention counts so many times what it loses by pruning.
+
+A trial cuts one block of an intact model. Where others are cut as well, what only attention could have told is missed
+more than nodes are, so the losses of trials alone let too many blocks lose their attention. Measured on the digits,
+three few-shot sets: with 2 instead of 1, r of held-out images falls from 0.052 to 0.047 at 50 % of the MACs, and from
+0.097 to 0.080 at 40 %, where agreement rises from 92.6 to 94.8 %.
+"""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -358,7 +367,8 @@ class SearchSpace:
             for attention, profiles in ((False, compressed), (True, pruned)):
                 if group in (self.prunable if attention else self.groups) and all(b in profiles for b in group):
                     nodes = profiles[group[0]].nodes
-                    losses = tuple(sum(profiles[b].loss(kept) for b in group) for kept in nodes)
+                    weight = 1.0 if attention else LOST_ATTENTION
+                    losses = tuple(weight * sum(profiles[b].loss(kept) for b in group) for kept in nodes)
                     saving = 0 if attention else len(group) * amount(of.attention)
                     ways.append(Way(attention, saving, Recoverability(nodes, losses)))
             if ways:
@@ -374,8 +384,8 @@ class SearchSpace:
     def savings(self, amount: Callable[[Cost], int]) -> tuple[int, int]:
         """The least that a cut of one part can save, and the most that cuts of all can."""
         parts = self.parts_alike(amount)
-        # Of a block that is pruned that is one hidden node.
-        least = min(part.node if way.attention else way.saving for part in parts for way in part.ways)
+        # A block that is pruned can save as little as one hidden node, which is as good as nothing.
+        least = min(1 if way.attention else way.saving for part in parts for way in part.ways)
         return least, sum(part.saving(part.smallest) for part in parts)
 
     def cost_of(self, cuts: Mapping[int, Cut]) -> Cost:

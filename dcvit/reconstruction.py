@@ -13,7 +13,8 @@ gradients:
 4. W₂ and b₂ once more in closed form, now on all images, anchored at what the steps found.
 
 A block that is pruned keeps its attention, and only nodes go. Then x is what its attention gives, on the student's own
-tokens, and its MLP is reconstructed in just the same way.
+tokens, and its MLP is reconstructed in the same way, but for the gradient steps: it has nothing new to learn. (On
+DINOv2 ViT-S at 75 % of the MACs they would lower r of held-out images from 0.096 to 0.091, for 2.6 times the time.)
 
 As in BRECQ (arXiv 2102.05426, block reconstruction for quantisation), with the closed form of CORP (arXiv 2602.05243)
 and ReplaceMe (arXiv 2505.02819). Blocks are reconstructed front to back on the student's own activations, so that each
@@ -315,7 +316,7 @@ def reconstruct_block(
         config: How.
         kept: The hidden nodes that stay, where they are chosen already.
         step_size: Of the gradient steps, see `ReconstructionConfig.step_sizes`.
-        epochs: Of the gradient steps, passes over the rows.
+        epochs: Of the gradient steps, passes over the rows; a block that keeps its attention does without.
         refit: Learn from the held-out images too once they have judged. Not in a trial: they judge that as well.
         seed: Draws random nodes and orders the rows.
         impl: Implementation of the ops.
@@ -336,7 +337,7 @@ def reconstruct_block(
     error_before = error_after = _error(module, rows)
     ridge = error_closed_form = None
     judged = bool(rows.held_out.any())
-    steps = epochs if judged and cut.hidden_features else 0
+    steps = epochs if judged and cut.hidden_features and not cut.attention else 0
     if layer is not None:
         ridge, error_closed_form = _fit_output_layer(
             module, *layer, rows, on_all=refit and not steps, at_most=error_before

@@ -88,7 +88,8 @@ class NormalEquations:
             moment[:inputs] += penalty * anchor.double()
         if not constant:
             gram, moment = gram[:inputs, :inputs], moment[:inputs]
-        solution: Tensor = torch.linalg.solve(gram, moment)
+        factor, failed = torch.linalg.cholesky_ex(gram)  # half the work of an LU, but rounding may make it fail
+        solution: Tensor = torch.linalg.solve(gram, moment) if int(failed) else torch.cholesky_solve(moment, factor)
         return solution if constant else torch.cat([solution, solution.new_zeros(1, solution.shape[1])])
 
     def error(self, weights: Tensor) -> float:

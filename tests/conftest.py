@@ -35,6 +35,10 @@ REFINED = QUICK.with_(
 )
 """The same with the refinement, of as few steps as are worth it."""
 
+CUT = QUICK.with_(structure="fewest")
+CUT_REFINED = REFINED.with_(structure="fewest")
+"""Both where every cut block loses its attention, as published; a search finds that here only nodes need go."""
+
 PUBLISHED = dcvit.CompressionConfig.paper(
     recovery=dcvit.MimickingConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4), synthesis=SYNTHESIS
 )

@@ -318,7 +318,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["candidates"] == list(range(1, 11))
     low, high = values["budget"]["macs"]
     model = dcvit.models.load_model("deit_tiny_patch16_224", pretrained=False)
-    assert dcvit.plan(model, dcvit.Budget(macs=low + 1e-6)).num_blocks == 10
+    assert dcvit.plan(model, dcvit.Budget(macs=low + 1e-6)).num_blocks == 12
     assert dcvit.plan(model, dcvit.Budget(macs=high - 1e-6)).num_blocks == 1
 
 
@@ -329,7 +329,7 @@ def test_info_of_blocks_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["hidden_features"] == [768] * 2 + [1536] * 6
     low, high = values["budget"]["macs"]
     model = dcvit.models.load_model("swin_tiny_patch4_window7_224", pretrained=False)
-    assert dcvit.plan(model, dcvit.Budget(macs=low + 1e-6)).num_blocks == 8
+    assert dcvit.plan(model, dcvit.Budget(macs=low + 1e-6)).num_blocks == 12
     assert dcvit.plan(model, dcvit.Budget(macs=high - 1e-6)).num_blocks == 2
     code, text, _ = run(capsys, "info", "swin_tiny_patch4_window7_224", "--random-weights")
     assert "768 to 1,536" in text

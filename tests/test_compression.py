@@ -20,7 +20,7 @@ from dcvit.reconstruction import TeacherStates, draw_views
 from dcvit.recovery import output_tokens
 from dcvit.regression import RIDGES
 from dcvit.surgery import compress_block
-from tests.conftest import PUBLISHED, QUICK, REFINED
+from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, REFINED
 from tests.variants import VARIANTS, Variant
 
 both_procedures = pytest.mark.parametrize("config", [REFINED, PUBLISHED], ids=["default", "published"])
@@ -186,7 +186,7 @@ def test_default_report_says_how_each_block_went(model: nn.Module, images: Tenso
 
 
 def test_reconstruction_and_refinement_pay(model: nn.Module, images: Tensor) -> None:
-    results = [dcvit.compress(model, images, dcvit.Budget(macs=0.62), config) for config in (QUICK, REFINED)]
+    results = [dcvit.compress(model, images, dcvit.Budget(macs=0.62), config) for config in (CUT, CUT_REFINED)]
     bare = freeze(model)
     for block, kept in results[0].plan.kept_nodes.items():
         bare = compress_block(bare, block, kept)
@@ -340,7 +340,7 @@ OF_ONE_PROCEDURE: dict[str, tuple[dcvit.CompressionConfig, Change]] = {
 }
 
 CHANGES = [
-    *((REFINED, f"reconstruction.{name}", change) for name, change in RECONSTRUCTION.items()),
+    *((CUT_REFINED, f"reconstruction.{name}", change) for name, change in RECONSTRUCTION.items()),
     *((QUICK, f"reconstruction.{name}", change) for name, change in WITHOUT_REFINEMENT.items()),
     *((PUBLISHED, f"mimicking.{name}", change) for name, change in MIMICKING.items()),
     *((base, f"synthesis.{name}", change) for name, change in SYNTHESIS.items() for base in (QUICK, PUBLISHED)),
@@ -466,7 +466,7 @@ def test_configs_are_frozen() -> None:
 
 
 def test_result_json_has_what_readers_look_for(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    result = dcvit.compress(model, images, dcvit.Budget(params=0.8), QUICK)
+    result = dcvit.compress(model, images, dcvit.Budget(params=0.8), CUT)
     result.save(tmp_path / "out")
     values = json.loads((tmp_path / "out" / "result.json").read_text())
     wanted = "teacher student budget blocks hidden_features drop_ratio agreement mimic_loss seconds seed versions"

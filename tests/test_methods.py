@@ -124,8 +124,14 @@ def test_results_are_saved_reported_and_loaded(
     blocks = ", ".join(map(str, sorted(result.plan.blocks)))
     if name == "dcvit":
         assert "with the method" not in card
-        assert f"without the attention of block{'s' if len(result.plan.blocks) > 1 else ''} {blocks}" in card
-        assert "These blocks lost their attention" in page
+        without = sorted(set(result.plan.blocks) - set(result.plan.pruned))
+        assert result.plan.pruned
+        assert ("without the attention of" in card) == bool(without)
+        assert f"of the blocks {blocks} (counted from 0) on average {result.plan.hidden_features} hidden nodes" in card
+        listed = ", ".join(f"{block} ({len(result.plan.kept_nodes[block])})" for block in result.plan.pruned)
+        assert (
+            f"These blocks lost hidden nodes and keep their attention (hidden nodes that each keeps): {listed}." in page
+        )
         return
     assert f"with the method {name}" in card
     assert f"by the method {name}" in page

@@ -21,6 +21,7 @@ from tests.variants import VARIANTS, Variant
 
 MODEL = VARIANTS["plain"].create(depth=12)
 COST = adapter_for(MODEL).cost(MODEL)
+FEWEST = dcvit.CompressionConfig(structure="fewest")
 BLOCK = COST.blocks[1]
 
 
@@ -200,12 +201,12 @@ def test_malformed_budgets(kwargs: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("fraction", [0.05, 0.999])
 def test_unreachable_budget_says_what_can_be_met(fraction: float) -> None:
     with pytest.raises(dcvit.BudgetError) as caught:
-        dcvit.plan(MODEL, dcvit.Budget(macs=fraction))
+        dcvit.plan(MODEL, dcvit.Budget(macs=fraction), FEWEST)
     low, high = (float(x) for x in str(caught.value).split("(")[2].split(")")[0].split(" to "))
-    assert dcvit.plan(MODEL, dcvit.Budget(macs=low + 1e-4)).num_blocks == 10
-    assert dcvit.plan(MODEL, dcvit.Budget(macs=high - 1e-4)).num_blocks == 1
+    assert dcvit.plan(MODEL, dcvit.Budget(macs=low + 1e-4), FEWEST).num_blocks == 10
+    assert dcvit.plan(MODEL, dcvit.Budget(macs=high - 1e-4), FEWEST).num_blocks == 1
     with pytest.raises(dcvit.BudgetError):
-        dcvit.plan(MODEL, dcvit.Budget(macs=low - 2e-4))
+        dcvit.plan(MODEL, dcvit.Budget(macs=low - 2e-4), FEWEST)
     assert ("Allow all 12 blocks" in str(caught.value)) == (fraction == 0.05)
 
 
@@ -218,7 +219,40 @@ def test_gaps_of_models_whose_attention_outweighs_the_mlp() -> None:
     total = cost.total.macs("with_attention_products")
     between = total - (block.attention + block.mlp).macs("with_attention_products") - 1
     with pytest.raises(dcvit.BudgetError, match=r" or .* to "):
-        dcvit.plan(model, dcvit.Budget(macs=between))
+        dcvit.plan(model, dcvit.Budget(macs=between), FEWEST)
+    node = block.hidden_node.macs("with_attention_products")
+    assert (
+        between - 12 * node
+        < dcvit.plan(model, dcvit.Budget(macs=between)).cost.macs("with_attention_products")
+        <= between
+    )
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_pruning_reaches_budgets_that_attention_is_too_large_for(unit: str) -> None:
+    total, node = (getattr(cost, unit) if unit == "params" else cost.macs("with_attention_products")
+                   for cost in (COST.total, BLOCK.hidden_node))  # fmt: skip
+    for target in (total - 1, total - 5 * node, int(0.99 * total)):
+        plan = dcvit.plan(MODEL, dcvit.Budget(**{unit: target}))
+        assert plan.pruned
+        assert target - node < dcvit.Budget(**{unit: target}).amount(plan.cost) <= target
+    with pytest.raises(dcvit.BudgetError, match=r"10 candidate blocks can meet [\d,]+ to [\d,]+ \(0.\d+ to [\d.]+\)"):
+        dcvit.plan(MODEL, dcvit.Budget(**{unit: total}))
+    least = dcvit.plan(MODEL, dcvit.Budget(**{unit: total - node}))
+    assert (least.num_blocks, least.hidden_features) == (1, BLOCK.hidden_features - 1)
+    assert least.pruned in [(block,) for block in range(12)]
+
+
+def test_what_may_be_pruned() -> None:
+    """The ends too, unless the caller names candidates; nothing where the number of compressed blocks is fixed."""
+    everything = dcvit.planning.search_space(MODEL, dcvit.CompressionConfig())
+    assert everything.prunable == tuple((block,) for block in range(12))
+    named = dcvit.planning.search_space(MODEL, dcvit.CompressionConfig(candidates=(3, 5)))
+    assert named.prunable == named.groups == ((3,), (5,))
+    for config in (dcvit.CompressionConfig(num_blocks=2), FEWEST, dcvit.CompressionConfig.paper()):
+        assert dcvit.planning.search_space(MODEL, config).prunable == ()
+    post_norm = VARIANTS["post_norm"].create()
+    assert dcvit.planning.search_space(post_norm, dcvit.CompressionConfig()).prunable == ()
 
 
 def test_bad_choices() -> None:
@@ -231,5 +265,7 @@ def test_bad_choices() -> None:
 
 
 def test_plan_survives_json() -> None:
-    plan = replace(dcvit.plan(MODEL, dcvit.Budget(params=0.7)), blocks=(3, 1), kept_nodes={3: (0, 2), 1: (1, 5)})
+    plan = replace(
+        dcvit.plan(MODEL, dcvit.Budget(params=0.7)), blocks=(3, 1), kept_nodes={3: (0, 2), 1: (1, 5)}, pruned=(1,)
+    )
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan

@@ -435,3 +435,60 @@ def test_step_size_is_found_on_held_out_images(model: nn.Module) -> None:
         assert find_step_size(problem.teacher, BLOCK, Cut(5), problem.rows, config) == 0.02
     after = problem.teacher.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["plain", "layer_scale", "swiglu_packed", "norms_everywhere"])
+def test_the_mlp_of_a_block_that_keeps_its_attention(name: str) -> None:
+    """Its equations are what its attention gives; its output layer is fitted to the whole block."""
+    problem = Problem.of(VARIANTS[name].create())
+    adapter = adapter_for(problem.teacher)
+    states = TeacherStates(problem.teacher, problem.views, CONFIG.batch_size, prunable=(0, BLOCK))
+    rows = states.take_mlp_rows(BLOCK)
+    halves = adapter.halves(problem.teacher, BLOCK)
+    assert halves is not None
+    with torch.no_grad():
+        before = adapter.run_blocks(problem.teacher, adapter.embed(problem.teacher, problem.views.images), 0, BLOCK)
+        middle = halves[0](before)
+        torch.testing.assert_close(halves[1](middle), adapter.block(problem.teacher, BLOCK)(before))
+    torch.testing.assert_close(rows.given, problem.views.rows(middle))
+    torch.testing.assert_close(rows.wanted, problem.rows.wanted)
+    with pytest.raises(KeyError):
+        states.take_mlp_rows(BLOCK)
+
+    student = copy.deepcopy(problem.teacher)
+    kept, report = reconstruct_block(
+        student, BLOCK, Cut(KEPT, attention=True), rows, CONFIG, step_size=0.03, epochs=2, refit=False
+    )
+    assert report.epochs == 0
+    assert report.errors == ()
+    assert report.error_closed_form is not None
+    assert report.error_after == report.error_closed_form < report.error_before
+    assert len(kept) == KEPT == adapter.hidden_features(student, BLOCK)
+    assert all(parameter.startswith(f"blocks.{BLOCK}.mlp.") for parameter in changed_shapes(student, problem))
+    with torch.no_grad():
+        missed = adapter.block(student, BLOCK)(before) - adapter.block(problem.teacher, BLOCK)(before)
+        added = adapter.block(problem.teacher, BLOCK)(before) - middle
+        pruned = copy.deepcopy(problem.teacher)
+        adapter.prune_block(pruned, BLOCK, kept)
+        unfitted = adapter.block(pruned, BLOCK)(before) - adapter.block(problem.teacher, BLOCK)(before)
+    assert missed.square().sum() < unfitted.square().sum()
+    assert missed.square().sum() < added.square().sum()
+
+
+def changed_shapes(student: nn.Module, problem: Problem) -> set[str]:
+    """Parameters of a student that are not the teacher's, in value or shape."""
+    before = dict(problem.teacher.named_parameters())
+    return {n for n, p in student.named_parameters() if p.shape != before[n].shape or not torch.equal(p, before[n])}
+
+
+def test_few_of_many_rows_are_those_of_the_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEW_ROWS", 100)
+    problem = Problem.of(VARIANTS["plain"].create())
+    rows = TeacherStates(problem.teacher, problem.views, CONFIG.batch_size, prunable=(BLOCK,)).take_mlp_rows(BLOCK)
+    thinned = problem.rows.thinned()
+    assert len(rows.given) == 100
+    torch.testing.assert_close(rows.wanted, thinned.wanted)
+    halves = adapter_for(problem.teacher).halves(problem.teacher, BLOCK)
+    assert halves is not None
+    with torch.no_grad():  # the MLP of what was kept between is what is wanted at the same places
+        torch.testing.assert_close(halves[1](rows.given[None])[0], rows.wanted)

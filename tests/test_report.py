@@ -22,10 +22,10 @@ from dcvit.report.charts import Curve, Group, Point, amount, block_bars, curves,
 from dcvit.report.page import Figure, Table
 from dcvit.report.svg import Scale
 from dcvit.results import SAVED_FILES, read_record
-from tests.conftest import PUBLISHED, QUICK, REFINED
+from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK
 from tests.variants import VARIANTS
 
-CONFIGS = {"reconstructed": QUICK, "refined": REFINED, "published": PUBLISHED}
+CONFIGS = {"reconstructed": CUT, "refined": CUT_REFINED, "searched": QUICK, "published": PUBLISHED}
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -206,6 +206,10 @@ def test_tables_hold_what_was_recorded(runs: dict[str, Path]) -> None:
     column = next(index for index, name in enumerate(expected.head) if name.startswith("block 1"))
     assert [row[column] for row in expected.rows] == [number(loss) for loss in profile.losses]
     assert {name for name in expected.head if "✓" in name} == {f"block {block} ✓" for block in kept}
+    searched = read_record(runs["searched"])
+    assert searched.plan.pruned
+    expected = tables(run_page(searched))["Expected loss by the hidden nodes that a block keeps, with attention"]
+    assert {name for name in expected.head if "✓" in name} == {f"block {block} ✓" for block in searched.plan.pruned}
     published = read_record(runs["published"])
     losses = [step.losses for step in published.report.steps]
     assert tables(run_page(published))["Mimicking after each cut"].rows == [
@@ -245,14 +249,14 @@ def test_chosen_blocks_stand_out(runs: dict[str, Path]) -> None:
         for figure in trials.items[:2]:
             column = figure.table.head.index("block")  # type: ignore[union-attr]
             rows = [figure.table.rows[index] for index in figure.table.marked]  # type: ignore[union-attr]
-            assert {int(row[column]) for row in rows} == set(record.plan.blocks)
+            assert {int(row[column]) for row in rows} == set(record.plan.blocks) - set(record.plan.pruned)
         (drawing, _) = drawings(figures((folder / "report.html").read_text())[0].partition('<div class="wide">')[2])
         bars = {
             (bar.find("title").text or "").split(":")[0]: bar.attrib["class"]  # type: ignore[union-attr]
             for bar in drawing.iter("rect")
         }
         chosen = {name for name, css in bars.items() if css == "accent"}
-        assert chosen == {f"block {block}" for block in record.plan.blocks}
+        assert chosen == {f"block {block}" for block in set(record.plan.blocks) - set(record.plan.pruned)}
         assert len(bars) == len(record.plan.candidates)
 
 

@@ -23,7 +23,7 @@ from dcvit.model_card import model_card
 from dcvit.models import adapter_for, hub_repository
 from dcvit.results import SAVED_FILES, save_model
 from dcvit.surgery import compress_block, draw_kept_nodes, drop_block
-from tests.conftest import QUICK
+from tests.conftest import CUT, QUICK
 from tests.variants import VARIANTS
 from tests.without_dcvit import run_without
 
@@ -37,7 +37,7 @@ def cut(model: nn.Module, kept: int = 7) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def result() -> dcvit.CompressionResult:
-    return dcvit.compress(VARIANTS["plain"].create(), torch.randn(2, 3, 32, 32), dcvit.Budget(macs=0.8), QUICK)
+    return dcvit.compress(VARIANTS["plain"].create(), torch.randn(2, 3, 32, 32), dcvit.Budget(macs=0.8), CUT)
 
 
 @pytest.fixture
