@@ -10,6 +10,7 @@ from dcvit.errors import (
     ExportError,
     HubError,
     ImagesError,
+    NonFiniteError,
     SaveFolderError,
     UnsupportedModelError,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "Metric",
     "MetricSet",
     "MimickingConfig",
+    "NonFiniteError",
     "Plan",
     "Ranking",
     "ReconstructionConfig",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
 from dcvit.costs import file_size
-from dcvit.errors import DcvitError
+from dcvit.errors import DcvitError, NonFiniteError
 from dcvit.evaluation import agreement
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.latency import Stopwatch, example_images, measure_latency, time_forward
@@ -40,7 +40,10 @@ from dcvit.structure import Cut, Recoverability
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
-__all__ = ["DCVIT", "compress", "compress_blocks", "dense", "freeze", "fuse", "reconstruct_blocks"]
+__all__ = ["DCVIT", "compress", "compress_blocks", "dense", "freeze", "fuse", "reconstruct_blocks", "require_finite"]
+
+FINITE_IMAGES = 8
+"""So many images are passed through a model to see whether its values stay finite."""
 
 HELD_OUT_VIEWS = 50
 """Views of held-out images that the metric looks at."""
@@ -77,6 +80,7 @@ def compress(
         UnsupportedModelError: If the model cannot be compressed, or not by that method.
         ImagesError: If the images do not fit the model.
         BudgetError: If the budget cannot be met.
+        NonFiniteError: If a weight is NaN or infinite, or a block of the original makes such values of the images.
         All of them before any long work.
     """
     chosen = find_method(method)
@@ -88,12 +92,15 @@ def compress(
         original = freeze(load_model(model))
         chosen.require_family(original)
         few_shot = load_images(images, original)
+        require_finite(original, few_shot)
     outcome = chosen.compress(Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set))
     return finish(model, original, few_shot, outcome.metric_set, outcome, config, timer, stopwatch, method=method)
 
 
 def dense(task: Task) -> Outcome:
     """DC-ViT: attention and a part of the MLP out of the blocks that recover best, so that any budget is met.
+
+    Beyond it, a block may keep its attention and lose a part of its MLP alone, see `dcvit.structure`.
 
     Args:
         task: All of its config is read.
@@ -224,7 +231,9 @@ def prepare(
                 tried = min(max(tried, hidden // 8), hidden // 2)
             cuts[block] = Cut(tried)
         trials, kept = rank_reconstructed(teacher, states, metric, cuts, config, progress=progress)
-        pruned = {block: Cut(3 * adapter.hidden_features(teacher, block) // 8, attention=True) for block in prunable}
+        pruned = {
+            block: Cut(max(3 * adapter.hidden_features(teacher, block) // 8, 1), attention=True) for block in prunable
+        }
         pruning_trials, _ = rank_reconstructed(
             teacher, states, metric, pruned, config, progress=progress, stage="pruning trials"
         )
@@ -426,6 +435,32 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     require_supported(model)
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def require_finite(model: nn.Module, images: FewShotImages) -> None:
+    """Refuse a model that has, or makes of images, values that are NaN or infinite.
+
+    Raises:
+        NonFiniteError: Naming the weight, or the first block after which they appear.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise NonFiniteError(
+                f"{bad:,} of {tensor.numel():,} values of {name} are NaN or infinite: load the model's weights again."
+            )
+    adapter = adapter_for(model)
+    state, where = adapter.embed(model, images.normalised[:FINITE_IMAGES]), "what precedes block 0"
+    for block in range(adapter.num_blocks(model)):
+        if not bool(state.isfinite().all()):
+            break
+        state, where = adapter.run_blocks(model, state, block, block + 1), f"block {block}"
+    if not bool(state.isfinite().all()):
+        raise NonFiniteError(
+            f"Of the first {min(len(images), FINITE_IMAGES)} images {where} makes values that are NaN or infinite: "
+            "check how images are normalised, and that the weights are not of a lower precision."
+        )
 
 
 def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:

@@ -11,6 +11,7 @@ __all__ = [
     "ExportError",
     "HubError",
     "ImagesError",
+    "NonFiniteError",
     "SaveFolderError",
     "UnsupportedModelError",
 ]
@@ -42,6 +43,10 @@ class HubError(DcvitError):
 
 class ImagesError(DcvitError):
     """The few-shot images do not fit the model."""
+
+
+class NonFiniteError(DcvitError):
+    """Weights or activations are NaN or infinite; the message names where."""
 
 
 class SaveFolderError(DcvitError):

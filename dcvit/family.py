@@ -23,6 +23,7 @@ from dcvit.compression import (
     fuse,
     make_metric_set,
     prepare,
+    require_finite,
 )
 from dcvit.config import CompressionConfig
 from dcvit.costs import MacConvention
@@ -293,6 +294,7 @@ def sweep(
         original = freeze(load_model(model))
         plans = _plans(original, budgets, config)
         few_shot = load_images(images, original)
+        require_finite(original, few_shot)
         teacher = fuse(original, config.impl)
     with timer("metric set"):
         if metric_set is None:

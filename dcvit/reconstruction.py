@@ -22,6 +22,7 @@ also makes good what the ones before it got wrong.
 """
 
 import copy
+import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from dcvit.augmentation import augment
 from dcvit.config import ReconstructionConfig
+from dcvit.errors import NonFiniteError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
@@ -179,7 +181,7 @@ class TeacherStates:
         teacher: The original.
         views: The images.
         batch_size: Images a pass.
-        prunable: The blocks of which `mlp_rows` will be asked.
+        prunable: The blocks of which `take_mlp_rows` will be asked.
         keep_output: Whether to keep the output tokens of all views, which `output` then holds, `[V, N, D]`.
         progress: Told after each pass.
     """
@@ -323,6 +325,9 @@ def reconstruct_block(
 
     Returns:
         The hidden nodes kept, ascending, and how it went.
+
+    Raises:
+        NonFiniteError: If the block's error is NaN or infinite.
     """
     adapter = adapter_for(student)
     chosen = choose_nodes(student, block, cut.hidden_features, rows, config, seed) if kept is None else kept
@@ -343,6 +348,11 @@ def reconstruct_block(
             module, *layer, rows, on_all=refit and not steps, at_most=error_before
         )
         error_after = error_closed_form
+    if not math.isfinite(error_after):
+        raise NonFiniteError(
+            f"Block {block}: what is left of its error is {error_after} after the closed form. The student's values "
+            "grew too large; ask for a budget that cuts less, or pass more images."
+        )
     best_epoch, errors = 0, tuple[float, ...]()
     if steps:
         best_epoch, error_after, errors = _descend(module, rows, config, step_size, steps, error_after, seed, impl)

@@ -16,9 +16,10 @@ import dcvit
 from dcvit.compression import freeze, fuse
 from dcvit.models import MlpHalf, adapter_for, blocks
 from dcvit.ops import attention
-from dcvit.reconstruction import TeacherStates, draw_views
+from dcvit.reconstruction import TeacherStates, draw_views, reconstruct_block
 from dcvit.recovery import output_tokens
 from dcvit.regression import RIDGES
+from dcvit.structure import Cut
 from dcvit.surgery import compress_block
 from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, REFINED
 from tests.variants import VARIANTS, Variant
@@ -563,3 +564,39 @@ def test_nothing_is_overwritten(result: dcvit.CompressionResult, tmp_path: Path)
         "result.json",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine", "other", "out"]
+
+
+@pytest.mark.parametrize("config", [QUICK, PUBLISHED], ids=["default", "published"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(
+    model: nn.Module, images: Tensor, config: dcvit.CompressionConfig, value: float
+) -> None:
+    with torch.no_grad():
+        model.blocks[2].mlp.fc1.weight[3, 5] = value
+    with pytest.raises(dcvit.NonFiniteError, match=r"1 of 9,216 values of blocks\.2\.mlp\.fc1\.weight are NaN"):
+        dcvit.compress(model, images, dcvit.Budget(macs=0.8), config)
+
+
+def test_a_block_that_overflows_is_named(model: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        model.blocks[2].mlp.fc2.bias.fill_(3e38)
+        model.blocks[1].mlp.fc2.bias.fill_(3e38)
+    for call in (
+        lambda: dcvit.compress(model, images, dcvit.Budget(macs=0.8), QUICK),
+        lambda: dcvit.compress(model, images, dcvit.Budget(macs=0.8), PUBLISHED),
+        lambda: dcvit.sweep(model, images, [0.8], QUICK),
+    ):
+        with pytest.raises(dcvit.NonFiniteError, match="Of the first 6 images block 2 makes values that are NaN"):
+            call()
+
+
+def test_an_error_that_is_not_finite_names_the_block(model: nn.Module, images: Tensor) -> None:
+    """The teacher is sound on the images that were looked at, and a block's wanted output is not."""
+    teacher = freeze(model)
+    few_shot = dcvit.load_images(images, teacher)
+    views = draw_views(teacher, few_shot, QUICK.reconstruction, seed=0)
+    states = TeacherStates(teacher, views, 4)
+    rows = states.rows(1)
+    rows.wanted[0] = float("nan")
+    with pytest.raises(dcvit.NonFiniteError, match="Block 1: what is left of its error is nan"):
+        reconstruct_block(copy.deepcopy(teacher), 1, Cut(40), rows, QUICK.reconstruction, step_size=0.03, epochs=0)

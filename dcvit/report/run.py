@@ -91,6 +91,9 @@ def run_page(record: Record) -> Page:
     plan, report = record.plan, record.report
     original, used = (_spent(record, figures) for figures in (report.teacher, report.student))
     chosen = f"They were chosen among {len(plan.candidates)} candidates" if report.trials else "They were recovered"
+    if report.pruning_trials:
+        tried = f"{len(report.trials)} blocks without their attention and of {len(report.pruning_trials)} with it"
+        chosen = f"They were chosen by trials of {tried},"
     text = [
         f"{_cut(record)} {chosen} with {report.num_images} unlabelled images{_by_method(report)}. The budget was "
         f"{_budget(record)}; {_figure(used)} are used.",
@@ -327,7 +330,7 @@ def _architecture(record: Record) -> Section | None:
         lambda width: block_structure(width, before, after),
         table,
         "An MLP is drawn as wide as it has hidden nodes. Dashed: what was removed.",
-        [Key("compressed block", "accent", "circle"), Key("as it was", "plain", "circle")],
+        [Key("cut block", "accent", "circle"), Key("as it was", "plain", "circle")],
     )
     return Section("Architecture before and after", items=[figure])
 
