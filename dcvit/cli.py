@@ -233,7 +233,14 @@ def _parser() -> argparse.ArgumentParser:
     compress_.add_argument("--synthesis-iterations", type=int, metavar="N", help="for the metric set")
     compress_.add_argument("--synthesis-images", type=int, metavar="N", help="in the metric set")
     compress_.add_argument("--candidates", type=_blocks, metavar="I,J,…", help="blocks that may be compressed, from 0")
-    compress_.add_argument("--num-blocks", type=int, metavar="K", help="compress K blocks; the fewest if not given")
+    compress_.add_argument(
+        "--num-blocks", type=int, metavar="K", help="take the attention of K blocks, and touch no others"
+    )
+    compress_.add_argument(
+        "--structure", choices=("searched", "fewest"),
+        help="searched: blocks keep their attention where losing nodes alone costs less; fewest: as few blocks as meet "
+        "the budget lose it",
+    )  # fmt: skip
     compress_.add_argument(
         "--round-to", type=int, default=1, metavar="N", help="round kept hidden nodes down to a multiple"
     )
@@ -570,6 +577,7 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
         ),
         candidates=arguments.candidates,
         num_blocks=arguments.num_blocks,
+        structure=arguments.structure or config.structure,
         round_to=arguments.round_to,
         seed=arguments.seed,
         impl=arguments.impl,
@@ -596,7 +604,7 @@ def _check_method(arguments: argparse.Namespace, config: CompressionConfig) -> N
     """
     if arguments.method == "dcvit":
         return
-    for name in ("paper", "synthesis_iterations", "synthesis_images", "num_blocks"):
+    for name in ("paper", "synthesis_iterations", "synthesis_images", "num_blocks", "structure"):
         if getattr(arguments, name) not in (None, False):
             raise DcvitError(f"--{name.replace('_', '-')}: --method {arguments.method} does not read it; leave it out.")
     kind = "mimicking" if isinstance(config.recovery, MimickingConfig) else "reconstruction"
@@ -732,7 +740,10 @@ def _show_sweep(values: dict[str, Any]) -> str:
     titles = ("", "MMACs", "share", "params", "latency ms", "top-1 %", "agreement %", "blocks (hidden nodes kept)")
     rows: list[tuple[str, ...]] = [titles]
     blocks = {
-        member["folder"]: ", ".join(f"{block} ({kept})" for block, kept in member["blocks"].items())
+        member["folder"]: ", ".join(
+            f"{block} ({kept})" if int(block) in member["pruned"] else f"{block} ({kept}, no attention)"
+            for block, kept in member["blocks"].items()
+        )
         for member in values["members"]
     }
     for point in sorted(values["points"], key=lambda point: (-point["macs"], point["kind"])):

@@ -192,6 +192,7 @@ class Family:
         return {
             "budget": member.plan.to_dict()["budget"],
             "blocks": {str(block): len(member.plan.kept_nodes[block]) for block in member.plan.blocks},
+            "pruned": list(member.plan.pruned),
             "macs_share": report.student.macs / self.original.macs,
             **asdict(report.student),
             "agreement": report.agreement,

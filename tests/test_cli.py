@@ -241,10 +241,12 @@ def test_options_of_the_budget(
 
     monkeypatch.setattr("dcvit.cli.compress", caught)
     asked = ["compress", "demo", "--data", "digits", "--out", str(tmp_path / "out"), "--round-to", "8"]
+    asked += ["--structure", "fewest"]
     assert main([*asked, *option]) == 130
     ((_, _, budget, config),) = seen
     assert budget == expected
     assert config.round_to == 8
+    assert config.structure == "fewest"
 
 
 def test_a_latency_budget_is_reported(
