@@ -464,7 +464,7 @@ def test_the_mlp_of_a_block_that_keeps_its_attention(name: str) -> None:
     assert report.error_closed_form is not None
     assert report.error_after == report.error_closed_form < report.error_before
     assert len(kept) == KEPT == adapter.hidden_features(student, BLOCK)
-    assert all(parameter.startswith(f"blocks.{BLOCK}.mlp.") for parameter in changed_shapes(student, problem))
+    assert all(parameter.startswith(f"blocks.{BLOCK}.mlp.") for parameter in changed(student, problem.teacher))
     with torch.no_grad():
         missed = adapter.block(student, BLOCK)(before) - adapter.block(problem.teacher, BLOCK)(before)
         added = adapter.block(problem.teacher, BLOCK)(before) - middle
@@ -473,12 +473,6 @@ def test_the_mlp_of_a_block_that_keeps_its_attention(name: str) -> None:
         unfitted = adapter.block(pruned, BLOCK)(before) - adapter.block(problem.teacher, BLOCK)(before)
     assert missed.square().sum() < unfitted.square().sum()
     assert missed.square().sum() < added.square().sum()
-
-
-def changed_shapes(student: nn.Module, problem: Problem) -> set[str]:
-    """Parameters of a student that are not the teacher's, in value or shape."""
-    before = dict(problem.teacher.named_parameters())
-    return {n for n, p in student.named_parameters() if p.shape != before[n].shape or not torch.equal(p, before[n])}
 
 
 def test_few_of_many_rows_are_those_of_the_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
