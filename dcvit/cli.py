@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -46,9 +47,10 @@ from dcvit.model_card import cut_kind
 from dcvit.models import DEMO_MODEL, adapter_for, adapters, hub_repository, load_model, preprocessing, require_supported
 from dcvit.planning import UNITS, Budget, search_space
 from dcvit.progress import TerminalProgress
-from dcvit.report import FamilyPoint, write_report
+from dcvit.report import FamilyPoint, run_page, saved_family_page, write_report
 from dcvit.results import (
     DTYPES,
+    REPORT_FILE,
     CompressionResult,
     check_output_file,
     check_output_folder,
@@ -57,6 +59,7 @@ from dcvit.results import (
     original_name,
     versions,
 )
+from dcvit.run_store import RUN_FILE
 from dcvit.seeding import seeded
 from dcvit.synthesis import synthesize
 
@@ -102,9 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         progress.close()
-        print("dcvit: interrupted, nothing was saved", file=sys.stderr)
+        print(f"dcvit: interrupted. {_how_to_go_on(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    if "run_dir" in arguments and (_run_dir(arguments) / RUN_FILE).is_file():
+        return f"The same command goes on from what is in {str(_run_dir(arguments))!r}."
+    return "Nothing was saved."
 
 
 def _show_warning(
@@ -246,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress_.add_argument("--seed", type=int, default=0, help="same seed, same result")
     _output_arguments(compress_)
+    _run_argument(compress_)
     _impl_argument(compress_)
     _device_argument(compress_)
 
@@ -284,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep_.add_argument("--num-images", type=int, metavar="N", help="use N random images of the data, not all")
     sweep_.add_argument("--seed", type=int, default=0, help="same seed, same result")
     _output_arguments(sweep_, default="dcvit-sweep")
+    _run_argument(sweep_)
     _impl_argument(sweep_)
     _device_argument(sweep_)
 
@@ -418,6 +429,14 @@ def _parser() -> argparse.ArgumentParser:
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to the name")
+
+
+def _run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="FOLDER",
+        help="where finished work is kept, so that the same command goes on after it was stopped; OUT.run if not "
+        "given, and then deleted in the end",
+    )  # fmt: skip
 
 
 def _output_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -585,14 +604,29 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     model = _load(arguments.model, arguments)
     require_supported(model)
     images, labels = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
-    result = compress(model, images, budget, config, method=arguments.method, progress=progress)
+    run_dir = _run_dir(arguments) if find_method(arguments.method).resumable else None
+    result = compress(model, images, budget, config, method=arguments.method, run_dir=run_dir, progress=progress)
     base_model = None if arguments.random_weights else hub_repository(arguments.model)
     result = replace(result, report=replace(result.report, model=arguments.model, base_model=base_model))
     if labels is not None:
         original = top1(freeze(model), images.normalised, labels)
         result = _with_top1(result, original, images.normalised, labels)
-    result.save(arguments.out, overwrite=arguments.overwrite)
-    return {**result.to_dict(), "out": str(arguments.out), "page": str(write_report(arguments.out))}
+    result.save(arguments.out, overwrite=arguments.overwrite, page=run_page(result.record()).html())
+    _forget_run(arguments)
+    return {**result.to_dict(), "out": str(arguments.out), "page": str(Path(arguments.out) / REPORT_FILE)}
+
+
+def _run_dir(arguments: argparse.Namespace) -> Path:
+    """Where finished work is kept: beside the result, unless a folder is named."""
+    named: Path | None = arguments.run_dir
+    out = Path(arguments.out)
+    return named if named is not None else out.with_name(f"{out.name}.run")
+
+
+def _forget_run(arguments: argparse.Namespace) -> None:
+    """Delete the work of a run that is done, unless its folder was named."""
+    if arguments.run_dir is None and _run_dir(arguments).is_dir():
+        shutil.rmtree(_run_dir(arguments))
 
 
 def _check_method(arguments: argparse.Namespace, config: CompressionConfig) -> None:
@@ -666,7 +700,7 @@ def _sweep(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[st
     require_supported(model)
     images, _ = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
     config = config.with_(seed=arguments.seed, impl=arguments.impl)
-    family = sweep(model, images, arguments.macs, config, progress=progress)
+    family = sweep(model, images, arguments.macs, config, run_dir=_run_dir(arguments), progress=progress)
     seconds = sum(sum(member.report.seconds.values()) for member in family.members)
     members = [replace(m, report=replace(m.report, model=arguments.model)) for m in family.members]
     judges, judged_on, labels = images.normalised, f"the {len(images)} few-shot images", None
@@ -684,9 +718,12 @@ def _sweep(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[st
         points.append(replace(point, agreement=agreement(member.model, original, judges)))
     if arguments.block_dropping:
         points += _dropped_points(original, images, judges, labels, members, arguments, progress)
-    index = family.save(arguments.out, overwrite=arguments.overwrite, points=points, judged_on=judged_on)
-    page = write_report(arguments.out)
-    return {**index, "seconds": seconds, "out": str(arguments.out), "page": str(page)}
+    index = family.save(
+        arguments.out, overwrite=arguments.overwrite, points=points, judged_on=judged_on,
+        page=lambda values: saved_family_page(values).html(),
+    )  # fmt: skip
+    _forget_run(arguments)
+    return {**index, "seconds": seconds, "out": str(arguments.out), "page": str(Path(arguments.out) / REPORT_FILE)}
 
 
 def _with_top1(

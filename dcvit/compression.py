@@ -2,7 +2,10 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from dcvit.images import FewShotImages, Images, load_images
 from dcvit.latency import Stopwatch, example_images, measure_latency, time_forward
 from dcvit.latency_planning import plan_latency
 from dcvit.memory import trace_activation_memory
-from dcvit.methods import Method, Outcome, Task, Timer, register
+from dcvit.methods import METHODS, Method, Outcome, Task, Timer, register
 from dcvit.methods import method as find_method
 from dcvit.methods.budgets import flat
 from dcvit.metric import Metric
@@ -26,6 +29,7 @@ from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import (
     Reconstruction,
+    Rows,
     TeacherStates,
     Views,
     draw_views,
@@ -33,14 +37,25 @@ from dcvit.reconstruction import (
     reconstruct_block,
 )
 from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
-from dcvit.refinement import HELD_OUT_EVERY, STEP_SIZES, num_steps, refine
-from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report
+from dcvit.refinement import HELD_OUT_EVERY, STEP_SIZES, Refinement, num_steps, refine
+from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report, versions
+from dcvit.run_store import NOTHING_KEPT, Store, Unit, digest_images, digest_model, open_run
 from dcvit.seeding import derive_seed
 from dcvit.structure import Cut, Recoverability
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
-__all__ = ["DCVIT", "compress", "compress_blocks", "dense", "freeze", "fuse", "reconstruct_blocks", "require_finite"]
+__all__ = [
+    "DCVIT",
+    "compress",
+    "compress_blocks",
+    "dense",
+    "fingerprint",
+    "freeze",
+    "fuse",
+    "reconstruct_blocks",
+    "require_finite",
+]
 
 FINITE_IMAGES = 8
 """So many images are passed through a model to see whether its values stay finite."""
@@ -57,6 +72,7 @@ def compress(
     *,
     method: str = "dcvit",
     metric_set: MetricSet | None = None,
+    run_dir: str | Path | None = None,
     progress: Progress = silent,
     stopwatch: Stopwatch = time_forward,
 ) -> CompressionResult:
@@ -69,6 +85,8 @@ def compress(
         config: Every knob; `CompressionConfig.paper()` holds the published settings. The method's own if not given.
         method: One of `dcvit.methods.METHODS`.
         metric_set: Images to rank blocks on, in place of what `config.metric_set` names.
+        run_dir: A folder for finished work, see `dcvit.run_store`: the same call with the same folder goes on where an
+            earlier one was stopped, and ends with the same weights. It can be deleted in the end.
         progress: Told how it goes, see `dcvit.progress`.
         stopwatch: Times one pass, for a latency budget and for the report.
 
@@ -81,9 +99,14 @@ def compress(
         ImagesError: If the images do not fit the model.
         BudgetError: If the budget cannot be met.
         NonFiniteError: If a weight is NaN or infinite, or a block of the original makes such values of the images.
+        RunStoreError: If `run_dir` is in use, or holds something else, or a run of other settings, model or images; and
+            later, if it cannot be written.
         All of them before any long work.
     """
     chosen = find_method(method)
+    if run_dir is not None and not chosen.resumable:
+        able = ", ".join(name for name, other in METHODS.items() if other.resumable)
+        raise DcvitError(f"run_dir with method={method!r}: only {able} goes on where it was stopped; leave it out.")
     if metric_set is not None and method != DCVIT.name:
         raise DcvitError(f"metric_set with method={method!r}: only {DCVIT.name} ranks on one, leave it out.")
     config = config or chosen.config()
@@ -93,8 +116,25 @@ def compress(
         chosen.require_family(original)
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
-    outcome = chosen.compress(Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set))
+    of = {"budget": budget.to_dict(), **fingerprint(original, few_shot, metric_set, config)} if run_dir else {}
+    with open_run(run_dir, of) as store:
+        task = Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set, store)
+        outcome = chosen.compress(task)
     return finish(model, original, few_shot, outcome.metric_set, outcome, config, timer, stopwatch, method=method)
+
+
+def fingerprint(
+    model: nn.Module, images: FewShotImages, metric_set: MetricSet | None, config: CompressionConfig
+) -> dict[str, Any]:
+    """What the result of a run depends on, but for its budget, for `dcvit.run_store.open_run`."""
+    return {
+        "settings": config.to_dict(),
+        "model": digest_model(model),
+        "images": digest_images(images.normalised),
+        "metric_set": None if metric_set is None else digest_images(metric_set.images),
+        "device": images.normalised.device.type,
+        "versions": {name: version for name, version in versions().items() if name in ("dcvit", "torch")},
+    }
 
 
 def dense(task: Task) -> Outcome:
@@ -107,18 +147,29 @@ def dense(task: Task) -> Outcome:
     """
     config, timer, progress = task.config, task.timer, task.progress
     with timer("prepare"):
-        planned = plan_latency(task.teacher, task.budget, config, stopwatch=task.stopwatch, progress=progress)
+        planned = _planned(task)
         teacher = fuse(task.teacher, config.impl)
     with timer("metric set"):
         metric_set = task.metric_set
         if metric_set is None:
-            metric_set = make_metric_set(teacher, task.images, config, progress)
+            metric_set = make_metric_set(teacher, task.images, config, progress, task.store)
     if isinstance(config.recovery, MimickingConfig):
-        outcome = _published(teacher, task.images, metric_set, planned, config, timer, progress)
+        outcome = _published(teacher, task.images, metric_set, planned, config, timer, progress, task.store)
     else:
-        prepared = prepare(teacher, task.images, metric_set, planned, config, timer, progress)
-        outcome = compress_prepared(prepared, planned, config, timer, progress=progress)
+        prepared = prepare(teacher, task.images, metric_set, planned, config, timer, progress, task.store)
+        outcome = compress_prepared(prepared, planned, config, timer, progress=progress, store=task.store)
     return replace(outcome, metric_set=metric_set)
+
+
+def _planned(task: Task) -> Plan:
+    """The plan; one that was measured is kept, for it would come out otherwise the next time."""
+
+    def found() -> Plan:
+        return plan_latency(task.teacher, task.budget, task.config, stopwatch=task.stopwatch, progress=task.progress)
+
+    if not task.budget.measured:
+        return found()
+    return Plan.from_dict(task.store.unit("plan", lambda: Unit(found().to_dict())).values)
 
 
 DCVIT = register(
@@ -129,6 +180,7 @@ DCVIT = register(
         families=("vit", "swin", "cnn"),
         recovery=ReconstructionConfig,
         compress=dense,
+        resumable=True,
     )
 )
 
@@ -141,20 +193,21 @@ def _published(
     config: CompressionConfig,
     timer: Timer,
     progress: Progress,
+    store: Store,
 ) -> Outcome:
     """The published procedure: mimicking after each cut, in the trials and block by block."""
     with timer("learning rate"):
-        config = _resolve_learning_rate(teacher, images, planned, config, progress)
+        config = _resolve_learning_rate(teacher, images, planned, config, progress, store)
     with timer("ranking"):
         metric = Metric(teacher, [metric_set.images], config.metric, config.mimicking.batch_size)
-        ranking = rank(teacher, images, metric, planned, config, progress=progress)
+        ranking = rank(teacher, images, metric, planned, config, progress=progress, store=store)
         blocks = ranking.blocks[: planned.num_blocks]
         chosen_plan = replace(planned, blocks=blocks, kept_nodes={b: ranking.kept_nodes[b] for b in blocks})
     with timer("compression"):
         first = ranking.trials[0].recovery
         assert first is not None
         student, steps = compress_blocks(
-            teacher, ranking.student, images, chosen_plan, config, first=first, progress=progress
+            teacher, ranking.student, images, chosen_plan, config, first=first, progress=progress, store=store
         )
     return Outcome(student, chosen_plan, ranking.trials, steps[-1].learning_rate, steps=steps)
 
@@ -169,6 +222,7 @@ class Prepared:
         states: The teacher's tokens for them.
         trials: Of each candidate, least metric loss first.
         pruning_trials: Of each block that may keep its attention and lose hidden nodes only, likewise.
+        prunable_orders: Of those blocks, their hidden nodes, most useful first; not always all.
         step_size: Of the gradient steps on a block.
         refinement_steps: Of the mimicking at the end; 0 where there is none.
     """
@@ -178,6 +232,7 @@ class Prepared:
     states: TeacherStates
     trials: tuple[Trial, ...]
     pruning_trials: tuple[Trial, ...]
+    prunable_orders: Mapping[int, tuple[int, ...]]
     step_size: float
     refinement_steps: int
 
@@ -190,6 +245,7 @@ def prepare(
     config: CompressionConfig,
     timer: Timer,
     progress: Progress = silent,
+    store: Store = NOTHING_KEPT,
 ) -> Prepared:
     """Draw views, pass them through the teacher, try each candidate block, and find the step size.
 
@@ -201,6 +257,7 @@ def prepare(
         config: Its `recovery` must be a `ReconstructionConfig`.
         timer: Takes the time of the stages.
         progress: Told after each trial.
+        store: Keeps the trials.
     """
     recovery, adapter = config.reconstruction, adapter_for(teacher)
     steps = num_steps(teacher, recovery)
@@ -230,16 +287,19 @@ def prepare(
             if searches:  # in the middle of what the search may choose
                 tried = min(max(tried, hidden // 8), hidden // 2)
             cuts[block] = Cut(tried)
-        trials, kept = rank_reconstructed(teacher, states, metric, cuts, config, progress=progress)
+        trials, orders = rank_reconstructed(teacher, states, metric, cuts, config, progress=progress, store=store)
         pruned = {
             block: Cut(max(3 * adapter.hidden_features(teacher, block) // 8, 1), attention=True) for block in prunable
         }
-        pruning_trials, _ = rank_reconstructed(
-            teacher, states, metric, pruned, config, progress=progress, stage="pruning trials"
+        pruning_trials, prunable_orders = rank_reconstructed(
+            teacher, states, metric, pruned, config, progress=progress, stage="pruning trials", store=store
         )
     with timer("step size"):
-        step_size = _step_size(teacher, states, trials, kept, config, progress) if recovery.epochs else 0.0
-    return Prepared(teacher, views, states, trials, pruning_trials, step_size, steps)
+        step_size = 0.0
+        if recovery.epochs:
+            find = partial(_step_size, teacher, states, cuts, trials, orders, config, progress)
+            step_size = store.unit("step-size", lambda: Unit(find())).values
+    return Prepared(teacher, views, states, trials, pruning_trials, prunable_orders, step_size, steps)
 
 
 def compress_prepared(
@@ -251,6 +311,7 @@ def compress_prepared(
     refinement_steps: int | None = None,
     refinement_step_sizes: Sequence[float] = STEP_SIZES,
     progress: Progress = silent,
+    store: Store = NOTHING_KEPT,
 ) -> Outcome:
     """One size: choose its structure, reconstruct its blocks, and let it mimic.
 
@@ -262,6 +323,7 @@ def compress_prepared(
         refinement_steps: Steps of the mimicking, where they are not `prepared`'s.
         refinement_step_sizes: Their candidates of the step size.
         progress: Told how it goes.
+        store: Keeps each block, and the refined student.
     """
     steps = prepared.refinement_steps if refinement_steps is None else refinement_steps
     with timer("compression"):
@@ -269,17 +331,25 @@ def compress_prepared(
         blocks = tuple(cuts)
         student, kept, reconstructions = reconstruct_blocks(
             prepared.teacher, prepared.views, prepared.states, cuts, config, prepared.step_size,
-            refit=steps == 0, progress=progress,
+            prunable_orders=prepared.prunable_orders, refit=steps == 0, progress=progress, store=store,
         )  # fmt: skip
     refinement = None
     if steps:
         with timer("refinement"):
-            assert prepared.states.output is not None
-            refinement = refine(
-                student, prepared.views, prepared.states.output, blocks, config.reconstruction, steps,
-                step_sizes=refinement_step_sizes, seed=derive_seed(config.seed, "refinement"), impl=config.impl,
-                progress=progress,
-            )  # fmt: skip
+            wanted = prepared.states.output
+            assert wanted is not None
+
+            def refined() -> Unit:
+                found = refine(
+                    student, prepared.views, wanted, blocks, config.reconstruction, steps,
+                    step_sizes=refinement_step_sizes, seed=derive_seed(config.seed, "refinement"), impl=config.impl,
+                    progress=progress,
+                )  # fmt: skip
+                return Unit(asdict(found), student.state_dict())
+
+            found = store.unit("refinement", refined)
+            student.load_state_dict(dict(found.tensors))  # no change where it was refined just now
+            refinement = Refinement.from_dict(found.values)
     chosen = replace(chosen, blocks=blocks, kept_nodes={block: kept[block] for block in blocks})
     return Outcome(
         student, chosen, prepared.trials, prepared.step_size,
@@ -320,8 +390,10 @@ def reconstruct_blocks(
     config: CompressionConfig,
     step_size: float,
     *,
+    prunable_orders: Mapping[int, tuple[int, ...]],
     refit: bool = True,
     progress: Progress = silent,
+    store: Store = NOTHING_KEPT,
 ) -> tuple[nn.Module, dict[int, tuple[int, ...]], tuple[Reconstruction, ...]]:
     """Cut blocks of a copy of the teacher, front to back, each on what the ones before it give.
 
@@ -332,8 +404,10 @@ def reconstruct_blocks(
         cuts: What each block keeps.
         config: Its `recovery` must be a `ReconstructionConfig`.
         step_size: Of the gradient steps.
+        prunable_orders: See `Prepared`: pruned blocks keep the nodes that their trials found most useful.
         refit: Learn from the held-out images too once they have judged; not if they are to judge again.
         progress: Told after each block.
+        store: Keeps each block.
 
     Returns:
         The student, the hidden nodes kept in each block, and how each reconstruction went.
@@ -343,6 +417,19 @@ def reconstruct_blocks(
     adapter = adapter_for(student)
     batches = [adapter.embed(teacher, images) for images in views.images.split(recovery.batch_size)]
     at, kept, reports = 0, {}, []
+    fresh: set[int] = set()
+
+    def reconstructed(block: int, cut: Cut, rows: Rows) -> Unit:
+        order, count = prunable_orders[block] if cut.attention else (), cut.hidden_features
+        nodes, report = reconstruct_block(
+            student, block, cut, rows, recovery,
+            kept=order[:count] if 0 < count <= len(order) else None,
+            step_size=step_size, epochs=recovery.epochs, refit=refit,
+            seed=derive_seed(config.seed, "reconstruction", block), impl=config.impl,
+        )  # fmt: skip
+        fresh.add(block)
+        return Unit({"kept": nodes, "report": asdict(report)}, adapter.block(student, block).state_dict())
+
     progress("reconstruction", 0, len(cuts), None)
     for done, block in enumerate(sorted(cuts), 1):
         with torch.no_grad():
@@ -350,14 +437,21 @@ def reconstruct_blocks(
         at = block
         given = (_given(student, tokens, block, cuts[block]) for tokens in batches)
         rows = states.rows(block, views.rows_of_all(given))
-        kept[block], report = reconstruct_block(
-            student, block, cuts[block], rows, recovery,
-            step_size=step_size, epochs=recovery.epochs, refit=refit,
-            seed=derive_seed(config.seed, "reconstruction", block), impl=config.impl,
-        )  # fmt: skip
-        reports.append(report)
-        progress("reconstruction", done, len(cuts), report.error_after)
+        unit = store.unit(f"block-{block}", partial(reconstructed, block, cuts[block], rows))
+        kept[block] = tuple(unit.values["kept"])
+        if block not in fresh:
+            _cut_block(student, block, cuts[block], kept[block], config.impl)
+            adapter.block(student, block).load_state_dict(dict(unit.tensors))
+        reports.append(Reconstruction.from_dict(unit.values["report"]))
+        progress("reconstruction", done, len(cuts), reports[-1].error_after)
     return student, kept, tuple(reports)
+
+
+def _cut_block(student: nn.Module, block: int, cut: Cut, kept: Sequence[int], impl: Impl) -> None:
+    """In place, as reconstruction does it."""
+    adapter = adapter_for(student)
+    (adapter.prune_block if cut.attention else adapter.compress_block)(student, block, kept)
+    choose_impl(student, impl)
 
 
 @torch.no_grad()
@@ -381,6 +475,7 @@ def compress_blocks(
     *,
     first: Recovery,
     progress: Progress = silent,
+    store: Store = NOTHING_KEPT,
 ) -> tuple[nn.Module, tuple[Recovery, ...]]:
     """Step 5: compress the chosen blocks one after another, recovering after each.
 
@@ -393,6 +488,7 @@ def compress_blocks(
             once and recovered for as many epochs as the steps would have taken together.
         first: The recovery of the best trial.
         progress: Told after each epoch.
+        store: Keeps each step.
 
     Returns:
         The student, and the recovery of each step.
@@ -411,19 +507,18 @@ def compress_blocks(
         for block in new:
             student = compress_block(student, block, kept[block], config.impl)
         done = len(cut)
-        steps.append(
-            recover(
-                student,
-                teacher,
-                images,
-                cut,
-                recovery,
-                seed=derive_seed(config.seed, "step", done),
-                impl=config.impl,
-                progress=progress,
+
+        def recovered(student: nn.Module, cut: tuple[int, ...], done: int) -> Unit:
+            step = recover(
+                student, teacher, images, cut, recovery,
+                seed=derive_seed(config.seed, "step", done), impl=config.impl, progress=progress,
                 stage=f"compression, block {done} of {len(blocks)}",
-            )
-        )
+            )  # fmt: skip
+            return Unit(asdict(step), student.state_dict())
+
+        unit = store.unit(f"step-{done}", partial(recovered, student, cut, done))
+        student.load_state_dict(dict(unit.tensors))  # no change where it recovered just now
+        steps.append(Recovery.from_dict(unit.values))
     return student, tuple(steps)
 
 
@@ -477,16 +572,34 @@ def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
 
 
 def make_metric_set(
-    teacher: nn.Module, images: FewShotImages, config: CompressionConfig, progress: Progress
+    teacher: nn.Module,
+    images: FewShotImages,
+    config: CompressionConfig,
+    progress: Progress,
+    store: Store = NOTHING_KEPT,
 ) -> MetricSet:
-    """What blocks are ranked on, as `config.metric_set` names it."""
+    """What blocks are ranked on, as `config.metric_set` names it; synthesised images are kept in the store."""
     if config.metric_set == "images":
         return MetricSet(images.normalised)
-    return synthesize(teacher, config.synthesis, seed=config.seed, impl=config.impl, progress=progress)
+
+    def synthesized() -> Unit:
+        made = synthesize(teacher, config.synthesis, seed=config.seed, impl=config.impl, progress=progress)
+        assert made.targets is not None
+        values = {"loss": made.loss, "losses": made.losses}
+        return Unit(values, {"images": made.images, "targets": made.targets})
+
+    unit = store.unit("metric-set", synthesized)
+    given, targets = (unit.tensors[name].to(images.normalised.device) for name in ("images", "targets"))
+    return MetricSet(given, targets, unit.values["loss"], tuple(unit.values["losses"]))
 
 
 def _resolve_learning_rate(
-    teacher: nn.Module, images: FewShotImages, chosen_plan: Plan, config: CompressionConfig, progress: Progress
+    teacher: nn.Module,
+    images: FewShotImages,
+    chosen_plan: Plan,
+    config: CompressionConfig,
+    progress: Progress,
+    store: Store,
 ) -> CompressionConfig:
     """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
     if config.mimicking.learning_rate != "auto":
@@ -494,32 +607,29 @@ def _resolve_learning_rate(
     block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
     kept = draw_kept_nodes(teacher, block, chosen_plan.hidden_features, config.seed)
     student = compress_block(teacher, block, kept, config.impl)
-    rate = find_learning_rate(
-        student,
-        teacher,
-        images,
-        [block],
-        config.mimicking,
-        seed=derive_seed(config.seed, "learning rate"),
-        impl=config.impl,
-        progress=progress,
-    )
+    find = partial(
+        find_learning_rate, student, teacher, images, [block], config.mimicking,
+        seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
+    )  # fmt: skip
+    rate: float = store.unit("learning-rate", lambda: Unit(find())).values
     return replace(config, recovery=replace(config.mimicking, learning_rate=rate))
 
 
 def _step_size(
     teacher: nn.Module,
     states: TeacherStates,
+    cuts: Mapping[int, Cut],
     trials: Sequence[Trial],
-    kept: Mapping[int, tuple[int, ...]],
+    orders: Mapping[int, tuple[int, ...]],
     config: CompressionConfig,
     progress: Progress,
 ) -> float:
     """The step size of reconstruction, found on the candidate of median metric loss."""
     block = trials[len(trials) // 2].block
     return find_step_size(
-        teacher, block, Cut(len(kept[block])), states.rows(block).thinned(), config.reconstruction,
-        kept=kept[block], seed=derive_seed(config.seed, "step size"), impl=config.impl, progress=progress,
+        teacher, block, cuts[block], states.rows(block).thinned(), config.reconstruction,
+        kept=orders[block][: cuts[block].hidden_features], seed=derive_seed(config.seed, "step size"),
+        impl=config.impl, progress=progress,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "HubError",
     "ImagesError",
     "NonFiniteError",
+    "RunStoreError",
     "SaveFolderError",
     "UnsupportedModelError",
 ]
@@ -47,6 +48,10 @@ class ImagesError(DcvitError):
 
 class NonFiniteError(DcvitError):
     """Weights or activations are NaN or infinite; the message names where."""
+
+
+class RunStoreError(DcvitError):
+    """A run's folder is in use, of another run, foreign, or cannot be written."""
 
 
 class SaveFolderError(DcvitError):

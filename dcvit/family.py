@@ -6,7 +6,7 @@ its blocks' reconstruction and, where mimicking refines it, a share of a single 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 from dcvit.compression import (
     Prepared,
     compress_prepared,
+    fingerprint,
     finish,
     freeze,
     fuse,
@@ -36,7 +37,17 @@ from dcvit.planning import ADDITIVE, Budget, Plan, plan
 from dcvit.progress import Progress, silent
 from dcvit.refinement import STEP_SIZES
 from dcvit.report import FamilyPoint
-from dcvit.results import FAMILY_FILE, CompressionResult, ModelFigures, load, read_json, versions
+from dcvit.results import (
+    FAMILY_FILE,
+    REPORT_FILE,
+    CompressionResult,
+    ModelFigures,
+    all_or_nothing,
+    load,
+    read_json,
+    versions,
+)
+from dcvit.run_store import NOTHING_KEPT, Store, open_run
 from dcvit.synthesis import MetricSet
 
 __all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
@@ -130,14 +141,16 @@ class Family:
         overwrite: bool = False,
         points: Sequence[FamilyPoint] | None = None,
         judged_on: str | None = None,
+        page: Callable[[Mapping[str, Any]], str] | None = None,
     ) -> dict[str, Any]:
-        """Save every member to a folder of its own, and `family.json`, which lists them.
+        """Save every member to a folder of its own, and `family.json`, which lists them, all at once.
 
         Args:
             folder: Created if missing.
             overwrite: Replace an earlier family in that folder. Nothing else is ever replaced.
             points: What the report is to show, where figures other than the members' own are at hand.
             judged_on: The images that those figures are of.
+            page: The HTML of `report.html`, from what `family.json` holds.
 
         Returns:
             What `family.json` holds.
@@ -159,12 +172,12 @@ class Family:
             "settings": report.settings,
             "versions": versions(),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        for member in self.members:
-            member.save(folder / self.name(member), overwrite=overwrite)
-        temporary = folder / f"{FAMILY_FILE}.part"
-        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(folder / FAMILY_FILE)
+        with all_or_nothing(folder) as temporary:
+            for member in self.members:
+                member.save(temporary / self.name(member))
+            (temporary / FAMILY_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            if page is not None:
+                (temporary / REPORT_FILE).write_text(page(index), encoding="utf-8")
         return index
 
     def points(self) -> list[FamilyPoint]:
@@ -245,13 +258,15 @@ class _Search:
     config: CompressionConfig
     step_sizes: Sequence[float] = STEP_SIZES
 
-    def compress(self, planned: Plan, progress: Progress, *, runs: int = TIMED_RUNS) -> CompressionResult:
+    def compress(
+        self, planned: Plan, progress: Progress, *, runs: int = TIMED_RUNS, store: Store = NOTHING_KEPT
+    ) -> CompressionResult:
         """A member, timed in so many runs."""
         timer = Timer()
         outcome = compress_prepared(
             self.prepared, planned, self.config, timer,
             refinement_steps=round(REFINEMENT_SHARE * self.prepared.refinement_steps),
-            refinement_step_sizes=self.step_sizes, progress=progress,
+            refinement_step_sizes=self.step_sizes, progress=progress, store=store,
         )  # fmt: skip
         if outcome.refinement is not None and outcome.refinement.step_size > 0:
             self.step_sizes = (outcome.refinement.step_size,)
@@ -265,6 +280,7 @@ def sweep(
     config: CompressionConfig | None = None,
     *,
     metric_set: MetricSet | None = None,
+    run_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> Family:
     """Compress a model to many sizes from one search.
@@ -275,13 +291,14 @@ def sweep(
         budgets: What the members may cost: shares of the original's MACs, absolute numbers of MACs, or `Budget`s.
         config: Every knob; its `recovery` must be a `ReconstructionConfig`.
         metric_set: Images to rank blocks on, in place of what `config.metric_set` names.
+        run_dir: A folder for finished work, as of `dcvit.compress`.
         progress: Told how it goes.
 
     Returns:
         The family, largest member first.
 
     Raises:
-        UnsupportedModelError, ImagesError: As `dcvit.compress` does.
+        UnsupportedModelError, ImagesError, RunStoreError: As `dcvit.compress` does.
         BudgetError: If there is no budget, two are the same, or one cannot be met.
         DcvitError: If `config.recovery` is mimicking.
         All of them before any long work.
@@ -297,19 +314,25 @@ def sweep(
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
         teacher = fuse(original, config.impl)
-    with timer("metric set"):
-        if metric_set is None:
-            metric_set = make_metric_set(teacher, few_shot, config, progress)
-    prepared = prepare(teacher, few_shot, metric_set, plans[len(plans) // 2], config, timer, progress)
-    search = _Search(model, original, few_shot, metric_set, prepared, config)
-    members: list[CompressionResult] = []
-    for planned in plans:
-        member = search.compress(planned, progress, runs=1)
-        if not members:  # the first bears the time that all share
-            seconds = {**timer.seconds, **member.report.seconds}
-            member = replace(member, report=replace(member.report, seconds=seconds))
-        members.append(member)
-        progress("sizes", len(members), len(plans), member.report.mimic_loss)
+    of = {}
+    if run_dir is not None:
+        all_budgets = [planned.budget.to_dict() for planned in plans]
+        of = {"budgets": all_budgets, **fingerprint(original, few_shot, metric_set, config)}
+    with open_run(run_dir, of) as store:
+        with timer("metric set"):
+            if metric_set is None:
+                metric_set = make_metric_set(teacher, few_shot, config, progress, store)
+        prepared = prepare(teacher, few_shot, metric_set, plans[len(plans) // 2], config, timer, progress, store)
+        search = _Search(model, original, few_shot, metric_set, prepared, config)
+        members: list[CompressionResult] = []
+        for planned in plans:
+            of_member = store.within(f"size-{len(members) + 1}")
+            member = search.compress(planned, progress, runs=1, store=of_member)
+            if not members:  # the first bears the time that all share
+                seconds = {**timer.seconds, **member.report.seconds}
+                member = replace(member, report=replace(member.report, seconds=seconds))
+            members.append(member)
+            progress("sizes", len(members), len(plans), member.report.mimic_loss)
     members = _timed(original, members, few_shot)
     return Family(members[0].report.teacher, members, search)
 

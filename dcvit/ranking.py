@@ -16,7 +16,9 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -26,8 +28,9 @@ from dcvit.images import FewShotImages
 from dcvit.metric import Metric
 from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
-from dcvit.reconstruction import Reconstruction, TeacherStates, error_curve, reconstruct_block
+from dcvit.reconstruction import Reconstruction, Rows, TeacherStates, error_curve, reconstruct_block
 from dcvit.recovery import Candidate, Recovery, Selection, recover_together, updated_parameters
+from dcvit.run_store import NOTHING_KEPT, Store, Unit
 from dcvit.seeding import derive_seed
 from dcvit.structure import Cut, Recoverability
 from dcvit.surgery import compress_block, draw_kept_nodes, share_parameters
@@ -68,6 +71,20 @@ class Trial:
     recoverability: Recoverability | None = None
     epochs: int = 0
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Trial":
+        """From the values of a file."""
+        recovery, reconstruction, profile = values["recovery"], values["reconstruction"], values.get("recoverability")
+        return cls(
+            **{
+                "epochs": 0 if recovery is None else len(recovery["losses"]),  # earlier versions did not write it
+                **values,
+                "recovery": None if recovery is None else Recovery.from_dict(recovery),
+                "reconstruction": None if reconstruction is None else Reconstruction.from_dict(reconstruction),
+                "recoverability": None if profile is None else Recoverability(*map(tuple, profile.values())),
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -98,6 +115,7 @@ def rank(
     config: CompressionConfig,
     *,
     progress: Progress = silent,
+    store: Store = NOTHING_KEPT,
 ) -> Ranking:
     """Compress each candidate block alone, let it mimic, and sort by metric loss, as published.
 
@@ -108,16 +126,28 @@ def rank(
         plan: Says which blocks are candidates and how many hidden nodes they keep.
         config: Its `recovery.learning_rate` must be a number.
         progress: Told after each epoch.
+        store: Keeps the trials, all together, for they end together, and the best student.
     """
     kept = {block: draw_kept_nodes(teacher, block, plan.hidden_features, config.seed) for block in plan.candidates}
 
     def cut(block: int) -> nn.Module:
         return compress_block(teacher, block, kept[block], config.impl)
 
-    trials, student = run_trials(
-        teacher, images, plan.candidates, cut, metric.loss, config, num_chosen=plan.num_blocks, progress=progress
-    )
-    return Ranking(trials, student, kept)
+    best: list[nn.Module] = []
+
+    def tried() -> Unit:
+        trials, student = run_trials(
+            teacher, images, plan.candidates, cut, metric.loss, config, num_chosen=plan.num_blocks, progress=progress
+        )
+        best.append(student)
+        return Unit([asdict(trial) for trial in trials], student.state_dict())
+
+    unit = store.unit("trials", tried)
+    trials = tuple(Trial.from_dict(values) for values in unit.values)
+    if not best:
+        best.append(cut(trials[0].block))
+        best[0].load_state_dict(dict(unit.tensors))
+    return Ranking(trials, best[0], kept)
 
 
 def run_trials(
@@ -192,6 +222,7 @@ def rank_reconstructed(
     *,
     progress: Progress = silent,
     stage: str = "trials",
+    store: Store = NOTHING_KEPT,
 ) -> tuple[tuple[Trial, ...], dict[int, tuple[int, ...]]]:
     """Cut each candidate block alone, reconstruct it in closed form, and sort by metric loss.
 
@@ -205,30 +236,39 @@ def rank_reconstructed(
         config: Its `recovery` must be a `ReconstructionConfig`.
         progress: Told after each trial.
         stage: What these trials are called there.
+        store: Keeps each.
 
     Returns:
-        The trials, best first, and the hidden nodes that each kept, by block.
+        The trials, best first, and by block its hidden nodes, most useful first: those that its trial kept, and more.
     """
     recovery = config.reconstruction
-    trials: list[Trial] = []
-    kept: dict[int, tuple[int, ...]] = {}
-    progress(stage, 0, len(cuts), None)
-    for block, cut in cuts.items():
+
+    def tried(block: int, cut: Cut, rows: Rows) -> Unit:
         start = time.perf_counter()
-        rows = states.take_mlp_rows(block) if cut.attention else states.rows(block).thinned()
         seed, count = derive_seed(config.seed, "trial", block), cut.hidden_features
-        order, errors = error_curve(teacher, block, rows, recovery, seed)
+        curve = error_curve(teacher, block, rows, recovery, seed)
+        order = () if curve is None else curve.order
         student = copy.deepcopy(teacher)
-        kept[block], reconstruction = reconstruct_block(
+        kept, reconstruction = reconstruct_block(
             student, block, cut, rows, recovery,
-            kept=order[:count] if count <= len(order) else None,
+            kept=order[:count] if count <= len(order) else None, sums=None if curve is None else curve.sums,
             step_size=0.0, epochs=0, refit=False, seed=seed, impl=config.impl,
         )  # fmt: skip
         loss = metric.loss(student, block)
-        profile = _in_proportion(errors, count, loss) if errors else None
-        trials.append(Trial(block, loss, None, reconstruction, time.perf_counter() - start, profile))
-        progress(stage, len(trials), len(cuts), loss)
-    return _best_first(trials), kept
+        profile = None if curve is None else _in_proportion(curve.errors, count, loss)
+        trial = Trial(block, loss, None, reconstruction, time.perf_counter() - start, profile)
+        return Unit({"trial": asdict(trial), "order": order if count <= len(order) else kept})
+
+    trials: list[Trial] = []
+    orders: dict[int, tuple[int, ...]] = {}
+    progress(stage, 0, len(cuts), None)
+    for block, cut in cuts.items():
+        rows = states.take_mlp_rows(block) if cut.attention else states.rows(block).thinned()
+        found = store.unit(f"{stage.replace(' ', '-')}-{block}", partial(tried, block, cut, rows)).values
+        trials.append(Trial.from_dict(found["trial"]))
+        orders[block] = tuple(found["order"])
+        progress(stage, len(trials), len(cuts), trials[-1].metric_loss)
+    return _best_first(trials), orders
 
 
 def _in_proportion(errors: Mapping[int, float], hidden_features: int, loss: float) -> Recoverability:

@@ -24,9 +24,9 @@ also makes good what the ones before it got wrong.
 import copy
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,16 @@ from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
 from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
-from dcvit.regression import NormalEquations, best_ridge, select_inputs
+from dcvit.regression import FIRST_RIDGE, NormalEquations, best_ridge, select_inputs
 from dcvit.seeding import seeded
 from dcvit.structure import Cut
 from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
 
 __all__ = [
+    "ErrorCurve",
     "Reconstruction",
     "Rows",
+    "Sums",
     "TeacherStates",
     "Views",
     "choose_nodes",
@@ -172,6 +174,52 @@ class Reconstruction:
     error_after: float
     epochs: int
     errors: tuple[float, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Reconstruction":
+        """From the values of a file."""
+        return cls(**{**values, "errors": tuple(values.get("errors", ()))})
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """What the closed form would miss of a block, by the number of hidden nodes that it keeps.
+
+    Attributes:
+        order: The hidden nodes, most useful first: all, or `CURVE`'s last share but one of them.
+        errors: The held-out error by number of nodes, ascending, see `Reconstruction`.
+        sums: Those that they were computed from.
+    """
+
+    order: tuple[int, ...]
+    errors: Mapping[int, float]
+    sums: "Sums"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The equations of a block's output layer, summed.
+
+    Attributes:
+        used: Over the rows that are learnt from.
+        held_out: Over those that judge; `None` where there are none.
+    """
+
+    used: NormalEquations
+    held_out: NormalEquations | None
+
+    def of_nodes(self, nodes: Tensor) -> "Sums":
+        """The same with only some hidden nodes, given by index."""
+        index = nodes.to(self.used.gram.device)
+        return Sums(self.used.of_inputs(index), None if self.held_out is None else self.held_out.of_inputs(index))
+
+    def best_ridge(self, anchor: Tensor, *, constant: bool, near: float | None = None) -> tuple[float, float]:
+        """λ and the error that it leaves on the rows that judge; without any, on those that are learnt from."""
+        if self.held_out is None:
+            return RIDGE_UNJUDGED, self.used.error(self.used.solve(RIDGE_UNJUDGED, anchor, constant=constant))
+        return best_ridge(
+            self.used, self.held_out, anchor, constant=constant, near=FIRST_RIDGE if near is None else near
+        )
 
 
 class TeacherStates:
@@ -302,6 +350,7 @@ def reconstruct_block(
     config: ReconstructionConfig,
     *,
     kept: Sequence[int] | None = None,
+    sums: Sums | None = None,
     step_size: float,
     epochs: int,
     refit: bool = True,
@@ -317,6 +366,7 @@ def reconstruct_block(
         rows: The block's equations; of its MLP where attention stays.
         config: How.
         kept: The hidden nodes that stay, where they are chosen already.
+        sums: The block's equations summed, over all hidden nodes, where they are known.
         step_size: Of the gradient steps, see `ReconstructionConfig.step_sizes`.
         epochs: Of the gradient steps, passes over the rows; a block that keeps its attention does without.
         refit: Learn from the held-out images too once they have judged. Not in a trial: they judge that as well.
@@ -344,9 +394,8 @@ def reconstruct_block(
     judged = bool(rows.held_out.any())
     steps = epochs if judged and cut.hidden_features and not cut.attention else 0
     if layer is not None:
-        ridge, error_closed_form = _fit_output_layer(
-            module, *layer, rows, on_all=refit and not steps, at_most=error_before
-        )
+        known = _sums(module, layer[0], rows) if sums is None else sums.of_nodes(torch.tensor(kept, dtype=torch.int64))
+        ridge, error_closed_form = _fit_output_layer(*layer, known, on_all=refit and not steps, at_most=error_before)
         error_after = error_closed_form
     if not math.isfinite(error_after):
         raise NonFiniteError(
@@ -357,7 +406,8 @@ def reconstruct_block(
     if steps:
         best_epoch, error_after, errors = _descend(module, rows, config, step_size, steps, error_after, seed, impl)
         if layer is not None:
-            _, error_after = _fit_output_layer(module, *layer, rows, on_all=refit, at_most=error_after)
+            found = _sums(module, layer[0], rows)
+            _, error_after = _fit_output_layer(*layer, found, on_all=refit, at_most=error_after)
     return kept, Reconstruction(block, ridge, error_before, error_closed_form, error_after, best_epoch, errors)
 
 
@@ -394,7 +444,7 @@ def find_step_size(
 
 def error_curve(
     student: nn.Module, block: int, rows: Rows, config: ReconstructionConfig, seed: int
-) -> tuple[tuple[int, ...], dict[int, float]]:
+) -> ErrorCurve | None:
     """What the closed form would miss of a block, by the number of hidden nodes that it keeps.
 
     The sums over all hidden nodes hold those over any of them, so that one pass over the rows serves every number.
@@ -407,38 +457,27 @@ def error_curve(
         seed: Draws random ones.
 
     Returns:
-        The hidden nodes, most useful first (all, or `CURVE`'s last share but one of them), and the held-out error by
-        number of nodes, see `Reconstruction`. Both empty if the block has no output layer to solve for.
+        The curve; `None` if the block has no output layer to solve for.
     """
     module, found = _with_all_nodes(student, block)
     if found is None:
-        return (), {}
+        return None
     layer, scale = found
     hidden = layer.weight.shape[1]
-    used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
-    judge = used
-    if bool(rows.held_out.any()):
-        judge = NormalEquations.of(_equations(module, layer, rows, rows.held_out))
+    sums = _sums(module, layer, rows)
     counts = sorted({round(share * hidden) for share in CURVE})
     most = max((count for count in counts if count < hidden), default=0)
     if config.nodes == "random":
         order = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))
     else:
-        order = select_inputs(used, most)
+        order = select_inputs(sums.used, most)
     anchor, constant = _anchor(layer, scale), layer.bias is not None
     errors: dict[int, float] = {}
     ridge: float | None = None
     for count in reversed(counts):
-        nodes = order[:count] if count <= len(order) else torch.arange(hidden)
-        index = nodes.to(used.gram.device)
-        equations = used.of_inputs(index)
-        if judge is used:
-            errors[count] = equations.error(equations.solve(RIDGE_UNJUDGED, anchor[index], constant=constant))
-        else:
-            ridge, errors[count] = best_ridge(
-                equations, judge.of_inputs(index), anchor[index], constant=constant, near=ridge
-            )
-    return tuple(order.tolist()), dict(sorted(errors.items()))
+        nodes = (order[:count] if count <= len(order) else torch.arange(hidden)).to(anchor.device)
+        ridge, errors[count] = sums.of_nodes(nodes).best_ridge(anchor[nodes], constant=constant, near=ridge)
+    return ErrorCurve(tuple(order.tolist()), dict(sorted(errors.items())), sums)
 
 
 def choose_nodes(
@@ -508,12 +547,18 @@ def _equations(
         handle.remove()
 
 
+def _sums(module: _OnTokens, layer: OutputLayer, rows: Rows) -> Sums:
+    """The equations of a block's output layer."""
+    used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
+    judged = bool(rows.held_out.any())
+    return Sums(used, NormalEquations.of(_equations(module, layer, rows, rows.held_out)) if judged else None)
+
+
 @torch.no_grad()
 def _fit_output_layer(
-    module: _OnTokens,
     layer: OutputLayer,
     scale: Tensor | None,
-    rows: Rows,
+    sums: Sums,
     *,
     on_all: bool,
     at_most: float = float("inf"),
@@ -521,27 +566,22 @@ def _fit_output_layer(
     """Closed form: the layer in place, and λ and the held-out error.
 
     Args:
-        module: The compressed block.
-        layer: What it ends with.
+        layer: What the compressed block ends with.
         scale: The LayerScale behind it, `[D]`.
-        rows: The equations.
+        sums: Its equations.
         on_all: Once λ is found, solve for the held-out images too.
         at_most: The held-out error to beat; else the layer stays as it is.
     """
-    used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
     constant = layer.bias is not None
     gamma = layer.weight.new_ones(len(layer.weight)) if scale is None else scale
     anchor = _anchor(layer, scale)
-    if bool(rows.held_out.any()):
-        held_out = NormalEquations.of(_equations(module, layer, rows, rows.held_out))
-        ridge, error = best_ridge(used, held_out, anchor, constant=constant)
+    ridge, error = sums.best_ridge(anchor, constant=constant)
+    equations = sums.used
+    if sums.held_out is not None:
         if error > at_most:
             return ridge, at_most
-        solution = (used + held_out if on_all else used).solve(ridge, anchor, constant=constant)
-    else:
-        ridge = RIDGE_UNJUDGED
-        solution = used.solve(ridge, anchor, constant=constant)
-        error = used.error(solution)
+        equations = sums.used + sums.held_out if on_all else sums.used
+    solution = equations.solve(ridge, anchor, constant=constant)
     wanted = solution.to(layer.weight) / torch.where(gamma.abs() > SMALLEST_SCALE, gamma, torch.inf)
     switched_off = gamma.abs() <= SMALLEST_SCALE
     weight = layer.weight.flatten(1)

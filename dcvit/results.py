@@ -16,7 +16,8 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -37,7 +38,6 @@ from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
-from dcvit.structure import Recoverability
 from dcvit.synthesis import MetricSet
 
 __all__ = [
@@ -173,11 +173,11 @@ class Report:
                 **values,
                 "teacher": ModelFigures(**values["teacher"]),
                 "student": ModelFigures(**values["student"]),
-                "trials": tuple(_trial(trial) for trial in values["trials"]),
-                "pruning_trials": tuple(_trial(trial) for trial in values.get("pruning_trials", ())),
-                "refinement": None if values["refinement"] is None else _refinement(values["refinement"]),
-                "reconstructions": tuple(_reconstruction(block) for block in values["reconstructions"]),
-                "steps": tuple(_recovery(step) for step in values["steps"]),
+                "trials": tuple(Trial.from_dict(trial) for trial in values["trials"]),
+                "pruning_trials": tuple(Trial.from_dict(trial) for trial in values.get("pruning_trials", ())),
+                "refinement": None if values["refinement"] is None else Refinement.from_dict(values["refinement"]),
+                "reconstructions": tuple(Reconstruction.from_dict(block) for block in values["reconstructions"]),
+                "steps": tuple(Recovery.from_dict(step) for step in values["steps"]),
                 **{
                     name: tuple(BlockShape(**block) for block in values.get(name, ()))
                     for name in ("blocks", "blocks_after")
@@ -209,8 +209,9 @@ class CompressionResult:
         overwrite: bool = False,
         dtype: torch.dtype | None = None,
         more: Mapping[str, Any] | None = None,
+        page: str | None = None,
     ) -> None:
-        """Save model, plan, report, model card and synthesised images to a folder.
+        """Save model, plan, report, model card and synthesised images to a folder, all files at once.
 
         Args:
             folder: Created if missing.
@@ -218,6 +219,7 @@ class CompressionResult:
             dtype: In which the weights are stored, one of `DTYPES`; the model's own if not given. timm loads them into
                 float32 whatever it is, so that a half-precision file halves the size and rounds the weights once.
             more: Further entries of `result.json`.
+            page: The HTML of `report.html`.
 
         Raises:
             SaveFolderError: If the folder holds something else, or an earlier result and `overwrite` is not set.
@@ -226,9 +228,15 @@ class CompressionResult:
         check_output_folder(folder, overwrite=overwrite)
         images = None if self.metric_set is None else MetricImages.of(self.metric_set, self.model)
         tensors = {} if images is None else {METRIC_SET_FILE: images.to_tensors()}
-        save_model(self.model, folder, extra=self.files(dtype, more), tensors=tensors, dtype=dtype)
-        for stale in {METRIC_SET_FILE, REPORT_FILE} - tensors.keys():
+        extra = {**self.files(dtype, more), **({} if page is None else {REPORT_FILE: page})}
+        save_model(self.model, folder, extra=extra, tensors=tensors, dtype=dtype)
+        for stale in {METRIC_SET_FILE, REPORT_FILE} - tensors.keys() - extra.keys():
             (Path(folder) / stale).unlink(missing_ok=True)
+
+    def record(self) -> "Record":
+        """What `read_record` reads of a result that is saved."""
+        images = None if self.metric_set is None else MetricImages.of(self.metric_set, self.model)
+        return Record(self.plan, self.report, images, self.to_dict())
 
     def files(self, dtype: torch.dtype | None = None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What is saved beside the model, by file name: `result.json` as values, the model card as text."""
@@ -378,18 +386,47 @@ def save_model(
         MODELING_FILE: Path(modeling_dcvit.__file__).read_text(encoding="utf-8"),
         **(extra or {}),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+    with all_or_nothing(folder) as temporary:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         for name, content in {WEIGHTS_FILE: state, **(tensors or {})}.items():
-            save_file(dict(content), Path(temporary) / name, metadata=FILE_METADATA)
-            (Path(temporary) / name).chmod(0o644)  # safetensors writes for the owner alone
+            save_file(dict(content), temporary / name, metadata=FILE_METADATA)
+            (temporary / name).chmod(0o644)  # safetensors writes for the owner alone
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=True) + "\n"
-            (Path(temporary) / name).write_text(text, encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for file in Path(temporary).iterdir():
-            shutil.move(file, folder / file.name)
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder beside another to write to; in the end it takes the other's place.
+
+    Where the other is missing or empty that is one renaming, so that no one sees a part of it and a process that is
+    killed leaves none. Else what was written replaces what has its name.
+
+    Raises:
+        SaveFolderError: If something cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    except OSError as error:
+        raise SaveFolderError(f"{str(folder)!r} cannot be written ({error}): name another folder.") from error
+    try:
+        temporary.chmod(0o755)  # it was made for the owner alone
+        yield temporary
+        if folder.is_symlink() or folder.is_mount() or (folder.is_dir() and any(folder.iterdir())):
+            for entry in temporary.iterdir():
+                if (folder / entry.name).is_dir():
+                    shutil.rmtree(folder / entry.name)
+                shutil.move(entry, folder / entry.name)
+        else:
+            temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise SaveFolderError(
+            f"{str(folder)!r} cannot be written ({error}): make room, or name another folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -520,29 +557,3 @@ def _read_metric_images(path: Path) -> MetricImages | None:
         raise SaveFolderError(
             f"{str(path)!r} is not a metric set that dcvit saved ({error}): the result is broken, compress again."
         ) from error
-
-
-def _trial(values: Mapping[str, Any]) -> Trial:
-    recovery, reconstruction, profile = values["recovery"], values["reconstruction"], values.get("recoverability")
-    return Trial(
-        **{
-            "epochs": 0 if recovery is None else len(recovery["losses"]),  # earlier versions did not write it
-            **values,
-            "recovery": None if recovery is None else _recovery(recovery),
-            "reconstruction": None if reconstruction is None else _reconstruction(reconstruction),
-            "recoverability": None if profile is None else Recoverability(*map(tuple, profile.values())),
-        }
-    )
-
-
-def _reconstruction(values: Mapping[str, Any]) -> Reconstruction:
-    return Reconstruction(**{**values, "errors": tuple(values.get("errors", ()))})
-
-
-def _refinement(values: Mapping[str, Any]) -> Refinement:
-    judgements = tuple((steps, error) for steps, error in values.get("judgements", ()))
-    return Refinement(**{**values, "judgements": judgements})
-
-
-def _recovery(values: Mapping[str, Any]) -> Recovery:
-    return Recovery(**{**values, "losses": tuple(values["losses"])})

@@ -23,6 +23,7 @@ from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
+from dcvit.run_store import NOTHING_KEPT, Store
 from dcvit.synthesis import MetricSet
 
 __all__ = ["METHODS", "Method", "Outcome", "Task", "Timer", "method", "register"]
@@ -56,6 +57,7 @@ class Task:
         progress: Told how it goes.
         stopwatch: Times one pass, for a budget of latency.
         metric_set: Images of the caller's to rank blocks on.
+        store: Keeps finished units of work, see `dcvit.run_store`.
     """
 
     teacher: nn.Module
@@ -66,6 +68,7 @@ class Task:
     progress: Progress = silent
     stopwatch: Stopwatch = time_forward
     metric_set: MetricSet | None = None
+    store: Store = NOTHING_KEPT
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Method:
         families: The model families that it handles, see `ModelAdapter.family`.
         recovery: The kind of `CompressionConfig.recovery` that it reads, with its defaults where no config is given.
         compress: The method. It refuses what it cannot do before any long work.
+        resumable: Whether it keeps its units in `Task.store`, so that a run that was killed goes on.
     """
 
     name: str
@@ -114,6 +118,7 @@ class Method:
     families: tuple[str, ...]
     recovery: type[ReconstructionConfig] | type[MimickingConfig]
     compress: Callable[[Task], Outcome]
+    resumable: bool = False
 
     def config(self) -> CompressionConfig:
         """The settings that it has by default."""

@@ -1,0 +1,329 @@
+"""Finished work on disk, so that a run that is killed goes on from there with the same result.
+
+A run's folder holds
+
+    run.json                 what the run is of: settings, model, images, versions
+    units/NAME.json          a finished unit of work: its values, and the checksums
+    units/NAME.safetensors   its tensors, where it has any
+    lock                     held by the process that works
+
+A unit is a metric set, a plan that was measured, a trial, a reconstructed block, a step of mimicking. Each file is
+written under a temporary name, synced and renamed, and the JSON last: a unit is there whole or not at all. What follows
+from units is computed again from the same seeds, and comes out the same.
+"""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dcvit.errors import RunStoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "NOTHING_KEPT",
+    "DamagedUnitWarning",
+    "RunStore",
+    "Store",
+    "Unit",
+    "digest_images",
+    "digest_model",
+    "open_run",
+]
+
+RUN_FILE, LOCK_FILE, UNITS, PARTIAL = "run.json", "lock", "units", ".part"
+FORMAT = 1
+
+_NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*")
+
+
+class DamagedUnitWarning(UserWarning):
+    """A unit on disk is not what was written; it is computed again."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a unit of work came to.
+
+    Attributes:
+        values: Plain values for JSON.
+        tensors: By name.
+    """
+
+    values: Any
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Store(Protocol):
+    """Where finished units go."""
+
+    def unit(self, name: str, work: Callable[[], Unit]) -> Unit:
+        """What the work comes to: from the store if it is done there, else now, and kept.
+
+        Args:
+            name: Lower-case letters and digits, joined by `-` or `.`; each unit of a run has its own.
+            work: Computes it.
+        """
+
+    def within(self, prefix: str) -> "Store":
+        """The same store for units whose names begin so."""
+
+
+class _NothingKept:
+    """A store that forgets: work is done each time."""
+
+    def unit(self, name: str, work: Callable[[], Unit]) -> Unit:
+        return work()
+
+    def within(self, prefix: str) -> "Store":
+        return self
+
+
+NOTHING_KEPT: Store = _NothingKept()
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """A run's folder, see `open_run`.
+
+    Attributes:
+        folder: The folder.
+        prefix: What the names of its units begin with.
+    """
+
+    folder: Path
+    prefix: str = ""
+
+    def unit(self, name: str, work: Callable[[], Unit]) -> Unit:
+        """See `Store`.
+
+        Raises:
+            RunStoreError: If the unit cannot be written.
+        """
+        name = self.prefix + name
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"unit {name!r}: expected lower-case letters and digits, joined by - or .")
+        found = self._read(name)
+        if found is None:
+            found = work()
+            self._write(name, found)
+        return found
+
+    def within(self, prefix: str) -> "RunStore":
+        """See `Store`."""
+        return RunStore(self.folder, f"{self.prefix}{prefix}.")
+
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        units = self.folder / UNITS
+        return units / f"{name}.json", units / f"{name}.safetensors"
+
+    def _read(self, name: str) -> Unit | None:
+        """A unit that is there and whole."""
+        values, tensors = self._paths(name)
+        if not values.is_file():
+            return None
+        try:
+            kept = json.loads(values.read_text(encoding="utf-8"))
+            if kept["sha256"] != _digest(kept["unit"]):
+                raise ValueError("its values were changed")
+            expected = kept["unit"]["tensors"]
+            if expected is None:
+                return Unit(kept["unit"]["values"])
+            if _digest_file(tensors) != expected:
+                raise ValueError("its tensors were changed")
+            return Unit(kept["unit"]["values"], load_file(tensors))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            warnings.warn(
+                f"{str(values)!r} is damaged ({error}): this unit is computed again.", DamagedUnitWarning, stacklevel=2
+            )
+            return None
+
+    def _write(self, name: str, unit: Unit) -> None:
+        values, tensors = self._paths(name)
+        digest = None
+        if unit.tensors:
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in unit.tensors.items()}
+            digest = _replace(tensors, lambda path: save_file(plain, path))
+        kept = {"name": name, "values": unit.values, "tensors": digest}
+        _replace(values, lambda path: path.write_text(json.dumps({"unit": kept, "sha256": _digest(kept)}) + "\n"))
+
+
+@contextmanager
+def open_run(folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Iterator[Store]:
+    """The store of a run, locked until the end of the block.
+
+    Args:
+        folder: The run's; created if missing. `None` keeps nothing.
+        fingerprint: Everything that the result depends on, as plain values for JSON.
+
+    Raises:
+        RunStoreError: If the folder holds something else or a run of another fingerprint, cannot be written, or another
+            process works on it.
+    """
+    if folder is None:
+        yield NOTHING_KEPT
+        return
+    folder = Path(folder)
+    with _locked(folder):
+        for left in (folder / UNITS).glob(f"*{PARTIAL}"):  # by a process that died
+            left.unlink(missing_ok=True)
+        _check_fingerprint(folder, fingerprint)
+        yield RunStore(folder)
+
+
+def digest_model(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, with their names."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(_bytes(tensor))
+    return total.hexdigest()
+
+
+def digest_images(images: Tensor) -> str:
+    """SHA-256 of images."""
+    return hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode() + _bytes(images)).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> str:
+    """Write a file whole or not at all; its SHA-256."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        digest = _digest_file(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        _remove(partial)
+        raise RunStoreError(
+            f"{str(path)!r} cannot be written ({error}). What was finished before is kept: make room, or make the "
+            "folder writable, and run the same again."
+        ) from error
+    return digest
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename outlive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{str(path)!r} is left over and cannot be removed ({error}).", stacklevel=2)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a run's lock, which its process loses when it dies."""
+    if fcntl is None:
+        raise RunStoreError(f"run_dir={str(folder)!r}: this system has no file locks; leave run_dir out.")
+    if folder.exists() and not folder.is_dir():
+        raise RunStoreError(f"run_dir={str(folder)!r} is a file: name a folder that is empty or does not exist.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = sorted({path.name for path in folder.iterdir()} - {RUN_FILE, LOCK_FILE, UNITS, RUN_FILE + PARTIAL})
+        if foreign:
+            raise RunStoreError(
+                f"run_dir={str(folder)!r} holds something else ({', '.join(foreign[:3])}): name a folder that is empty "
+                "or does not exist."
+            )
+        file = (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise RunStoreError(f"run_dir={str(folder)!r} cannot be written ({error}): name another folder.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise RunStoreError(
+                f"run_dir={str(folder)!r} is in use by {file.read().strip() or 'another process'}: wait for it, or "
+                "name another folder."
+            ) from error
+        _say_who(file)
+        yield
+
+
+def _say_who(file: TextIO) -> None:
+    """For the message of a process that comes later; only the lock itself counts."""
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        raise RunStoreError(f"{file.name!r} cannot be written ({error}): make room, and run the same again.") from error
+
+
+def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Refuse to mix two runs, and note what this one is of."""
+    path = folder / RUN_FILE
+    # As they come back from a file: tuples are lists there.
+    wanted = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
+    if not path.is_file():
+        if any((folder / UNITS).glob("*")):
+            raise RunStoreError(f"{str(folder)!r} has units but no {RUN_FILE}: delete it, or name another folder.")
+        _replace(path, lambda partial: partial.write_text(json.dumps(wanted, indent=2) + "\n"))
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no table")
+    except (OSError, ValueError) as error:
+        raise RunStoreError(
+            f"{str(path)!r} cannot be read ({error}): delete the folder, or name another one."
+        ) from error
+    differences = list(_differences(found, wanted))
+    if differences:
+        raise RunStoreError(
+            f"run_dir={str(folder)!r} holds another run: {'; '.join(differences[:3])}. Name another folder, or delete "
+            "that one."
+        )
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Where two fingerprints differ, in words."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif found != wanted and not (found != found and wanted != wanted):  # NaN is NaN
+        yield f"{name} was {found!r} there and is {wanted!r} here"
