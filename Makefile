@@ -15,7 +15,7 @@ SANITIZE := address,undefined
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.h %.cpp %.cu,$(SOURCES))
 
-.PHONY: help demo test test-gpu check check-native fix bench install clean
+.PHONY: help demo test fuzz test-gpu check check-native fix bench install clean
 
 help:
 	@echo "demo      compress the embedded model and compare methods, over 5 few-shot sets"
@@ -51,6 +51,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.dev
+	DCVIT_FUZZ=30000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 test-gpu: $(VENV)/.dev
 	DCVIT_TEST_GPU=1 $(BIN)/python -m pytest

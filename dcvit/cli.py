@@ -459,9 +459,12 @@ def _amount(text: str) -> float | int:
     """`0.75`, `4200000000`, `4.2G`, `22M` or `300K`."""
     units = {"K": 10**3, "M": 10**6, "G": 10**9}
     unit = units.get(text[-1:].upper())
-    if unit is not None:
-        return round(float(text[:-1]) * unit)
-    return float(text) if "." in text or "e" in text.lower() else int(text)
+    try:
+        if unit is not None:
+            return round(float(text[:-1]) * unit)
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number such as 0.75, 4200000 or 4.2G") from error
 
 
 def _blocks(text: str) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from dcvit.reconstruction import (
     find_step_size,
     reconstruct_block,
 )
+from dcvit.records import from_plain
 from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
 from dcvit.refinement import HELD_OUT_EVERY, STEP_SIZES, Refinement, num_steps, refine
 from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report, versions
@@ -349,7 +350,7 @@ def compress_prepared(
 
             found = store.unit("refinement", refined)
             student.load_state_dict(dict(found.tensors))  # no change where it was refined just now
-            refinement = Refinement.from_dict(found.values)
+            refinement = from_plain(Refinement, found.values)
     chosen = replace(chosen, blocks=blocks, kept_nodes={block: kept[block] for block in blocks})
     return Outcome(
         student, chosen, prepared.trials, prepared.step_size,
@@ -442,7 +443,7 @@ def reconstruct_blocks(
         if block not in fresh:
             _cut_block(student, block, cuts[block], kept[block], config.impl)
             adapter.block(student, block).load_state_dict(dict(unit.tensors))
-        reports.append(Reconstruction.from_dict(unit.values["report"]))
+        reports.append(from_plain(Reconstruction, unit.values["report"]))
         progress("reconstruction", done, len(cuts), reports[-1].error_after)
     return student, kept, tuple(reports)
 
@@ -518,7 +519,7 @@ def compress_blocks(
 
         unit = store.unit(f"step-{done}", partial(recovered, student, cut, done))
         student.load_state_dict(dict(unit.tensors))  # no change where it recovered just now
-        steps.append(Recovery.from_dict(unit.values))
+        steps.append(from_plain(Recovery, unit.values))
     return student, tuple(steps)
 
 

@@ -35,6 +35,7 @@ from dcvit.methods import Timer
 from dcvit.models import load_model
 from dcvit.planning import ADDITIVE, Budget, Plan, plan
 from dcvit.progress import Progress, silent
+from dcvit.records import from_plain
 from dcvit.refinement import STEP_SIZES
 from dcvit.report import FamilyPoint
 from dcvit.results import (
@@ -409,7 +410,7 @@ def load_family(folder: str | Path) -> Family:
     path = Path(folder) / FAMILY_FILE
     index = read_json(path)
     try:
-        original = ModelFigures(**index["original"])
+        original = from_plain(ModelFigures, index["original"])
         names = [member["folder"] for member in index["members"]]
     except (KeyError, TypeError) as error:
         raise SaveFolderError(f"{str(path)!r} is not an index of a family ({error!r}): sweep again.") from error

@@ -8,7 +8,7 @@ compressed blocks of L take
 b and c are measured, c at a few widths between which it is interpolated.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -101,17 +101,6 @@ class PlannedLatency:
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PlannedLatency":
-        """The inverse of `to_dict`."""
-        model = values["model"]
-        return cls(
-            model=LatencyModel(**{**model, "compressed_ms": tuple((h, ms) for h, ms in model["compressed_ms"])}),
-            goal=values["goal"],
-            ratio=values["ratio"],
-            timings=tuple(StructureTiming(**timing) for timing in values["timings"]),
-        )
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from dcvit.errors import BudgetError
 from dcvit.latency_model import PlannedLatency
 from dcvit.memory import trace_activation_memory
 from dcvit.models import adapter_for, require_supported
+from dcvit.records import from_plain
 from dcvit.structure import Cut, Part, Recoverability, Way, search_structure
 from dcvit.surgery import unrecovered
 
@@ -231,20 +232,13 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
-        """The inverse of `to_dict`."""
-        return cls(
-            budget=Budget(**values["budget"]),
-            target=values["target"],
-            num_blocks=values["num_blocks"],
-            hidden_features=values["hidden_features"],
-            drop_ratio=values["drop_ratio"],
-            candidates=tuple(values["candidates"]),
-            cost=Cost(**values["cost"]),
-            blocks=tuple(values["blocks"]),
-            kept_nodes={int(block): tuple(nodes) for block, nodes in values["kept_nodes"].items()},
-            pruned=tuple(values.get("pruned", ())),
-            latency=None if values.get("latency") is None else PlannedLatency.from_dict(values["latency"]),
-        )
+        """The inverse of `to_dict`.
+
+        Raises:
+            TypeError: If a value is missing or of another type.
+            BudgetError: If the budget is none.
+        """
+        return from_plain(cls, values)
 
 
 def plan(model: nn.Module, budget: Budget, config: CompressionConfig | None = None) -> Plan:

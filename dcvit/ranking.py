@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -29,6 +28,7 @@ from dcvit.metric import Metric
 from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Reconstruction, Rows, TeacherStates, error_curve, reconstruct_block
+from dcvit.records import from_plain
 from dcvit.recovery import Candidate, Recovery, Selection, recover_together, updated_parameters
 from dcvit.run_store import NOTHING_KEPT, Store, Unit
 from dcvit.seeding import derive_seed
@@ -70,20 +70,6 @@ class Trial:
     seconds: float = 0.0
     recoverability: Recoverability | None = None
     epochs: int = 0
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Trial":
-        """From the values of a file."""
-        recovery, reconstruction, profile = values["recovery"], values["reconstruction"], values.get("recoverability")
-        return cls(
-            **{
-                "epochs": 0 if recovery is None else len(recovery["losses"]),  # earlier versions did not write it
-                **values,
-                "recovery": None if recovery is None else Recovery.from_dict(recovery),
-                "reconstruction": None if reconstruction is None else Reconstruction.from_dict(reconstruction),
-                "recoverability": None if profile is None else Recoverability(*map(tuple, profile.values())),
-            }
-        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +129,7 @@ def rank(
         return Unit([asdict(trial) for trial in trials], student.state_dict())
 
     unit = store.unit("trials", tried)
-    trials = tuple(Trial.from_dict(values) for values in unit.values)
+    trials = tuple(from_plain(Trial, values) for values in unit.values)
     if not best:
         best.append(cut(trials[0].block))
         best[0].load_state_dict(dict(unit.tensors))
@@ -265,7 +251,7 @@ def rank_reconstructed(
     for block, cut in cuts.items():
         rows = states.take_mlp_rows(block) if cut.attention else states.rows(block).thinned()
         found = store.unit(f"{stage.replace(' ', '-')}-{block}", partial(tried, block, cut, rows)).values
-        trials.append(Trial.from_dict(found["trial"]))
+        trials.append(from_plain(Trial, found["trial"]))
         orders[block] = tuple(found["order"])
         progress(stage, len(trials), len(cuts), trials[-1].metric_loss)
     return _best_first(trials), orders

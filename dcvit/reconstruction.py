@@ -26,7 +26,7 @@ import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -174,11 +174,6 @@ class Reconstruction:
     error_after: float
     epochs: int
     errors: tuple[float, ...] = ()
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Reconstruction":
-        """From the values of a file."""
-        return cls(**{**values, "errors": tuple(values.get("errors", ()))})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +64,6 @@ class Recovery:
     losses: tuple[float, ...]
     learning_rate: float
     seconds: float
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Recovery":
-        """From the values of a file."""
-        return cls(**{**values, "losses": tuple(values["losses"])})
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,8 @@ the first compressed one to one after the last; what lies in front is computed o
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +79,6 @@ class Refinement:
     steps: int
     seconds: float
     judgements: tuple[tuple[int, float], ...] = ()
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Refinement":
-        """From the values of a file."""
-        judgements = tuple((steps, error) for steps, error in values.get("judgements", ()))
-        return cls(**{**values, "judgements": judgements})
 
 
 def num_steps(model: nn.Module, config: ReconstructionConfig) -> int:

@@ -36,6 +36,7 @@ from dcvit.models import adapter_for, load_model, modeling_dcvit, preprocessing
 from dcvit.planning import Plan
 from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
+from dcvit.records import from_plain
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
 from dcvit.synthesis import MetricSet
@@ -164,26 +165,6 @@ class Report:
     method: str = "dcvit"
     base_model: str | None = None
     pruning_trials: tuple[Trial, ...] = ()
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """The inverse of `dataclasses.asdict`."""
-        return cls(
-            **{
-                **values,
-                "teacher": ModelFigures(**values["teacher"]),
-                "student": ModelFigures(**values["student"]),
-                "trials": tuple(Trial.from_dict(trial) for trial in values["trials"]),
-                "pruning_trials": tuple(Trial.from_dict(trial) for trial in values.get("pruning_trials", ())),
-                "refinement": None if values["refinement"] is None else Refinement.from_dict(values["refinement"]),
-                "reconstructions": tuple(Reconstruction.from_dict(block) for block in values["reconstructions"]),
-                "steps": tuple(Recovery.from_dict(step) for step in values["steps"]),
-                **{
-                    name: tuple(BlockShape(**block) for block in values.get(name, ()))
-                    for name in ("blocks", "blocks_after")
-                },
-            }
-        )
 
 
 @dataclass(frozen=True)
@@ -350,13 +331,25 @@ def read_record(folder: str | Path) -> Record:
         raise SaveFolderError(f"{str(folder)!r} is not a folder: expected one that dcvit saved.")
     values = read_json(folder / RESULT_FILE)
     try:
-        plan, report = Plan.from_dict(values["plan"]), Report.from_dict(values["report"])
-    except (KeyError, TypeError, AttributeError) as error:
+        _of_earlier_versions(values)
+        plan, report = Plan.from_dict(values["plan"]), from_plain(Report, values["report"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SaveFolderError(
             f"{str(folder / RESULT_FILE)!r} is not a dcvit result ({type(error).__name__}: {error}). "
             "For another model use timm.create_model."
         ) from error
     return Record(plan, report, _read_metric_images(folder / METRIC_SET_FILE), values)
+
+
+def _of_earlier_versions(values: Mapping[str, Any]) -> None:
+    """In place: what they did not write."""
+    plan, report = values["plan"], values["report"]
+    if "pruned" not in plan:
+        kept, after = map(int, plan["kept_nodes"]), report.get("blocks_after", ())
+        plan["pruned"] = sorted(b for b in kept if b < len(after) and after[b]["attention"])
+    for trial in report["trials"]:
+        if "epochs" not in trial:
+            trial["epochs"] = 0 if trial["recovery"] is None else len(trial["recovery"]["losses"])
 
 
 def save_model(

@@ -21,10 +21,11 @@ from dcvit.methods.fskd import absorb, fit_map, fskd
 from dcvit.methods.layerwise import l1_norms, layer_pairs
 from dcvit.methods.mir import evenly_spaced, features, mimic_features, mir
 from dcvit.methods.practise import practise
+from dcvit.model_card import cut_kind
 from dcvit.models import DroppedBlock, adapter_for
 from dcvit.reconstruction import draw_views
 from dcvit.regression import NormalEquations
-from dcvit.results import save_model
+from dcvit.results import read_record, save_model
 from tests.conftest import PUBLISHED, QUICK
 from tests.variants import VARIANTS
 from tests.without_dcvit import run_without
@@ -431,3 +432,17 @@ def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         code, _, error = run(*common, str(tmp_path / "no"), *options)
         assert code == 2
         assert told in error
+
+
+def test_results_of_earlier_versions_know_which_blocks_kept_their_attention(
+    model: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), method="fskd")
+    result.save(tmp_path)
+    file = tmp_path / "result.json"
+    values = json.loads(file.read_text())
+    assert values["plan"].pop("pruned") == list(result.plan.pruned) != []
+    file.write_text(json.dumps(values))
+    record = read_record(tmp_path)
+    assert record.plan.pruned == result.plan.pruned
+    assert cut_kind(record.values) == "pruned"

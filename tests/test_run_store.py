@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import dcvit
 from dcvit import run_store
+from dcvit.cli import main
 from dcvit.errors import RunStoreError
 from dcvit.run_store import DamagedUnitWarning, Unit, digest_images, digest_model, open_run
 from tests.conftest import CUT, CUT_REFINED
@@ -309,3 +310,63 @@ def test_an_interrupt_on_the_command_line_says_how_to_go_on(started: subprocess.
     assert not (tmp_path / "out").exists()
     kept = json.loads((tmp_path / "out.run" / "run.json").read_text())
     assert kept["budget"]["macs"] == 0.8
+
+
+def on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line compresses with few views."""
+
+    def quickly(*args: Any, **kwargs: Any) -> dcvit.CompressionResult:
+        *given, config = args
+        if isinstance(config.recovery, dcvit.ReconstructionConfig):
+            config = config.with_(recovery=SEARCHED.recovery)
+        return dcvit.compress(*given, config, **kwargs)
+
+    monkeypatch.setattr("dcvit.cli.compress", quickly)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_folder_is_deleted_in_the_end_unless_it_was_named(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_command_line(monkeypatch)
+    mine = tmp_path / ("mine" if named else "out.run")
+    options = ["--run-dir", str(mine)] if named else []
+    assert main([*COMMAND, "--out", str(tmp_path / "out"), *options]) == 0
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert mine.exists() == named
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["mine", "out"] if named else ["out"])
+
+
+def test_other_methods_need_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def caught(*args: Any, **kwargs: Any) -> None:
+        seen.append(kwargs["run_dir"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcvit.cli.compress", caught)
+    command = ["compress", "demo", "--data", "digits", "--macs", "0.8", "--method", "fskd"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 130
+    assert seen == [None]
+
+
+def test_a_saved_folder_is_there_whole_or_not_at_all(
+    model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, or out of room, at any moment of a save."""
+    result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), SEARCHED)
+    seen: list[bool] = []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        seen.append((tmp_path / "small").exists())
+        raise OSError(28, "No space left on device")
+
+    for name in ("results.save_file", "results.Path.write_text", "results.Path.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dcvit.{name}", full)
+            with pytest.raises(dcvit.errors.SaveFolderError, match="No space left on device"):
+                result.save(tmp_path / "small")
+    assert seen == [False] * 3
+    assert not list(tmp_path.iterdir())
+    result.save(tmp_path / "small")
+    assert dcvit.load(tmp_path / "small").plan == result.plan

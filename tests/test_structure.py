@@ -14,7 +14,7 @@ MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
     {"errors", "costs", "seeding", "optimisation", "regression", "progress", "structure", "_version", "ops"},
-    {"model_card", "run_store"},
+    {"model_card", "run_store", "records"},
     {"config", "models"},
     {"images", "evaluation", "classes", "surgery"},
     {"memory"},

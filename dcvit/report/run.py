@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from dcvit.errors import SaveFolderError
+from dcvit.errors import DcvitError, SaveFolderError
 from dcvit.model_card import cut_kind
 from dcvit.ranking import Trial
 from dcvit.report.charts import (
@@ -32,6 +32,7 @@ from dcvit.report.svg import Marker
 from dcvit.results import (
     FAMILY_FILE,
     REPORT_FILE,
+    RESULT_FILE,
     MetricImages,
     ModelFigures,
     Record,
@@ -65,13 +66,20 @@ def write_report(folder: str | Path) -> Path:
         The file.
 
     Raises:
-        SaveFolderError: If the folder holds neither, or a `report.html` that dcvit did not write.
+        SaveFolderError: If the folder holds neither, or a broken one, or a `report.html` that dcvit did not write.
     """
-    if (Path(folder) / FAMILY_FILE).is_file():
-        page = saved_family_page(read_json(Path(folder) / FAMILY_FILE))
-    else:
-        page = run_page(read_record(folder))
-    return write_page(page, Path(folder) / REPORT_FILE)
+    path = Path(folder) / FAMILY_FILE
+    try:
+        if path.is_file():
+            return write_page(saved_family_page(read_json(path)), Path(folder) / REPORT_FILE)
+        path = Path(folder) / RESULT_FILE
+        return write_page(run_page(read_record(folder)), Path(folder) / REPORT_FILE)
+    except DcvitError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SaveFolderError(
+            f"What {str(path)!r} says does not hang together ({type(error).__name__}: {error}): compress again."
+        ) from error
 
 
 def write_page(page: Page, path: Path) -> Path:

@@ -1,0 +1,470 @@
+"""Bad input, and the sentence that each gets: it names the value, what was expected and the next step."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import dcvit
+from dcvit import Budget, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
+from dcvit.config import AugmentationConfig
+from dcvit.models import load_model
+from dcvit.synthesis import MetricSet
+from tests.conftest import CUT
+
+IMAGES = torch.zeros(4, 1, 8, 8)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What bad input is made of.
+
+    Attributes:
+        tmp: A folder; in the sentences it is TMP. In it `empty` is an empty folder.
+        small: A saved result in it.
+        demo: The embedded model.
+    """
+
+    tmp: Path
+    small: Path
+    demo: nn.Module
+
+    def compress(self, images: Any = IMAGES, model: Any = None, **options: Any) -> object:
+        options = {"budget": Budget(macs=0.75), **options}
+        return dcvit.compress(self.demo if model is None else model, images, **options)
+
+    def edited(self, file: str, content: bytes | None) -> Path:
+        """A copy of the saved result in which a file has another content, or none."""
+        copy = self.tmp / "copy"
+        shutil.copytree(self.small, copy)
+        if content is None:
+            (copy / file).unlink()
+        else:
+            (copy / file).write_bytes(content)
+        return copy
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "small"
+    dcvit.compress("demo", torch.randn(4, 1, 8, 8), Budget(macs=0.75), CUT).save(folder)
+    return folder
+
+
+@pytest.fixture
+def place(saved: Path, tmp_path: Path) -> Place:
+    shutil.copytree(saved, tmp_path / "small")
+    (tmp_path / "empty").mkdir()
+    return Place(tmp_path, tmp_path / "small", load_model("demo"))
+
+
+def broken_weights() -> nn.Module:
+    model = load_model("demo")
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = float("nan")
+    return model
+
+
+CASES: dict[str, tuple[Callable[[Place], object], str]] = {
+    "budget none": (
+        lambda at: Budget(),
+        (
+            "Budget(): expected exactly one of macs, params, file_size, activation_memory, latency, "
+            "latency_ms, for example Budget(macs=0.75) for three quarters of the original's MACs."
+        ),
+    ),
+    "budget two": (
+        lambda at: Budget(macs=0.5, params=0.5),
+        (
+            "Budget(macs=0.5, params=0.5): expected exactly one of macs, params, file_size, "
+            "activation_memory, latency, latency_ms, for example Budget(macs=0.75) for three quarters of the "
+            "original's MACs."
+        ),
+    ),
+    "budget zero": (
+        lambda at: Budget(macs=0),
+        "macs=0: an absolute number must be positive. Pass an int for an absolute number of macs.",
+    ),
+    "budget negative": (
+        lambda at: Budget(macs=-0.5),
+        (
+            "macs=-0.5: a float is a fraction of the original and lies between 0 and 1, both excluded. Pass "
+            "an int for an absolute number of macs."
+        ),
+    ),
+    "budget one": (
+        lambda at: Budget(macs=1.0),
+        (
+            "macs=1.0: a float is a fraction of the original and lies between 0 and 1, both excluded. Pass an"
+            " int for an absolute number of macs."
+        ),
+    ),
+    "budget above": (
+        lambda at: Budget(params=1.5),
+        (
+            "params=1.5: a float is a fraction of the original and lies between 0 and 1, both excluded. Pass "
+            "an int for an absolute number of params."
+        ),
+    ),
+    "budget nan": (
+        lambda at: Budget(macs=float("nan")),
+        (
+            "macs=nan: a float is a fraction of the original and lies between 0 and 1, both excluded. Pass an"
+            " int for an absolute number of macs."
+        ),
+    ),
+    "budget inf ms": (
+        lambda at: Budget(latency_ms=float("inf")),
+        ("latency_ms=inf: expected a positive number of milliseconds; a fraction of the original goes into latency=."),
+    ),
+    "budget str": (
+        lambda at: Budget(macs="0.75"),
+        "macs='0.75': expected a float (fraction) or an int (absolute number).",
+    ),
+    "budget bool": (
+        lambda at: Budget(macs=True),
+        "macs=True: expected a float (fraction) or an int (absolute number).",
+    ),
+    "latency ratio": (
+        lambda at: Budget(latency=12),
+        "latency=12: expected a fraction of the original. For milliseconds pass latency_ms=.",
+    ),
+    "batch size 0": (lambda at: Budget(latency=0.5, batch_size=0), "batch_size=0: expected an int, 1 or more."),
+    "batch size float": (lambda at: Budget(latency=0.5, batch_size=8.0), "batch_size=8.0: expected an int, 1 or more."),
+    "convention": (
+        lambda at: Budget(macs=0.5, convention="flops"),
+        "convention='flops': expected one of with_attention_products, without_attention_products.",
+    ),
+    "budget small": (
+        lambda at: at.compress(budget=Budget(macs=0.01)),
+        (
+            "macs=0.01 asks for 69,853 of 6,985,344 (0.0100); 6 candidate blocks can meet 640,128 to "
+            "6,985,343 (0.0916 to 1.0000). Allow all 8 blocks with "
+            "CompressionConfig(candidates=tuple(range(8))) to go lower."
+        ),
+    ),
+    "budget more than model": (
+        lambda at: at.compress(budget=Budget(macs=10**12)),
+        (
+            "macs=1000000000000 asks for 1,000,000,000,000 of 6,985,344 (143156.8724); 6 candidate blocks can"
+            " meet 640,128 to 6,985,343 (0.0916 to 1.0000)."
+        ),
+    ),
+    "file size small": (
+        lambda at: at.compress(budget=Budget(file_size=1000)),
+        (
+            "file_size=1000 asks for 1,000 of 1,617,504 (0.0006); 6 candidate blocks can meet 159,336 to "
+            "1,617,503 (0.0985 to 1.0000). Allow all 8 blocks with "
+            "CompressionConfig(candidates=tuple(range(8))) to go"
+        ),
+    ),
+    "activation": (
+        lambda at: at.compress(budget=Budget(activation_memory=0.5)),
+        (
+            "activation_memory=0.5 asks for 1,671,168 of 3,342,336 bytes at batch 64, but the peak is that of"
+            " one block, and 2 blocks stay whole, so no choice of hidden nodes lowers it: 3,342,336 is all "
+            "that 6"
+        ),
+    ),
+    "method": (
+        lambda at: at.compress(method="dcvitt"),
+        ("method='dcvitt': expected one of cd, fskd, practise, mir, dcvit (`dcvit methods` describes them)."),
+    ),
+    "metric set method": (
+        lambda at: at.compress(method="fskd", metric_set=MetricSet(IMAGES)),
+        "metric_set with method='fskd': only dcvit ranks on one, leave it out.",
+    ),
+    "run_dir method": (
+        lambda at: at.compress(method="mir", run_dir=at.tmp / "r"),
+        "run_dir with method='mir': only dcvit goes on where it was stopped; leave it out.",
+    ),
+    "model name": (
+        lambda at: at.compress(model="vit_tyni"),
+        "model='vit_tyni': timm knows no model of that name (Unknown model (vit_tyni)).",
+    ),
+    "model type": (
+        lambda at: at.compress(model=torch.nn.Linear(2, 2)),
+        (
+            "Models of type torch.nn.modules.linear.Linear are not supported; timm's VisionTransformer, "
+            "VisionTransformerDistilled, SwinTransformer, SwinTransformerV2, ResNet, EfficientNet, RegNet are"
+            " (`dcvit"
+        ),
+    ),
+    "model family": (
+        lambda at: at.compress(model=timm.create_model("mixer_s32_224"), images=torch.zeros(2, 3, 224, 224)),
+        (
+            "Models of type timm.models.mlp_mixer.MlpMixer are not supported; timm's VisionTransformer, "
+            "VisionTransformerDistilled, SwinTransformer, SwinTransformerV2, ResNet, EfficientNet, RegNet are"
+            " (`dcvit"
+        ),
+    ),
+    "model folder": (
+        lambda at: at.compress(model="local-dir:/nowhere"),
+        ("local-dir:/nowhere: there is no config.json in that folder; expected a folder that dcvit or timm saved."),
+    ),
+    "nan weights": (
+        lambda at: at.compress(model=broken_weights()),
+        "1 of 64 values of cls_token are NaN or infinite: load the model's weights again.",
+    ),
+    "images shape": (
+        lambda at: at.compress(images=torch.zeros(4, 8, 8)),
+        "The images have shape [4, 8, 8]: expected [N, C, H, W], here [N, 1, 8, 8].",
+    ),
+    "images channels": (
+        lambda at: at.compress(images=torch.zeros(4, 3, 8, 8)),
+        "The images have 3 channels (shape [4, 3, 8, 8]): the model takes 1.",
+    ),
+    "images size": (
+        lambda at: at.compress(images=torch.zeros(4, 1, 9, 9)),
+        ("The images are 9x9: the model takes 8x8. Resize them, or call model.set_input_size(img_size=...)."),
+    ),
+    "images dtype": (
+        lambda at: at.compress(images=torch.zeros(4, 1, 8, 8, dtype=torch.uint8)),
+        (
+            "The images are torch.uint8: expected torch.float32, normalised as the model wants it "
+            "(timm.data.create_transform(**timm.data.resolve_model_data_config(model)))."
+        ),
+    ),
+    "images none": (
+        lambda at: at.compress(images=torch.zeros(0, 1, 8, 8)),
+        "There are no images: pass at least one, 50 to 1000 is usual.",
+    ),
+    "images nan": (
+        lambda at: at.compress(images=torch.full((4, 1, 8, 8), float("nan"))),
+        "The images [0, 1, 2, 3] have NaN or infinite pixels: remove or repair them.",
+    ),
+    "images path": (
+        lambda at: at.compress(images="/nowhere"),
+        "'/nowhere' is not a folder: expected one with image files.",
+    ),
+    "images empty folder": (
+        lambda at: at.compress(images=at.tmp / "empty"),
+        ("The folder 'TMP/empty' holds no image files (.jpg, .jpeg, .png, .bmp, .webp, .tif, .tiff, .ppm, .pgm)."),
+    ),
+    "images type": (
+        lambda at: at.compress(images=42),
+        "images is a int; expected a tensor [N, C, H, W], a Dataset, a DataLoader or a folder.",
+    ),
+    "images list": (
+        lambda at: at.compress(images=["a", "b"]),
+        "An image is a str; expected a tensor [C, H, W] or a PIL image.",
+    ),
+    "images file": (
+        lambda at: at.compress(images=str(at.small / "config.json")),
+        "'TMP/small/config.json' is not a folder: expected one with image files.",
+    ),
+    "num_blocks": (
+        lambda at: at.compress(config=CompressionConfig(num_blocks=99)),
+        (
+            "num_blocks=99: there are only 6 candidate blocks ([1, 2, 3, 4, 5, 6]). Ask for fewer, or allow "
+            "more in CompressionConfig(candidates=...)."
+        ),
+    ),
+    "num_blocks 0": (lambda at: CompressionConfig(num_blocks=0), "num_blocks=0: expected 1 or more, or None."),
+    "candidates none": (
+        lambda at: CompressionConfig(candidates=()),
+        "candidates=(): expected at least one block, or None.",
+    ),
+    "candidates float": (
+        lambda at: CompressionConfig(candidates=(1.5,)),
+        "candidates=(1.5,): expected ints, blocks count from 0.",
+    ),
+    "candidates high": (
+        lambda at: at.compress(config=CompressionConfig(candidates=(1, 42))),
+        "candidates=[1, 42]: block 42 does not exist, the model has 0 to 7.",
+    ),
+    "round_to 0": (lambda at: CompressionConfig(round_to=0), "round_to=0: expected 1 or more."),
+    "round_to high": (
+        lambda at: at.compress(config=CompressionConfig(round_to=100000)),
+        "round_to=100000: a block has only 256 hidden nodes; pass a smaller one.",
+    ),
+    "seed": (lambda at: CompressionConfig(seed=-1), "seed=-1: expected 0 or more."),
+    "structure": (
+        lambda at: CompressionConfig(structure="most"),
+        "structure='most': expected one of 'searched', 'fewest'.",
+    ),
+    "metric": (lambda at: CompressionConfig(metric="l1"), "metric='l1': expected one of 'mimicking', 'cross_entropy'."),
+    "metric_set": (
+        lambda at: CompressionConfig(metric_set="noise"),
+        "metric_set='noise': expected one of 'synthetic', 'images'.",
+    ),
+    "impl": (
+        lambda at: CompressionConfig(impl="cudnn"),
+        "impl='cudnn': expected one of 'auto', 'eager', 'cpp', 'cuda', 'triton'.",
+    ),
+    "recovery": (
+        lambda at: CompressionConfig(recovery="fast"),
+        "recovery='fast': expected a ReconstructionConfig or a MimickingConfig.",
+    ),
+    "nodes": (lambda at: ReconstructionConfig(nodes="best"), "nodes='best': expected one of 'greedy', 'random'."),
+    "num_views": (lambda at: ReconstructionConfig(num_views=0), "num_views=0: expected 1 or more."),
+    "step sizes": (
+        lambda at: ReconstructionConfig(step_sizes=()),
+        "step_sizes=(): expected one or more positive floats.",
+    ),
+    "step sizes negative": (
+        lambda at: ReconstructionConfig(step_sizes=(0.1, -1)),
+        "step_sizes=(0.1, -1): expected one or more positive floats.",
+    ),
+    "epochs": (lambda at: ReconstructionConfig(epochs=-1), "epochs=-1: expected 0 or more."),
+    "learning rate": (
+        lambda at: MimickingConfig(learning_rate=0.0),
+        "learning_rate=0.0: expected a positive float or 'auto'.",
+    ),
+    "tokens": (lambda at: MimickingConfig(tokens="patch"), "tokens='patch': expected one of 'all', 'class'."),
+    "updated": (
+        lambda at: MimickingConfig(updated="none"),
+        "updated='none': expected one of 'front', 'around', 'all'.",
+    ),
+    "lock_step": (lambda at: MimickingConfig(lock_step=0), "lock_step=0: expected 1 or more."),
+    "synthesis images": (lambda at: SynthesisConfig(num_images=0), "num_images=0: expected 1 or more."),
+    "betas": (lambda at: SynthesisConfig(betas=(0.5, 1.0)), "betas=(0.5, 1.0): expected two values in [0, 1)."),
+    "jitter": (lambda at: SynthesisConfig(jitter=1.5), "jitter=1.5: expected a share of the image side in [0, 1)."),
+    "flip": (lambda at: AugmentationConfig(flip=2.0), "flip=2.0: expected a probability."),
+    "scale": (
+        lambda at: AugmentationConfig(scale=(0.9, 0.1)),
+        "scale=(0.9, 0.1): expected 0 < smallest <= largest <= 1.",
+    ),
+    "paper config to sweep": (
+        lambda at: dcvit.sweep(at.demo, IMAGES, config=CompressionConfig.paper()),
+        (
+            "recovery=MimickingConfig(epochs=2000, learning_rate=3e-05, learning_rates=(1e-05, 3e-05, 0.0001,"
+            " 0.0003, 0.001), weight_decay=0.0001, warmup_epochs=20, batch_size=64, tokens='all', "
+            "updated='front',"
+        ),
+    ),
+    "sweep none": (
+        lambda at: dcvit.sweep(at.demo, IMAGES, ()),
+        "budgets=(): expected at least one, for example (0.9, 0.8, 0.7).",
+    ),
+    "sweep same": (
+        lambda at: dcvit.sweep(at.demo, IMAGES, (0.8, 0.8)),
+        "budgets: 0.8 and 0.8 come to the same structure; leave one of them out.",
+    ),
+    "sweep units": (
+        lambda at: dcvit.sweep(at.demo, IMAGES, (Budget(macs=0.8), Budget(params=0.7))),
+        "budgets: expected all of one unit and one convention, so that they can be put in order.",
+    ),
+    "sweep latency": (
+        lambda at: dcvit.sweep(at.demo, IMAGES, (Budget(latency=0.8),)),
+        "budgets of latency: expected one of macs, params, file_size; ask the family for it.",
+    ),
+    "load none": (lambda at: dcvit.load("/nowhere"), "'/nowhere' is not a folder: expected one that dcvit saved."),
+    "load foreign": (
+        lambda at: dcvit.load(at.tmp / "empty"),
+        "'TMP/empty' has no result.json: expected a folder that dcvit saved.",
+    ),
+    "load broken json": (
+        lambda at: dcvit.load(at.edited("result.json", b"{")),
+        (
+            "'TMP/copy/result.json' is not valid JSON (Expecting property name enclosed in double quotes: "
+            "line 1 column 2 (char 1)): the result is broken, compress again."
+        ),
+    ),
+    "load list json": (
+        lambda at: dcvit.load(at.edited("result.json", b"[]")),
+        "'TMP/copy/result.json' holds a list: expected a dcvit result.",
+    ),
+    "load no plan": (
+        lambda at: dcvit.load(at.edited("result.json", b"{}")),
+        ("'TMP/copy/result.json' is not a dcvit result (KeyError: 'plan'). For another model use timm.create_model."),
+    ),
+    "load no weights": (
+        lambda at: dcvit.load(at.edited("model.safetensors", None)),
+        (
+            "'TMP/copy' holds a broken model (dcvit_vision_transformer): local-dir:TMP/copy: there is no "
+            "model.safetensors in that folder; expected a folder that dcvit or timm saved."
+        ),
+    ),
+    "load cut weights": (
+        lambda at: dcvit.load(at.edited("model.safetensors", (at.small / "model.safetensors").read_bytes()[:1000])),
+        "'TMP/copy' holds a broken model (dcvit_vision_transformer): model='local-dir:TMP/copy' could not be loaded",
+    ),
+    "load forged header": (
+        lambda at: dcvit.load(at.edited("model.safetensors", (1 << 62).to_bytes(8, "little") + b"{}")),
+        "(dcvit_vision_transformer): model='local-dir:TMP/copy' could not be loaded: SafetensorError: Error while",
+    ),
+    "load broken config": (
+        lambda at: dcvit.load(at.edited("config.json", b"nonsense")),
+        (
+            "'TMP/copy/config.json' is not valid JSON (Expecting value: line 1 column 1 (char 0)): the result"
+            " is broken, compress again."
+        ),
+    ),
+    "load other architecture": (
+        lambda at: dcvit.load(
+            at.edited(
+                "config.json",
+                json.dumps(
+                    {**json.loads((at.small / "config.json").read_text()), "architecture": "os.system"}
+                ).encode(),
+            )
+        ),
+        "'TMP/copy' holds a broken model (os.system): model='local-dir:TMP/copy' could not be loaded: RuntimeError: ",
+    ),
+    "save occupied": (
+        lambda at: dcvit.load(at.small).save(at.edited("mine.txt", b""), overwrite=True),
+        "'TMP/copy' holds something else (mine.txt): name a folder that is empty or does not exist.",
+    ),
+    "save twice": (
+        lambda at: dcvit.load(at.small).save(at.small),
+        ("'TMP/small' holds an earlier result: name another folder, or replace it with overwrite=True (--overwrite)."),
+    ),
+    "save file": (
+        lambda at: dcvit.load(at.small).save(at.small / "config.json"),
+        "'TMP/small/config.json' is a file: name a folder that is empty or does not exist.",
+    ),
+    "save dtype": (
+        lambda at: dcvit.load(at.small).save(at.tmp / "d", dtype=torch.int8),
+        "dtype=torch.int8: expected one of torch.float32, torch.float16, torch.bfloat16.",
+    ),
+    "load family": (
+        lambda at: dcvit.load_family(at.small),
+        "'TMP/small' has no family.json: expected a folder that dcvit saved.",
+    ),
+    "family at": (
+        lambda at: dcvit.load_family(at.tmp / "fam"),
+        "'TMP/fam' has no family.json: expected a folder that dcvit saved.",
+    ),
+    "report": (
+        lambda at: dcvit.write_report(at.tmp / "empty"),
+        "'TMP/empty' has no result.json: expected a folder that dcvit saved.",
+    ),
+    "export format": (
+        lambda at: dcvit.export_model(at.demo, at.tmp / "m.onnx", format="tflite"),
+        "format='tflite': expected one of onnx, torch-export.",
+    ),
+    "push name": (
+        lambda at: dcvit.push_to_hub(at.small, "no/such/name"),
+        "repo_id='no/such/name': expected OWNER/NAME",
+    ),
+    "op shapes": (
+        lambda at: dcvit.ops.mimic_loss(torch.zeros(1, 2, 3, 4), torch.zeros(2, 3, 5)),
+        (
+            "mimic_loss: student is [1, 2, 3, 4] and teacher [2, 3, 5]; expected [C, B, N, D] or [B, N, D], "
+            "and [B, N, D]."
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_gets_its_sentence(name: str, place: Place) -> None:
+    call, sentence = CASES[name]
+    before = sorted(path.relative_to(place.small) for path in place.small.rglob("*"))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the sentence below is the match)
+        call(place)
+    assert isinstance(caught.value, dcvit.DcvitError) or name.startswith("op ")
+    assert sentence in str(caught.value).replace(str(place.tmp), "TMP")
+    assert sorted(path.relative_to(place.small) for path in place.small.rglob("*")) == before
+
+
+def test_there_are_many_and_no_two_alike() -> None:
+    assert len({sentence for _, sentence in CASES.values()}) >= 60
