@@ -117,7 +117,9 @@ def compress(
         chosen.require_family(original)
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
-    of = {"budget": budget.to_dict(), **fingerprint(original, few_shot, metric_set, config)} if run_dir else {}
+    of = {}
+    if run_dir is not None:
+        of = {"budget": budget.to_dict(), **fingerprint(original, few_shot, metric_set, config)}
     with open_run(run_dir, of) as store:
         task = Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set, store)
         outcome = chosen.compress(task)
