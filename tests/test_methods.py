@@ -55,7 +55,8 @@ def test_every_entry_is_complete() -> None:
     for name, entry in METHODS.items():
         assert method(name) is entry
         assert entry.name == name
-        assert all(getattr(entry, field.name) for field in fields(entry))
+        assert all(getattr(entry, field.name) for field in fields(entry) if field.name != "resumable")
+        assert entry.resumable == (name == "dcvit")
         assert re.search(r"arXiv \d{4}\.\d{5}$", entry.source)
         assert isinstance(entry.config().recovery, entry.recovery)
 
