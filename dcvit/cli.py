@@ -622,7 +622,7 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
 def _run_dir(arguments: argparse.Namespace) -> Path:
     """Where finished work is kept: beside the result, unless a folder is named."""
     named: Path | None = arguments.run_dir
-    out = Path(arguments.out)
+    out = Path(arguments.out).resolve()  # `.` has no name
     return named if named is not None else out.with_name(f"{out.name}.run")
 
 
@@ -641,7 +641,7 @@ def _check_method(arguments: argparse.Namespace, config: CompressionConfig) -> N
     """
     if arguments.method == "dcvit":
         return
-    for name in ("paper", "synthesis_iterations", "synthesis_images", "num_blocks", "structure"):
+    for name in ("paper", "synthesis_iterations", "synthesis_images", "num_blocks", "structure", "run_dir"):
         if getattr(arguments, name) not in (None, False):
             raise DcvitError(f"--{name.replace('_', '-')}: --method {arguments.method} does not read it; leave it out.")
     kind = "mimicking" if isinstance(config.recovery, MimickingConfig) else "reconstruction"

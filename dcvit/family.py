@@ -44,6 +44,8 @@ from dcvit.results import (
     CompressionResult,
     ModelFigures,
     all_or_nothing,
+    check_output_folder,
+    check_report_file,
     load,
     read_json,
     versions,
@@ -161,6 +163,8 @@ class Family:
         """
         folder = Path(folder)
         check_family_folder(folder, overwrite=overwrite)
+        for member in self.members:
+            check_output_folder(folder / self.name(member), overwrite=overwrite)
         report = self.members[0].report
         index = {
             "format": FORMAT,
@@ -383,7 +387,8 @@ def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
     """Refuse a folder that a family cannot be saved to, before any long work.
 
     Raises:
-        SaveFolderError: If it is a file, holds something else, or an earlier family and `overwrite` is not set.
+        SaveFolderError: If it is a file, holds something else, or an earlier family and `overwrite` is not set, or a
+            `report.html` that dcvit did not write.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -396,6 +401,7 @@ def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
         raise SaveFolderError(
             f"{str(folder)!r} holds an earlier family: name another folder, or pass overwrite (--overwrite)."
         )
+    check_report_file(folder / REPORT_FILE)
 
 
 def load_family(folder: str | Path) -> Family:

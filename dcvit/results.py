@@ -53,6 +53,7 @@ __all__ = [
     "cast_weights",
     "check_output_file",
     "check_output_folder",
+    "check_report_file",
     "device_name",
     "is_report",
     "load",
@@ -471,6 +472,16 @@ def is_report(path: Path) -> bool:
     """Whether a file is a report that dcvit wrote."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return REPORT_MARK in file.read(500)
+
+
+def check_report_file(path: Path) -> None:
+    """Refuse a file that a report must not replace.
+
+    Raises:
+        SaveFolderError: If there is a file that is not a report.
+    """
+    if path.exists() and not is_report(path):
+        raise SaveFolderError(f"{str(path)!r} is not a report that dcvit wrote: move it away first.")
 
 
 def check_output_file(file: Path, *, overwrite: bool = False) -> None:

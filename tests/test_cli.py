@@ -368,6 +368,8 @@ def test_families_and_their_methods(capsys: pytest.CaptureFixture[str]) -> None:
         (["compress", "demo", "--data", "digits", "--activation-memory", "0.9", "--out", "OUT"], "stay whole"),
         (["compress", "demo", "--data", "digits", "--file-size", "1K", "--out", "OUT"], "file_size=1000 asks for"),
         (["compress", "demo", "--data", "digits", "--macs", "0.8", "--round-to", "0", "--out", "OUT"], "round_to=0"),
+        (["compress", "demo", "--data", "digits", "--macs", ".7", "--method", "fskd", "--run-dir", ".", "--out", "OUT"],
+         "--run-dir: --method fskd does not read it"),
         (["latency", "demo", "--modes", "eager,int8", "--json", "OUT"], "mode='int8': expected one of eager, compile"),
         (["latency", "demo", "--runs", "0", "--json", "OUT"], "runs=0"),
         (["latency", "demo", "--threads", "0"], "--threads 0"),

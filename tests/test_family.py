@@ -127,6 +127,23 @@ def test_nothing_is_overwritten_unasked(family: dcvit.Family, tmp_path: Path) ->
         family.save(other / "notes.txt")
 
 
+def test_overwriting_a_family_spares_what_is_not_its(family: dcvit.Family, tmp_path: Path) -> None:
+    folder = tmp_path / "family"
+    family.save(folder)
+    for path, message in (
+        (folder / family.name(family.members[-1]) / "notes.txt", r"something else \(notes\.txt\)"),
+        (folder / "report.html", "is not a report that dcvit wrote"),
+    ):
+        path.write_text("mine")
+        before = sorted(found.relative_to(folder) for found in folder.rglob("*"))
+        with pytest.raises(SaveFolderError, match=message):
+            family.save(folder, overwrite=True)
+        assert path.read_text() == "mine"
+        assert sorted(found.relative_to(folder) for found in folder.rglob("*")) == before
+        path.unlink()
+    family.save(folder, overwrite=True)
+
+
 ORIGINAL = '"original": {"macs": 1, "params": 1, "latency_ms": 1.0}'
 
 

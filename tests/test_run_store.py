@@ -350,6 +350,15 @@ def test_other_methods_need_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seen == [None]
 
 
+def test_the_current_folder_has_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_command_line(monkeypatch)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([*COMMAND, "--out", "."]) == 0
+    assert (tmp_path / "here" / "result.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_saved_folder_is_there_whole_or_not_at_all(
     model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,7 @@ from dcvit.results import (
     ModelFigures,
     Record,
     Report,
-    is_report,
+    check_report_file,
     read_json,
     read_record,
 )
@@ -88,8 +88,7 @@ def write_page(page: Page, path: Path) -> Path:
     Raises:
         SaveFolderError: If there is a file that is not a report.
     """
-    if path.exists() and not is_report(path):
-        raise SaveFolderError(f"{str(path)!r} is not a report that dcvit wrote: move it away first.")
+    check_report_file(path)
     path.write_text(page.html(), encoding="utf-8")
     return path
 
