@@ -81,6 +81,11 @@ class StructureTiming:
     ratio: float
     error: float
 
+    @property
+    def structure(self) -> tuple[int, int]:
+        """Of compressed blocks the number, and the hidden nodes that each keeps."""
+        return self.num_blocks, self.hidden_features
+
 
 @dataclass(frozen=True)
 class PlannedLatency:
@@ -89,8 +94,8 @@ class PlannedLatency:
     Attributes:
         model: The calibrated latency model.
         goal: The latency asked for over the original's.
-        ratio: That of the planned structure, measured with weights not recovered yet.
-        timings: All structures measured on the way, in order.
+        ratio: That of the planned structure with weights not recovered yet, the mean of its timings.
+        timings: All on the way, in order; one structure may have several.
     """
 
     model: LatencyModel
