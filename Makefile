@@ -20,6 +20,7 @@ FORMATTED := $(filter %.h %.cpp %.cu,$(SOURCES))
 help:
 	@echo "demo      compress the embedded model and compare methods, over 5 few-shot sets"
 	@echo "test      run the tests"
+	@echo "fuzz      ask each reader of files and values 30,000 times"
 	@echo "test-gpu  run the tests on a GPU; a skipped GPU test fails"
 	@echo "check     formatting, lint and types; changes nothing"
 	@echo "check-native  run the tests of the ops on builds with sanitizers"

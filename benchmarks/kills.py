@@ -1,9 +1,9 @@
 """Runs that are killed and go on: `python -m benchmarks kills`.
 
 A compression of the embedded model is started, killed (SIGKILL) at a random moment and started again with the same
-command, until it is done. In the end its weights must be, bit for bit, those of a run that was left
-alone, and no unit of work that was finished before a kill may have been done again: its file must be the same inode,
-written at the same time.
+command, until it is done. In the end its weights must be, bit for bit, those of a run that was left alone, and no unit
+of work that was finished before a kill may have been done again: its file must be the same inode, written at the same
+time.
 
 With `--full N` so many more runs write to a file system of a few MiB that other files fill up at a random moment, and
 go on once there is room (this needs the right to mount one).

@@ -11,6 +11,7 @@ from dcvit.errors import (
     HubError,
     ImagesError,
     NonFiniteError,
+    RunStoreError,
     SaveFolderError,
     UnsupportedModelError,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "ReconstructionConfig",
     "Recovery",
     "Report",
+    "RunStoreError",
     "SaveFolderError",
     "SynthesisConfig",
     "UnsupportedModelError",

@@ -614,7 +614,7 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     if labels is not None:
         original = top1(freeze(model), images.normalised, labels)
         result = _with_top1(result, original, images.normalised, labels)
-    result.save(arguments.out, overwrite=arguments.overwrite, page=run_page(result.record()).html())
+    result.save(arguments.out, overwrite=arguments.overwrite, page=lambda record: run_page(record).html())
     _forget_run(arguments)
     return {**result.to_dict(), "out": str(arguments.out), "page": str(Path(arguments.out) / REPORT_FILE)}
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,6 @@ from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import (
     Reconstruction,
-    Rows,
     TeacherStates,
     Views,
     draw_views,
@@ -43,7 +43,7 @@ from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report, v
 from dcvit.run_store import NOTHING_KEPT, Store, Unit, digest_images, digest_model, open_run
 from dcvit.seeding import derive_seed
 from dcvit.structure import Cut, Recoverability
-from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
+from dcvit.surgery import choose_impl, compress_block, cut_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
 __all__ = [
@@ -51,9 +51,9 @@ __all__ = [
     "compress",
     "compress_blocks",
     "dense",
-    "fingerprint",
     "freeze",
     "fuse",
+    "open_store",
     "reconstruct_blocks",
     "require_finite",
 ]
@@ -117,20 +117,37 @@ def compress(
         chosen.require_family(original)
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
-    of = {}
-    if run_dir is not None:
-        of = {"budget": budget.to_dict(), **fingerprint(original, few_shot, metric_set, config)}
-    with open_run(run_dir, of) as store:
+    with open_store(run_dir, original, few_shot, metric_set, config, budget=budget.to_dict()) as store:
         task = Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set, store)
         outcome = chosen.compress(task)
     return finish(model, original, few_shot, outcome.metric_set, outcome, config, timer, stopwatch, method=method)
 
 
-def fingerprint(
-    model: nn.Module, images: FewShotImages, metric_set: MetricSet | None, config: CompressionConfig
-) -> dict[str, Any]:
-    """What the result of a run depends on, but for its budget, for `dcvit.run_store.open_run`."""
-    return {
+def open_store(
+    run_dir: str | Path | None,
+    model: nn.Module,
+    images: FewShotImages,
+    metric_set: MetricSet | None,
+    config: CompressionConfig,
+    **asked: Any,
+) -> AbstractContextManager[Store]:
+    """The store of a run (`dcvit.run_store.open_run`), opened with all that its result depends on.
+
+    Args:
+        run_dir: Its folder; `None` keeps nothing.
+        model: The original.
+        images: The few-shot set.
+        metric_set: The caller's, if there is one.
+        config: Every knob.
+        **asked: What is asked for, as plain values: a budget, or several.
+
+    Raises:
+        RunStoreError: As `open_run` does.
+    """
+    if run_dir is None:
+        return open_run(None, {})
+    fingerprint = {
+        **asked,
         "settings": config.to_dict(),
         "model": digest_model(model),
         "images": digest_images(images.normalised),
@@ -138,6 +155,7 @@ def fingerprint(
         "device": images.normalised.device.type,
         "versions": {name: version for name, version in versions().items() if name in ("dcvit", "torch")},
     }
+    return open_run(run_dir, fingerprint)
 
 
 def dense(task: Task) -> Outcome:
@@ -350,8 +368,7 @@ def compress_prepared(
                 )  # fmt: skip
                 return Unit(asdict(found), student.state_dict())
 
-            found = store.unit("refinement", refined)
-            student.load_state_dict(dict(found.tensors))  # no change where it was refined just now
+            found = store.unit("refinement", refined, lambda unit: student.load_state_dict(dict(unit.tensors)))
             refinement = from_plain(Refinement, found.values)
     chosen = replace(chosen, blocks=blocks, kept_nodes={block: kept[block] for block in blocks})
     return Outcome(
@@ -420,9 +437,10 @@ def reconstruct_blocks(
     adapter = adapter_for(student)
     batches = [adapter.embed(teacher, images) for images in views.images.split(recovery.batch_size)]
     at, kept, reports = 0, {}, []
-    fresh: set[int] = set()
 
-    def reconstructed(block: int, cut: Cut, rows: Rows) -> Unit:
+    def reconstructed(block: int, cut: Cut, batches: Sequence[Tensor]) -> Unit:
+        given = (_given(student, tokens, block, cut) for tokens in batches)
+        rows = states.rows(block, views.rows_of_all(given))
         order, count = prunable_orders[block] if cut.attention else (), cut.hidden_features
         nodes, report = reconstruct_block(
             student, block, cut, rows, recovery,
@@ -430,31 +448,22 @@ def reconstruct_blocks(
             step_size=step_size, epochs=recovery.epochs, refit=refit,
             seed=derive_seed(config.seed, "reconstruction", block), impl=config.impl,
         )  # fmt: skip
-        fresh.add(block)
         return Unit({"kept": nodes, "report": asdict(report)}, adapter.block(student, block).state_dict())
+
+    def restore(block: int, cut: Cut, unit: Unit) -> None:
+        cut_block(student, block, cut, unit.values["kept"], config.impl)
+        adapter.block(student, block).load_state_dict(dict(unit.tensors))
 
     progress("reconstruction", 0, len(cuts), None)
     for done, block in enumerate(sorted(cuts), 1):
         with torch.no_grad():
             batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
-        at = block
-        given = (_given(student, tokens, block, cuts[block]) for tokens in batches)
-        rows = states.rows(block, views.rows_of_all(given))
-        unit = store.unit(f"block-{block}", partial(reconstructed, block, cuts[block], rows))
+        at, cut = block, cuts[block]
+        unit = store.unit(f"block-{block}", partial(reconstructed, block, cut, batches), partial(restore, block, cut))
         kept[block] = tuple(unit.values["kept"])
-        if block not in fresh:
-            _cut_block(student, block, cuts[block], kept[block], config.impl)
-            adapter.block(student, block).load_state_dict(dict(unit.tensors))
         reports.append(from_plain(Reconstruction, unit.values["report"]))
         progress("reconstruction", done, len(cuts), reports[-1].error_after)
     return student, kept, tuple(reports)
-
-
-def _cut_block(student: nn.Module, block: int, cut: Cut, kept: Sequence[int], impl: Impl) -> None:
-    """In place, as reconstruction does it."""
-    adapter = adapter_for(student)
-    (adapter.prune_block if cut.attention else adapter.compress_block)(student, block, kept)
-    choose_impl(student, impl)
 
 
 @torch.no_grad()
@@ -505,6 +514,10 @@ def compress_blocks(
         schedule = [blocks]
         recovery = replace(recovery, epochs=recovery.epochs * len(blocks))
     done = len(steps)
+
+    def restore(student: nn.Module, unit: Unit) -> None:
+        student.load_state_dict(dict(unit.tensors))
+
     for cut in schedule:
         new = cut[done:]
         for block in new:
@@ -519,8 +532,7 @@ def compress_blocks(
             )  # fmt: skip
             return Unit(asdict(step), student.state_dict())
 
-        unit = store.unit(f"step-{done}", partial(recovered, student, cut, done))
-        student.load_state_dict(dict(unit.tensors))  # no change where it recovered just now
+        unit = store.unit(f"step-{done}", partial(recovered, student, cut, done), partial(restore, student))
         steps.append(from_plain(Recovery, unit.values))
     return student, tuple(steps)
 

@@ -18,11 +18,11 @@ from torch import nn
 from dcvit.compression import (
     Prepared,
     compress_prepared,
-    fingerprint,
     finish,
     freeze,
     fuse,
     make_metric_set,
+    open_store,
     prepare,
     require_finite,
 )
@@ -50,7 +50,7 @@ from dcvit.results import (
     read_json,
     versions,
 )
-from dcvit.run_store import NOTHING_KEPT, Store, open_run
+from dcvit.run_store import NOTHING_KEPT, Store
 from dcvit.synthesis import MetricSet
 
 __all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
@@ -319,11 +319,8 @@ def sweep(
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
         teacher = fuse(original, config.impl)
-    of = {}
-    if run_dir is not None:
-        all_budgets = [planned.budget.to_dict() for planned in plans]
-        of = {"budgets": all_budgets, **fingerprint(original, few_shot, metric_set, config)}
-    with open_run(run_dir, of) as store:
+    asked = [planned.budget.to_dict() for planned in plans]
+    with open_store(run_dir, original, few_shot, metric_set, config, budgets=asked) as store:
         with timer("metric set"):
             if metric_set is None:
                 metric_set = make_metric_set(teacher, few_shot, config, progress, store)

@@ -128,12 +128,12 @@ def rank(
         best.append(student)
         return Unit([asdict(trial) for trial in trials], student.state_dict())
 
-    unit = store.unit("trials", tried)
-    trials = tuple(from_plain(Trial, values) for values in unit.values)
-    if not best:
-        best.append(cut(trials[0].block))
+    def restore(unit: Unit) -> None:
+        best.append(cut(unit.values[0]["block"]))
         best[0].load_state_dict(dict(unit.tensors))
-    return Ranking(trials, best[0], kept)
+
+    unit = store.unit("trials", tried, restore)
+    return Ranking(tuple(from_plain(Trial, values) for values in unit.values), best[0], kept)
 
 
 def run_trials(

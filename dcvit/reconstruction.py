@@ -42,7 +42,7 @@ from dcvit.progress import Progress, silent
 from dcvit.regression import FIRST_RIDGE, NormalEquations, best_ridge, select_inputs
 from dcvit.seeding import seeded
 from dcvit.structure import Cut
-from dcvit.surgery import choose_impl, compress_block, draw_kept_nodes
+from dcvit.surgery import compress_block, cut_block, draw_kept_nodes
 
 __all__ = [
     "ErrorCurve",
@@ -177,21 +177,6 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
-class ErrorCurve:
-    """What the closed form would miss of a block, by the number of hidden nodes that it keeps.
-
-    Attributes:
-        order: The hidden nodes, most useful first: all, or `CURVE`'s last share but one of them.
-        errors: The held-out error by number of nodes, ascending, see `Reconstruction`.
-        sums: Those that they were computed from.
-    """
-
-    order: tuple[int, ...]
-    errors: Mapping[int, float]
-    sums: "Sums"
-
-
-@dataclass(frozen=True)
 class Sums:
     """The equations of a block's output layer, summed.
 
@@ -208,13 +193,26 @@ class Sums:
         index = nodes.to(self.used.gram.device)
         return Sums(self.used.of_inputs(index), None if self.held_out is None else self.held_out.of_inputs(index))
 
-    def best_ridge(self, anchor: Tensor, *, constant: bool, near: float | None = None) -> tuple[float, float]:
+    def best_ridge(self, anchor: Tensor, *, constant: bool, near: float = FIRST_RIDGE) -> tuple[float, float]:
         """λ and the error that it leaves on the rows that judge; without any, on those that are learnt from."""
         if self.held_out is None:
             return RIDGE_UNJUDGED, self.used.error(self.used.solve(RIDGE_UNJUDGED, anchor, constant=constant))
-        return best_ridge(
-            self.used, self.held_out, anchor, constant=constant, near=FIRST_RIDGE if near is None else near
-        )
+        return best_ridge(self.used, self.held_out, anchor, constant=constant, near=near)
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """What the closed form would miss of a block, by the number of hidden nodes that it keeps.
+
+    Attributes:
+        order: The hidden nodes, most useful first: all, or `CURVE`'s last share but one of them.
+        errors: The held-out error by number of nodes, ascending, see `Reconstruction`.
+        sums: Those that they were computed from.
+    """
+
+    order: tuple[int, ...]
+    errors: Mapping[int, float]
+    sums: Sums
 
 
 class TeacherStates:
@@ -377,11 +375,7 @@ def reconstruct_block(
     adapter = adapter_for(student)
     chosen = choose_nodes(student, block, cut.hidden_features, rows, config, seed) if kept is None else kept
     kept = tuple(sorted(chosen))
-    if cut.attention:
-        adapter.prune_block(student, block, kept)
-    else:
-        adapter.compress_block(student, block, kept)
-    choose_impl(student, impl)
+    cut_block(student, block, cut, kept, impl)
     module = _OnTokens(student, block)
     layer = adapter.output_layer(student, block)
     error_before = error_after = _error(module, rows)
@@ -468,7 +462,7 @@ def error_curve(
         order = select_inputs(sums.used, most)
     anchor, constant = _anchor(layer, scale), layer.bias is not None
     errors: dict[int, float] = {}
-    ridge: float | None = None
+    ridge = FIRST_RIDGE
     for count in reversed(counts):
         nodes = (order[:count] if count <= len(order) else torch.arange(hidden)).to(anchor.device)
         ridge, errors[count] = sums.of_nodes(nodes).best_ridge(anchor[nodes], constant=constant, near=ridge)

@@ -16,7 +16,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -191,7 +191,7 @@ class CompressionResult:
         overwrite: bool = False,
         dtype: torch.dtype | None = None,
         more: Mapping[str, Any] | None = None,
-        page: str | None = None,
+        page: "Callable[[Record], str] | None" = None,
     ) -> None:
         """Save model, plan, report, model card and synthesised images to a folder, all files at once.
 
@@ -201,7 +201,7 @@ class CompressionResult:
             dtype: In which the weights are stored, one of `DTYPES`; the model's own if not given. timm loads them into
                 float32 whatever it is, so that a half-precision file halves the size and rounds the weights once.
             more: Further entries of `result.json`.
-            page: The HTML of `report.html`.
+            page: The HTML of `report.html`, from what is saved.
 
         Raises:
             SaveFolderError: If the folder holds something else, or an earlier result and `overwrite` is not set.
@@ -210,15 +210,12 @@ class CompressionResult:
         check_output_folder(folder, overwrite=overwrite)
         images = None if self.metric_set is None else MetricImages.of(self.metric_set, self.model)
         tensors = {} if images is None else {METRIC_SET_FILE: images.to_tensors()}
-        extra = {**self.files(dtype, more), **({} if page is None else {REPORT_FILE: page})}
+        extra = self.files(dtype, more)
+        if page is not None:
+            extra[REPORT_FILE] = page(Record(self.plan, self.report, images, extra[RESULT_FILE]))
         save_model(self.model, folder, extra=extra, tensors=tensors, dtype=dtype)
         for stale in {METRIC_SET_FILE, REPORT_FILE} - tensors.keys() - extra.keys():
             (Path(folder) / stale).unlink(missing_ok=True)
-
-    def record(self) -> "Record":
-        """What `read_record` reads of a result that is saved."""
-        images = None if self.metric_set is None else MetricImages.of(self.metric_set, self.model)
-        return Record(self.plan, self.report, images, self.to_dict())
 
     def files(self, dtype: torch.dtype | None = None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What is saved beside the model, by file name: `result.json` as values, the model card as text."""

@@ -73,12 +73,13 @@ class Unit:
 class Store(Protocol):
     """Where finished units go."""
 
-    def unit(self, name: str, work: Callable[[], Unit]) -> Unit:
+    def unit(self, name: str, work: Callable[[], Unit], restore: Callable[[Unit], object] | None = None) -> Unit:
         """What the work comes to: from the store if it is done there, else now, and kept.
 
         Args:
             name: Lower-case letters and digits, joined by `-` or `.`; each unit of a run has its own.
             work: Computes it.
+            restore: Called with a unit from the store, to do to a model what the work would have done to it.
         """
 
     def within(self, prefix: str) -> "Store":
@@ -88,7 +89,7 @@ class Store(Protocol):
 class _NothingKept:
     """A store that forgets: work is done each time."""
 
-    def unit(self, name: str, work: Callable[[], Unit]) -> Unit:
+    def unit(self, name: str, work: Callable[[], Unit], restore: Callable[[Unit], object] | None = None) -> Unit:
         return work()
 
     def within(self, prefix: str) -> "Store":
@@ -110,7 +111,7 @@ class RunStore:
     folder: Path
     prefix: str = ""
 
-    def unit(self, name: str, work: Callable[[], Unit]) -> Unit:
+    def unit(self, name: str, work: Callable[[], Unit], restore: Callable[[Unit], object] | None = None) -> Unit:
         """See `Store`.
 
         Raises:
@@ -123,6 +124,8 @@ class RunStore:
         if found is None:
             found = work()
             self._write(name, found)
+        elif restore is not None:
+            restore(found)
         return found
 
     def within(self, prefix: str) -> "RunStore":
@@ -198,11 +201,14 @@ def digest_model(model: nn.Module) -> str:
 
 def digest_images(images: Tensor) -> str:
     """SHA-256 of images."""
-    return hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode() + _bytes(images)).hexdigest()
+    total = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
+    total.update(_bytes(images))
+    return total.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes; of one on the CPU no copy."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _digest(values: Any) -> str:

@@ -12,8 +12,17 @@ from torch import nn
 from dcvit.models import MlpHalf, adapter_for
 from dcvit.ops import Impl
 from dcvit.seeding import seeded
+from dcvit.structure import Cut
 
-__all__ = ["choose_impl", "compress_block", "draw_kept_nodes", "drop_block", "share_parameters", "unrecovered"]
+__all__ = [
+    "choose_impl",
+    "compress_block",
+    "cut_block",
+    "draw_kept_nodes",
+    "drop_block",
+    "share_parameters",
+    "unrecovered",
+]
 
 
 def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: int) -> tuple[int, ...]:
@@ -37,6 +46,13 @@ def compress_block(model: nn.Module, block: int, kept: Sequence[int], impl: Impl
     adapter_for(student).compress_block(student, block, kept)
     choose_impl(student, impl)
     return student
+
+
+def cut_block(model: nn.Module, block: int, cut: Cut, kept: Sequence[int], impl: Impl) -> None:
+    """In place: of a block what a cut says, with the hidden nodes `kept`."""
+    adapter = adapter_for(model)
+    (adapter.prune_block if cut.attention else adapter.compress_block)(model, block, kept)
+    choose_impl(model, impl)
 
 
 def choose_impl(model: nn.Module, impl: Impl) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -292,10 +293,14 @@ COMMAND = ["compress", "demo", "--data", "digits", "--macs", "0.8", "--epochs", 
 def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A run on the command line that has finished two units."""
     command = [sys.executable, "-m", "dcvit", *COMMAND, "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def interruptible() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job has ignored
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible) as process:
         units = tmp_path / "out.run" / "units"
         while process.poll() is None and len(list(units.glob("*.json"))) < 2:
-            pass
+            time.sleep(0.05)
         assert process.poll() is None
         yield process
         process.kill()
