@@ -10,6 +10,7 @@ TORCH  ?= $(if $(filter aarch64 arm64,$(shell uname -m)),torch==2.9.1 torchvisio
 CUDA   := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || echo 0)
 
 # What the C++ kernels, and the CUDA kernels built for the host, are run with: out-of-bounds access and undefined behaviour.
+# The C++ kernels are then run once more, in four threads, with ThreadSanitizer.
 SANITIZE := address,undefined
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -51,7 +52,7 @@ demo: $(VENV)/.demo
 	$(BIN)/dcvit demo --seeds 5 --out dcvit-demo --overwrite
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 fuzz: $(VENV)/.dev
 	DCVIT_FUZZ=30000 $(BIN)/python -m pytest tests/test_fuzz.py
@@ -74,6 +75,12 @@ check-native: $(VENV)/.dev
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	DCVIT_SANITIZE=$(SANITIZE) DCVIT_KERNELS=build/native/dcvit \
 		$(BIN)/python -m pytest tests/ops -k "cpp or host" --capture=sys
+	DCVIT_CUDA=0 DCVIT_SANITIZE=thread $(BIN)/python setup.py --quiet build_ext \
+		--build-lib build/threads --build-temp build/threads/objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66 \
+	DCVIT_KERNELS=build/threads/dcvit DCVIT_TEST_THREADS=4 \
+		$(BIN)/python -m pytest tests/ops -k cpp --capture=sys
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .

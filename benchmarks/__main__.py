@@ -12,6 +12,7 @@ COMMANDS = {
     "synthesis": "how well metric sets order the blocks, and what they cost",
     "export": "onnxruntime beside PyTorch, the original beside the compressed model",
     "kills": "runs that are killed at random moments and go on: same weights in the end, no unit done twice",
+    "scaling": "what large models take on many devices, computed from what units take here",
     "gpu-static": "what the compilers say about the GPU kernels, without a GPU",
 }
 

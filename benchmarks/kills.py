@@ -7,11 +7,16 @@ time.
 
 With `--full N` so many more runs write to a file system of a few MiB that other files fill up at a random moment, and
 go on once there is room (this needs the right to mount one).
+
+With `--ranks N` so many processes of torch's launcher share a run, and one of them is killed in the middle of each
+stage, once each; the launcher starts them again. Then the weights must be those of as many processes left alone.
 """
 
 import argparse
 import hashlib
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +33,8 @@ import dcvit
 from benchmarks.harness import header
 from benchmarks.testbeds import digits
 from dcvit import Budget, CompressionConfig, ReconstructionConfig, SynthesisConfig
+from dcvit.distributed import launched
+from dcvit.progress import silent
 
 CONFIG = CompressionConfig(
     recovery=ReconstructionConfig(
@@ -39,6 +46,9 @@ CONFIG = CompressionConfig(
 
 WEIGHTS = "model.safetensors"
 MOST_STARTS = 50
+STAGES = ("synthesis", "views", "trials", "pruning trials", "step sizes", "reconstruction", "pilot runs", "refinement")
+"""Of a run, in their order."""
+
 FULL_BYTES = 8 << 20
 """Of the file system that is filled up: more than a run takes."""
 
@@ -68,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks kills", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="at least; each run is killed once or more")
     parser.add_argument("--full", type=int, default=0, metavar="N", help="runs on a file system that fills up")
+    parser.add_argument("--ranks", type=int, default=0, metavar="N", help="processes of runs of which one is killed")
     parser.add_argument("--at-once", type=int, default=2, help="runs beside each other, with one thread each")
     parser.add_argument("--seed", type=int, default=0, help="draws the moments")
     parser.add_argument("--child", nargs=2, type=Path, metavar=("OUT", "RUN_DIR"), help="be the run that is killed")
@@ -96,7 +107,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "kills", killed, options.kills, options.at_once, lambda told: sum(len(s.killed_at) for s in told)
         )
         full = told("full disks", filled, options.full, options.at_once, len)
-    return 1 if any(story.error for story in (*stories, *full)) else 0
+        shared: list[Story] = []
+        if options.ranks:
+            code, error = finish(folder / "shared", options.ranks)
+            if code:
+                print(error, file=sys.stderr)
+                return 1
+            same = digest(folder / "shared")
+
+            def rank_killed(number: int) -> Story:
+                return kill_rank(folder / f"shared-{number}", same, STAGES[number], options.ranks)
+
+            shared = told(f"kills of one of {options.ranks} ranks", rank_killed, len(STAGES), 1, len)
+    return 1 if any(story.error for story in (*stories, *full, *shared)) else 0
 
 
 def told(
@@ -148,6 +171,27 @@ def kill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Sto
     return Story(MOST_STARTS, tuple(killed_at), len(units), "it never ended")
 
 
+def kill_rank(folder: Path, wanted: str, stage: str, ranks: int) -> Story:
+    """One run of several processes, of which one is killed in the middle of a stage."""
+    process = started(folder, ranks)
+    while process.poll() is None and not (stage_file(folder).is_file() and stage_file(folder).read_text() == stage):
+        time.sleep(0.01)
+    if process.poll() is not None:
+        return Story(1, (), 0, f"it ended before {stage}: {process.communicate()[1]}")
+    time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    units = finished(folder)
+    os.kill(int(children[STAGES.index(stage) % len(children)]), signal.SIGKILL)
+    _, error = process.communicate()
+    if process.returncode:
+        return Story(2, (), len(units), f"killed in {stage}: exit code {process.returncode}: {error}")
+    now = finished(folder)
+    again = [name for name, file in units.items() if now.get(name) != file]
+    same = digest(folder) == wanted
+    problem = f"done again: {again}" if again else "" if same else "other weights"
+    return Story(2, (), len(units), problem and f"killed in {stage}: {problem}")
+
+
 def fill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Story:
     """One run whose disk is full from a random moment on, until it has stopped; then there is room again."""
     with small_disk(folder) as disk:
@@ -189,18 +233,33 @@ def compress_digits(out: Path, kept: Path) -> int:
     """What is killed. Exit code 2, and the reason on standard error, if it cannot go on."""
     torch.set_num_threads(1)
     bed = digits(seed=0)
+    seen: set[str] = set()
+
+    def note(stage: str, done: int, total: int, loss: float | None) -> None:
+        if stage not in seen:
+            seen.add(stage)
+            stage_file(out).write_text(stage)
+
     try:
-        dcvit.compress(bed.model, bed.images, Budget(macs=0.7), CONFIG, run_dir=kept).save(out)
+        with launched() as ranks:
+            result = dcvit.compress(
+                bed.model, bed.images, Budget(macs=0.7), CONFIG,
+                run_dir=kept, ranks=ranks, progress=note if ranks.leads else silent,
+            )  # fmt: skip
+        if ranks.leads:
+            result.save(out)
     except dcvit.DcvitError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def started(folder: Path) -> "subprocess.Popen[str]":
-    """The run, with one thread."""
+def started(folder: Path, ranks: int = 1) -> "subprocess.Popen[str]":
+    """The run, with one thread for each process."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1"]
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", "kills", "--child", str(folder), str(run_dir(folder))],
+        [sys.executable, *(launcher if ranks > 1 else []), "-m", "benchmarks", "kills", "--child", str(folder),
+         str(run_dir(folder))],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -210,9 +269,14 @@ def run_dir(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.run")
 
 
-def finish(folder: Path) -> tuple[int, str]:
+def stage_file(folder: Path) -> Path:
+    """Where a run notes the stage that it has come to."""
+    return folder.with_name(f"{folder.name}.stage")
+
+
+def finish(folder: Path, ranks: int = 1) -> tuple[int, str]:
     """Run it to its end: exit code, and what it said."""
-    process = started(folder)
+    process = started(folder, ranks)
     _, error = process.communicate()
     return process.returncode, error
 

@@ -1,6 +1,7 @@
 """The command line, `dcvit COMMAND`; `dcvit --help` lists the commands."""
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -31,12 +32,13 @@ from dcvit.demo.comparison import (
     Comparison,
     compare,
 )
-from dcvit.errors import DcvitError, ImagesError, SaveFolderError
+from dcvit.distributed import Ranks, launched
+from dcvit.errors import DcvitError, DcvitWarning, DistributedError, ImagesError, SaveFolderError
 from dcvit.evaluation import agreement, top1
 from dcvit.export import SUFFIXES, TOLERANCES, compare_rounded, export_model
 from dcvit.family import DEFAULT_SHARES, check_family_folder, sweep
 from dcvit.hub import push_to_hub
-from dcvit.images import FewShotImages, ImagesWarning, image_files, load_images
+from dcvit.images import FewShotImages, image_files, load_images
 from dcvit.latency import MODES, STOPWATCHES, compare_latency, measure_latency
 from dcvit.latency_planning import TOLERANCE
 from dcvit.methods import METHODS
@@ -94,11 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     progress = TerminalProgress()
     try:
-        run: Callable[[argparse.Namespace, TerminalProgress], dict[str, Any]] = arguments.run
-        with warnings.catch_warnings():
+        with launched(getattr(arguments, "device", None)) as arguments.ranks, warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            values = run(arguments, progress)
-        print(json.dumps(values, indent=2) if arguments.json is True else arguments.show(values))
+            if not arguments.ranks.leads:
+                progress = TerminalProgress(io.StringIO())
+            values = _run(arguments, progress)
+        if arguments.ranks.leads:
+            print(json.dumps(values, indent=2) if arguments.json is True else arguments.show(values))
     except DcvitError as error:
         progress.close()
         print(f"dcvit: error: {error}", file=sys.stderr)
@@ -108,6 +112,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dcvit: interrupted. {_how_to_go_on(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    """What a command comes to."""
+    run: Callable[[argparse.Namespace, TerminalProgress], dict[str, Any]] = arguments.run
+    ranks: Ranks = arguments.ranks
+    if ranks.size > 1 and arguments.command != "compress":
+        raise DistributedError(
+            f"{arguments.command}: only compress shares its work; start one process, not {ranks.size}."
+        )
+    return run(arguments, progress)
 
 
 def _how_to_go_on(arguments: argparse.Namespace) -> str:
@@ -125,7 +140,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """One line; of dcvit's own without the place in the code, which tells a user nothing."""
-    place = "" if issubclass(category, ImagesWarning) else f" ({category.__name__}, {filename}:{lineno})"
+    place = "" if issubclass(category, DcvitWarning) else f" ({category.__name__}, {filename}:{lineno})"
     print(f"dcvit: warning: {message}{place}", file=sys.stderr)
 
 
@@ -258,6 +273,10 @@ def _parser() -> argparse.ArgumentParser:
     _run_argument(compress_)
     _impl_argument(compress_)
     _device_argument(compress_)
+    compress_.add_argument(
+        "--devices", type=_names, default=(), metavar="D,E,…",
+        help="share the work over several of this machine: cuda:0,cuda:1 or cpu,cpu; several machines: see README",
+    )  # fmt: skip
 
     command(
         "methods",
@@ -401,7 +420,7 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--runs", type=int, default=500, metavar="N", help="timed runs of each model in each mode")
     latency.add_argument("--warmup", type=int, default=10, metavar="N", help="runs before them that do not count")
     latency.add_argument(
-        "--modes", type=_modes, default=("eager",), metavar="M,N,…", help="how they run, of " + ", ".join(MODES)
+        "--modes", type=_names, default=("eager",), metavar="M,N,…", help="how they run, of " + ", ".join(MODES)
     )
     latency.add_argument(
         "--clock",
@@ -471,7 +490,7 @@ def _blocks(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _modes(text: str) -> tuple[str, ...]:
+def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
@@ -608,7 +627,12 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
     require_supported(model)
     images, labels = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)
     run_dir = _run_dir(arguments) if find_method(arguments.method).resumable else None
-    result = compress(model, images, budget, config, method=arguments.method, run_dir=run_dir, progress=progress)
+    result = compress(
+        model, images, budget, config,
+        method=arguments.method, run_dir=run_dir, ranks=arguments.ranks, devices=arguments.devices, progress=progress,
+    )  # fmt: skip
+    if not arguments.ranks.leads:
+        return {}
     base_model = None if arguments.random_weights else hub_repository(arguments.model)
     result = replace(result, report=replace(result.report, model=arguments.model, base_model=base_model))
     if labels is not None:

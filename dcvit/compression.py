@@ -1,7 +1,9 @@
 """The whole method: plan, try and rank, then compress block by block (DC-ViT, arXiv 2403.18708)."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
 from dcvit.costs import file_size
-from dcvit.errors import DcvitError, NonFiniteError
+from dcvit.distributed import ALONE, Ranks, on_devices
+from dcvit.errors import DcvitError, MemoryWarning, NonFiniteError
 from dcvit.evaluation import agreement
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.latency import Stopwatch, example_images, measure_latency, time_forward
@@ -40,10 +43,11 @@ from dcvit.records import from_plain
 from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
 from dcvit.refinement import HELD_OUT_EVERY, STEP_SIZES, Refinement, num_steps, refine
 from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report, versions
-from dcvit.run_store import NOTHING_KEPT, Store, Unit, digest_images, digest_model, open_run
+from dcvit.run_store import NOTHING_KEPT, MemoryStore, Store, Unit, digest_images, digest_model, open_run
 from dcvit.seeding import derive_seed
+from dcvit.stacks import Stack
 from dcvit.structure import Cut, Recoverability
-from dcvit.surgery import choose_impl, compress_block, cut_block, draw_kept_nodes
+from dcvit.surgery import choose_impl, compress_block, copy_blocks, cut_block, draw_kept_nodes
 from dcvit.synthesis import MetricSet, synthesize
 
 __all__ = [
@@ -74,6 +78,8 @@ def compress(
     method: str = "dcvit",
     metric_set: MetricSet | None = None,
     run_dir: str | Path | None = None,
+    ranks: Ranks = ALONE,
+    devices: Sequence[str] = (),
     progress: Progress = silent,
     stopwatch: Stopwatch = time_forward,
 ) -> CompressionResult:
@@ -88,6 +94,10 @@ def compress(
         metric_set: Images to rank blocks on, in place of what `config.metric_set` names.
         run_dir: A folder for finished work, see `dcvit.run_store`: the same call with the same folder goes on where an
             earlier one was stopped, and ends with the same weights. It can be deleted in the end.
+        ranks: The processes that share the work, see `dcvit.distributed`: each calls this with the same arguments.
+        devices: Start such processes on this machine, one for each, and share the work over them:
+            `["cuda:0", "cuda:1"]` or `["cpu"] * 2`. A script must then guard what it does by
+            `if __name__ == "__main__"`, and `progress` must be picklable.
         progress: Told how it goes, see `dcvit.progress`.
         stopwatch: Times one pass, for a latency budget and for the report.
 
@@ -96,6 +106,7 @@ def compress(
 
     Raises:
         DcvitError: If there is no such method, or it does not read what it is given.
+        DistributedError: If a rank is given something else than the first.
         UnsupportedModelError: If the model cannot be compressed, or not by that method.
         ImagesError: If the images do not fit the model.
         BudgetError: If the budget cannot be met.
@@ -105,22 +116,119 @@ def compress(
         All of them before any long work.
     """
     chosen = find_method(method)
+    config = config or chosen.config()
     if run_dir is not None and not chosen.resumable:
         able = ", ".join(name for name, other in METHODS.items() if other.resumable)
         raise DcvitError(f"run_dir with method={method!r}: only {able} goes on where it was stopped; leave it out.")
     if metric_set is not None and method != DCVIT.name:
         raise DcvitError(f"metric_set with method={method!r}: only {DCVIT.name} ranks on one, leave it out.")
-    config = config or chosen.config()
+    if ranks.size > 1 or devices:
+        _require_shareable(chosen, config, ranks, devices)
+    if len(devices) > 1:
+        arguments = {"method": method, "metric_set": metric_set, "run_dir": run_dir, "stopwatch": stopwatch}
+        result = on_devices(devices, partial(_as_rank, model, images, budget, config, arguments, progress))
+        assert result is not None  # the first process gives it
+        return result
+    if devices:
+        model, images = _moved(model, images, devices[0])
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
         chosen.require_family(original)
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
-    with open_store(run_dir, original, few_shot, metric_set, config, budget=budget.to_dict()) as store:
-        task = Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set, store)
-        outcome = chosen.compress(task)
-    return finish(model, original, few_shot, outcome.metric_set, outcome, config, timer, stopwatch, method=method)
+    with open_store(run_dir, original, few_shot, metric_set, config, ranks, budget=budget.to_dict()) as store:
+        if run_dir is None and ranks.size == 1:
+            store = MemoryStore()  # what is finished is not done again if memory runs out
+        task = Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set, store, ranks)
+
+        def completed(task: Task) -> CompressionResult:
+            outcome = chosen.compress(task)
+            return finish(
+                model, original, few_shot, outcome.metric_set, outcome, task.config, timer, stopwatch,
+                method=method, ranks=ranks,
+            )  # fmt: skip
+
+        return _within_memory(completed, task)
+
+
+def _within_memory(work: Callable[[Task], CompressionResult], task: Task) -> CompressionResult:
+    """What a task comes to, with fewer images at once where the device's memory does not suffice.
+
+    Raises:
+        DcvitError: If it does not suffice for one image, or for one of several ranks.
+    """
+    while True:
+        try:
+            return work(task)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            halved = task.config.halved()
+        # Outside of the handler, whose traceback holds on to tensors.
+        if halved is None or task.ranks.size > 1:
+            raise DcvitError(
+                f"The device ran out of memory ({reason}). "
+                + (f"It was rank {task.ranks.rank}'s; " if task.ranks.size > 1 else "One image is too much; ")
+                + "set batch_size and micro_batch lower, take fewer views and rows, or compress on the CPU."
+            )
+        gc.collect()
+        torch.cuda.empty_cache()
+        at_once = max(halved.synthesis.at_once, _at_once(halved))
+        warnings.warn(
+            f"The device ran out of memory ({reason}): going on with {at_once} images at once.",
+            MemoryWarning,
+            stacklevel=3,
+        )
+        task = replace(task, config=halved)
+
+
+def _at_once(config: CompressionConfig) -> int:
+    """Images that pass through a model at once while a student recovers."""
+    recovery = config.recovery
+    return recovery.at_once if isinstance(recovery, MimickingConfig) else recovery.batch_size
+
+
+def _require_shareable(method: Method, config: CompressionConfig, ranks: Ranks, devices: Sequence[str]) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        DcvitError: If that is so.
+    """
+    if ranks.size > 1 and devices:
+        raise DcvitError(
+            f"devices={list(devices)} with {ranks.size} ranks: each rank has a device; leave one of them out."
+        )
+    if not method.resumable:
+        able = ", ".join(name for name, other in METHODS.items() if other.resumable)
+        raise DcvitError(f"method={method.name!r} on several devices: only {able} shares its work; name one device.")
+    if isinstance(config.recovery, MimickingConfig) and config.recovery.halving:
+        raise DcvitError("halving=True on several devices: no one process sees all trials; leave one of them out.")
+
+
+def _as_rank(
+    model: str | nn.Module,
+    images: Images | FewShotImages,
+    budget: Budget,
+    config: CompressionConfig,
+    arguments: Mapping[str, Any],
+    progress: Progress,
+    ranks: Ranks,
+    device: str,
+) -> CompressionResult | None:
+    """`compress` in a process that `on_devices` started; what the first found."""
+    model, images = _moved(model, images, device)
+    result = compress(
+        model, images, budget, config, ranks=ranks, progress=progress if ranks.leads else silent, **arguments
+    )
+    return replace(result, model=result.model.cpu()) if ranks.leads else None
+
+
+def _moved(
+    model: str | nn.Module, images: Images | FewShotImages, device: str
+) -> tuple[nn.Module, Images | FewShotImages]:
+    """A copy of the model on a device, and images, which are moved there where they are tensors."""
+    moved = copy.deepcopy(load_model(model)).to(device)
+    return moved, images.to(device) if isinstance(images, Tensor) else images
 
 
 def open_store(
@@ -129,6 +237,7 @@ def open_store(
     images: FewShotImages,
     metric_set: MetricSet | None,
     config: CompressionConfig,
+    ranks: Ranks = ALONE,
     **asked: Any,
 ) -> AbstractContextManager[Store]:
     """The store of a run (`dcvit.run_store.open_run`), opened with all that its result depends on.
@@ -139,12 +248,14 @@ def open_store(
         images: The few-shot set.
         metric_set: The caller's, if there is one.
         config: Every knob.
+        ranks: The processes that share the work.
         **asked: What is asked for, as plain values: a budget, or several.
 
     Raises:
         RunStoreError: As `open_run` does.
+        DistributedError: As `Ranks.store` does.
     """
-    if run_dir is None:
+    if run_dir is None and ranks.size == 1:
         return open_run(None, {})
     fingerprint = {
         **asked,
@@ -155,7 +266,7 @@ def open_store(
         "device": images.normalised.device.type,
         "versions": {name: version for name, version in versions().items() if name in ("dcvit", "torch")},
     }
-    return open_run(run_dir, fingerprint)
+    return ranks.store(run_dir, fingerprint)
 
 
 def dense(task: Task) -> Outcome:
@@ -175,10 +286,12 @@ def dense(task: Task) -> Outcome:
         if metric_set is None:
             metric_set = make_metric_set(teacher, task.images, config, progress, task.store)
     if isinstance(config.recovery, MimickingConfig):
-        outcome = _published(teacher, task.images, metric_set, planned, config, timer, progress, task.store)
+        outcome = _published(teacher, task.images, metric_set, planned, config, timer, progress, task.store, task.ranks)
     else:
-        prepared = prepare(teacher, task.images, metric_set, planned, config, timer, progress, task.store)
-        outcome = compress_prepared(prepared, planned, config, timer, progress=progress, store=task.store)
+        prepared = prepare(teacher, task.images, metric_set, planned, config, timer, progress, task.store, task.ranks)
+        outcome = compress_prepared(
+            prepared, planned, config, timer, progress=progress, store=task.store, ranks=task.ranks
+        )
     return replace(outcome, metric_set=metric_set)
 
 
@@ -215,21 +328,23 @@ def _published(
     timer: Timer,
     progress: Progress,
     store: Store,
+    ranks: Ranks,
 ) -> Outcome:
     """The published procedure: mimicking after each cut, in the trials and block by block."""
     with timer("learning rate"):
         config = _resolve_learning_rate(teacher, images, planned, config, progress, store)
     with timer("ranking"):
-        metric = Metric(teacher, [metric_set.images], config.metric, config.mimicking.batch_size)
-        ranking = rank(teacher, images, metric, planned, config, progress=progress, store=store)
+        metric = Metric(teacher, [metric_set.images], config.metric, config.mimicking.at_once)
+        ranking = rank(teacher, images, metric, planned, config, progress=progress, store=store, ranks=ranks)
         blocks = ranking.blocks[: planned.num_blocks]
         chosen_plan = replace(planned, blocks=blocks, kept_nodes={b: ranking.kept_nodes[b] for b in blocks})
     with timer("compression"):
         first = ranking.trials[0].recovery
         assert first is not None
         student, steps = compress_blocks(
-            teacher, ranking.student, images, chosen_plan, config, first=first, progress=progress, store=store
-        )
+            teacher, ranking.student, images, chosen_plan, config,
+            first=first, progress=progress, store=store, ranks=ranks,
+        )  # fmt: skip
     return Outcome(student, chosen_plan, ranking.trials, steps[-1].learning_rate, steps=steps)
 
 
@@ -267,6 +382,7 @@ def prepare(
     timer: Timer,
     progress: Progress = silent,
     store: Store = NOTHING_KEPT,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Draw views, pass them through the teacher, try each candidate block, and find the step size.
 
@@ -279,6 +395,7 @@ def prepare(
         timer: Takes the time of the stages.
         progress: Told after each trial.
         store: Keeps the trials.
+        ranks: The processes that share the work.
     """
     recovery, adapter = config.reconstruction, adapter_for(teacher)
     steps = num_steps(teacher, recovery)
@@ -294,11 +411,17 @@ def prepare(
             views = draw_views(teacher, images, recovery, config.seed)
         steps = steps if bool(views.held_out.any()) else 0
         states = TeacherStates(
-            teacher, views, recovery.batch_size, prunable=prunable, keep_output=steps > 0, progress=progress
+            teacher,
+            views,
+            recovery.batch_size,
+            prunable=prunable,
+            keep_output=steps > 0,
+            ranks=ranks,
+            progress=progress,
         )
         image_sets = [metric_set.images]
         if config.metric == "mimicking" and bool(views.held_out.any()):
-            image_sets.append(views.images[views.held_out][:HELD_OUT_VIEWS])
+            image_sets.append(views.images[views.held_out.nonzero().flatten()[:HELD_OUT_VIEWS]])
         metric = Metric(teacher, image_sets, config.metric, recovery.batch_size)
     with timer("ranking"):
         cuts = {}
@@ -333,6 +456,7 @@ def compress_prepared(
     refinement_step_sizes: Sequence[float] = STEP_SIZES,
     progress: Progress = silent,
     store: Store = NOTHING_KEPT,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """One size: choose its structure, reconstruct its blocks, and let it mimic.
 
@@ -345,6 +469,7 @@ def compress_prepared(
         refinement_step_sizes: Their candidates of the step size.
         progress: Told how it goes.
         store: Keeps each block, and the refined student.
+        ranks: The processes that share the work.
     """
     steps = prepared.refinement_steps if refinement_steps is None else refinement_steps
     with timer("compression"):
@@ -353,6 +478,7 @@ def compress_prepared(
         student, kept, reconstructions = reconstruct_blocks(
             prepared.teacher, prepared.views, prepared.states, cuts, config, prepared.step_size,
             prunable_orders=prepared.prunable_orders, refit=steps == 0, progress=progress, store=store,
+            ranks=ranks,
         )  # fmt: skip
     refinement = None
     if steps:
@@ -364,11 +490,13 @@ def compress_prepared(
                 found = refine(
                     student, prepared.views, wanted, blocks, config.reconstruction, steps,
                     step_sizes=refinement_step_sizes, seed=derive_seed(config.seed, "refinement"), impl=config.impl,
-                    progress=progress,
+                    ranks=ranks, progress=progress,
                 )  # fmt: skip
                 return Unit(asdict(found), student.state_dict())
 
-            found = store.unit("refinement", refined, lambda unit: student.load_state_dict(dict(unit.tensors)))
+            found = store.unit(
+                "refinement", refined, lambda unit: student.load_state_dict(dict(unit.tensors)), together=True
+            )
             refinement = from_plain(Refinement, found.values)
     chosen = replace(chosen, blocks=blocks, kept_nodes={block: kept[block] for block in blocks})
     return Outcome(
@@ -414,6 +542,7 @@ def reconstruct_blocks(
     refit: bool = True,
     progress: Progress = silent,
     store: Store = NOTHING_KEPT,
+    ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, dict[int, tuple[int, ...]], tuple[Reconstruction, ...]]:
     """Cut blocks of a copy of the teacher, front to back, each on what the ones before it give.
 
@@ -428,25 +557,28 @@ def reconstruct_blocks(
         refit: Learn from the held-out images too once they have judged; not if they are to judge again.
         progress: Told after each block.
         store: Keeps each block.
+        ranks: The processes that share the work: each passes its share of the views through the student.
 
     Returns:
         The student, the hidden nodes kept in each block, and how each reconstruction went.
     """
-    recovery = config.reconstruction
-    student = copy.deepcopy(teacher)
-    adapter = adapter_for(student)
-    batches = [adapter.embed(teacher, images) for images in views.images.split(recovery.batch_size)]
+    recovery, adapter = config.reconstruction, adapter_for(teacher)
+    at_once = recovery.batch_size
+    # What changes, by the refinement too, which goes one block further, is the student's own.
+    student = copy_blocks(teacher, range(min(cuts), min(max(cuts) + 2, adapter.num_blocks(teacher))))
+    firsts, counts = ranks.batches(len(views.images), at_once)
     at, kept, reports = 0, {}, []
 
-    def reconstructed(block: int, cut: Cut, batches: Sequence[Tensor]) -> Unit:
-        given = (_given(student, tokens, block, cut) for tokens in batches)
-        rows = states.rows(block, views.rows_of_all(given))
+    def reconstructed(block: int, cut: Cut, tokens: Stack) -> Unit:
+        batches = (_given(student, batch, block, cut) for batch in tokens.split(at_once))
+        given = views.rows_of_all(batches, firsts[0])
+        rows = states.rows(block, ranks.gather(given if counts else given[:0]))
         order, count = prunable_orders[block] if cut.attention else (), cut.hidden_features
         nodes, report = reconstruct_block(
             student, block, cut, rows, recovery,
             kept=order[:count] if 0 < count <= len(order) else None,
             step_size=step_size, epochs=recovery.epochs, refit=refit,
-            seed=derive_seed(config.seed, "reconstruction", block), impl=config.impl,
+            seed=derive_seed(config.seed, "reconstruction", block), impl=config.impl, ranks=ranks,
         )  # fmt: skip
         return Unit({"kept": nodes, "report": asdict(report)}, adapter.block(student, block).state_dict())
 
@@ -454,12 +586,17 @@ def reconstruct_blocks(
         cut_block(student, block, cut, unit.values["kept"], config.impl)
         adapter.block(student, block).load_state_dict(dict(unit.tensors))
 
-    progress("reconstruction", 0, len(cuts), None)
-    for done, block in enumerate(sorted(cuts), 1):
+    def passed(batches: Iterable[Tensor], stop: int) -> Stack:
         with torch.no_grad():
-            batches = [adapter.run_blocks(student, tokens, at, block) for tokens in batches]
+            return Stack(adapter.run_blocks(student, batch, at, stop) for batch in batches)
+
+    progress("reconstruction", 0, len(cuts), None)
+    tokens = passed((adapter.embed(teacher, views.images[i : i + at_once]) for i in firsts), 0)
+    for done, block in enumerate(sorted(cuts), 1):
+        tokens = passed(tokens.split(at_once), block)
         at, cut = block, cuts[block]
-        unit = store.unit(f"block-{block}", partial(reconstructed, block, cut, batches), partial(restore, block, cut))
+        work = partial(reconstructed, block, cut, tokens)
+        unit = store.unit(f"block-{block}", work, partial(restore, block, cut), together=True)
         kept[block] = tuple(unit.values["kept"])
         reports.append(from_plain(Reconstruction, unit.values["report"]))
         progress("reconstruction", done, len(cuts), reports[-1].error_after)
@@ -488,6 +625,7 @@ def compress_blocks(
     first: Recovery,
     progress: Progress = silent,
     store: Store = NOTHING_KEPT,
+    ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, tuple[Recovery, ...]]:
     """Step 5: compress the chosen blocks one after another, recovering after each.
 
@@ -501,6 +639,7 @@ def compress_blocks(
         first: The recovery of the best trial.
         progress: Told after each epoch.
         store: Keeps each step.
+        ranks: The processes that share the work.
 
     Returns:
         The student, and the recovery of each step.
@@ -527,12 +666,13 @@ def compress_blocks(
         def recovered(student: nn.Module, cut: tuple[int, ...], done: int) -> Unit:
             step = recover(
                 student, teacher, images, cut, recovery,
-                seed=derive_seed(config.seed, "step", done), impl=config.impl, progress=progress,
+                seed=derive_seed(config.seed, "step", done), impl=config.impl, ranks=ranks, progress=progress,
                 stage=f"compression, block {done} of {len(blocks)}",
             )  # fmt: skip
             return Unit(asdict(step), student.state_dict())
 
-        unit = store.unit(f"step-{done}", partial(recovered, student, cut, done), partial(restore, student))
+        work = partial(recovered, student, cut, done)
+        unit = store.unit(f"step-{done}", work, partial(restore, student), together=True)
         steps.append(from_plain(Recovery, unit.values))
     return student, tuple(steps)
 
@@ -659,6 +799,7 @@ def finish(
     stopwatch: Stopwatch = time_forward,
     runs: int = 50,
     method: str = "dcvit",
+    ranks: Ranks = ALONE,
 ) -> CompressionResult:
     """The compressed model as an ordinary one, with its figures.
 
@@ -673,10 +814,15 @@ def finish(
         stopwatch: Times a forward pass.
         runs: Forward passes that are timed, at most.
         method: The procedure's name.
+        ranks: The processes that arrived there: the first measures, while the others wait.
     """
     with timer("report"):
         student = adapter_for(outcome.student).rebuild(outcome.student).eval()
-        report = _report(model, original, student, images, outcome, config, stopwatch, runs, method)
+
+        def measured() -> Unit:
+            return Unit(asdict(_report(model, original, student, images, outcome, config, stopwatch, runs, method)))
+
+        report = from_plain(Report, ranks.of_first(measured).values)
     return CompressionResult(student, outcome.plan, replace(report, seconds=dict(timer.seconds)), metric_set)
 
 
@@ -691,7 +837,7 @@ def _report(
     runs: int,
     method: str,
 ) -> Report:
-    adapter, batch_size, budget = adapter_for(teacher), config.recovery.batch_size, outcome.plan.budget
+    adapter, batch_size, budget = adapter_for(teacher), _at_once(config), outcome.plan.budget
     subjects = {"teacher": teacher, "student": student}
     if budget.measured:
         batch = example_images(teacher, budget.batch_size)
@@ -716,7 +862,7 @@ def _report(
         teacher=figures["teacher"],
         student=figures["student"],
         num_images=len(images),
-        agreement=agreement(student, teacher, images.normalised),
+        agreement=agreement(student, teacher, images.normalised, batch_size),
         mimic_loss=float(mimic_loss(*(output_tokens(m, images.normalised, batch_size) for m in (student, teacher)))),
         learning_rate=outcome.learning_rate,
         trials=outcome.trials,

@@ -86,7 +86,7 @@ class ReconstructionConfig:
             gain least, and cost most, of all. One of a CNN counts as three, which it takes where it is depthwise.
         refinement_batch: Views a step.
         augmentation: Random views; `None` leaves it at the few-shot images.
-        batch_size: Images a pass through a model.
+        batch_size: Images that pass through a model at once; the gradients of a refinement step's parts add up.
     """
 
     num_views: int = 1000
@@ -127,6 +127,8 @@ class MimickingConfig:
         weight_decay: AdamW's decoupled weight decay, on all updated parameters.
         warmup_epochs: Epochs over which the learning rate rises linearly; it then follows a half cosine to zero.
         batch_size: Images a step.
+        micro_batch: Of these, how many pass through a model at once; the gradients of a step's parts add up. `None`
+            is all.
         tokens: Which output tokens are mimicked: all of them, or the class token only (an ablation).
         updated: Which part of the student is updated. `"front"`: the stem and every block up to one after the last
             compressed one. `"around"`: one block before the first compressed one to one after the last.
@@ -146,6 +148,7 @@ class MimickingConfig:
     weight_decay: float = 1e-4
     warmup_epochs: int = 5
     batch_size: int = 64
+    micro_batch: int | None = None
     tokens: Tokens = "all"
     updated: Updated = "front"
     augmentation: AugmentationConfig | None = field(default_factory=AugmentationConfig)
@@ -165,10 +168,16 @@ class MimickingConfig:
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _check(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more, or None")
         _check_choice("tokens", self.tokens, Tokens)
         _check_choice("updated", self.updated, Updated)
         _check(self.lock_step >= 1, "lock_step", self.lock_step, "1 or more")
         _check(isinstance(self.halving, bool), "halving", self.halving, "True or False")
+
+    @property
+    def at_once(self) -> int:
+        """Images that pass through a model at once."""
+        return self.batch_size if self.micro_batch is None else min(self.batch_size, self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,9 @@ class SynthesisConfig:
     """The metric set, made from the model itself (METHOD step 3).
 
     Attributes:
-        num_images: Images synthesised, all in one batch.
+        num_images: Images synthesised.
+        micro_batch: Of these, how many pass through the model at once; all of a model with BatchNorm, whose statistics
+            are those of all. `None` is all.
         iterations: Adam steps.
         learning_rate: Adam's peak learning rate.
         betas: Adam's moment decay rates.
@@ -191,6 +202,7 @@ class SynthesisConfig:
     """
 
     num_images: int = 16
+    micro_batch: int | None = None
     iterations: int = 60
     learning_rate: float = 0.25
     betas: tuple[float, float] = (0.5, 0.9)
@@ -204,6 +216,7 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         _check(self.num_images >= 1, "num_images", self.num_images, "1 or more")
+        _check(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more, or None")
         _check(self.iterations >= 1, "iterations", self.iterations, "1 or more")
         _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive float")
         _check(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two values in [0, 1)")
@@ -214,6 +227,11 @@ class SynthesisConfig:
         _check(self.tv_weight >= 0, "tv_weight", self.tv_weight, "0 or more")
         _check(self.l2_weight >= 0, "l2_weight", self.l2_weight, "0 or more")
         _check(self.bn_weight >= 0, "bn_weight", self.bn_weight, "0 or more")
+
+    @property
+    def at_once(self) -> int:
+        """Images that pass through the model at once."""
+        return self.num_images if self.micro_batch is None else min(self.num_images, self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -349,6 +367,21 @@ class CompressionConfig:
         values = json.loads(json.dumps(asdict(self)))  # tuples become lists, as in a saved file
         method = "reconstruction" if isinstance(self.recovery, ReconstructionConfig) else "mimicking"
         return {**values, "recovery": {"method": method, **values["recovery"]}}
+
+    def halved(self) -> "CompressionConfig | None":
+        """The same with half as many images at once, which changes results by rounding alone; `None` at one image."""
+        synthesis, recovery = self.synthesis, self.recovery
+        at_once = max(
+            synthesis.at_once, recovery.at_once if isinstance(recovery, MimickingConfig) else recovery.batch_size
+        )
+        if at_once == 1:
+            return None
+        half = -(-at_once // 2)
+        if isinstance(recovery, MimickingConfig):
+            recovery = replace(recovery, micro_batch=min(half, recovery.at_once))
+        else:
+            recovery = replace(recovery, batch_size=min(half, recovery.batch_size))
+        return replace(self, recovery=recovery, synthesis=replace(synthesis, micro_batch=min(half, synthesis.at_once)))
 
     def with_(self, **changes: Any) -> "CompressionConfig":
         """A copy with some fields changed."""

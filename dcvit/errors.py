@@ -1,16 +1,21 @@
 """What dcvit raises when the caller's input cannot be used.
 
 Every message names the value, what was expected and the next step. All of them are `ValueError`s, so that code
-that does not know dcvit can still catch them; the command line turns them into exit code 2.
+that does not know dcvit can still catch them; the command line turns them into exit code 2. And what it warns of.
 """
 
 __all__ = [
     "BudgetError",
+    "DamagedUnitWarning",
     "DcvitError",
+    "DcvitWarning",
+    "DistributedError",
     "DtypeError",
     "ExportError",
     "HubError",
     "ImagesError",
+    "ImagesWarning",
+    "MemoryWarning",
     "NonFiniteError",
     "RunStoreError",
     "SaveFolderError",
@@ -28,6 +33,10 @@ class UnsupportedModelError(DcvitError):
 
 class BudgetError(DcvitError):
     """The budget is malformed, or cannot be met by the model."""
+
+
+class DistributedError(DcvitError):
+    """The processes of one compression were not given the same, or what they need is missing."""
 
 
 class DtypeError(DcvitError):
@@ -56,3 +65,19 @@ class RunStoreError(DcvitError):
 
 class SaveFolderError(DcvitError):
     """A folder to save to is occupied, or a folder to load from is broken or foreign."""
+
+
+class DcvitWarning(UserWarning):
+    """Base class of everything that dcvit puts up with and says."""
+
+
+class DamagedUnitWarning(DcvitWarning):
+    """A unit on disk is not what was written; it is computed again."""
+
+
+class ImagesWarning(DcvitWarning):
+    """Some images were left out."""
+
+
+class MemoryWarning(DcvitWarning):
+    """Fewer images pass through a model at once than was asked for."""

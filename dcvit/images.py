@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dcvit.errors import ImagesError
+from dcvit.errors import ImagesError, ImagesWarning
 from dcvit.models import adapter_for, preprocessing
 
-__all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "ImagesWarning", "image_files", "load_images"]
+__all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "image_files", "load_images"]
 
 Images = Tensor | Dataset[Any] | DataLoader[Any] | str | Path
 """What `compress` takes as images."""
@@ -115,10 +115,6 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
 
 NAMED = 5
 """So many broken files are named."""
-
-
-class ImagesWarning(UserWarning):
-    """Some images were left out."""
 
 
 def image_files(folder: Path) -> list[Path]:

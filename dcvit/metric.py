@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dcvit.classes import class_logits
 from dcvit.config import MetricKind
 from dcvit.models import adapter_for
+from dcvit.stacks import Stack
 
 __all__ = ["Metric"]
 
@@ -56,18 +57,21 @@ class Metric:
 
 
 class _Judge:
-    """The teacher's tokens before each block and after the last, and what a student's output is compared with."""
+    """The teacher's tokens before each block, and what a student's output is compared with."""
 
     def __init__(self, teacher: nn.Module, images: Tensor, kind: MetricKind, batch_size: int) -> None:
         adapter = adapter_for(teacher)
         self._images, self._kind, self._batch_size = images, kind, batch_size
         depth = adapter.num_blocks(teacher)
         with torch.no_grad():
-            before = [[adapter.embed(teacher, batch) for batch in images.split(batch_size)]]
-            for block in range(depth):
-                before.append([adapter.run_blocks(teacher, tokens, block, block + 1) for tokens in before[-1]])
-            self._before = before
-            outputs = [adapter.final_norm(teacher, tokens) for tokens in before[-1]]
+            self._before = [Stack() for _ in range(depth)]
+            outputs = []
+            for batch in images.split(batch_size):
+                tokens = adapter.embed(teacher, batch)
+                for block, before in enumerate(self._before):
+                    before.append(tokens)
+                    tokens = adapter.run_blocks(teacher, tokens, block, block + 1)
+                outputs.append(adapter.final_norm(teacher, tokens))
             self._expected = [self._answer(teacher, tokens) for tokens in outputs]
         mean = torch.cat([tokens.flatten(0, 1) for tokens in outputs]).mean(0)
         self._spread = sum(float((tokens - mean).double().square().sum()) for tokens in outputs)
@@ -75,10 +79,10 @@ class _Judge:
     @torch.no_grad()
     def loss(self, student: nn.Module, first_block: int | None) -> float:
         adapter = adapter_for(student)
-        depth = len(self._before) - 1
+        depth, size = len(self._before), self._batch_size
         total = 0.0
         for images, before, expected in zip(
-            self._images.split(self._batch_size), self._before[first_block or 0], self._expected, strict=True
+            self._images.split(size), self._before[first_block or 0].split(size), self._expected, strict=True
         ):
             tokens = before if first_block is not None else adapter.embed(student, images)
             tokens = adapter.final_norm(student, adapter.run_blocks(student, tokens, first_block or 0, depth))

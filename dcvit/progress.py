@@ -34,11 +34,15 @@ class TerminalProgress:
     """
 
     def __init__(self, stream: TextIO | None = None, interval: float = 10.0) -> None:
-        self._stream = stream if stream is not None else sys.stderr
+        self._given_stream = stream
         self._interval = interval
         self._stage = ""
         self._start = self._last = 0.0
         self._bar: tqdm[None] | None = None
+
+    @property
+    def _stream(self) -> TextIO:
+        return sys.stderr if self._given_stream is None else self._given_stream  # which a process of its own has, too
 
     def __call__(self, stage: str, done: int, total: int, loss: float | None) -> None:
         """See `Progress`."""

@@ -23,17 +23,18 @@ import numpy as np
 from torch import nn
 
 from dcvit.config import CompressionConfig, MimickingConfig
+from dcvit.distributed import ALONE, Ranks
 from dcvit.images import FewShotImages
 from dcvit.metric import Metric
 from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
-from dcvit.reconstruction import Reconstruction, Rows, TeacherStates, error_curve, reconstruct_block
+from dcvit.reconstruction import Reconstruction, TeacherStates, error_curve, reconstruct_block
 from dcvit.records import from_plain
 from dcvit.recovery import Candidate, Recovery, Selection, recover_together, updated_parameters
 from dcvit.run_store import NOTHING_KEPT, Store, Unit
 from dcvit.seeding import derive_seed
 from dcvit.structure import Cut, Recoverability
-from dcvit.surgery import compress_block, draw_kept_nodes, share_parameters
+from dcvit.surgery import compress_block, copy_blocks, draw_kept_nodes, share_parameters
 
 __all__ = ["RUNGS", "Ranking", "Trial", "rank", "rank_reconstructed", "run_trials"]
 
@@ -102,6 +103,7 @@ def rank(
     *,
     progress: Progress = silent,
     store: Store = NOTHING_KEPT,
+    ranks: Ranks = ALONE,
 ) -> Ranking:
     """Compress each candidate block alone, let it mimic, and sort by metric loss, as published.
 
@@ -113,6 +115,7 @@ def rank(
         config: Its `recovery.learning_rate` must be a number.
         progress: Told after each epoch.
         store: Keeps the trials, all together, for they end together, and the best student.
+        ranks: The processes that share the candidates.
     """
     kept = {block: draw_kept_nodes(teacher, block, plan.hidden_features, config.seed) for block in plan.candidates}
 
@@ -123,16 +126,17 @@ def rank(
 
     def tried() -> Unit:
         trials, student = run_trials(
-            teacher, images, plan.candidates, cut, metric.loss, config, num_chosen=plan.num_blocks, progress=progress
-        )
+            teacher, images, plan.candidates, cut, metric.loss, config,
+            num_chosen=plan.num_blocks, ranks=ranks, progress=progress,
+        )  # fmt: skip
         best.append(student)
         return Unit([asdict(trial) for trial in trials], student.state_dict())
 
     def restore(unit: Unit) -> None:
-        best.append(cut(unit.values[0]["block"]))
+        best[:] = [cut(unit.values[0]["block"])]
         best[0].load_state_dict(dict(unit.tensors))
 
-    unit = store.unit("trials", tried, restore)
+    unit = store.unit("trials", tried, restore, together=True)
     return Ranking(tuple(from_plain(Trial, values) for values in unit.values), best[0], kept)
 
 
@@ -146,6 +150,7 @@ def run_trials(
     *,
     num_chosen: int,
     updated: Callable[[nn.Module], Sequence[nn.Parameter]] | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress = silent,
 ) -> tuple[tuple[Trial, ...], nn.Module]:
     """Cut, recover by mimicking and score each candidate alone, all in lock step.
@@ -159,6 +164,7 @@ def run_trials(
         config: Its `recovery.learning_rate` must be a number.
         num_chosen: How many blocks will be taken, which halving never goes below.
         updated: The parameters of a student that recover, if it gives any; else those that the config names.
+        ranks: The processes that share the candidates, in equal parts.
         progress: Told after each epoch.
 
     Returns:
@@ -167,7 +173,7 @@ def run_trials(
     mimicking = config.mimicking
     students: dict[int, nn.Module] = {}
     runs: list[Candidate] = []
-    for block in candidates:
+    for block in candidates[ranks.share(len(candidates))]:
         students[block] = student = cut(block)
         chosen = () if updated is None else tuple(updated(student))
         runs.append(Candidate(student, (block,), updated=chosen or None))
@@ -177,11 +183,21 @@ def run_trials(
         selection=_halving(score, num_chosen, mimicking) if mimicking.halving else None,
         seed=derive_seed(config.seed, "trial"), impl=config.impl, progress=progress, stage="trials",
     )  # fmt: skip
-    trials = _best_first(
+    mine = [
         Trial(block, score(student), recovery, seconds=recovery.seconds, epochs=len(recovery.losses))
         for (block, student), recovery in zip(students.items(), recoveries, strict=True)
-    )
-    return trials, copy.deepcopy(students[trials[0].block])  # which may share parameters with the teacher
+    ]
+    if ranks.size == 1:
+        trials = _best_first(mine)
+        return trials, copy.deepcopy(students[trials[0].block])  # which may share parameters with the teacher
+    found = [ranks.send(Unit([asdict(trial) for trial in mine]), source).values for source in range(ranks.size)]
+    trials = _best_first(from_plain(Trial, values) for of_rank in found for values in of_rank)
+    best = trials[0].block
+    (source,) = (i for i, of_rank in enumerate(found) if any(values["block"] == best for values in of_rank))
+    sent = ranks.send(Unit(None, students[best].state_dict() if best in students else {}), source)
+    student = cut(best)
+    student.load_state_dict(dict(sent.tensors))
+    return trials, student
 
 
 def _halving(score: Callable[[nn.Module], float], fewest: int, config: MimickingConfig) -> Selection:
@@ -229,12 +245,13 @@ def rank_reconstructed(
     """
     recovery = config.reconstruction
 
-    def tried(block: int, cut: Cut, rows: Rows) -> Unit:
+    def tried(block: int, cut: Cut) -> Unit:
         start = time.perf_counter()
+        rows = states.mlp_rows(block) if cut.attention else states.rows(block).thinned()
         seed, count = derive_seed(config.seed, "trial", block), cut.hidden_features
         curve = error_curve(teacher, block, rows, recovery, seed)
         order = () if curve is None else curve.order
-        student = copy.deepcopy(teacher)
+        student = copy_blocks(teacher, [block])
         kept, reconstruction = reconstruct_block(
             student, block, cut, rows, recovery,
             kept=order[:count] if count <= len(order) else None, sums=None if curve is None else curve.sums,
@@ -242,19 +259,20 @@ def rank_reconstructed(
         )  # fmt: skip
         loss = metric.loss(student, block)
         profile = None if curve is None else _in_proportion(curve.errors, count, loss)
+        if cut.attention:
+            states.give_up_mlp_rows([block])
         trial = Trial(block, loss, None, reconstruction, time.perf_counter() - start, profile)
         return Unit({"trial": asdict(trial), "order": order if count <= len(order) else kept})
 
-    trials: list[Trial] = []
-    orders: dict[int, tuple[int, ...]] = {}
+    def told(done: int, unit: Unit) -> None:
+        progress(stage, done, len(cuts), unit.values["trial"]["metric_loss"])
+
     progress(stage, 0, len(cuts), None)
-    for block, cut in cuts.items():
-        rows = states.take_mlp_rows(block) if cut.attention else states.rows(block).thinned()
-        found = store.unit(f"{stage.replace(' ', '-')}-{block}", partial(tried, block, cut, rows)).values
-        trials.append(from_plain(Trial, found["trial"]))
-        orders[block] = tuple(found["order"])
-        progress(stage, len(trials), len(cuts), trials[-1].metric_loss)
-    return _best_first(trials), orders
+    names = {f"{stage.replace(' ', '-')}-{block}": block for block in cuts}
+    units = store.units({name: partial(tried, block, cuts[block]) for name, block in names.items()}, told)
+    states.give_up_mlp_rows(block for block, cut in cuts.items() if cut.attention)  # of those that others tried
+    trials = _best_first(from_plain(Trial, unit.values["trial"]) for unit in units.values())
+    return trials, {block: tuple(units[name].values["order"]) for name, block in names.items()}
 
 
 def _in_proportion(errors: Mapping[int, float], hidden_features: int, loss: float) -> Recoverability:

@@ -23,7 +23,6 @@ also makes good what the ones before it got wrong.
 
 import copy
 import math
-import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from dcvit.augmentation import augment
 from dcvit.config import ReconstructionConfig
+from dcvit.distributed import ALONE, Ranks
 from dcvit.errors import NonFiniteError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
@@ -41,8 +41,9 @@ from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_c
 from dcvit.progress import Progress, silent
 from dcvit.regression import FIRST_RIDGE, NormalEquations, best_ridge, select_inputs
 from dcvit.seeding import seeded
+from dcvit.stacks import Stack
 from dcvit.structure import Cut
-from dcvit.surgery import compress_block, cut_block, draw_kept_nodes
+from dcvit.surgery import copy_blocks, cut_block, draw_kept_nodes
 
 __all__ = [
     "ErrorCurve",
@@ -82,13 +83,13 @@ class Views:
     """The images that blocks are reconstructed on.
 
     Attributes:
-        images: The few-shot images, then random views of them: `[V, C, H, W]`, normalised.
+        images: The few-shot images, then random views of them: `[V, C, H, W]`, normalised. Read them in parts.
         held_out: Which views are of held-out images, `[V]`.
         lots: Random numbers, one for each token before the first block, `[V, N]`: those of the largest are drawn.
         num_tokens: S, how many tokens of a view serve as equations; all where there are fewer.
     """
 
-    images: Tensor
+    images: Stack
     held_out: Tensor
     lots: Tensor
     num_tokens: int
@@ -112,9 +113,9 @@ class Views:
         few = _few(of_each * len(self.images)) - of_each * views.start
         return rows[few[(few >= 0) & (few < len(rows))].to(rows.device)]
 
-    def rows_of_all(self, batches: Iterable[Tensor]) -> Tensor:
-        """The chosen tokens `[V·S, D]` of all views, whose tokens come in batches: only one need be there at a time."""
-        first, chosen = 0, []
+    def rows_of_all(self, batches: Iterable[Tensor], first: int = 0) -> Tensor:
+        """The chosen tokens `[V·S, D]` of views from one on, in batches: only one need be there at a time."""
+        chosen = []
         for tokens in batches:
             chosen.append(self.rows(tokens, slice(first, first + len(tokens))))
             first += len(tokens)
@@ -222,8 +223,9 @@ class TeacherStates:
         teacher: The original.
         views: The images.
         batch_size: Images a pass.
-        prunable: The blocks of which `take_mlp_rows` will be asked.
+        prunable: The blocks of which `mlp_rows` will be asked.
         keep_output: Whether to keep the output tokens of all views, which `output` then holds, `[V, N, D]`.
+        ranks: The processes that share the passes; each then holds what all found.
         progress: Told after each pass.
     """
 
@@ -235,29 +237,28 @@ class TeacherStates:
         *,
         prunable: Collection[int] = (),
         keep_output: bool = False,
+        ranks: Ranks = ALONE,
         progress: Progress = silent,
     ) -> None:
         adapter = adapter_for(teacher)
         depth = adapter.num_blocks(teacher)
         self._held_out = views.held_out
-        given: list[list[Tensor]] = [[] for _ in range(depth)]
-        wanted: list[list[Tensor]] = [[] for _ in range(depth)]
+        given, wanted = [Stack() for _ in range(depth)], [Stack() for _ in range(depth)]
         halves = {block: found for block in prunable if (found := adapter.halves(teacher, block)) is not None}
-        between: dict[int, list[Tensor]] = {block: [] for block in halves}
-        outputs: list[Tensor] = []
+        between = {block: Stack() for block in halves}
+        outputs = Stack()
         count = len(views.images)
+        firsts, counts = ranks.batches(count, batch_size)
         progress("views", 0, count, None)
         with torch.no_grad():
-            for first in range(0, count, batch_size):
+            for first in firsts:
                 part = slice(first, first + batch_size)
                 state = adapter.embed(teacher, views.images[part])
-                rows = views.rows(adapter.as_tokens(state), part)
                 for block in range(depth):
                     prepared = adapter.prepare(teacher, state, block)
                     # Where nothing lies between two blocks, what one takes is what the other gave, and kept once.
-                    if prepared is not state:
-                        rows = views.rows(adapter.as_tokens(prepared), part)
-                    given[block].append(rows)
+                    if block == 0 or prepared is not state:
+                        given[block].append(views.rows(adapter.as_tokens(prepared), part))
                     if block in halves:
                         attention, mlp = halves[block]
                         middle = attention(prepared)
@@ -265,19 +266,18 @@ class TeacherStates:
                         state = mlp(middle)
                     else:
                         state = adapter.run_blocks(teacher, state, block, block + 1)
-                    rows = views.rows(adapter.as_tokens(state), part)
-                    wanted[block].append(rows)
+                    wanted[block].append(views.rows(adapter.as_tokens(state), part))
                 if keep_output:
                     outputs.append(adapter.final_norm(teacher, state))
                 progress("views", min(first + batch_size, count), count, None)
-        self._wanted = [torch.cat(parts) for parts in wanted]
+
+        self._wanted = [ranks.gathered(stack, counts) for stack in wanted]
         self._given = [
-            self._wanted[block - 1] if block and all(map(operator.is_, given[block], wanted[block - 1]))
-            else torch.cat(given[block])
-            for block in range(depth)
-        ]  # fmt: skip
-        self._between = {block: torch.cat(parts) for block, parts in between.items()}
-        self.output = torch.cat(outputs) if keep_output else None
+            ranks.gathered(stack, counts) if len(stack) else self._wanted[block - 1]
+            for block, stack in enumerate(given)
+        ]
+        self._between = {block: ranks.gathered(stack, counts) for block, stack in between.items()}
+        self.output = ranks.gathered(outputs, counts) if keep_output else None
 
     def rows(self, block: int, given: Tensor | None = None) -> Rows:
         """The equations of a block.
@@ -286,18 +286,23 @@ class TeacherStates:
             block: The block, from 0.
             given: What a student's block gets, `[R, D]`; what the teacher's gets if not given.
         """
-        wanted = self._wanted[block]
+        wanted = self._wanted[block][:]
         held_out = self._held_out.repeat_interleave(len(wanted) // len(self._held_out))
-        return Rows(self._given[block] if given is None else given, wanted, held_out)
+        return Rows(self._given[block][:] if given is None else given, wanted, held_out)
 
-    def take_mlp_rows(self, block: int) -> Rows:
-        """The equations of the MLP of a prunable block alone, thinned; they are given up, so that nothing holds them.
+    def mlp_rows(self, block: int) -> Rows:
+        """The equations of the MLP of a prunable block alone, thinned.
 
         Raises:
-            KeyError: If the block was not named as prunable, or its equations are taken.
+            KeyError: If the block was not named as prunable, or its equations were given up.
         """
-        given, rows = self._between.pop(block), self.rows(block).thinned()
-        return Rows(given, rows.wanted, rows.held_out)
+        rows = self.rows(block).thinned()
+        return Rows(self._between[block][:], rows.wanted, rows.held_out)
+
+    def give_up_mlp_rows(self, blocks: Iterable[int]) -> None:
+        """Free what `mlp_rows` needs of some blocks."""
+        for block in blocks:
+            self._between.pop(block, None)
 
 
 def draw_views(
@@ -323,10 +328,10 @@ def draw_views(
     wanted = config.num_views if num_views is None else num_views
     folds = 0 if augmentation is None else max(0, wanted // count - 1)
     with seeded(seed, "views") as generator, torch.no_grad():
-        batches = [images.normalised]
+        views = Stack([images.normalised])
         if augmentation is not None:
-            batches += [augment(images, range(count), augmentation) for _ in range(folds)]
-        views = torch.cat(batches)
+            for _ in range(folds):
+                views.append(augment(images, range(count), augmentation))
         adapter = adapter_for(teacher)
         available = adapter.as_tokens(adapter.embed(teacher, images.normalised[:1])).shape[1]
         lots = torch.rand(len(views), available, generator=generator)
@@ -349,6 +354,7 @@ def reconstruct_block(
     refit: bool = True,
     seed: int = 0,
     impl: Impl = "auto",
+    ranks: Ranks = ALONE,
 ) -> tuple[tuple[int, ...], Reconstruction]:
     """Cut a block of a student, in place, and let it reproduce what the teacher's block gives.
 
@@ -365,6 +371,7 @@ def reconstruct_block(
         refit: Learn from the held-out images too once they have judged. Not in a trial: they judge that as well.
         seed: Draws random nodes and orders the rows.
         impl: Implementation of the ops.
+        ranks: The processes that share the work, each with all rows.
 
     Returns:
         The hidden nodes kept, ascending, and how it went.
@@ -373,17 +380,18 @@ def reconstruct_block(
         NonFiniteError: If the block's error is NaN or infinite.
     """
     adapter = adapter_for(student)
-    chosen = choose_nodes(student, block, cut.hidden_features, rows, config, seed) if kept is None else kept
+    chosen = choose_nodes(student, block, cut.hidden_features, rows, config, seed, ranks) if kept is None else kept
     kept = tuple(sorted(chosen))
     cut_block(student, block, cut, kept, impl)
     module = _OnTokens(student, block)
     layer = adapter.output_layer(student, block)
-    error_before = error_after = _error(module, rows)
+    error_before = error_after = _error(module, rows, ranks)
     ridge = error_closed_form = None
     judged = bool(rows.held_out.any())
     steps = epochs if judged and cut.hidden_features and not cut.attention else 0
     if layer is not None:
-        known = _sums(module, layer[0], rows) if sums is None else sums.of_nodes(torch.tensor(kept, dtype=torch.int64))
+        nodes = torch.tensor(kept, dtype=torch.int64)
+        known = _sums(module, layer[0], rows, ranks) if sums is None else sums.of_nodes(nodes)
         ridge, error_closed_form = _fit_output_layer(*layer, known, on_all=refit and not steps, at_most=error_before)
         error_after = error_closed_form
     if not math.isfinite(error_after):
@@ -393,9 +401,11 @@ def reconstruct_block(
         )
     best_epoch, errors = 0, tuple[float, ...]()
     if steps:
-        best_epoch, error_after, errors = _descend(module, rows, config, step_size, steps, error_after, seed, impl)
+        best_epoch, error_after, errors = _descend(
+            module, rows, config, step_size, steps, error_after, seed, impl, ranks
+        )
         if layer is not None:
-            found = _sums(module, layer[0], rows)
+            found = _sums(module, layer[0], rows, ranks)
             _, error_after = _fit_output_layer(*layer, found, on_all=refit, at_most=error_after)
     return kept, Reconstruction(block, ridge, error_before, error_closed_form, error_after, best_epoch, errors)
 
@@ -423,7 +433,7 @@ def find_step_size(
     progress("step sizes", 0, len(config.step_sizes), None)
     for done, step_size in enumerate(config.step_sizes, 1):
         _, report = reconstruct_block(
-            copy.deepcopy(student), block, cut, rows, config,
+            copy_blocks(student, [block]), block, cut, rows, config,
             kept=kept, step_size=step_size, epochs=1, seed=seed, impl=impl,
         )  # fmt: skip
         errors[step_size] = report.error_after
@@ -470,7 +480,13 @@ def error_curve(
 
 
 def choose_nodes(
-    student: nn.Module, block: int, count: int, rows: Rows, config: ReconstructionConfig, seed: int
+    student: nn.Module,
+    block: int,
+    count: int,
+    rows: Rows,
+    config: ReconstructionConfig,
+    seed: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[int, ...]:
     """The hidden nodes that a block is to keep: most useful first, or in any order if drawn at random.
 
@@ -481,13 +497,15 @@ def choose_nodes(
         rows: The block's equations.
         config: How they are chosen.
         seed: Draws random ones.
+        ranks: The processes that share the work, each with all rows.
     """
     if config.nodes == "random" or count == 0:
         return draw_kept_nodes(student, block, count, seed)
     module, found = _with_all_nodes(student, block)
     if found is None:
         return draw_kept_nodes(student, block, count, seed)
-    equations = NormalEquations.of(_equations(module, found[0], rows.thinned()))
+    few = rows.thinned()
+    equations = _summed(module, found[0], few, torch.arange(len(few.given), device=few.given.device), ranks)
     return tuple(select_inputs(equations, count).tolist())
 
 
@@ -514,33 +532,41 @@ class _OnTokens(nn.Module):
 
 def _with_all_nodes(student: nn.Module, block: int) -> tuple[_OnTokens, tuple[OutputLayer, Tensor | None] | None]:
     """A copy of a block without its attention that keeps every hidden node, and its output layer, see the adapter."""
-    adapter = adapter_for(student)
-    whole = compress_block(student, block, range(adapter.hidden_features(student, block)))
+    adapter, whole = adapter_for(student), copy_blocks(student, [block])
+    adapter.compress_block(whole, block, range(adapter.hidden_features(whole, block)))
     return _OnTokens(whole, block), adapter.output_layer(whole, block)
 
 
 @torch.no_grad()
-def _equations(
-    module: _OnTokens, layer: OutputLayer, rows: Rows, chosen: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden nodes `[R, K]` and missing output `[R, D]` of a block, of some rows or all, piece by piece."""
+def _equations(module: _OnTokens, layer: OutputLayer, rows: Rows, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden nodes `[R, K]` and missing output `[R, D]` of a block, of some rows, piece by piece."""
     hidden: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(module.hidden(args[0])))
-    given = rows.given if chosen is None else rows.given[chosen]
-    wanted = rows.wanted if chosen is None else rows.wanted[chosen]
     try:
-        for x, y in zip(given.split(CHUNK), wanted.split(CHUNK), strict=True):
+        for piece in chosen.split(CHUNK):
+            x, y = rows.given[piece], rows.wanted[piece]
             module(x[None])
             yield hidden.pop(), y - x
     finally:
         handle.remove()
 
 
-def _sums(module: _OnTokens, layer: OutputLayer, rows: Rows) -> Sums:
+def _summed(module: _OnTokens, layer: OutputLayer, rows: Rows, chosen: Tensor, ranks: Ranks) -> NormalEquations:
+    """The equations of a block's output layer over some rows, by index: each rank sums its share."""
+    if len(chosen) < ranks.size:
+        return NormalEquations.of(_equations(module, layer, rows, chosen))
+    found = NormalEquations.of(_equations(module, layer, rows, chosen[ranks.share(len(chosen))]))
+    energy = found.gram.new_tensor([found.energy])
+    ranks.sum(found.gram, found.moment, energy)
+    return NormalEquations(found.gram, found.moment, float(energy), len(chosen))
+
+
+def _sums(module: _OnTokens, layer: OutputLayer, rows: Rows, ranks: Ranks = ALONE) -> Sums:
     """The equations of a block's output layer."""
-    used = NormalEquations.of(_equations(module, layer, rows, ~rows.held_out))
-    judged = bool(rows.held_out.any())
-    return Sums(used, NormalEquations.of(_equations(module, layer, rows, rows.held_out)) if judged else None)
+    used, judged = ((~rows.held_out).nonzero().flatten(), rows.held_out.nonzero().flatten())
+    return Sums(
+        _summed(module, layer, rows, used, ranks), _summed(module, layer, rows, judged, ranks) if len(judged) else None
+    )
 
 
 @torch.no_grad()
@@ -595,6 +621,7 @@ def _descend(
     error: float,
     seed: int,
     impl: Impl,
+    ranks: Ranks,
 ) -> tuple[int, float, tuple[float, ...]]:
     """Gradient steps on a block alone, in place; the best epoch, its held-out error, and that of each epoch.
 
@@ -608,16 +635,17 @@ def _descend(
     total, step = epochs * per_epoch, 0
     errors: list[float] = []
     with seeded(seed, "rows"), torch.enable_grad(), trainable(module):
+        trained = ranks.parallel(module)
         for epoch in range(1, epochs + 1):
             for chosen in torch.randperm(len(given)).split(config.batch_rows):
                 set_step_size(optimizer, step_size * warmup_cosine(step, total, per_epoch // 2))
-                index = chosen.to(given.device)
-                loss = mimic_loss(module(given[index][None]), wanted[index][None], impl=impl) / energy
+                index, share = ranks.batch(chosen.to(given.device))
+                loss = share * mimic_loss(trained(given[index][None]), wanted[index][None], impl=impl) / energy
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 step += 1
-            found = _error(module, rows)
+            found = _error(module, rows, ranks)
             errors.append(found)
             if found < error:
                 error, best_epoch, best = found, epoch, copy.deepcopy(module.state_dict())
@@ -626,12 +654,14 @@ def _descend(
 
 
 @torch.no_grad()
-def _error(module: _OnTokens, rows: Rows) -> float:
+def _error(module: _OnTokens, rows: Rows, ranks: Ranks = ALONE) -> float:
     """Share of the teacher's block's contribution that a block misses, on the held-out rows, or all without any."""
-    judged = rows.held_out if bool(rows.held_out.any()) else ~rows.held_out
-    given, wanted = rows.given[judged], rows.wanted[judged]
-    missed = energy = 0.0
-    for x, y in zip(given.split(CHUNK), wanted.split(CHUNK), strict=True):
-        missed += float((module(x[None])[0] - y).double().square().sum())
-        energy += float((y - x).double().square().sum())
-    return missed / max(energy, torch.finfo(torch.float64).tiny)
+    judged = (rows.held_out if bool(rows.held_out.any()) else ~rows.held_out).nonzero().flatten()
+    total = torch.zeros(2, dtype=torch.float64, device=rows.given.device)  # missed, and all
+    for piece in judged[ranks.share(len(judged))].split(CHUNK):
+        x, y = rows.given[piece], rows.wanted[piece]
+        total[0] += (module(x[None])[0] - y).double().square().sum()
+        total[1] += (y - x).double().square().sum()
+    ranks.sum(total)
+    missed, energy = total.tolist()
+    return float(missed / max(energy, torch.finfo(torch.float64).tiny))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dcvit.augmentation import augment
-from dcvit.config import AugmentationConfig, MimickingConfig
+from dcvit.config import MimickingConfig
+from dcvit.distributed import ALONE, Ranks
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
@@ -31,6 +32,7 @@ __all__ = [
     "Candidate",
     "Recovery",
     "Selection",
+    "Tail",
     "find_learning_rate",
     "mimicking_loss",
     "output_tokens",
@@ -92,6 +94,7 @@ def recover(
     *,
     seed: int = 0,
     impl: Impl = "auto",
+    ranks: Ranks = ALONE,
     progress: Progress = silent,
     stage: str = "recovery",
 ) -> Recovery:
@@ -107,6 +110,7 @@ def recover(
         config: Its `learning_rate` must be a number; resolve `"auto"` with `find_learning_rate`.
         seed: Orders and augments the images.
         impl: Implementation of the ops.
+        ranks: The processes that share each batch.
         progress: Told after each epoch.
         stage: The name under which it is told.
 
@@ -115,7 +119,7 @@ def recover(
     """
     (recovery,) = recover_together(
         [Candidate(student, tuple(blocks))], teacher, images, config,
-        seed=seed, impl=impl, progress=progress, stage=stage,
+        seed=seed, impl=impl, ranks=ranks, progress=progress, stage=stage,
     )  # fmt: skip
     return recovery
 
@@ -129,6 +133,7 @@ def recover_together(
     selection: Selection | None = None,
     seed: int = 0,
     impl: Impl = "auto",
+    ranks: Ranks = ALONE,
     progress: Progress = silent,
     stage: str = "recovery",
 ) -> tuple[Recovery, ...]:
@@ -142,6 +147,7 @@ def recover_together(
         selection: Which students go on after each epoch; `None` trains all to the end.
         seed: Orders and augments the images.
         impl: Implementation of the ops.
+        ranks: The processes that share each batch of each student.
         progress: Told after each epoch, with the smallest training loss.
         stage: The name under which it is told.
 
@@ -152,7 +158,7 @@ def recover_together(
         ValueError: If a learning rate is `"auto"`.
     """
     mark = time.perf_counter()
-    runs = [_Run(candidate, teacher, config) for candidate in candidates]
+    runs = [_Run(candidate, teacher, config, ranks) for candidate in candidates]
     running = runs
     with seeded(seed, "recovery"):
         views = _Views(teacher, images, {run.start for run in runs}, config)
@@ -163,9 +169,10 @@ def recover_together(
             for run in running:
                 run.begin_epoch(warmup_cosine(epoch, config.epochs, config.warmup_epochs))
             for indices in torch.randperm(len(images)).split(config.batch_size):
-                batch = views.of(epoch, indices.tolist())
+                mine, share = ranks.batch(torch.arange(len(indices)))
+                batch = views.of(epoch, indices.tolist(), mine.tolist())
                 for first in range(0, len(running), config.lock_step):
-                    _step(running[first : first + config.lock_step], batch, weight, impl)
+                    _step(running[first : first + config.lock_step], batch, weight, impl, share, config.at_once)
             for run in running:
                 run.end_epoch(len(images))
             mark = _charge(running, mark)
@@ -194,7 +201,7 @@ class _Run:
         seconds: So far.
     """
 
-    def __init__(self, candidate: Candidate, teacher: nn.Module, config: MimickingConfig) -> None:
+    def __init__(self, candidate: Candidate, teacher: nn.Module, config: MimickingConfig, ranks: Ranks) -> None:
         rate = config.learning_rate if candidate.learning_rate is None else candidate.learning_rate
         if rate == "auto":
             raise ValueError("learning_rate='auto': recover needs a number, find_learning_rate finds one.")
@@ -206,8 +213,8 @@ class _Run:
         self.start = _shared_prefix(self.student, teacher, updated)
         self.losses: list[float] = []
         self.seconds = 0.0
-        self._adapter = adapter_for(self.student)
-        self._depth = self._adapter.num_blocks(self.student)
+        self._tail = ranks.parallel(Tail(self.student, self.start or None))
+        self._ranks = ranks
         self._optimizer = torch.optim.AdamW(updated, lr=rate, weight_decay=config.weight_decay, fused=True)
         self._total = 0.0
 
@@ -219,11 +226,8 @@ class _Run:
 
     def tokens(self, batch: "_Batch") -> Tensor:
         """Output tokens `[B, N, D]`."""
-        given = batch.given[self.start]
-        if self.start == 0:
-            return self._adapter.tokens(self.student, given)
-        blocks = self._adapter.run_blocks(self.student, given, self.start, self._depth)
-        return self._adapter.final_norm(self.student, blocks)
+        tokens: Tensor = self._tail(batch.given[self.start])
+        return tokens
 
     def step(self, loss: float, num_images: int) -> None:
         """Follow the gradient, which is not kept."""
@@ -233,7 +237,30 @@ class _Run:
 
     def end_epoch(self, num_images: int) -> None:
         """Note the epoch's loss."""
-        self.losses.append(self._total / num_images)
+        total = torch.tensor([self._total], dtype=torch.float64)
+        self._ranks.sum(total)
+        self.losses.append(float(total) / num_images)
+
+
+class Tail(nn.Module):
+    """A model from one of its blocks on.
+
+    Args:
+        model: The model.
+        first: The block, whose tokens `[B, N, D]` it takes; `None` takes images.
+    """
+
+    def __init__(self, model: nn.Module, first: int | None) -> None:
+        super().__init__()
+        self.model, self.first = model, first
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Output tokens `[B, N, D]`."""
+        adapter = adapter_for(self.model)
+        if self.first is None:
+            return adapter.tokens(self.model, given)
+        tokens = adapter.run_blocks(self.model, given, self.first, adapter.num_blocks(self.model))
+        return adapter.final_norm(self.model, tokens)
 
 
 def _shared_prefix(student: nn.Module, teacher: nn.Module, updated: Sequence[nn.Parameter]) -> int:
@@ -266,6 +293,14 @@ class _Batch:
         """The chosen ones of them."""
         return _Batch({start: values[chosen] for start, values in self.given.items()}, self.target[chosen])
 
+    def split(self, count: int) -> "list[_Batch]":
+        """All of them in parts of so many."""
+        parts = range(0, len(self.target), count)
+        return [
+            _Batch({start: values[i : i + count] for start, values in self.given.items()}, self.target[i : i + count])
+            for i in parts
+        ]
+
 
 class _Views:
     """What students see in each epoch, and what the teacher makes of it.
@@ -291,20 +326,17 @@ class _Views:
             self._fixed = [self._see(images.normalised)]
             self.targets = self._fixed[0].target
             return
-        self.targets = output_tokens(teacher, images.normalised, config.batch_size)
+        self.targets = output_tokens(teacher, images.normalised, config.at_once)
         if augmentation.num_views is not None:
             count = min(augmentation.num_views, config.epochs)
-            self._fixed = [self._draw(everyone, augmentation) for _ in range(count)]
+            self._fixed = [self._see(augment(images, everyone, augmentation)) for _ in range(count)]
 
-    def of(self, epoch: int, chosen: Sequence[int]) -> _Batch:
-        """Views of the chosen images."""
+    def of(self, epoch: int, chosen: Sequence[int], mine: Sequence[int]) -> _Batch:
+        """Views of chosen images, of which only some are looked at: all are drawn, so that ranks draw alike."""
         if self._fixed is not None:
-            return self._fixed[epoch % len(self._fixed)].of(chosen)
+            return self._fixed[epoch % len(self._fixed)].of([chosen[place] for place in mine])
         assert self._config.augmentation is not None
-        return self._draw(chosen, self._config.augmentation)
-
-    def _draw(self, chosen: Sequence[int], augmentation: AugmentationConfig) -> _Batch:
-        return self._see(augment(self._images, chosen, augmentation))
+        return self._see(augment(self._images, chosen, self._config.augmentation)[mine])
 
     @torch.no_grad()
     def _see(self, views: Tensor) -> _Batch:
@@ -313,7 +345,7 @@ class _Views:
         depth = adapter.num_blocks(teacher)
         kept: dict[int, list[Tensor]] = {start: [] for start in self._starts}
         outputs: list[Tensor] = []
-        for images in views.split(self._config.batch_size):
+        for images in views.split(self._config.at_once):
             tokens, at = adapter.embed(teacher, images), 0
             for start in self._starts:
                 tokens, at = adapter.run_blocks(teacher, tokens, at, start), start
@@ -322,13 +354,26 @@ class _Views:
         return _Batch({start: torch.cat(parts) for start, parts in kept.items()}, torch.cat(outputs))
 
 
-def _step(runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl) -> None:
-    """One gradient step of each student on the same batch; their activations are alive together."""
-    tokens = torch.stack([run.tokens(batch) for run in runs])
-    losses = mimic_loss(tokens, batch.target, weight=weight, impl=impl)
-    losses.backward(torch.ones_like(losses))  # each student's gradient is that of its own loss
-    for run, loss in zip(runs, losses.tolist(), strict=True):
-        run.step(loss, len(batch.target))
+def _step(runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl, share: float, at_once: int) -> None:
+    """One gradient step of each student on the same batch; their activations are alive together.
+
+    Args:
+        runs: The students.
+        batch: This rank's part of it.
+        weight: Of the tokens.
+        impl: Implementation of the ops.
+        share: What the part counts, see `Ranks.batch`.
+        at_once: Views that pass through a student at once.
+    """
+    total, count = torch.zeros(len(runs)), len(batch.target)
+    for part in batch.split(at_once):
+        tokens = torch.stack([run.tokens(part) for run in runs])
+        losses = mimic_loss(tokens, part.target, weight=weight, impl=impl)
+        weighs = len(part.target) / count
+        losses.backward(torch.full_like(losses, share * weighs))  # each student's gradient is that of its own loss
+        total += weighs * losses.detach().cpu()
+    for run, loss in zip(runs, total.tolist(), strict=True):
+        run.step(loss, count if share > 0 else 0)
 
 
 def _charge(runs: Sequence[_Run], since: float) -> float:
@@ -374,7 +419,7 @@ def find_learning_rate(
         order = torch.randperm(len(images)).tolist()
     held_out = max(1, round(len(images) * HELD_OUT_SHARE))
     judged, used = images.subset(order[:held_out]), images.subset(order[held_out:] or order)
-    target = output_tokens(teacher, judged.normalised, config.batch_size)
+    target = output_tokens(teacher, judged.normalised, config.at_once)
     candidates = [Candidate(copy.deepcopy(student), tuple(blocks), rate) for rate in config.learning_rates]
     for candidate in candidates[1:]:
         updated = updated_parameters(candidate.student, blocks, config)
@@ -422,5 +467,5 @@ def mimicking_loss(
     student: nn.Module, targets: Tensor, images: FewShotImages, config: MimickingConfig, *, impl: Impl = "auto"
 ) -> float:
     """The mimicking loss of a student on the unaugmented images, against the teacher's tokens `[N, T, D]`."""
-    tokens = output_tokens(student, images.normalised, config.batch_size)
+    tokens = output_tokens(student, images.normalised, config.at_once)
     return float(mimic_loss(tokens, targets, weight=_token_weight(targets, config), impl=impl))

@@ -11,6 +11,7 @@ the first compressed one to one after the last; what lies in front is computed o
 """
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from dcvit.config import ReconstructionConfig
+from dcvit.distributed import ALONE, Ranks
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
 from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Views
+from dcvit.recovery import Tail
 from dcvit.seeding import seeded
+from dcvit.stacks import Stack
 
 __all__ = ["Refinement", "num_steps", "refine", "token_weight"]
 
@@ -96,7 +100,7 @@ def num_steps(model: nn.Module, config: ReconstructionConfig) -> int:
 def refine(
     student: nn.Module,
     views: Views,
-    wanted: Tensor,
+    wanted: Stack,
     blocks: Sequence[int],
     config: ReconstructionConfig,
     steps: int,
@@ -104,6 +108,7 @@ def refine(
     step_sizes: Sequence[float] = STEP_SIZES,
     seed: int = 0,
     impl: Impl = "auto",
+    ranks: Ranks = ALONE,
     progress: Progress = silent,
 ) -> Refinement:
     """Let a reconstructed student mimic, in place.
@@ -119,6 +124,7 @@ def refine(
             a single one needs none.
         seed: Orders the views.
         impl: Implementation of the ops.
+        ranks: The processes that share the work, each with all views.
         progress: Told after each judgement.
     """
     start = time.perf_counter()
@@ -126,25 +132,27 @@ def refine(
     depth = adapter.num_blocks(student)
     first, last = min(blocks), min(max(blocks) + 1, depth - 1)
     batch = config.refinement_batch
+    at_once = min(batch, config.batch_size)
+    firsts, counts = ranks.batches(len(views.images), at_once)
+    given = Stack()
     with torch.no_grad():
-        given = torch.cat(
-            [adapter.run_blocks(student, adapter.embed(student, x), 0, first) for x in views.images.split(batch)]
-        )
-
-    def output(index: Tensor) -> Tensor:
-        return adapter.final_norm(student, adapter.run_blocks(student, given[index], first, depth))
-
-    weight = token_weight(student, wanted)
+        for place in firsts:
+            tokens = adapter.embed(student, views.images[place : place + at_once])
+            given.append(adapter.run_blocks(student, tokens, 0, first))
+    given = ranks.gathered(given, counts)
+    tail = Tail(student, first)
+    weight = token_weight(student, wanted[:1])
     judged = views.held_out.nonzero().flatten()[:JUDGED_VIEWS]
     used = (~views.held_out).nonzero().flatten()
 
     @torch.no_grad()
     def judge() -> float:
-        missed = 0.0
-        for index in judged.split(batch):
-            squares = (output(index) - wanted[index]).double().square()
-            missed += float((squares if weight is None else squares * weight[:, None]).sum())
-        return missed / wanted[judged].numel()
+        missed = torch.zeros(1, dtype=torch.float64, device=wanted.device)
+        for index in judged[ranks.share(len(judged))].split(at_once):
+            squares = (tail(given[index]) - wanted[index]).double().square()
+            missed += (squares if weight is None else squares * weight[:, None]).sum()
+        ranks.sum(missed)
+        return float(missed) / (len(judged) * math.prod(wanted.shape[1:]))
 
     module = nn.ModuleList([adapter.block(student, block) for block in range(first, last + 1)])
     origin, before = copy.deepcopy(module.state_dict()), judge()
@@ -155,18 +163,20 @@ def refine(
         """Train from the origin; the steps done and the held-out error, at even distances and at the end."""
         module.load_state_dict(origin)
         optimizer = relative_adam(module, step_size)
+        trained = ranks.parallel(tail)
         order: list[Tensor] = []
         marks = {length * (i + 1) // judgements for i in range(judgements)}
         with seeded(seed, "refinement"):
             for step in range(length):
                 if not order:
                     order = [*used[torch.randperm(len(used)).to(used.device)].split(batch)]
-                index = order.pop()
+                index, share = ranks.batch(order.pop())
                 set_step_size(optimizer, step_size * warmup_cosine(step, length, length // 20))
-                with torch.enable_grad():
-                    loss = mimic_loss(output(index), wanted[index], weight=weight, impl=impl)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                for part in index.split(config.batch_size):
+                    with torch.enable_grad():
+                        loss = mimic_loss(trained(given[part]), wanted[part], weight=weight, impl=impl)
+                    (share * len(part) / len(index) * loss).backward()
                 optimizer.step()
                 if step + 1 in marks:
                     yield step + 1, judge()

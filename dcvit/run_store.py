@@ -18,18 +18,19 @@ import os
 import re
 import socket
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dcvit.errors import RunStoreError
+from dcvit.errors import DamagedUnitWarning, RunStoreError
 
 try:
     import fcntl
@@ -38,10 +39,11 @@ except ImportError:  # Windows
 
 __all__ = [
     "NOTHING_KEPT",
-    "DamagedUnitWarning",
+    "MemoryStore",
     "RunStore",
     "Store",
     "Unit",
+    "differences",
     "digest_images",
     "digest_model",
     "open_run",
@@ -51,10 +53,6 @@ RUN_FILE, LOCK_FILE, UNITS, PARTIAL = "run.json", "lock", "units", ".part"
 FORMAT = 1
 
 _NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*")
-
-
-class DamagedUnitWarning(UserWarning):
-    """A unit on disk is not what was written; it is computed again."""
 
 
 @dataclass(frozen=True)
@@ -70,27 +68,74 @@ class Unit:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Store(Protocol):
+class Store(ABC):
     """Where finished units go."""
 
-    def unit(self, name: str, work: Callable[[], Unit], restore: Callable[[Unit], object] | None = None) -> Unit:
+    @abstractmethod
+    def find(self, name: str) -> Unit | None:
+        """A unit that is finished; `None` if it is not, or not kept."""
+
+    @abstractmethod
+    def keep(self, name: str, unit: Unit) -> None:
+        """Keep a unit that is finished.
+
+        Raises:
+            RunStoreError: If it cannot be written.
+        """
+
+    @abstractmethod
+    def within(self, prefix: str) -> "Store":
+        """The same store for units whose names begin so."""
+
+    def unit(
+        self,
+        name: str,
+        work: Callable[[], Unit],
+        restore: Callable[[Unit], object] | None = None,
+        *,
+        together: bool = False,
+    ) -> Unit:
         """What the work comes to: from the store if it is done there, else now, and kept.
 
         Args:
             name: Lower-case letters and digits, joined by `-` or `.`; each unit of a run has its own.
             work: Computes it.
             restore: Called with a unit from the store, to do to a model what the work would have done to it.
+            together: Of several processes (`dcvit.distributed`) all do the work, which tells them apart; else one does.
+
+        Raises:
+            RunStoreError: If the unit cannot be written.
         """
+        found = self.find(name)
+        if found is None:
+            found = work()
+            self.keep(name, found)
+        elif restore is not None:
+            restore(found)
+        return found
 
-    def within(self, prefix: str) -> "Store":
-        """The same store for units whose names begin so."""
+    def units(self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit], None]) -> dict[str, Unit]:
+        """Several that do not depend on each other, each done by one process of several.
+
+        Args:
+            works: By name, what computes it.
+            told: Called after each with how many are finished, and it.
+        """
+        units: dict[str, Unit] = {}
+        for name, work in works.items():
+            units[name] = self.unit(name, work)
+            told(len(units), units[name])
+        return units
 
 
-class _NothingKept:
+class _NothingKept(Store):
     """A store that forgets: work is done each time."""
 
-    def unit(self, name: str, work: Callable[[], Unit], restore: Callable[[Unit], object] | None = None) -> Unit:
-        return work()
+    def find(self, name: str) -> Unit | None:
+        return None
+
+    def keep(self, name: str, unit: Unit) -> None:
+        """Forget it."""
 
     def within(self, prefix: str) -> "Store":
         return self
@@ -100,7 +145,33 @@ NOTHING_KEPT: Store = _NothingKept()
 
 
 @dataclass(frozen=True)
-class RunStore:
+class MemoryStore(Store):
+    """Units in memory, for work that starts over in the same process.
+
+    Attributes:
+        found: Units by name.
+        prefix: What the names of its units begin with.
+    """
+
+    found: dict[str, Unit] = field(default_factory=dict)
+    prefix: str = ""
+
+    def find(self, name: str) -> Unit | None:
+        """See `Store`."""
+        return self.found.get(self.prefix + name)
+
+    def keep(self, name: str, unit: Unit) -> None:
+        """See `Store`; the tensors are copied."""
+        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in unit.tensors.items()}
+        self.found[self.prefix + name] = Unit(unit.values, tensors)
+
+    def within(self, prefix: str) -> "MemoryStore":
+        """See `Store`."""
+        return MemoryStore(self.found, f"{self.prefix}{prefix}.")
+
+
+@dataclass(frozen=True)
+class RunStore(Store):
     """A run's folder, see `open_run`.
 
     Attributes:
@@ -111,33 +182,19 @@ class RunStore:
     folder: Path
     prefix: str = ""
 
-    def unit(self, name: str, work: Callable[[], Unit], restore: Callable[[Unit], object] | None = None) -> Unit:
-        """See `Store`.
-
-        Raises:
-            RunStoreError: If the unit cannot be written.
-        """
-        name = self.prefix + name
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"unit {name!r}: expected lower-case letters and digits, joined by - or .")
-        found = self._read(name)
-        if found is None:
-            found = work()
-            self._write(name, found)
-        elif restore is not None:
-            restore(found)
-        return found
-
     def within(self, prefix: str) -> "RunStore":
         """See `Store`."""
         return RunStore(self.folder, f"{self.prefix}{prefix}.")
 
     def _paths(self, name: str) -> tuple[Path, Path]:
+        name = self.prefix + name
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"unit {name!r}: expected lower-case letters and digits, joined by - or .")
         units = self.folder / UNITS
         return units / f"{name}.json", units / f"{name}.safetensors"
 
-    def _read(self, name: str) -> Unit | None:
-        """A unit that is there and whole."""
+    def find(self, name: str) -> Unit | None:
+        """See `Store`; a unit that is there but damaged is said to be."""
         values, tensors = self._paths(name)
         if not values.is_file():
             return None
@@ -157,13 +214,14 @@ class RunStore:
             )
             return None
 
-    def _write(self, name: str, unit: Unit) -> None:
+    def keep(self, name: str, unit: Unit) -> None:
+        """See `Store`."""
         values, tensors = self._paths(name)
         digest = None
         if unit.tensors:
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in unit.tensors.items()}
             digest = _replace(tensors, lambda path: save_file(plain, path))
-        kept = {"name": name, "values": unit.values, "tensors": digest}
+        kept = {"name": self.prefix + name, "values": unit.values, "tensors": digest}
         _replace(values, lambda path: path.write_text(json.dumps({"unit": kept, "sha256": _digest(kept)}) + "\n"))
 
 
@@ -318,18 +376,18 @@ def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         raise RunStoreError(
             f"{str(path)!r} cannot be read ({error}): delete the folder, or name another one."
         ) from error
-    differences = list(_differences(found, wanted))
-    if differences:
+    differing = list(differences(found, wanted))
+    if differing:
         raise RunStoreError(
-            f"run_dir={str(folder)!r} holds another run: {'; '.join(differences[:3])}. Name another folder, or delete "
-            "that one."
+            f"run_dir={str(folder)!r} holds another run: {'; '.join(differing[:3])}. Name another folder, or "
+            "delete that one."
         )
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """Where two fingerprints differ, in words."""
+def differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Where what was found differs from what is wanted, plain values for JSON both, in words."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+            yield from differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif found != wanted and not (found != found and wanted != wanted):  # NaN is NaN
         yield f"{name} was {found!r} there and is {wanted!r} here"

@@ -17,6 +17,7 @@ from dcvit.structure import Cut
 __all__ = [
     "choose_impl",
     "compress_block",
+    "copy_blocks",
     "cut_block",
     "draw_kept_nodes",
     "drop_block",
@@ -38,6 +39,13 @@ def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: in
     with seeded(seed, "kept nodes", block) as generator:
         kept = torch.randperm(available, generator=generator)[:hidden_features]
     return tuple(sorted(kept.tolist()))
+
+
+def copy_blocks(model: nn.Module, blocks: Collection[int]) -> nn.Module:
+    """A copy of a model in which some blocks have parameters of their own, and the others share the model's."""
+    adapter = adapter_for(model)
+    own = {id(parameter) for block in blocks for parameter in adapter.block(model, block).parameters()}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
 def compress_block(model: nn.Module, block: int, kept: Sequence[int], impl: Impl = "auto") -> nn.Module:

@@ -81,6 +81,9 @@ def synthesize(
     low, high = (bound.to(parameter) for bound in preprocessing(model).pixel_range)
     rolls = round(config.jitter * height), round(config.jitter * width)
 
+    has_bn = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    at_once = config.num_images if has_bn else config.at_once
+
     with seeded(seed, "synthesis") as generator, _bn_inputs(model) as bn_inputs:
         shape = (config.num_images, channels, height, width)
         # Drawn on the CPU, so that a seed means the same images on every device.
@@ -94,19 +97,23 @@ def synthesize(
         for iteration in range(config.iterations):
             shifts = tuple(int(torch.randint(-roll, roll + 1, (), generator=generator)) for roll in rolls)
             mirrored = float(torch.rand((), generator=generator)) < config.flip
-            seen = images.detach().requires_grad_(True)
-            view = seen.roll(shifts, dims=(2, 3))
-            view = view.flip(3) if mirrored else view
-            bn_inputs.clear()
-            of_view = F.cross_entropy(class_logits(model, adapter.tokens(model, view)), targets)
-            if bn_inputs:
-                of_view = of_view + config.bn_weight * bn_prior(bn_inputs)
-            (gradient,) = torch.autograd.grad(of_view, seen)
+            gradients, of_views = [], 0.0
+            for part, wanted in zip(images.split(at_once), targets.split(at_once), strict=True):
+                seen = part.detach().requires_grad_(True)
+                view = seen.roll(shifts, dims=(2, 3))
+                view = view.flip(3) if mirrored else view
+                bn_inputs.clear()
+                of_view = F.cross_entropy(class_logits(model, adapter.tokens(model, view)), wanted)
+                if bn_inputs:
+                    of_view = of_view + config.bn_weight * bn_prior(bn_inputs)
+                of_view = len(part) / len(images) * of_view
+                gradients += torch.autograd.grad(of_view, seen)
+                of_views += float(of_view.detach())
             before = images.clone()
             rate = config.learning_rate * warmup_cosine(iteration, config.iterations, config.warmup_iterations)
             prior = synthesis_step(
                 images,
-                gradient,
+                torch.cat(gradients),
                 exp_avg,
                 exp_avg_sq,
                 step=iteration + 1,
@@ -119,7 +126,7 @@ def synthesize(
                 high=high,
                 impl=impl,
             )
-            loss = float(of_view.detach() + prior)
+            loss = of_views + float(prior)
             losses.append(loss)
             if loss < best_loss:
                 best, best_loss = before, loss

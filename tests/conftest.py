@@ -46,7 +46,7 @@ PUBLISHED = dcvit.CompressionConfig.paper(
 
 
 # The models here are too small to share between threads; other processes' threads would only slow them down.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("DCVIT_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -336,7 +336,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: dcvit.sweep(at.demo, IMAGES, config=CompressionConfig.paper()),
         (
             "recovery=MimickingConfig(epochs=2000, learning_rate=3e-05, learning_rates=(1e-05, 3e-05, 0.0001,"
-            " 0.0003, 0.001), weight_decay=0.0001, warmup_epochs=20, batch_size=64, tokens='all', "
+            " 0.0003, 0.001), weight_decay=0.0001, warmup_epochs=20, batch_size=64, micro_batch=None, tokens='all', "
             "updated='front',"
         ),
     ),
@@ -385,11 +385,25 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "load cut weights": (
         lambda at: dcvit.load(at.edited("model.safetensors", (at.small / "model.safetensors").read_bytes()[:1000])),
-        "'TMP/copy' holds a broken model (dcvit_vision_transformer): model='local-dir:TMP/copy' could not be loaded",
+        "'TMP/copy' holds a broken model (dcvit_vision_transformer): local-dir:TMP/copy is damaged (SafetensorError: ",
     ),
     "load forged header": (
         lambda at: dcvit.load(at.edited("model.safetensors", (1 << 62).to_bytes(8, "little") + b"{}")),
-        "(dcvit_vision_transformer): model='local-dir:TMP/copy' could not be loaded: SafetensorError: Error while",
+        "(dcvit_vision_transformer): local-dir:TMP/copy is damaged (SafetensorError: Error while",
+    ),
+    "load forged size": (
+        lambda at: dcvit.load(
+            at.edited(
+                "config.json", (at.small / "config.json").read_bytes().replace(b'"depth": 8', b'"depth": 99999999')
+            )
+        ),
+        "config.json holds the number 99999999, and no size of the weights is above 65536: the two are not of",
+    ),
+    "load another model's config": (
+        lambda at: dcvit.load(
+            at.edited("config.json", (at.small / "config.json").read_bytes().replace(b'"depth": 8', b'"depth": 800'))
+        ),
+        "config.json describes a model of 39,891,545 values, model.safetensors holds 304,217: the two are not of one",
     ),
     "load broken config": (
         lambda at: dcvit.load(at.edited("config.json", b"nonsense")),

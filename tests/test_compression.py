@@ -362,12 +362,13 @@ def field_names(config: Any) -> set[str]:
 def test_every_config_field_is_covered() -> None:
     """`impl` is covered by the tests of the ops; augmentation's own fields by tests/test_images.py.
 
-    `batch_size` of reconstruction changes rounding alone, see the test below; `lock_step` of mimicking nothing, see
-    tests/test_lock_step.py; `bn_weight` is of CNNs, see tests/test_cnn.py.
+    `batch_size` of reconstruction changes rounding alone, see the test below, and so does `micro_batch`, see
+    tests/test_memory.py; `lock_step` of mimicking nothing, see tests/test_lock_step.py; `bn_weight` is of CNNs, see
+    tests/test_cnn.py.
     """
     assert field_names(QUICK.recovery) == RECONSTRUCTION.keys() | WITHOUT_REFINEMENT.keys() | {"batch_size"}
-    assert field_names(PUBLISHED.recovery) == MIMICKING.keys() | {"lock_step"}
-    assert field_names(QUICK.synthesis) == SYNTHESIS.keys() | {"bn_weight"}
+    assert field_names(PUBLISHED.recovery) == MIMICKING.keys() | {"lock_step", "micro_batch"}
+    assert field_names(QUICK.synthesis) == SYNTHESIS.keys() | {"bn_weight", "micro_batch"}
     assert field_names(QUICK) == REST.keys() | OF_ONE_PROCEDURE.keys() | {"synthesis", "impl"}
 
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import dcvit
 from dcvit.cli import _amount
-from dcvit.errors import DcvitError, RunStoreError
+from dcvit.errors import DamagedUnitWarning, DcvitError, RunStoreError
 from dcvit.family import load_family
 from dcvit.report import write_report
 from dcvit.results import METRIC_SET_FILE, RESULT_FILE, read_record
-from dcvit.run_store import DamagedUnitWarning, Unit, open_run
+from dcvit.run_store import Unit, open_run
 from tests.conftest import CUT_REFINED
 
 fuzz = settings(
@@ -122,6 +122,22 @@ def test_bytes_of_results_and_metric_sets(folder: Path, data: st.DataObject) -> 
     try:
         file.write_bytes(data.draw(bytes_like(valid)))
         refused_or_done(lambda: read_record(folder))
+    finally:
+        file.write_bytes(valid)
+
+
+@settings(fuzz, max_examples=fuzz.max_examples // 10)  # each builds a model
+@given(st.data())
+def test_model_folders(folder: Path, data: st.DataObject) -> None:
+    """Whatever a config says: no code of the folder runs, and no more memory is taken than its weights are worth."""
+    file = folder / data.draw(st.sampled_from(["config.json", "model.safetensors"]))
+    valid = file.read_bytes()
+    try:
+        if file.suffix == ".json" and data.draw(st.booleans()):
+            file.write_text(json.dumps(mutated(json.loads(valid), data)))
+        else:
+            file.write_bytes(data.draw(bytes_like(valid)))
+        refused_or_done(lambda: dcvit.load(folder))
     finally:
         file.write_bytes(valid)
 

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import dcvit
 from dcvit.augmentation import augment
-from dcvit.images import ImagesWarning, load_images
+from dcvit.errors import ImagesWarning
+from dcvit.images import load_images
 from dcvit.models import preprocessing
 from dcvit.seeding import seeded
 from tests.variants import VARIANTS

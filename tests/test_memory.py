@@ -1,14 +1,24 @@
-"""The memory that a pass is said to take against what the allocator gives out."""
+"""The memory that a pass is said to take against what the allocator gives out, and what happens where it runs out."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from timm.layers.attention import Attention
+from torch import Tensor, nn
 
+import dcvit
+from dcvit import compression
+from dcvit.errors import MemoryWarning
 from dcvit.latency import example_images
 from dcvit.memory import measure_peak_memory, trace_activation_memory
 from dcvit.surgery import choose_impl, unrecovered
+from tests.conftest import PUBLISHED, QUICK, REFINED
 from tests.variants import VARIANTS, Variant
 
+BUDGET = dcvit.Budget(macs=0.7)
 BATCH = 40  # so many that blocks, and not the scratch space of the first convolution, set the peak
 
 
@@ -47,3 +57,66 @@ def test_it_grows_with_the_batch_and_computes_nothing(batch_size: int) -> None:
     """Computed, a million images would take more memory than there is."""
     model = VARIANTS["plain"].create()
     assert trace_activation_memory(model, batch_size) == batch_size * trace_activation_memory(model, 8) // 8
+
+
+def cramp(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let attention run out of memory for more images than so many."""
+    forward = Attention.forward
+
+    def cramped(self: Attention, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Attention, "forward", cramped)
+    monkeypatch.setattr("dcvit.compression.FINITE_IMAGES", most)
+
+
+@pytest.mark.parametrize("config", [QUICK, REFINED, PUBLISHED], ids=["searched", "refined", "published"])
+def test_out_of_memory_halves_what_passes_at_once(
+    config: dcvit.CompressionConfig, model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, impl="eager")
+    wanted = dcvit.compress(model, images, BUDGET, config)
+    cramp(monkeypatch, most=2)
+    with pytest.warns(MemoryWarning, match=r"out of memory \(CUDA.*\): going on with 2 images at once"):
+        found = dcvit.compress(model, images, BUDGET, config)
+    assert found.plan == wanted.plan
+    assert [trial.block for trial in found.report.trials] == [trial.block for trial in wanted.report.trials]
+    assert found.report.mimic_loss == pytest.approx(wanted.report.mimic_loss, rel=0.1)
+
+
+def test_what_was_finished_before_memory_ran_out_is_kept(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metric set and the trials are worked out once, and the first block again."""
+    calls = Counter[str]()
+
+    def counted(name: str) -> None:
+        function = getattr(compression, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            if name == "reconstruct_block" and calls[name] == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(compression, name, call)
+
+    for name in ("synthesize", "find_step_size", "reconstruct_block"):
+        counted(name)
+    with pytest.warns(MemoryWarning, match="going on with 2 images at once"):
+        found = dcvit.compress(model, images, BUDGET, QUICK)
+    assert calls == {"synthesize": 1, "find_step_size": 1, "reconstruct_block": 1 + len(found.plan.blocks)}
+
+
+def test_memory_that_does_not_suffice_for_one_image_is_an_error(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cramp(monkeypatch, most=0)
+    monkeypatch.setattr(compression, "require_finite", lambda *args: None)
+    with (
+        pytest.warns(MemoryWarning),
+        pytest.raises(dcvit.DcvitError, match=r"ran out of memory \(CUDA.*\)\. One image is too much"),
+    ):
+        dcvit.compress(model, images, BUDGET, replace(QUICK, impl="eager"))

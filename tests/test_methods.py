@@ -352,7 +352,7 @@ def test_fskd_fits_on_the_students_own_activations(deep: Any, images: Tensor) ->
     adapter = adapter_for(teacher)
     block = 2
     with torch.no_grad():
-        state = adapter.embed(teacher, views.images)
+        state = adapter.embed(teacher, views.images[:])
         own, theirs = (adapter.run_blocks(m, state, 0, block) for m in (student, teacher))
         (given,) = layer_pairs(bare, block, [own], views)
         (wanted,) = layer_pairs(teacher, block, [theirs], views)
@@ -375,7 +375,7 @@ def test_the_mix_at_its_ends_is_one_of_its_terms(
     adapter = adapter_for(teacher)
     block = 2
     with torch.no_grad():
-        state = adapter.embed(teacher, views.images)
+        state = adapter.embed(teacher, views.images[:])
         given = adapter.run_blocks(teacher if which == "correction" else student, state, 0, block)
         (hidden,) = layer_pairs(bare, block, [given], views)
         (wanted,) = layer_pairs(teacher, block, [given], views)

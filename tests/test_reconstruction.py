@@ -96,8 +96,8 @@ def test_views_are_the_images_and_whole_rounds_of_views_of_them(model: nn.Module
         views = draw_views(model, few_shot, config, seed=0, num_views=36, held_out_every=every)
         assert len(views.images) == 33  # as many whole rounds as fit
         assert torch.equal(views.images[:11], colours)
-        first = views.images[:, :1, :1, :1]
-        torch.testing.assert_close(views.images, first.expand_as(views.images), rtol=0, atol=1e-4)
+        first = views.images[:][:, :1, :1, :1]
+        torch.testing.assert_close(views.images[:], first.expand(views.images.shape), rtol=0, atol=1e-4)
         shown = {held: {round(float(c), 2) for c in first[views.held_out == held].flatten()} for held in (False, True)}
         assert not shown[False] & shown[True]
         assert (len(shown[False]), len(shown[True])) == (11 - held_out, held_out)
@@ -109,7 +109,7 @@ def test_views_are_never_fewer_than_the_images(model: nn.Module, images: Tensor)
     few_shot = dcvit.load_images(images, model)
     for config in (replace(CONFIG, num_views=1), replace(CONFIG, num_views=11), replace(CONFIG, augmentation=None)):
         views = draw_views(model, few_shot, config, seed=0)
-        assert torch.equal(views.images, images)
+        assert torch.equal(views.images[:], images)
         assert views.held_out.tolist() == [False, True, False, False, False, False]
     twice = draw_views(model, few_shot, replace(CONFIG, num_views=12), seed=0)
     assert len(twice.images) == 12
@@ -138,7 +138,7 @@ def test_views_repeat_with_their_seed(model: nn.Module, images: Tensor) -> None:
     torch.manual_seed(5)
     first, again, other = (draw_views(model, few_shot, replace(CONFIG, num_rows=72), seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(2), expected)
-    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.images[:], again.images[:])
     assert torch.equal(first.places(5), again.places(5))
     assert not torch.equal(first.images[6:], other.images[6:])
     assert not torch.equal(first.places(5), other.places(5))
@@ -166,7 +166,7 @@ def test_teacher_states_are_what_the_blocks_see(variant: Variant) -> None:
         assert torch.equal(states.rows(block).given, rows(block))
         assert torch.equal(states.rows(block).wanted, rows(block + 1))
     assert states.output is not None
-    assert torch.equal(states.output, output)
+    assert torch.equal(states.output[:], output)
     assert problem.states.output is None
 
 
@@ -443,17 +443,18 @@ def test_the_mlp_of_a_block_that_keeps_its_attention(name: str) -> None:
     problem = Problem.of(VARIANTS[name].create())
     adapter = adapter_for(problem.teacher)
     states = TeacherStates(problem.teacher, problem.views, CONFIG.batch_size, prunable=(0, BLOCK))
-    rows = states.take_mlp_rows(BLOCK)
+    rows = states.mlp_rows(BLOCK)
     halves = adapter.halves(problem.teacher, BLOCK)
     assert halves is not None
     with torch.no_grad():
-        before = adapter.run_blocks(problem.teacher, adapter.embed(problem.teacher, problem.views.images), 0, BLOCK)
+        before = adapter.run_blocks(problem.teacher, adapter.embed(problem.teacher, problem.views.images[:]), 0, BLOCK)
         middle = halves[0](before)
         torch.testing.assert_close(halves[1](middle), adapter.block(problem.teacher, BLOCK)(before))
     torch.testing.assert_close(rows.given, problem.views.rows(middle))
     torch.testing.assert_close(rows.wanted, problem.rows.wanted)
+    states.give_up_mlp_rows([BLOCK])
     with pytest.raises(KeyError):
-        states.take_mlp_rows(BLOCK)
+        states.mlp_rows(BLOCK)
 
     student = copy.deepcopy(problem.teacher)
     kept, report = reconstruct_block(
@@ -478,7 +479,7 @@ def test_the_mlp_of_a_block_that_keeps_its_attention(name: str) -> None:
 def test_few_of_many_rows_are_those_of_the_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FEW_ROWS", 100)
     problem = Problem.of(VARIANTS["plain"].create())
-    rows = TeacherStates(problem.teacher, problem.views, CONFIG.batch_size, prunable=(BLOCK,)).take_mlp_rows(BLOCK)
+    rows = TeacherStates(problem.teacher, problem.views, CONFIG.batch_size, prunable=(BLOCK,)).mlp_rows(BLOCK)
     thinned = problem.rows.thinned()
     assert len(rows.given) == 100
     torch.testing.assert_close(rows.wanted, thinned.wanted)

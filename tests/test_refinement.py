@@ -14,6 +14,7 @@ from dcvit.models import adapter_for
 from dcvit.reconstruction import TeacherStates, Views, draw_views
 from dcvit.recovery import output_tokens
 from dcvit.refinement import READ_SHARE, Refinement, num_steps, refine, token_weight
+from dcvit.stacks import Stack
 from dcvit.surgery import compress_block
 from tests.variants import VARIANTS, Variant
 
@@ -28,11 +29,11 @@ def problem(model: nn.Module, count: int = 6) -> tuple[nn.Module, nn.Module, Vie
     states = TeacherStates(teacher, views, 64, keep_output=True)
     assert states.output is not None
     student = compress_block(compress_block(teacher, 1, range(30)), 2, range(30))
-    return student, teacher, views, states.output
+    return student, teacher, views, states.output[:]
 
 
 def refined(student: nn.Module, views: Views, wanted: Tensor, steps: int = 40, seed: int = 0) -> Refinement:
-    return refine(student, views, wanted, [2, 1], CONFIG, steps, seed=seed)
+    return refine(student, views, Stack([wanted]), [2, 1], CONFIG, steps, seed=seed)
 
 
 def held_out_error(student: nn.Module, views: Views, wanted: Tensor) -> float:
@@ -71,7 +72,7 @@ def test_a_student_that_cannot_gain_comes_out_as_it_went_in(model: nn.Module) ->
     student, _, views, wanted = problem(model)
     before = copy.deepcopy(student.state_dict())
     judged = views.held_out.view(-1, 1, 1)
-    report = refined(student, views, torch.where(judged, output_tokens(student, views.images, 64), wanted))
+    report = refined(student, views, torch.where(judged, output_tokens(student, views.images[:], 64), wanted))
     assert report.error_after == report.error_before == pytest.approx(0, abs=1e-12)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
@@ -84,7 +85,7 @@ def test_the_best_student_seen_comes_out(model: nn.Module) -> None:
     report = refine(
         student,
         views,
-        wrong,
+        Stack([wrong]),
         [1, 2],
         CONFIG,
         160,

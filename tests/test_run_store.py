@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import dcvit
 from dcvit import run_store
 from dcvit.cli import main
-from dcvit.errors import RunStoreError
-from dcvit.run_store import DamagedUnitWarning, Unit, digest_images, digest_model, open_run
+from dcvit.errors import DamagedUnitWarning, RunStoreError
+from dcvit.run_store import Unit, digest_images, digest_model, open_run
 from tests.conftest import CUT, CUT_REFINED
 
 OF = {"settings": {"seed": 0}}
@@ -214,14 +214,14 @@ def test_a_run_that_stops_after_each_unit_ends_with_the_same_weights(
 ) -> None:  # fmt: skip
     budget = dcvit.Budget(macs=macs)
     expected = dcvit.compress(model, images, budget, config)
-    write, written = run_store.RunStore._write, list[str]()
+    write, written = run_store.RunStore.keep, list[str]()
 
     def stopping(self: run_store.RunStore, name: str, unit: Unit) -> None:
         write(self, name, unit)
-        written.append(name)
+        written.append(self.prefix + name)
         raise Stopped(name)
 
-    monkeypatch.setattr(run_store.RunStore, "_write", stopping)
+    monkeypatch.setattr(run_store.RunStore, "keep", stopping)
     result = None
     while result is None:
         try:
@@ -239,14 +239,14 @@ def test_a_run_that_stops_after_each_unit_ends_with_the_same_weights(
 
 def test_a_sweep_goes_on_too(model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = dcvit.sweep(model, images, (0.9, 0.8, 0.7), SEARCHED)
-    write = run_store.RunStore._write
+    write = run_store.RunStore.keep
 
     def stopping(self: run_store.RunStore, name: str, unit: Unit) -> None:
         write(self, name, unit)
-        if name.startswith("size-2"):
+        if self.prefix == "size-2.":
             raise Stopped(name)
 
-    monkeypatch.setattr(run_store.RunStore, "_write", stopping)
+    monkeypatch.setattr(run_store.RunStore, "keep", stopping)
     with pytest.raises(Stopped):
         dcvit.sweep(model, images, (0.9, 0.8, 0.7), SEARCHED, run_dir=tmp_path)
     monkeypatch.undo()

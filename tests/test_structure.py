@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "costs", "seeding", "optimisation", "regression", "progress", "structure", "_version", "ops"},
+    {"errors", "costs", "seeding", "optimisation", "regression", "progress", "structure", "_version", "ops", "stacks"},
     {"model_card", "run_store", "records"},
+    {"distributed"},
     {"config", "models"},
     {"images", "evaluation", "classes", "surgery"},
     {"memory"},

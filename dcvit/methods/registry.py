@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
+from dcvit.distributed import ALONE, Ranks
 from dcvit.errors import DcvitError, UnsupportedModelError
 from dcvit.images import FewShotImages
 from dcvit.latency import Stopwatch, time_forward
@@ -58,6 +59,7 @@ class Task:
         stopwatch: Times one pass, for a budget of latency.
         metric_set: Images of the caller's to rank blocks on.
         store: Keeps finished units of work, see `dcvit.run_store`.
+        ranks: The processes that share the work.
     """
 
     teacher: nn.Module
@@ -69,6 +71,7 @@ class Task:
     stopwatch: Stopwatch = time_forward
     metric_set: MetricSet | None = None
     store: Store = NOTHING_KEPT
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ class Method:
         families: The model families that it handles, see `ModelAdapter.family`.
         recovery: The kind of `CompressionConfig.recovery` that it reads, with its defaults where no config is given.
         compress: The method. It refuses what it cannot do before any long work.
-        resumable: Whether it keeps its units in `Task.store`, so that a run that was killed goes on.
+        resumable: Whether it does its units through `Task.store`, so that a run that was killed goes on, and shares
+            its work over `Task.ranks`.
     """
 
     name: str

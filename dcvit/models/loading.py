@@ -1,12 +1,16 @@
 """From a model's name to the model, and from a model to its preprocessing."""
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import functional as F
@@ -18,6 +22,15 @@ __all__ = ["DEMO_MODEL", "Preprocessing", "hub_repository", "input_size", "load_
 
 DEMO_MODEL = "demo"
 """The name of the embedded model."""
+
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+LARGEST_NUMBER = 1 << 16
+"""In a model's config, unless its weights have larger sizes."""
+
+MOST_TIMES = 4
+"""A model may have so many times the values of its file: tables that are computed are not stored."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +86,12 @@ def load_model(model: str | nn.Module, *, pretrained: bool = True) -> nn.Module:
     if not isinstance(model, str):
         raise UnsupportedModelError(f"model={model!r}: expected a timm model or a name, got {type(model).__name__}.")
     name = f"local-dir:{_demo_folder()}" if model == DEMO_MODEL else model
-    if name.startswith("local-dir:"):
-        _check_folder(Path(name.removeprefix("local-dir:")))
     try:
+        if name.startswith("local-dir:"):
+            _check_folder(Path(name.removeprefix("local-dir:")))
         loaded: nn.Module = timm.create_model(name, pretrained=pretrained)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # timm raises whatever its hub, registry or file reader raises
         raise UnsupportedModelError(_why_not_loaded(model, error)) from error
     return loaded.eval()
@@ -97,11 +112,52 @@ def _demo_folder() -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    for file in ("config.json", "model.safetensors"):
+    """Refuse a folder without a model, or whose config asks for another than its weights are of.
+
+    timm builds what a config says before it looks at the weights, and a forged number would take all memory.
+    """
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UnsupportedModelError(
                 f"local-dir:{folder}: there is no {file} in that folder; expected a folder that dcvit or timm saved."
             )
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+            names = weights.keys()
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UnsupportedModelError(
+            f"local-dir:{folder} is damaged ({type(error).__name__}: {error}): save or download it again."
+        ) from error
+    most = max(LARGEST_NUMBER, len(shapes), *(size for shape in shapes.values() for size in shape), 0)
+    too_large = next((number for number in _integers(config) if abs(number) > most), None)
+    if too_large is not None:
+        raise UnsupportedModelError(
+            f"local-dir:{folder}: {CONFIG_FILE} holds the number {too_large}, and no size of the weights is above "
+            f"{most}: the two are not of one model; save or download it again."
+        )
+    with suppress(NotImplementedError), torch.device("meta"):  # which a few of timm's models cannot be built on
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+        found = sum(tensor.numel() for tensor in model.state_dict().values())
+        stored = sum(math.prod(shape) for shape in shapes.values())
+        if found > MOST_TIMES * stored + LARGEST_NUMBER:
+            raise UnsupportedModelError(
+                f"local-dir:{folder}: {CONFIG_FILE} describes a model of {found:,} values, {WEIGHTS_FILE} holds "
+                f"{stored:,}: the two are not of one model; save or download it again."
+            )
+
+
+def _integers(values: Any) -> Iterator[int]:
+    """The integers in nested tables and lists."""
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list):
+        if isinstance(values, int):
+            yield values
+        return
+    for value in values:
+        yield from _integers(value)
 
 
 def _why_not_loaded(name: str, error: Exception) -> str:

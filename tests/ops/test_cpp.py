@@ -28,8 +28,9 @@ def _built() -> Iterator[None]:
     _, problem = matrix.implementation(test_tv_prior.TestMatrix, "cpp")
     if problem is not None:
         pytest.skip(f"cpp: {problem}")
+    before = torch.get_num_threads()
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
 
 
 def results(name: str, threads: int, dtype: torch.dtype = torch.float32) -> tuple[Any, matrix.Inputs, matrix.Results]:

@@ -1,0 +1,269 @@
+"""What a large compression takes, computed from what its units take here: `python -m benchmarks scaling`.
+
+The work of each stage is counted (`dcvit.costs`, and the sizes of `CompressionConfig`), and divided by the rate at
+which this device was just seen to do such work: models' passes, with gradients and without, products of hidden nodes,
+greedy selection, Cholesky factors. Spread over more devices, what is shared (docs/distributed.md) is divided by their
+number, and what they tell each other is added, at a link's rate that is given. `--check` compares with a compression
+that is run now.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+
+import dcvit
+from benchmarks.harness import header
+from benchmarks.runs import markdown
+from dcvit.latency import example_images, time_forward
+from dcvit.models import adapter_for
+from dcvit.refinement import PILOT_SHARE, STEP_SIZES, num_steps
+
+MODELS = {
+    "ViT-B/16, 224 px": "vit_base_patch16_224",
+    "ViT-L/16, 224 px": "vit_large_patch16_224",
+    "ViT-g/14, 224 px": "vit_giant_patch14_224",
+}
+NUM_IMAGES = 1000
+BUDGET = 0.75
+FEW_ROWS, RIDGES_TRIED, CURVE_POINTS = 16384, 3, 9  # see dcvit.reconstruction: rows of a trial, λ at each of some sizes
+COMPRESSED = 1 / 4
+"""Share of the blocks that lose their attention; about as many are pruned."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        forward: MACs of a model's pass.
+        backward: MACs of a pass with gradients, counted three times.
+        gram: MACs of products of hidden nodes.
+        select: Multiply-adds of greedy selection, in float64.
+        solve: Multiply-adds of Cholesky factors and solutions, in float64.
+    """
+
+    forward: float
+    backward: float
+    gram: float
+    select: float
+    solve: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a compression consists of.
+
+    Attributes:
+        alone: Seconds by stage that one process works while the others wait.
+        queued: Seconds of one trial, and how many there are, by kind.
+        split: Seconds by stage that are divided evenly.
+        told: Bytes that are reduced over all processes.
+        memory: Bytes by kind that each process holds.
+    """
+
+    alone: dict[str, float]
+    queued: dict[str, tuple[float, int]]
+    split: dict[str, float]
+    told: float
+    memory: dict[str, float]
+
+    def seconds(self, processes: int, link: float) -> dict[str, float]:
+        """By stage, on so many processes whose link moves so many bytes a second."""
+        found = dict(self.alone)
+        found |= {stage: each * math.ceil(count / processes) for stage, (each, count) in self.queued.items()}
+        found |= {stage: whole / processes for stage, whole in self.split.items()}
+        if processes > 1:
+            found["telling each other"] = 2 * self.told * (processes - 1) / processes / link
+        return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the page."""
+    parser = argparse.ArgumentParser("python -m benchmarks scaling", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--link", type=float, default=10e9, metavar="BYTES", help="that all-reduce moves a second")
+    parser.add_argument("--images", type=int, default=NUM_IMAGES)
+    parser.add_argument("--check", metavar="MODEL", help="compress this model with random weights from 50 images, too")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    rates = measured(device)
+    print(header(), "", *page(rates, options.processes, options.link, options.images), sep="\n")
+    if options.check:
+        print("", *check(options.check, rates, device), sep="\n")
+    return 0
+
+
+@torch.no_grad()
+def measured(device: torch.device) -> Rates:
+    """Rates of a device, from a ViT-S and matrices of a ViT-B's size."""
+    model = timm.create_model("vit_small_patch16_224").eval().requires_grad_(False).to(device)
+    batch = example_images(model, 16)
+    macs = len(batch) * adapter_for(model).cost(model).total.macs("with_attention_products")
+
+    def with_gradients(module: nn.Module, images: torch.Tensor) -> float:
+        with torch.enable_grad():
+            seen = images.clone().requires_grad_()
+            return time_forward(_Backward(module), seen)
+
+    hidden = torch.randn(8192, 3072, device=device)
+    square = torch.randn(3072, 3072, dtype=torch.float64, device=device)
+    positive = square @ square.T + 3072 * torch.eye(3072, dtype=torch.float64, device=device)
+    rows = torch.randn(1536, 3072, dtype=torch.float64, device=device)
+    return Rates(
+        forward=macs / best(lambda: time_forward(model, batch)),
+        backward=3 * macs / best(lambda: with_gradients(model, batch)),
+        gram=hidden.numel() * 3072 / best(lambda: timed(lambda: hidden.T @ hidden, device)),
+        select=rows.numel() / best(lambda: timed(lambda: rows[:, 0] @ rows, device)),
+        solve=3072**3 / 3 / best(lambda: timed(lambda: torch.linalg.cholesky_ex(positive), device)),
+    )
+
+
+class _Backward(nn.Module):
+    """A pass and its gradient by the images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(self.model(images).sum(), images)[0]
+
+
+def best(once: Callable[[], float], times: int = 4) -> float:
+    """Seconds, the least of some."""
+    return min(once() for _ in range(times))
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds until a device has finished a call."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.CompressionConfig) -> Work:
+    """What a model's compression with the default settings consists of, a quarter of its MACs taken away.
+
+    Args:
+        model: The model, on any device, the meta device too.
+        num_images: Few-shot images.
+        rates: Of the device that will do it.
+        config: The settings.
+    """
+    adapter, recovery = adapter_for(model), config.reconstruction
+    cost = adapter.cost(model)
+    macs, depth = cost.total.macs("with_attention_products"), len(cost.blocks)
+    hidden, width = cost.blocks[1].hidden_features, int(model.num_features)
+    channels, height, _ = adapter.input_size(model)
+    block_macs = cost.blocks[1].mlp.weight_macs
+    tokens = block_macs // (2 * width * hidden)
+    steps = num_steps(model, recovery)
+    views = max(num_images, recovery.refinement_views if steps else recovery.num_views)
+    rows = max(recovery.num_rows // views, 1) * views
+    few, kept = min(rows, FEW_ROWS), hidden // 2
+    cut, pruned = round(COMPRESSED * depth), round(COMPRESSED * depth)
+    mlp = 2 * width * hidden  # MACs of a row
+
+    def solutions(nodes: int) -> float:
+        return RIDGES_TRIED * (nodes**3 / 3 + 2 * nodes**2 * width) / rates.solve
+
+    curve = sum(
+        solutions(round(share * hidden)) for share in (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
+    )
+    metric = (config.synthesis.num_images + 50) * macs / 2 / rates.forward  # half of the model, in the mean
+    trial = few * (mlp / rates.forward + hidden**2 / rates.gram) + (0.75 * hidden) ** 2 / 2 * hidden / rates.select
+    trial += curve + metric
+    gradients = 3 * 0.8 * rows * (mlp / 2) / rates.backward
+    one_block = rows * (mlp / rates.forward + hidden**2 / rates.gram)
+    passes = steps * (1 + len(STEP_SIZES) / PILOT_SHARE) * recovery.refinement_batch
+    tensors = {
+        "weights of teacher and students": 3 * 4 * cost.total.params,
+        "views": 4 * views * channels * height**2,
+        "rows of all blocks": 4 * depth * (rows + few) * width,
+        "tokens of the views": 4 * (2 if steps else 1) * views * tokens * width,
+        "tokens of the metric's images": 4 * (depth + 1) * (config.synthesis.num_images + 50) * tokens * width,
+        "normal equations": 6 * 8 * hidden**2,
+        "a pass": 4 * recovery.batch_size * tokens * (2 * hidden + 6 * width),
+    }
+    return Work(
+        alone={
+            "metric set": config.synthesis.iterations * config.synthesis.num_images * 3 * macs / rates.backward,
+            "step sizes": len(recovery.step_sizes) * (few / rows * (one_block + gradients) + 2 * solutions(kept)),
+            "solutions of blocks": (cut + pruned) * 2 * solutions(kept),
+        },
+        queued={"trials": (trial, depth - 2), "pruning trials": (trial, depth)},
+        split={
+            "teacher's pass": views * macs / rates.forward,
+            "student's passes": views * macs / rates.forward,
+            "normal equations": (2 * cut + pruned) * one_block,
+            "gradient steps": cut * recovery.epochs * gradients,
+            "refinement": 3 * passes * macs / rates.backward,
+        },
+        told=(2 * cut + pruned) * 8 * hidden**2 + cut * recovery.epochs * (rows / recovery.batch_rows) * 4 * mlp / 2,
+        memory=tensors,
+    )
+
+
+def page(rates: Rates, processes: Sequence[int], link: float, num_images: int) -> list[str]:
+    """The rates, time and memory of each model, and what takes longest."""
+    config = dcvit.CompressionConfig()
+    rows, memory = [], []
+    for title, name in MODELS.items():
+        with torch.device("meta"):
+            model = timm.create_model(name).eval()
+        found = work(model, num_images, rates, config)
+        for count in processes:
+            seconds = found.seconds(count, link)
+            total = sum(seconds.values())
+            limits = sorted(seconds, key=seconds.__getitem__, reverse=True)[:3]
+            shares = ", ".join(f"{stage} {seconds[stage] / total:.0%}" for stage in limits)
+            rows.append(
+                [title, str(count), f"{total / 60:,.1f}", f"{sum(found.seconds(1, link).values()) / total:.1f}", shares]
+            )
+        largest = sorted(found.memory, key=found.memory.__getitem__, reverse=True)[:3]
+        most = ", ".join(f"{kind} {found.memory[kind] / 2**30:.1f}" for kind in largest)
+        memory.append([title, f"{sum(found.memory.values()) / 2**30:.1f}", most])
+    figures = ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in vars(rates).items())
+    return [
+        f"Rates seen, in thousand million a second: {figures}. {num_images} images, a quarter of the MACs taken away; "
+        f"all-reduce at {link / 1e9:g} GB/s.",
+        "",
+        markdown(["model", "processes", "minutes", "times as fast as one", "what takes longest"], rows),
+        "",
+        markdown(["model", "GiB a process", "most of it"], memory),
+    ]
+
+
+def check(name: str, rates: Rates, device: torch.device) -> list[str]:
+    """A compression that is run now, stage by stage, beside what was computed."""
+    model = timm.create_model(name).eval().to(device)
+    config = dcvit.CompressionConfig()
+    expected = work(model, 50, rates, config).seconds(1, 1.0)
+    computed = {
+        "metric set": expected["metric set"],
+        "views": expected["teacher's pass"],
+        "ranking": expected["trials"] + expected["pruning trials"],
+        "step size": expected["step sizes"],
+        "compression": sum(
+            expected[s] for s in ("solutions of blocks", "student's passes", "normal equations", "gradient steps")
+        ),
+        "refinement": expected["refinement"],
+    }
+    seen = dcvit.compress(model, example_images(model, 50), dcvit.Budget(macs=BUDGET), config).report.seconds
+    rows = [[stage, f"{value:.0f}", f"{seen.get(stage, 0.0):.0f}"] for stage, value in computed.items()]
+    rows.append(["all", f"{sum(computed.values()):.0f}", f"{sum(seen.get(stage, 0.0) for stage in computed):.0f}"])
+    return [f"{name}, 50 images:", "", markdown(["stage", "s, computed", "s, seen"], rows)]

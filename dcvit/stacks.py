@@ -1,0 +1,133 @@
+"""Tensors that are appended part by part and read in parts, on disk once there are many.
+
+A compression on the CPU looks at its views block by block, and at one batch of them at a time. What it keeps meanwhile,
+the views, the tokens before a block and the rows of every block, is several times a large model's size.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from dcvit.errors import DcvitError
+
+__all__ = ["IN_MEMORY", "Stack"]
+
+IN_MEMORY = 16 << 20
+"""Bytes of a stack on the CPU that stay in memory."""
+
+FILES = hasattr(os, "preadv")  # not on Windows
+
+
+class Stack:
+    """Parts `[·, …]` of a tensor one after another; of a stack on the CPU in a file, once they take `IN_MEMORY`.
+
+    The file is in the system's folder for temporary files (`TMPDIR`), has no name, and goes with the stack.
+    """
+
+    def __init__(self, parts: Iterable[Tensor] = ()) -> None:
+        self._parts: list[Tensor] = []
+        self._file = -1
+        self._length = self._on_disk = 0
+        self._like = torch.empty(0)
+        for part in parts:
+            self.append(part)
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+    def append(self, part: Tensor) -> None:
+        """Add a part at the end; its dtype, device and all dimensions but the first are those of the others.
+
+        Raises:
+            DcvitError: If the disk is full.
+        """
+        if self._length and (part.shape[1:], part.dtype, part.device) != (
+            self._like.shape[1:], self._like.dtype, self._like.device
+        ):  # fmt: skip
+            raise ValueError(
+                f"A part is {part.dtype} {list(part.shape)}, the others are like {list(self._like.shape)}."
+            )
+        self._like = part[:0].detach().clone()
+        self._length += len(part)
+        self._parts.append(part.detach())
+        if FILES and part.device.type == "cpu" and sum(held.nbytes for held in self._parts) > IN_MEMORY:
+            self._write()
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all parts together."""
+        return (self._length, *self._like.shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is read lies."""
+        return self._like.device
+
+    def __getitem__(self, place: slice | Tensor) -> Tensor:
+        """What lies between two places, or at some, by index or mask `[R]`."""
+        if not self._on_disk:
+            return self._in_memory()[place]
+        if isinstance(place, slice):
+            first, stop, step = place.indices(self._length)
+            if step != 1:
+                raise ValueError(f"step {step}: expected 1.")
+            return self._between(first, max(first, stop))
+        index = (place.nonzero().flatten() if place.dtype == torch.bool else place).tolist()
+        found = [self._between(i, i + 1) for i in index]
+        return torch.cat(found) if found else self._like
+
+    def split(self, count: int) -> Iterator[Tensor]:
+        """All of it, so many at a time."""
+        for first in range(0, self._length, count):
+            yield self[first : first + count]
+
+    def _in_memory(self) -> Tensor:
+        if len(self._parts) != 1:
+            self._parts = [torch.cat(self._parts) if self._parts else self._like]
+        return self._parts[0]
+
+    def _between(self, first: int, stop: int) -> Tensor:
+        written = min(stop, self._on_disk)
+        found = [self._read(first, written)] if first < written else []
+        at = self._on_disk
+        for part in self._parts:
+            begin, end = max(first - at, 0), min(stop - at, len(part))
+            if begin < end:
+                found.append(part[begin:end])
+            at += len(part)
+        return torch.cat(found) if found else self._like
+
+    def _write(self) -> None:
+        if self._file < 0:
+            self._file, name = tempfile.mkstemp(prefix="dcvit-")
+            os.unlink(name)
+        for part in self._parts:
+            left = part.contiguous().flatten().view(torch.uint8).numpy().data
+            while left:
+                try:
+                    left = left[os.write(self._file, left) :]
+                except OSError as error:
+                    raise DcvitError(
+                        f"{tempfile.gettempdir()!r} cannot hold what a compression keeps meanwhile ({error}): make "
+                        "room, or set TMPDIR to a folder on a larger disk."
+                    ) from error
+            self._on_disk += len(part)
+        self._parts = []
+
+    def _read(self, first: int, stop: int) -> Tensor:
+        found = self._like.new_empty(stop - first, *self._like.shape[1:])
+        left = found.flatten().view(torch.uint8).numpy().data
+        at = first * (len(left) // (stop - first))
+        while left:
+            count = os.preadv(self._file, [left], at)
+            if count == 0:
+                raise RuntimeError("A temporary file ended early: something else changed it.")
+            left, at = left[count:], at + count
+        return found
