@@ -34,7 +34,7 @@ SANITIZE = os.environ.get("DCVIT_SANITIZE")
 """Sanitizers for the CPU kernels, for example "address,undefined"; `make check-native` sets it."""
 SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
 CXX_FLAGS = [
-    *(["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZER_FLAGS] if SANITIZE else ["-O3", "-g0"]),
+    *(["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", *SANITIZER_FLAGS] if SANITIZE else ["-O3", "-g0"]),
     "-fvisibility=hidden",
     "-fno-math-errno",  # sqrt and selections become vector instructions; no result changes
     "-fno-trapping-math",

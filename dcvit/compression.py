@@ -65,6 +65,9 @@ __all__ = [
 FINITE_IMAGES = 8
 """So many images are passed through a model to see whether its values stay finite."""
 
+PASS_SECONDS = 0.25
+"""What a pass may take that is timed for the report, whose latency is a rough figure."""
+
 HELD_OUT_VIEWS = 50
 """Views of held-out images that the metric looks at."""
 
@@ -843,7 +846,7 @@ def _report(
         batch = example_images(teacher, budget.batch_size)
         latency = measure_latency(subjects, batch, runs=1000, max_seconds=20.0, precision=0.004, stopwatch=stopwatch)
     else:
-        batch = images.normalised[:batch_size]
+        batch = _quick_batch(teacher, images.normalised[:batch_size], stopwatch)
         latency = measure_latency(subjects, batch, runs=runs, warmup=1, max_seconds=3.0, stopwatch=stopwatch)
     figures = {
         name: ModelFigures(
@@ -877,7 +880,14 @@ def _report(
         method=method,
         base_model=hub_repository(model) if isinstance(model, str) else None,
         latency_ratio=latency["student"].ratio_to(latency["teacher"]),
+        latency_batch=len(batch),
     )
+
+
+def _quick_batch(model: nn.Module, images: Tensor, stopwatch: Stopwatch) -> Tensor:
+    """As many of some images as pass in `PASS_SECONDS`, at least one."""
+    one = min(stopwatch(model, images[:1]) for _ in range(2))
+    return images[: max(1, int(PASS_SECONDS / one))]
 
 
 def _shapes(model: nn.Module) -> tuple[BlockShape, ...]:

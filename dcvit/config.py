@@ -203,7 +203,7 @@ class SynthesisConfig:
 
     num_images: int = 16
     micro_batch: int | None = None
-    iterations: int = 60
+    iterations: int = 30
     learning_rate: float = 0.25
     betas: tuple[float, float] = (0.5, 0.9)
     warmup_iterations: int = 3

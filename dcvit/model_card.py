@@ -144,7 +144,7 @@ def _figures(result: Mapping[str, Any]) -> str:
             for label, name, form in (
                 ("MACs per image", "macs", "{:,}"),
                 ("parameters", "params", "{:,}"),
-                ("latency of a batch, ms", "latency_ms", "{:.2f}"),
+                (f"latency of {_batch(result['report'])}, ms", "latency_ms", "{:.2f}"),
             )
         ),
     ]
@@ -161,3 +161,9 @@ def _figures(result: Mapping[str, Any]) -> str:
     if agreed is not None:
         told.append(f"Both name the same class for {100 * agreed:.2f} % of the images that they were compared on.")
     return "\n".join(rows) + "\n\n" + " ".join(told) + "\n"
+
+
+def _batch(report: Mapping[str, Any]) -> str:
+    """The batch that was timed."""
+    count = report.get("latency_batch")
+    return "a batch" if count is None else f"a batch of {count}"

@@ -136,6 +136,8 @@ class Report:
         steps: How the published mimicking went after each progressive step; the first is the best trial's.
         seed: The seed.
         latency_ratio: The student's latency over the teacher's, median over runs in turn.
+        latency_batch: Images of the batch whose latencies the figures hold; `None` in results saved before it was
+            recorded.
         seconds: Wall-clock time of each stage.
         versions: Of what computed it.
         settings: The config, as `CompressionConfig.to_dict` gives it; empty in results saved before it was recorded.
@@ -158,6 +160,7 @@ class Report:
     steps: tuple[Recovery, ...]
     seed: int
     latency_ratio: float | None = None
+    latency_batch: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     settings: Mapping[str, Any] = field(default_factory=dict)
