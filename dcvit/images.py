@@ -1,13 +1,14 @@
 """The few-shot set: whatever the caller has, as one checked tensor.
 
-Labels are never read. All images are held in memory: a set has 50 to 1000 of them.
+Labels are never read. The normalised images are held in memory, for a set has 50 to 1000 of them; what their files hold
+is larger, and lies on disk once it is much (`dcvit.stacks`).
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dcvit.errors import ImagesError, ImagesWarning
 from dcvit.models import adapter_for, preprocessing
+from dcvit.stacks import Stack
 
 __all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "image_files", "load_images"]
 
@@ -31,7 +33,8 @@ class FewShotImages:
 
     Attributes:
         normalised: The images as the model takes them, `[N, C, H, W]`.
-        pixels: The same images in [0, 1], each `[C, H', W']` at its own size, from which augmentation crops.
+        pixels: The same images in [0, 1], each `[C, H', W']` at its own size, from which augmentation crops; a large
+            file's at a size of which the smallest crop is no smaller than what the model takes.
         mean: Per channel, of the normalisation.
         std: Per channel.
     """
@@ -91,16 +94,14 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
         )
 
     normalised: list[Tensor] = []
-    pixels: list[Tensor] = []
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (prep.mean, prep.std))
+    at_own_size = _Bytes()
     for item in items:
         if isinstance(item, Image.Image):
+            at_own_size.append(len(normalised), prep.to_pixels(item))
             normalised.append(prep.transform(item).to(device))
-            pixels.append(prep.to_pixels(item).to(device))
         elif isinstance(item, Tensor):
             _check_batch(item[None], model)
             normalised.append(item.to(device))
-            pixels.append((normalised[-1] * std.to(device) + mean.to(device)).clamp(0, 1))
         else:
             raise ImagesError(f"An image is a {type(item).__name__}; expected a tensor [C, H, W] or a PIL image.")
     if not normalised:
@@ -110,7 +111,51 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
         raise ImagesError(f"The images have different shapes {sorted(sizes)[:3]}: resize them to one.")
     stacked = torch.stack(normalised)
     _check_batch(stacked, model)
-    return FewShotImages(stacked, pixels, prep.mean, prep.std)
+    return FewShotImages(stacked, _Pixels(stacked, at_own_size, prep.mean, prep.std), prep.mean, prep.std)
+
+
+class _Bytes:
+    """Pictures of different sizes, `[C, H, W]` of uint8 each, by number."""
+
+    def __init__(self) -> None:
+        self._bytes = Stack()
+        self._places: dict[int, tuple[int, torch.Size]] = {}
+
+    def append(self, number: int, picture: Tensor) -> None:
+        self._places[number] = len(self._bytes), picture.shape
+        self._bytes.append(picture.flatten())
+
+    def get(self, number: int) -> Tensor | None:
+        if number not in self._places:
+            return None
+        first, shape = self._places[number]
+        return self._bytes[first : first + shape.numel()].view(shape)
+
+
+class _Pixels(Sequence[Tensor]):
+    """The images in [0, 1], worked out when they are asked for: from what their files hold, or from the normalised."""
+
+    def __init__(
+        self, normalised: Tensor, at_own_size: _Bytes, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        self._normalised, self._at_own_size = normalised, at_own_size
+        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1).to(normalised.device) for values in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self._normalised)
+
+    @overload
+    def __getitem__(self, number: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Tensor]: ...
+    def __getitem__(self, number: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        picture = self._at_own_size.get(number)
+        if picture is not None:
+            return picture.to(self._normalised.device).float() / 255
+        return (self._normalised[number] * self._std + self._mean).clamp(0, 1)
 
 
 NAMED = 5

@@ -7,6 +7,7 @@ the views, the tokens before a block and the rows of every block, is several tim
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class Stack:
         self._like = torch.empty(0)
         for part in parts:
             self.append(part)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ([self[:]],)
 
     def __del__(self) -> None:
         if self._file >= 0:

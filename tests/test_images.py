@@ -61,6 +61,19 @@ def test_pil_images_and_folders_get_timms_preprocessing(model: nn.Module, tmp_pa
         assert few_shot.pixels[0].shape == (3, 40, 50)
 
 
+def test_pixels_of_files_are_theirs_and_no_larger_than_crops_need(model: nn.Module, tmp_path: Path) -> None:
+    """Of a model for 32 pixels at most 116, so that a crop of 8 % of the area has 32."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    Image.fromarray(np.full((300, 400, 3), (255, 0, 51), dtype=np.uint8)).save(tmp_path / "b.png")
+    small, large = load_images(tmp_path, model).pixels
+    assert torch.equal(small, torch.from_numpy(noise).permute(2, 0, 1) / 255)
+    assert large.shape == (3, 116, 155)
+    assert torch.equal(large.flatten(1).amax(1), torch.tensor([1.0, 0.0, 0.2]))
+    mixed = load_images([Image.fromarray(noise), torch.zeros(3, 32, 32)], model).pixels  # type: ignore[arg-type]
+    assert [picture.shape[-1] for picture in mixed[:]] == [50, 32]
+
+
 def test_pixels_are_the_images_in_0_1(model: nn.Module) -> None:
     images = torch.rand(2, 3, 32, 32) * 2 - 1  # the model's mean and std are 0.5
     few_shot = load_images(images, model)

@@ -1,6 +1,7 @@
 """Stacks read as the tensors that were appended, in memory and on disk."""
 
 import os
+import pickle
 import resource
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def test_parts_read_as_one_tensor(dtype: torch.dtype) -> None:
     assert torch.equal(torch.cat(list(stack.split(3))), whole)
     stack.append(parts[0])  # after it was read
     assert torch.equal(stack[6:], torch.cat([whole[6:], parts[0]]))
+
+
+@pytest.mark.usefixtures("_limit")
+def test_another_process_gets_a_copy() -> None:
+    stack = Stack([torch.arange(60).view(20, 3)])
+    copied = pickle.loads(pickle.dumps(stack))
+    assert torch.equal(copied[:], stack[:])
 
 
 def test_an_empty_stack() -> None:

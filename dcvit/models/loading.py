@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 LARGEST_NUMBER = 1 << 16
 """In a model's config, unless its weights have larger sizes."""
 
+LARGEST = 3.6
+"""Times the model's input that an image's shorter side need have: a crop of 8 % of its area is then no smaller."""
+
 MOST_TIMES = 4
 """A model may have so many times the values of its file: tables that are computed are not stored."""
 
@@ -42,7 +46,7 @@ class Preprocessing:
         mean: Per channel, in [0, 1] pixels.
         std: Per channel.
         transform: timm's evaluation transform, from a PIL image to a normalised tensor `[C, H, W]`.
-        to_pixels: From a PIL image to a tensor `[C, H, W]` of unnormalised pixels in [0, 1], at its own size.
+        to_pixels: From a PIL image to a tensor `[C, H, W]` of bytes, at its own size, or `LARGEST` times the model's.
     """
 
     input_size: tuple[int, int, int]
@@ -172,6 +176,15 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     )
 
 
+def _at_most(image: Image.Image, side: int) -> Image.Image:
+    """An image whose shorter side is at most so long."""
+    shorter = min(image.size)
+    if shorter <= side:
+        return image
+    width, height = (round(length * side / shorter) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model takes, of any family of timm's.
 
@@ -218,5 +231,5 @@ def preprocessing(model: nn.Module) -> Preprocessing:
         mean=mean,
         std=std,
         transform=lambda image: evaluate(convert(image)),
-        to_pixels=lambda image: F.to_tensor(convert(image)),
+        to_pixels=lambda image: F.pil_to_tensor(_at_most(convert(image), math.ceil(LARGEST * max(height, width)))),
     )

@@ -14,6 +14,8 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -22,6 +24,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +36,7 @@ GPU_NAMES = ("cuda", "triton")
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Inputs = dict[str, Any]
+Draw = Callable[[int, int], int]
 Results = dict[str, Tensor]
 
 
@@ -45,6 +50,7 @@ class OpMatrix:
         gradients: Inputs that have a gradient.
         mutated: Inputs that are changed in place.
         dtypes: What the op itself takes; an implementation may take fewer.
+        random: Inputs of a random size, in float64, from a function that draws an integer between two.
     """
 
     function: ClassVar[Callable[..., Tensor]]
@@ -52,6 +58,7 @@ class OpMatrix:
     gradients: ClassVar[tuple[str, ...]] = ()
     mutated: ClassVar[tuple[str, ...]] = ()
     dtypes: ClassVar[tuple[torch.dtype, ...]] = ALL_DTYPES
+    random: ClassVar[Callable[[Draw], Inputs]]
 
     # The matrix
 
@@ -72,6 +79,25 @@ class OpMatrix:
         for name, value in clean.items():
             assert torch.isfinite(value).all(), name
             assert torch.equal(value, poisoned[name]), f"{name} depends on memory that the call did not write"
+
+    def test_any_size_strides_and_dtype(self, kernel: str) -> None:
+        """Under the sanitizers of `make check-native` this shows that nothing out of bounds is touched."""
+        examples = int(os.environ.get("DCVIT_FUZZ", "40" if kernel in ("cpp", "host") else "4"))
+
+        @settings(max_examples=examples, deadline=None, database=None, derandomize="DCVIT_FUZZ" not in os.environ,
+                  suppress_health_check=list(HealthCheck))  # fmt: skip
+        @given(st.data())
+        def run(data: st.DataObject) -> None:
+            torch.manual_seed(data.draw(st.integers(0, 2**31)))
+            made = type(self).random(lambda low, high: data.draw(st.integers(low, high)))
+            dtype = data.draw(st.sampled_from(self.dtypes_of(kernel)))
+            inputs = {name: value for name, value in made.items() if value is not None}
+            for name, value in inputs.items():
+                if isinstance(value, Tensor):
+                    inputs[name] = _laid_out(value if name == "idx" else value.to(dtype), data)
+            self.assert_within_budget(self.run(kernel, inputs), inputs)
+
+        run()
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at copies
     def test_opcheck(self, kernel: str) -> None:
@@ -95,6 +121,11 @@ class OpMatrix:
         self.assert_within_budget(self.run(impl, inputs, call=compiled), inputs)
 
     # How the tests above run the op
+
+    @classmethod
+    def dtypes_of(cls, kernel: str) -> tuple[torch.dtype, ...]:
+        found, _ = implementation(cls, kernel)
+        return cls.dtypes if found is None else tuple(dtype for dtype in cls.dtypes if dtype in found.dtypes)
 
     @classmethod
     def module(cls) -> ModuleType:
@@ -309,6 +340,18 @@ def _random_like(output: Tensor) -> Tensor:
 
 def _expanded(output: Tensor) -> Tensor:
     return output.new_full((), 0.75).expand(output.shape)
+
+
+def _laid_out(value: Tensor, data: st.DataObject) -> Tensor:
+    """The same values somewhere within a larger tensor: with a distance to its start, steps, and dimensions swapped."""
+    steps = [data.draw(st.integers(1, 2)) for _ in value.shape]
+    order = data.draw(st.permutations(range(value.dim())))
+    before = data.draw(st.integers(0, 3))
+    larger = value.new_zeros(before + math.prod(size * step for size, step in zip(value.shape, steps, strict=True)))
+    within = larger[before:].view([value.shape[i] * steps[i] for i in order])
+    within = within[tuple(slice(None, None, steps[i]) for i in order)]
+    found = within.permute([order.index(i) for i in range(value.dim())])
+    return found.copy_(value)
 
 
 def _non_contiguous(value: Any) -> Any:

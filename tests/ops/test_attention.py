@@ -16,6 +16,7 @@ class TestMatrix(matrix.DifferentiableMatrix):
     function = staticmethod(attention)
     gradients = ("qkv",)
     dtypes = (torch.float64, torch.float32)
+    random = staticmethod(lambda draw: make(draw(0, 3), draw(0, 40), draw(1, 3), 16 * draw(1, 5)))
     cases: ClassVar = {
         "small": lambda: make(2, 5, 2, 16),
         "tiny": lambda: make(1, 2, 1, 16),

@@ -44,6 +44,12 @@ def make(
 class TestMatrix(matrix.DifferentiableMatrix):
     function = staticmethod(dropped_mlp)
     gradients = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias", "scale")
+    random = staticmethod(
+        lambda draw: make(
+            draw(0, 3), draw(1, 20), width=draw(1, 40), hidden=(hidden := draw(1, 90)), kept=draw(0, hidden),
+            norm=bool(draw(0, 1)), bias=bool(draw(0, 1)), scale=bool(draw(0, 1)), residual=bool(draw(0, 1)),
+        )
+    )  # fmt: skip
     cases: ClassVar = {
         "small": lambda: make(2, 3),
         "tiny": lambda: make(2, width=3, hidden=5, kept=3),

@@ -25,6 +25,9 @@ def make(*shape: int, weight: str | None = None) -> matrix.Inputs:
 class TestMatrix(matrix.DifferentiableMatrix):
     function = staticmethod(mimic_loss)
     gradients = ("student",)
+    random = staticmethod(
+        lambda draw: make(draw(1, 4), draw(0, 3), draw(1, 40), draw(1, 70), weight=(None, "cls", "drawn")[draw(0, 2)])
+    )
     cases: ClassVar = {
         "small": lambda: make(2, 3, 5, 7, weight="drawn"),
         "one_candidate": lambda: make(2, 5, 7),

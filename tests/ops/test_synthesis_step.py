@@ -28,6 +28,7 @@ class TestMatrix(matrix.OpMatrix):
     function = staticmethod(synthesis_step)
     mutated = ("images", "exp_avg", "exp_avg_sq")
     dtypes = (torch.float64, torch.float32)
+    random = staticmethod(lambda draw: make(draw(1, 3), draw(1, 4), draw(2, 40), draw(2, 40), step=draw(1, 9)))
     cases: ClassVar = {
         "small": lambda: make(2, 3, 5, 4),
         "odd": lambda: make(3, 3, 33, 37),

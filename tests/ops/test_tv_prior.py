@@ -34,6 +34,7 @@ def zero() -> matrix.Inputs:
 class TestMatrix(matrix.DifferentiableMatrix):
     function = staticmethod(tv_prior)
     gradients = ("images",)
+    random = staticmethod(lambda draw: make(draw(1, 3), draw(1, 4), draw(2, 40), draw(2, 40)))
     cases: ClassVar = {
         "small": lambda: make(2, 3, 5, 4),
         "odd": lambda: make(3, 3, 33, 37),
