@@ -623,6 +623,8 @@ def _compress(arguments: argparse.Namespace, progress: TerminalProgress) -> dict
         seed=arguments.seed,
         impl=arguments.impl,
     )
+    if arguments.devices:
+        arguments.device = "cpu"  # each process moves its own
     model = _load(arguments.model, arguments)
     require_supported(model)
     images, labels = _load_data(arguments.data, model, _default_digits(arguments), arguments.seed)

@@ -125,18 +125,18 @@ def compress(
         raise DcvitError(f"run_dir with method={method!r}: only {able} goes on where it was stopped; leave it out.")
     if metric_set is not None and method != DCVIT.name:
         raise DcvitError(f"metric_set with method={method!r}: only {DCVIT.name} ranks on one, leave it out.")
-    if ranks.size > 1 or devices:
+    if ranks.size > 1 or len(devices) > 1:
         _require_shareable(chosen, config, ranks, devices)
     if len(devices) > 1:
         arguments = {"method": method, "metric_set": metric_set, "run_dir": run_dir, "stopwatch": stopwatch}
         result = on_devices(devices, partial(_as_rank, model, images, budget, config, arguments, progress))
         assert result is not None  # the first process gives it
         return result
-    if devices:
-        model, images = _moved(model, images, devices[0])
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
+        if devices:
+            original, images = original.to(devices[0]), _moved(images, devices[0])
         chosen.require_family(original)
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
@@ -219,19 +219,24 @@ def _as_rank(
     device: str,
 ) -> CompressionResult | None:
     """`compress` in a process that `on_devices` started; what the first found."""
-    model, images = _moved(model, images, device)
+    original = copy.deepcopy(load_model(model)).to(device)
     result = compress(
-        model, images, budget, config, ranks=ranks, progress=progress if ranks.leads else silent, **arguments
-    )
-    return replace(result, model=result.model.cpu()) if ranks.leads else None
+        original, _moved(images, device), budget, config,
+        ranks=ranks, progress=progress if ranks.leads else silent, **arguments,
+    )  # fmt: skip
+    if not ranks.leads:
+        return None
+    report, made = result.report, result.metric_set
+    if isinstance(model, str):
+        report = replace(report, model=model, base_model=hub_repository(model))
+    if made is not None:
+        made = replace(made, images=made.images.cpu(), targets=None if made.targets is None else made.targets.cpu())
+    return replace(result, model=result.model.cpu(), report=report, metric_set=made)
 
 
-def _moved(
-    model: str | nn.Module, images: Images | FewShotImages, device: str
-) -> tuple[nn.Module, Images | FewShotImages]:
-    """A copy of the model on a device, and images, which are moved there where they are tensors."""
-    moved = copy.deepcopy(load_model(model)).to(device)
-    return moved, images.to(device) if isinstance(images, Tensor) else images
+def _moved(images: Images | FewShotImages, device: str) -> Images | FewShotImages:
+    """Images on a device, where they are tensors; others follow the model."""
+    return images.to(device) if isinstance(images, Tensor | FewShotImages) else images
 
 
 def open_store(

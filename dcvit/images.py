@@ -47,6 +47,13 @@ class FewShotImages:
     def __len__(self) -> int:
         return len(self.normalised)
 
+    def to(self, device: str | torch.device) -> "FewShotImages":
+        """The same on another device."""
+        normalised = self.normalised.to(device)
+        if isinstance(self.pixels, _Pixels):
+            return FewShotImages(normalised, self.pixels.of(normalised), self.mean, self.std)
+        return FewShotImages(normalised, [picture.to(device) for picture in self.pixels], self.mean, self.std)
+
     def subset(self, indices: Sequence[int]) -> "FewShotImages":
         """Some of the images."""
         return FewShotImages(self.normalised[list(indices)], [self.pixels[i] for i in indices], self.mean, self.std)
@@ -139,7 +146,12 @@ class _Pixels(Sequence[Tensor]):
         self, normalised: Tensor, at_own_size: _Bytes, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         self._normalised, self._at_own_size = normalised, at_own_size
+        self._given = mean, std
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1).to(normalised.device) for values in (mean, std))
+
+    def of(self, normalised: Tensor) -> "_Pixels":
+        """Those of the same images elsewhere."""
+        return _Pixels(normalised, self._at_own_size, *self._given)
 
     def __len__(self) -> int:
         return len(self._normalised)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import dcvit
 from dcvit.augmentation import augment
 from dcvit.errors import ImagesWarning
-from dcvit.images import load_images
+from dcvit.images import FewShotImages, load_images
 from dcvit.models import preprocessing
 from dcvit.seeding import seeded
 from tests.variants import VARIANTS
@@ -150,3 +150,18 @@ def test_augmentation_is_seeded_and_does_what_it_says(model: nn.Module) -> None:
     assert not torch.equal(views(full)[0], views(full)[1])
     cropped = dcvit.AugmentationConfig(scale=(0.3, 0.3), ratio=(1, 1), flip=0, color_jitter=0)
     assert not torch.allclose(views(cropped), images.normalised, atol=0.05)
+
+
+def test_few_shot_images_on_another_device(model: nn.Module, tmp_path: Path) -> None:
+    """The pixels follow, whether they are worked out, kept as bytes, or the caller's own."""
+    Photographs()[0][0].save(tmp_path / "a.png")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    from_folder, from_tensor = load_images(tmp_path, model), load_images(images, model)
+    own = FewShotImages(images, [torch.rand(3, 8, 8)] * 2, (0.5,) * 3, (0.5,) * 3)
+    for few_shot in (from_folder, from_tensor, own):
+        there = few_shot.to("meta")
+        assert there.normalised.device.type == "meta"
+        assert all(picture.device.type == "meta" for picture in there.pixels)
+        assert [picture.shape for picture in there.pixels] == [picture.shape for picture in few_shot.pixels]
+        here = few_shot.to("cpu")
+        assert all(torch.equal(a, b) for a, b in zip(here.pixels, few_shot.pixels, strict=True))
