@@ -45,7 +45,9 @@ CONFIG = CompressionConfig(
 """The default but for less of everything: a run takes seconds, and has every kind of unit."""
 
 WEIGHTS = "model.safetensors"
-MOST_STARTS = 50
+MOST_KILLS = 8
+"""Of one run; each start goes on where the one before was killed, and may come to the end first."""
+
 STAGES = ("synthesis", "views", "trials", "pruning trials", "step sizes", "reconstruction", "pilot runs", "refinement")
 """Of a run, in their order."""
 
@@ -149,8 +151,9 @@ def kill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Sto
     """One run that is killed at least once."""
     killed_at: list[float] = []
     units: Units = {}
-    for start in range(1, MOST_STARTS + 1):
-        moment = moments.uniform(0.2, 1.0) * alone if len(killed_at) < 1 + moments.randrange(2) else None
+    kills = moments.randint(1, MOST_KILLS)
+    for start in range(1, MOST_KILLS + 2):
+        moment = moments.uniform(0.2, 0.9) * alone if len(killed_at) < kills else None
         process = started(folder)
         try:
             _, error = process.communicate(timeout=moment)
@@ -168,7 +171,7 @@ def kill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Sto
             return Story(start, tuple(killed_at), len(units), f"exit code {process.returncode}: {error}")
         same = digest(folder) == wanted
         return Story(start, tuple(killed_at), len(units), "" if same else "other weights")
-    return Story(MOST_STARTS, tuple(killed_at), len(units), "it never ended")
+    return Story(MOST_KILLS + 1, tuple(killed_at), len(units), "it never ended")
 
 
 def kill_rank(folder: Path, wanted: str, stage: str, ranks: int) -> Story:
