@@ -20,8 +20,10 @@ from torch import nn
 import dcvit
 from benchmarks.harness import header
 from benchmarks.runs import markdown
+from dcvit.compression import HELD_OUT_VIEWS
 from dcvit.latency import example_images, time_forward
 from dcvit.models import adapter_for
+from dcvit.reconstruction import CURVE, FEW_ROWS
 from dcvit.refinement import PILOT_SHARE, STEP_SIZES, num_steps
 
 MODELS = {
@@ -31,7 +33,9 @@ MODELS = {
 }
 NUM_IMAGES = 1000
 BUDGET = 0.75
-FEW_ROWS, RIDGES_TRIED, CURVE_POINTS = 16384, 3, 9  # see dcvit.reconstruction: rows of a trial, λ at each of some sizes
+RIDGES_TRIED = 3
+"""λ that a search for the best one tries, in the mean."""
+
 COMPRESSED = 1 / 4
 """Share of the blocks that lose their attention; about as many are pruned."""
 
@@ -181,10 +185,8 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.Compress
     def solutions(nodes: int) -> float:
         return RIDGES_TRIED * (nodes**3 / 3 + 2 * nodes**2 * width) / rates.solve
 
-    curve = sum(
-        solutions(round(share * hidden)) for share in (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
-    )
-    metric = (config.synthesis.num_images + 50) * macs / 2 / rates.forward  # half of the model, in the mean
+    curve = sum(solutions(round(share * hidden)) for share in CURVE)
+    metric = (config.synthesis.num_images + HELD_OUT_VIEWS) * macs / 2 / rates.forward  # half of the model, in the mean
     trial = few * (mlp / rates.forward + hidden**2 / rates.gram) + (0.75 * hidden) ** 2 / 2 * hidden / rates.select
     trial += curve + metric
     gradients = 3 * 0.8 * rows * (mlp / 2) / rates.backward
@@ -195,7 +197,11 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.Compress
         "views": 4 * views * channels * height**2,
         "rows of all blocks": 4 * depth * (rows + few) * width,
         "tokens of the views": 4 * (2 if steps else 1) * views * tokens * width,
-        "tokens of the metric's images": 4 * (depth + 1) * (config.synthesis.num_images + 50) * tokens * width,
+        "tokens of the metric's images": 4
+        * (depth + 1)
+        * (config.synthesis.num_images + HELD_OUT_VIEWS)
+        * tokens
+        * width,
         "normal equations": 6 * 8 * hidden**2,
         "a pass": 4 * recovery.batch_size * tokens * (2 * hidden + 6 * width),
     }

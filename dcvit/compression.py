@@ -121,8 +121,9 @@ def compress(
     chosen = find_method(method)
     config = config or chosen.config()
     if run_dir is not None and not chosen.resumable:
-        able = ", ".join(name for name, other in METHODS.items() if other.resumable)
-        raise DcvitError(f"run_dir with method={method!r}: only {able} goes on where it was stopped; leave it out.")
+        raise DcvitError(
+            f"run_dir with method={method!r}: only {_resumable()} goes on where it was stopped; leave it out."
+        )
     if metric_set is not None and method != DCVIT.name:
         raise DcvitError(f"metric_set with method={method!r}: only {DCVIT.name} ranks on one, leave it out.")
     if ranks.size > 1 or len(devices) > 1:
@@ -176,19 +177,12 @@ def _within_memory(work: Callable[[Task], CompressionResult], task: Task) -> Com
             )
         gc.collect()
         torch.cuda.empty_cache()
-        at_once = max(halved.synthesis.at_once, _at_once(halved))
         warnings.warn(
-            f"The device ran out of memory ({reason}): going on with {at_once} images at once.",
+            f"The device ran out of memory ({reason}): going on with {halved.at_once} images at once.",
             MemoryWarning,
             stacklevel=3,
         )
         task = replace(task, config=halved)
-
-
-def _at_once(config: CompressionConfig) -> int:
-    """Images that pass through a model at once while a student recovers."""
-    recovery = config.recovery
-    return recovery.at_once if isinstance(recovery, MimickingConfig) else recovery.batch_size
 
 
 def _require_shareable(method: Method, config: CompressionConfig, ranks: Ranks, devices: Sequence[str]) -> None:
@@ -202,10 +196,16 @@ def _require_shareable(method: Method, config: CompressionConfig, ranks: Ranks, 
             f"devices={list(devices)} with {ranks.size} ranks: each rank has a device; leave one of them out."
         )
     if not method.resumable:
-        able = ", ".join(name for name, other in METHODS.items() if other.resumable)
-        raise DcvitError(f"method={method.name!r} on several devices: only {able} shares its work; name one device.")
+        raise DcvitError(
+            f"method={method.name!r} on several devices: only {_resumable()} shares its work; name one device."
+        )
     if isinstance(config.recovery, MimickingConfig) and config.recovery.halving:
         raise DcvitError("halving=True on several devices: no one process sees all trials; leave one of them out.")
+
+
+def _resumable() -> str:
+    """The methods that are, by name."""
+    return ", ".join(name for name, method in METHODS.items() if method.resumable)
 
 
 def _as_rank(
@@ -845,7 +845,7 @@ def _report(
     runs: int,
     method: str,
 ) -> Report:
-    adapter, batch_size, budget = adapter_for(teacher), _at_once(config), outcome.plan.budget
+    adapter, batch_size, budget = adapter_for(teacher), config.recovery.at_once, outcome.plan.budget
     subjects = {"teacher": teacher, "student": student}
     if budget.measured:
         batch = example_images(teacher, budget.batch_size)

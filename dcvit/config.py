@@ -115,6 +115,15 @@ class ReconstructionConfig:
         _check(self.refinement_batch >= 1, "refinement_batch", self.refinement_batch, "1 or more")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
 
+    @property
+    def at_once(self) -> int:
+        """Images that pass through a model at once."""
+        return self.batch_size
+
+    def with_at_most(self, count: int) -> "ReconstructionConfig":
+        """The same with at most so many images at once."""
+        return replace(self, batch_size=min(count, self.at_once))
+
 
 @dataclass(frozen=True)
 class MimickingConfig:
@@ -179,6 +188,10 @@ class MimickingConfig:
         """Images that pass through a model at once."""
         return self.batch_size if self.micro_batch is None else min(self.batch_size, self.micro_batch)
 
+    def with_at_most(self, count: int) -> "MimickingConfig":
+        """The same with at most so many images at once."""
+        return replace(self, micro_batch=min(count, self.at_once))
+
 
 @dataclass(frozen=True)
 class SynthesisConfig:
@@ -232,6 +245,10 @@ class SynthesisConfig:
     def at_once(self) -> int:
         """Images that pass through the model at once."""
         return self.num_images if self.micro_batch is None else min(self.num_images, self.micro_batch)
+
+    def with_at_most(self, count: int) -> "SynthesisConfig":
+        """The same with at most so many images at once."""
+        return replace(self, micro_batch=min(count, self.at_once))
 
 
 @dataclass(frozen=True)
@@ -368,20 +385,17 @@ class CompressionConfig:
         method = "reconstruction" if isinstance(self.recovery, ReconstructionConfig) else "mimicking"
         return {**values, "recovery": {"method": method, **values["recovery"]}}
 
+    @property
+    def at_once(self) -> int:
+        """Images that pass through a model at once, at most."""
+        return max(self.synthesis.at_once, self.recovery.at_once)
+
     def halved(self) -> "CompressionConfig | None":
         """The same with half as many images at once, which changes results by rounding alone; `None` at one image."""
-        synthesis, recovery = self.synthesis, self.recovery
-        at_once = max(
-            synthesis.at_once, recovery.at_once if isinstance(recovery, MimickingConfig) else recovery.batch_size
-        )
-        if at_once == 1:
+        if self.at_once == 1:
             return None
-        half = -(-at_once // 2)
-        if isinstance(recovery, MimickingConfig):
-            recovery = replace(recovery, micro_batch=min(half, recovery.at_once))
-        else:
-            recovery = replace(recovery, batch_size=min(half, recovery.batch_size))
-        return replace(self, recovery=recovery, synthesis=replace(synthesis, micro_batch=min(half, synthesis.at_once)))
+        half = -(-self.at_once // 2)
+        return replace(self, recovery=self.recovery.with_at_most(half), synthesis=self.synthesis.with_at_most(half))
 
     def with_(self, **changes: Any) -> "CompressionConfig":
         """A copy with some fields changed."""

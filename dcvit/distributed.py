@@ -23,7 +23,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dcvit.errors import DcvitError, DistributedError
-from dcvit.run_store import RunStore, Store, Unit, differences, open_run
+from dcvit.run_store import NOTHING_KEPT, RunStore, Store, Unit, differences, open_run
 from dcvit.stacks import Stack
 
 __all__ = ["ALONE", "Ranks", "launched", "on_devices"]
@@ -189,13 +189,13 @@ class Ranks:
         self.require_same(fingerprint)
         assert self.queues is not None
         queues = c10d.PrefixStore(self.send(Unit(secrets.token_hex(8))).values, self.queues)
-        with ExitStack() as stack:
-            if self.leads:
-                kept = stack.enter_context(open_run(folder, fingerprint))
-            dist.barrier()
-            if not self.leads:
-                kept = stack.enter_context(open_run(None, {})) if folder is None else RunStore(Path(folder))
-            yield _Shared(kept, self, queues)
+        if self.leads:
+            with open_run(folder, fingerprint) as kept:
+                dist.barrier()
+                yield _Shared(kept, self, queues)
+        else:
+            dist.barrier()  # the first has looked at the folder by then
+            yield _Shared(NOTHING_KEPT if folder is None else RunStore(Path(folder)), self, queues)
 
 
 ALONE = Ranks()

@@ -32,7 +32,7 @@ from dcvit._version import __version__
 from dcvit.costs import FILE_METADATA
 from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
 from dcvit.model_card import model_card
-from dcvit.models import adapter_for, load_model, modeling_dcvit, preprocessing
+from dcvit.models import CONFIG_FILE, WEIGHTS_FILE, adapter_for, load_model, modeling_dcvit, preprocessing
 from dcvit.planning import Plan
 from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
@@ -64,7 +64,7 @@ __all__ = [
     "versions",
 ]
 
-CONFIG_FILE, WEIGHTS_FILE, RESULT_FILE = "config.json", "model.safetensors", "result.json"
+RESULT_FILE = "result.json"
 CARD_FILE, MODELING_FILE = "README.md", "modeling_dcvit.py"
 METRIC_SET_FILE, REPORT_FILE = "metric_set.safetensors", "report.html"
 FAMILY_FILE = "family.json"

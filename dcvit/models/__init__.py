@@ -6,14 +6,24 @@ by name and before any work; `adapter_for` then finds the adapter wherever one i
 
 from dcvit.models.adapter import ModelAdapter, adapter_for, adapters, require_supported
 from dcvit.models.blocks import CompressedBlock, MlpHalf
-from dcvit.models.loading import DEMO_MODEL, hub_repository, input_size, load_model, preprocessing
+from dcvit.models.loading import (
+    CONFIG_FILE,
+    DEMO_MODEL,
+    WEIGHTS_FILE,
+    hub_repository,
+    input_size,
+    load_model,
+    preprocessing,
+)
 from dcvit.models.modeling_dcvit import DroppedBlock
 from dcvit.models.residual_cnn import ResidualCnnAdapter  # imported, these make saved models known to timm
 from dcvit.models.swin import SwinAdapter
 from dcvit.models.vision_transformer import create_vision_transformer
 
 __all__ = [
+    "CONFIG_FILE",
     "DEMO_MODEL",
+    "WEIGHTS_FILE",
     "CompressedBlock",
     "DroppedBlock",
     "MlpHalf",

@@ -19,7 +19,16 @@ from torchvision.transforms import functional as F
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.adapter import adapter_for
 
-__all__ = ["DEMO_MODEL", "Preprocessing", "hub_repository", "input_size", "load_model", "preprocessing"]
+__all__ = [
+    "CONFIG_FILE",
+    "DEMO_MODEL",
+    "WEIGHTS_FILE",
+    "Preprocessing",
+    "hub_repository",
+    "input_size",
+    "load_model",
+    "preprocessing",
+]
 
 DEMO_MODEL = "demo"
 """The name of the embedded model."""
@@ -141,15 +150,15 @@ def _check_folder(folder: Path) -> None:
             f"local-dir:{folder}: {CONFIG_FILE} holds the number {too_large}, and no size of the weights is above "
             f"{most}: the two are not of one model; save or download it again."
         )
+    found, stored = 0, sum(math.prod(shape) for shape in shapes.values())
     with suppress(NotImplementedError), torch.device("meta"):  # which a few of timm's models cannot be built on
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
         found = sum(tensor.numel() for tensor in model.state_dict().values())
-        stored = sum(math.prod(shape) for shape in shapes.values())
-        if found > MOST_TIMES * stored + LARGEST_NUMBER:
-            raise UnsupportedModelError(
-                f"local-dir:{folder}: {CONFIG_FILE} describes a model of {found:,} values, {WEIGHTS_FILE} holds "
-                f"{stored:,}: the two are not of one model; save or download it again."
-            )
+    if found > MOST_TIMES * stored + LARGEST_NUMBER:
+        raise UnsupportedModelError(
+            f"local-dir:{folder}: {CONFIG_FILE} describes a model of {found:,} values, {WEIGHTS_FILE} holds "
+            f"{stored:,}: the two are not of one model; save or download it again."
+        )
 
 
 def _integers(values: Any) -> Iterator[int]:
