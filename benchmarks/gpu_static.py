@@ -2,13 +2,14 @@
 
 Every Triton kernel is compiled ahead of time as its launcher would launch it, in every configuration of
 `dcvit/kernels/_configs.py`, and every CUDA kernel of `csrc/cuda`, for sm_80, sm_90 and the newest target of the
-compiler. The machine code then tells registers, spills, widths of memory accesses and matrix instructions.
+compiler. The machine code then tells registers, spills and widths of memory accesses.
 
 The launchers themselves say what they launch: they run on meta tensors, which have shapes and no data, and what they
 would launch is written down instead. At the size of ViT-B with batch 64 the report adds the bytes that each kernel must
 move (every tensor once, of gathered weights only what is kept), its floating-point operations, and the time that these
 take at least on an H100 SXM, by its data sheet: 3.35 TB/s, 989 TFLOP/s in dense bfloat16 and 67 TFLOP/s in float32. The
-same is counted for the eager implementation, operator by operator. It is a bound, not a measurement.
+same is counted for what launchers leave to torch, such as matrix products, and for the eager implementation, operator
+by operator. It is a bound, not a measurement.
 """
 
 import argparse
@@ -267,34 +268,17 @@ WRITTEN = {
     "tv_prior_norms_kernel": ("value", "norms", "image_norms"),
     "tv_prior_bwd_kernel": ("gradient",),
     "synthesis_step_fwd_kernel": ("images", "exp_avg", "exp_avg_sq"),
-    "dropped_mlp_stats_fwd_kernel": ("stats",),
-    "dropped_mlp_hidden_fwd_kernel": ("pre", "activation"),
+    "dropped_mlp_norm_fwd_kernel": ("stats", "h"),
+    "dropped_mlp_gelu_fwd_kernel": ("activation",),
     "dropped_mlp_output_fwd_kernel": ("y",),
-    "dropped_mlp_hidden_bwd_kernel": ("grad_pre", "activation"),
-    "dropped_mlp_input_bwd_kernel": ("grad_h",),
+    "dropped_mlp_hidden_bwd_kernel": ("grad_pre", "activation", "partial"),
     "dropped_mlp_norm_bwd_kernel": ("grad_x", "partial"),
-    "dropped_mlp_columns_bwd_kernel": ("grad_weight", "grad_bias"),
-    "dropped_mlp_weight_bwd_kernel": ("partial", "sums"),
-    "dropped_mlp_w1_bwd_kernel": ("grad_w1", "grad_b1"),
-    "dropped_mlp_w2_bwd_kernel": ("grad_w2", "grad_b2", "grad_scale"),
 }
 """The arguments that each kernel writes; a kernel that is not here fails the report."""
 
 READ_AND_WRITTEN = {"mimic_loss_rescale_kernel": ("unit",), "synthesis_step_fwd_kernel": ("exp_avg", "exp_avg_sq")}
 
-ROW_LENGTHS = ("width", "kept", "out", "left_width", "right_width")
-
-GATHERED = {"w1": 0, "w2": 1, "b1": 0, "grad_w1": 0, "grad_w2": 1, "grad_b1": 0}
-"""Arguments of which only the kept nodes are touched, and the dimension of the nodes."""
-
-PRODUCTS = {
-    "dropped_mlp_hidden_fwd_kernel": ("rows", "kept", "width"),
-    "dropped_mlp_output_fwd_kernel": ("rows", "kept", "out"),
-    "dropped_mlp_hidden_bwd_kernel": ("rows", "kept", "out"),
-    "dropped_mlp_input_bwd_kernel": ("rows", "kept", "width"),
-    "dropped_mlp_weight_bwd_kernel": ("rows", "left_width", "right_width"),
-}
-"""The three sizes of a matrix kernel's product."""
+ROW_LENGTHS = ("width", "kept", "out")
 
 OPERATIONS = {
     "mimic_loss_fwd_kernel": ("student", 5),
@@ -303,12 +287,13 @@ OPERATIONS = {
     "tv_prior_fwd_kernel": ("images", 14),
     "tv_prior_bwd_kernel": ("images", 22),
     "synthesis_step_fwd_kernel": ("images", 36),
-    "dropped_mlp_stats_fwd_kernel": ("x", 4),
+    "dropped_mlp_norm_fwd_kernel": ("x", 8),
+    "dropped_mlp_gelu_fwd_kernel": ("pre", 20),
+    "dropped_mlp_output_fwd_kernel": ("z", 3),
+    "dropped_mlp_hidden_bwd_kernel": ("pre", 40),
     "dropped_mlp_norm_bwd_kernel": ("x", 14),
-    "dropped_mlp_w1_bwd_kernel": ("partial", 1),
-    "dropped_mlp_w2_bwd_kernel": ("partial", 3),
 }
-"""Operations for each element of the named argument, in kernels that are no product; the rest only add a few sums."""
+"""Operations for each element of the named argument; the rest only add a few sums."""
 
 
 @dataclass(frozen=True)
@@ -319,55 +304,40 @@ class Work:
         read: Bytes.
         written: Bytes.
         flops: Floating-point operations.
-        seconds: The larger of the time for the bytes and for the operations on an H100.
     """
 
     read: int
     written: int
     flops: int
-    rate: float
 
     @property
     def bound_by_memory(self) -> bool:
         """Whether the bytes take longer than the operations."""
-        return (self.read + self.written) / BANDWIDTH >= self.flops / self.rate
+        return (self.read + self.written) / BANDWIDTH >= self.flops / VECTOR_RATE
 
     @property
     def seconds(self) -> float:
         """Time on an H100 at its published rates."""
-        return max((self.read + self.written) / BANDWIDTH, self.flops / self.rate)
+        return max((self.read + self.written) / BANDWIDTH, self.flops / VECTOR_RATE)
 
 
 def work_of(launch: Launch) -> Work:
     """Count what `launch` has to do."""
     arguments, written = launch.arguments, WRITTEN[launch.name]
-    size = {name: _touched(name, value, arguments) for name, value in arguments.items() if isinstance(value, Tensor)}
+    size = {name: value.nbytes for name, value in arguments.items() if isinstance(value, Tensor)}
     again = READ_AND_WRITTEN.get(launch.name, ())
-    half = any(isinstance(v, Tensor) and v.dtype in HALF for v in arguments.values())
-    if sizes := PRODUCTS.get(launch.name):
-        flops = 2 * prod(arguments[name] for name in sizes)
-    else:
-        name, operations = OPERATIONS.get(launch.name, ("partial", 1))
-        flops = operations * arguments[name].numel()
+    name, operations = OPERATIONS.get(launch.name, ("partial", 1))
     return Work(
         read=sum(n for name, n in size.items() if name not in written or name in again),
         written=sum(n for name, n in size.items() if name in written),
-        flops=flops,
-        rate=MATRIX_RATE if sizes and half else VECTOR_RATE,
+        flops=operations * arguments[name].numel(),
     )
 
 
-def _touched(name: str, tensor: Tensor, arguments: dict[str, Any]) -> int:
-    size = tensor.numel() * tensor.element_size()
-    if name in GATHERED and arguments.get("idx") is not None:
-        size = size * arguments["kept"] // tensor.shape[GATHERED[name]]
-    return size
+class _OperatorCounter(TorchDispatchMode):
+    """Adds up what torch's operators move, and the time of each."""
 
-
-class _EagerCounter(TorchDispatchMode):
-    """Adds up what eager operators move, and the time of each."""
-
-    current: "_EagerCounter | None" = None
+    current: "_OperatorCounter | None" = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -393,18 +363,18 @@ class _EagerCounter(TorchDispatchMode):
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
     """Count the operators that run inside, if somebody asked for the count."""
-    with _EagerCounter.current or contextlib.nullcontext():
+    with _OperatorCounter.current or contextlib.nullcontext():
         yield
 
 
-def count_eager(case: Case) -> _EagerCounter:
+def count_eager(case: Case) -> _OperatorCounter:
     """Run a case's eager implementation on meta tensors and count."""
     assert case.eager is not None
-    _EagerCounter.current = counter = _EagerCounter()
+    _OperatorCounter.current = counter = _OperatorCounter()
     try:
         case.eager()
     finally:
-        _EagerCounter.current = None
+        _OperatorCounter.current = None
     return counter
 
 
@@ -424,7 +394,6 @@ class Code:
         spills: Instructions that access local memory.
         load: Widest load from global memory, in bytes; 0 if there is none.
         store: Widest store to it.
-        matrix: Matrix instructions.
     """
 
     name: str
@@ -435,7 +404,6 @@ class Code:
     spills: int
     load: int
     store: int
-    matrix: int
 
     @property
     def occupancy(self) -> float:
@@ -502,7 +470,6 @@ def read_opcodes(
         spills=sum(parts[0] in ("LDL", "STL") for parts in names),
         load=max((_width(parts) for parts in names if parts[0] in ("LD", "LDG", "LDGSTS", "UBLKCP")), default=0),
         store=max((_width(parts) for parts in names if parts[0] in ("ST", "STG")), default=0),
-        matrix=sum(re.fullmatch(r"U?T?C?[HIQO]?G?MMA", parts[0]) is not None for parts in names),
     )  # fmt: skip
 
 
@@ -581,32 +548,22 @@ class Row:
     Attributes:
         code: What the compiler made of it.
         tiles: Its configuration.
-        product: Whether it should use matrix instructions.
         work: What it must do at the counted size; `None` where nothing is counted.
-        wide_load: Whether rows of what it reads start at multiples of 16 bytes, without which no load can be wide.
-        wide_store: The same for stores, and whether they go to neighbours and not where the kept nodes are.
+        wide: Whether rows start at multiples of 16 bytes, without which no load or store can be wide.
     """
 
     code: Code
     tiles: str = ""
-    product: bool = False
     work: Work | None = None
-    wide_load: bool = True
-    wide_store: bool = True
+    wide: bool = True
 
 
 def row_of(launch: Launch, code: Code) -> Row:
     """What is judged about a launch that was compiled."""
     # Triton, too, sees that rows are aligned only where their length is a multiple of 16.
     aligned = all(launch.arguments.get(name, 0) % 16 == 0 for name in ROW_LENGTHS)
-    scattered = "grad_w2" in launch.arguments and launch.arguments["idx"] is not None
-    return Row(
-        code, launch.tiles,
-        product=launch.name in PRODUCTS and _operands(launch) in HALF,
-        work=work_of(launch) if launch.name in WRITTEN else None,
-        wide_load=aligned,
-        wide_store=aligned and not scattered,
-    )  # fmt: skip
+    work = work_of(launch) if launch.name in WRITTEN else None
+    return Row(code, launch.tiles, work=work, wide=aligned)
 
 
 def judge(row: Row) -> list[str]:
@@ -616,12 +573,10 @@ def judge(row: Row) -> list[str]:
     problems = []
     if code.spills:
         problems.append(f"{where}: {code.spills} instructions spill registers, expected none; take smaller tiles.")
-    if row.product and not code.matrix:
-        problems.append(f"{where}: no matrix instruction in a half-precision product, expected tensor cores.")
     if work is not None and work.bound_by_memory:
-        if work.read > SMALL and code.load < WIDE and row.wide_load:
+        if work.read > SMALL and code.load < WIDE and row.wide:
             problems.append(f"{where}: memory bounds it, and its widest load is {code.load} bytes, expected {WIDE}.")
-        if work.written > SMALL and code.store < WIDE and row.wide_store:
+        if work.written > SMALL and code.store < WIDE and row.wide:
             problems.append(f"{where}: memory bounds it, and its widest store is {code.store} bytes, expected {WIDE}.")
     return problems
 
@@ -629,18 +584,13 @@ def judge(row: Row) -> list[str]:
 def _cuda_row(code: Code) -> Row | str:
     """What is judged about a CUDA kernel, or why it cannot be."""
     name = re.split(r"[<(]", code.name)[0]
-    if name == CUDA_PRODUCT:
-        return Row(code, product="float" not in code.name)
     if name in CUDA_SMALL:
         return Row(code)
     if name not in CUDA_MOVES:
-        return f"{name} of csrc/cuda is in none of CUDA_PRODUCT, CUDA_MOVES and CUDA_SMALL; add it to one."
+        return f"{name} of csrc/cuda is in neither CUDA_MOVES nor CUDA_SMALL; add it to one."
     read, written = (2 * SMALL if moves else 0 for moves in CUDA_MOVES[name])
-    return Row(code, work=Work(read, written, flops=0, rate=VECTOR_RATE))
+    return Row(code, work=Work(read, written, flops=0))
 
-
-CUDA_PRODUCT = "product_kernel"
-"""The CUDA kernel that multiplies matrices, with tensor cores unless it is instantiated for float."""
 
 CUDA_MOVES = {
     "mimic_pass_kernel": (True, True),
@@ -648,17 +598,20 @@ CUDA_MOVES = {
     "prior_sums_kernel": (True, False),
     "prior_gradient_kernel": (True, True),
     "synthesis_step_kernel": (True, True),
+    "normalise_kernel": (True, True),
+    "activate_kernel": (True, True),
+    "finish_kernel": (True, True),
+    "hidden_gradient_kernel": (True, True),
     "norm_gradient_kernel": (True, True),
-    "row_stats_kernel": (True, False),
     "column_sums_kernel": (True, False),
 }
 """CUDA kernels that memory bounds: whether they read and whether they write whole tensors, which must be wide."""
 
 CUDA_SMALL = (
     "weight_sum_kernel", "mimic_losses_kernel", "image_sums_kernel", "prior_value_kernel", "prior_slopes_kernel",
-    "finish_sums_kernel",
+    "finish_sums_kernel", "pack_kernel", "unpack_kernel",
 )  # fmt: skip
-"""CUDA kernels that add partial sums up."""
+"""CUDA kernels that add partial sums up, or gather the kept part of a weight."""
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -668,7 +621,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report.
 
     Returns:
-        1 if a kernel spills, moves memory narrowly although that bounds it, or multiplies without matrix instructions.
+        1 if a kernel spills, or moves memory narrowly although that bounds it.
     """
     parser = argparse.ArgumentParser("python -m benchmarks gpu-static", description=__doc__.partition("\n")[0])
     parser.add_argument("--op", action="append", help="only this op; may be repeated")
@@ -696,18 +649,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     for problem in problems:
         print(f"FAIL {problem}")
-    print(f"{len(problems)} failures" if problems else "no spills, no narrow copies, no product without tensor cores")
+    print(f"{len(problems)} failures" if problems else "no spills, no narrow copies")
     return 1 if problems else 0
 
 
 def _report_triton(chosen: Sequence[Case], archs: Sequence[int], jobs: int) -> list[str]:
-    by_case: list[tuple[Case, list[Launch]]] = []
+    by_case: list[tuple[Case, list[Launch], _OperatorCounter]] = []
     for case in chosen:
-        with recorded(case.title, case.eager is not None) as launches:
+        with recorded(case.title, case.eager is not None) as launches, _OperatorCounter() as left:
             case.launch()
-        by_case.append((case, launches))
-    every = {launch.key(): launch for _, launches in by_case for launch in launches}
-    counted = {launch.key(): launch for _, launches in by_case for launch in launches if launch.counted}
+        by_case.append((case, launches, left))
+    every = {launch.key(): launch for _, launches, _ in by_case for launch in launches}
+    counted = {launch.key(): launch for _, launches, _ in by_case for launch in launches if launch.counted}
     every |= counted
     tasks = [(key, arch) for key in every for arch in archs]
     with ThreadPoolExecutor(jobs) as pool:  # most of the time is spent in ptxas, a process of its own
@@ -725,18 +678,20 @@ def _report_triton(chosen: Sequence[Case], archs: Sequence[int], jobs: int) -> l
         print(_line(row, _short(_operands(launch))))
 
     print("\nBytes and operations, and the time that they imply on an H100 (3.35 TB/s, 989 and 67 TFLOP/s)")
-    for case, launches in by_case:
+    for case, launches, left in by_case:
         if case.eager is None:
             continue
         print(f"\n  {case.op} {case.title}")
         works = [work_of(launch) for launch in launches]
         for launch, work in zip(launches, works, strict=True):
             _print_work(launch.name, work.read + work.written, work.flops, work.seconds)
+        if left.kernels:
+            _print_work(f"left to torch, {left.kernels} operators", left.bytes, left.flops, left.seconds)
+        total = left.seconds + sum(work.seconds for work in works)
+        size = left.bytes + sum(w.read + w.written for w in works)
+        count = len(works) + left.kernels
+        _print_work(f"all, {count} kernels", size, left.flops + sum(w.flops for w in works), total)
         eager = count_eager(case)
-        total = sum(work.seconds for work in works)
-        _print_work(
-            f"all, {len(works)} kernels", sum(w.read + w.written for w in works), sum(w.flops for w in works), total
-        )
         _print_work(f"eager, {eager.kernels} operators", eager.bytes, eager.flops, eager.seconds)
         print(f"    bound of eager over bound of kernels: {eager.seconds / total:.2f}")
     return problems
@@ -772,7 +727,7 @@ def _report_cuda(archs: Sequence[int], ops: Sequence[str] | None) -> list[str]:
 
 HEADER = (
     f"{'kernel':34} {'type':5} {'tiles, warps, stages':30} {'arch':>4} {'regs':>4} {'spill':>5} {'shared':>7} "
-    f"{'occ.':>5} {'load':>4} {'store':>5} {'matrix':>6}"
+    f"{'occ.':>5} {'load':>4} {'store':>5}"
 )
 
 
@@ -780,7 +735,7 @@ def _line(row: Row, dtype: str) -> str:
     c = row.code
     return (
         f"{f'{c.name:34} {dtype:5} {row.tiles}':71} {c.arch:4} {c.registers:4} {c.spills:5} {c.shared:7} "
-        f"{c.occupancy:5.0%} {c.load:4} {c.store:5} {c.matrix:6}"
+        f"{c.occupancy:5.0%} {c.load:4} {c.store:5}"
     )
 
 

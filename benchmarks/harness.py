@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ class Settings:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     runs: int = 500 if torch.cuda.is_available() else 15
     compile: bool = True
+    dtype: torch.dtype = torch.float32
 
 
 settings = Settings()
@@ -71,6 +73,11 @@ settings = Settings()
 def device() -> torch.device:
     """Where benchmarks run."""
     return torch.device(settings.device)
+
+
+def draw(*shape: int) -> Tensor:
+    """Numbers of a normal distribution, where and of what benchmarks run."""
+    return torch.randn(shape, device=device(), dtype=settings.dtype)
 
 
 def measure(benchmark: Any, case: Case) -> None:
@@ -106,7 +113,7 @@ def measure(benchmark: Any, case: Case) -> None:
         memory={
             name: measure_peak_memory(run, device()) - case.results
             for name, run in contestants.items()
-            if case.results and device().type == "cpu" and name != REFERENCE
+            if case.results and name != REFERENCE
         },
     )
 
@@ -129,7 +136,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def copies(count: int) -> Callable[[], object]:
-    """A call that moves `count` bytes, half read and half written, by copying what no cache holds."""
+    """A call that moves `count` bytes, half read and half written, by copying."""
     source = torch.randn(max(1, count // 8), device=device())
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -139,6 +146,8 @@ def header() -> str:
     """Machine, versions and commit."""
 
     def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 

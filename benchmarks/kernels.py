@@ -10,11 +10,12 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", help="only cases whose name contains this, in pytest's -k syntax")
     parser.add_argument("--runs", type=int, help="rounds: 500 on a GPU and 15 on a CPU if not given")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all tensors")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads; all cores if not given")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile(eager)")
     options = parser.parse_args(argv)
     settings.device = options.device or settings.device
     settings.runs = options.runs or (500 if settings.device == "cuda" else 15)
     settings.compile = not options.no_compile
+    settings.dtype = getattr(torch, options.dtype)
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(header(), flush=True)
-    failed = False
-    for op in options.op or OPS:
-        if not green(op):
+    print(f"{header()}; {options.dtype}", flush=True)
+    ops = options.op or OPS
+    red = failing(ops)
+    failed = bool(red)
+    for op in ops:
+        if op in red:
             print(f"\n{op}: its tests fail, so there are no figures. See them with: pytest tests/ops/test_{op}.py")
-            failed = True
             continue
         results = run(op, options.case)
         if results is None:
@@ -62,14 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def green(op: str) -> bool:
-    """Whether the op's tests pass, of the implementations that are measured."""
+def failing(ops: Collection[str]) -> set[str]:
+    """The ops whose tests fail, of the implementations that are measured."""
+    files = [f"tests/ops/test_{op}.py" for op in ops]
     unmeasured = "not reference and not interpreted and not host"
-    tests = ["-m", "pytest", f"tests/ops/test_{op}.py", "-k", unmeasured, "-q", "--no-header", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", *files, "-n", "auto", "-k", unmeasured, "-q", "--no-header", "-p", "no:cacheprovider"]
     done = subprocess.run([sys.executable, *tests], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stdout)
-    return done.returncode == 0
+    if done.returncode == 0:
+        return set()
+    print(done.stdout)
+    red = set(re.findall(r"^(?:FAILED|ERROR) tests/ops/test_(\w+)\.py", done.stdout, re.MULTILINE))
+    return red or set(ops)
 
 
 def run(op: str, case: str | None) -> list[dict[str, Any]] | None:
@@ -96,7 +103,8 @@ def table(result: dict[str, Any]) -> str:
     best = {name: statistics.median(times) for name, times in seconds.items()}
     reference = "copying" if result["bytes"] else "matrix products"
     unit, work = ("GB/s", result["bytes"]) if result["bytes"] else ("GFLOP/s", result["flops"])
-    average, mean = ("mean", statistics.mean) if device().type == "cuda" else ("median", statistics.median)
+    on_gpu = device().type == "cuda"
+    average, mean = ("mean", statistics.mean) if on_gpu else ("median", statistics.median)
     lines = [
         "",
         f"{result['op']}  {result['case']}  ({len(seconds['eager'])} rounds)",
@@ -108,7 +116,7 @@ def table(result: dict[str, Any]) -> str:
         memory = result["memory"].get(name)
         peak = "" if memory is None else f"{memory / 1e6:.0f}"
         lines.append(
-            f"  {label:18}{mean(times) * 1e3:>6.1f}  {ratios[0]:>22}  {ratios[1]:>22}  "
+            f"  {label:16}{mean(times) * 1e3:>8.{3 if on_gpu else 1}f}  {ratios[0]:>22}  {ratios[1]:>22}  "
             f"{work / best[name] / 1e9:>8.1f}  {best[REFERENCE] / best[name]:>5.0%}  {peak:>8}"
         )
     return "\n".join(lines)

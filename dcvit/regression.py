@@ -167,15 +167,18 @@ def select_inputs(equations: NormalEquations, count: int, ridge: float = 1e-2) -
     diagonal = gram.diagonal().clone()
     floor = 1e-12 * float(diagonal.max()) if inputs else 0.0
     factor = gram.new_zeros(count, inputs)  # rows of Lᵀ
-    chosen: list[int] = []
-    for step in range(count):
-        gain = moment.square().sum(1) / diagonal
-        gain[chosen] = -1.0
-        pivot = int(gain.argmax())
-        column = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / diagonal[pivot].sqrt()
+    chosen = torch.empty(count, dtype=torch.int64, device=gram.device)
+    taken = torch.zeros(inputs, dtype=torch.bool, device=gram.device)
+    for step in range(count):  # which a GPU is never waited for in
+        gain = (moment.square().sum(1) / diagonal).masked_fill_(taken, -1.0)
+        pivot = gain.argmax(0, keepdim=True)
+        root = diagonal.index_select(0, pivot).sqrt_()
+        before = factor[:step].index_select(1, pivot).squeeze(1) @ factor[:step]
+        column = (gram.index_select(0, pivot).squeeze(0) - before) / root
         factor[step] = column
-        moment -= torch.outer(column, moment[pivot] / diagonal[pivot].sqrt())
+        moment -= torch.outer(column, moment.index_select(0, pivot).squeeze(0) / root)
         # What is left of an input that the chosen ones nearly span is rounding: it must not look like a gain.
         diagonal = (diagonal - column.square()).clamp_min(floor)
-        chosen.append(pivot)
-    return torch.tensor(chosen, dtype=torch.int64, device=gram.device)
+        chosen[step : step + 1] = pivot
+        taken.index_fill_(0, pivot, True)
+    return chosen

@@ -10,7 +10,6 @@ spills.
 
 from typing import NamedTuple
 
-import torch
 from dcvit.kernels._launch import cdiv, power_of_two
 
 
@@ -62,87 +61,13 @@ SUM_TILE = 1024
 """Numbers that the one program of a final sum reads at a time."""
 
 
-def is_half(dtype: torch.dtype) -> bool:
-    """Whether tensor cores multiply `dtype`."""
-    return dtype in (torch.float16, torch.bfloat16)
+COLUMN_PROGRAMS = 1056
+"""Eight programs for each multiprocessor of an H100: so many share a matrix whose columns they add up."""
 
 
-# Matrix products. Half precision runs on tensor cores, whose operands wait in shared memory: 128 x 128 x 64 takes
-# 32 KiB for each stage. float32 is held to eager's error, so it is multiplied by the ordinary units, which want an
-# accumulator that leaves room for the operands in registers.
-
-
-class Product(NamedTuple):
-    """Tiles of a matrix product.
-
-    Attributes:
-        rows: Rows of the result that a program computes.
-        columns: Columns of the result that a program computes.
-        depth: Terms that it adds at a time.
-        launch: How the compiler arranges it.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    launch: Launch
-
-
-HALF_PRODUCTS = {
-    "few rows": Product(16, 64, 64, Launch(num_warps=4, num_stages=3)),
-    "narrow": Product(128, 64, 64, Launch(num_warps=4, num_stages=3)),
-    "wide": Product(128, 128, 64, Launch(num_warps=8, num_stages=3)),
-    # Rows that are not aligned are loaded number by number, each with an address.
-    "unaligned": Product(128, 64, 64, Launch(num_warps=8, num_stages=3)),
-    # GELU and its slope beside the accumulator: with 128 columns a thread needs more than its 255 registers.
-    "hidden gradient": Product(128, 64, 64, Launch(num_warps=8, num_stages=3)),
-}
-FLOAT_PRODUCTS = {
-    "few rows": Product(16, 64, 32, Launch(num_warps=4, num_stages=2)),
-    "narrow": Product(64, 64, 32, Launch(num_warps=8, num_stages=2)),
-    "wide": Product(64, 64, 32, Launch(num_warps=8, num_stages=2)),
-    "unaligned": Product(64, 64, 32, Launch(num_warps=8, num_stages=2)),
-    "hidden gradient": Product(64, 64, 32, Launch(num_warps=8, num_stages=2)),
-    # Both operands lie across the sum; 32 terms at a time spill on sm_80.
-    "weight gradient": Product(64, 64, 16, Launch(num_warps=8, num_stages=2)),
-}
-
-
-def product(dtype: torch.dtype, rows: int, columns: int, lengths: tuple[int, int], kind: str | None = None) -> Product:
-    """Tiles for a result `[rows, columns]`.
-
-    Widths 192 and 320 are multiples of 64 but not of 128; beyond 512 the wide tile's reuse outweighs its padding.
-
-    Args:
-        dtype: Of the operands.
-        rows: Of the result.
-        columns: Of the result.
-        lengths: Of the rows of the matrices, in memory: a length that is no multiple of 16 leaves them unaligned.
-        kind: The row to take where the table has it; of little use to a result of a few rows.
-    """
-    table = HALF_PRODUCTS if is_half(dtype) else FLOAT_PRODUCTS
-    if rows <= 16:
-        return table["few rows"]
-    if kind in table:
-        return table[kind]
-    if any(length % 16 for length in lengths):
-        return table["unaligned"]
-    return table["wide" if columns % 128 == 0 or columns > 512 else "narrow"]
-
-
-GROUP_ROWS = 8
-"""Row tiles that are computed one after the other for each column tile, so that operands are found in the cache."""
-
-SPLIT_PROGRAMS = 264
-"""Two programs for each multiprocessor of an H100: the number that a weight gradient is split into at least."""
-
-SPLIT_ROWS = 1024
-"""Rows below which a split of a weight gradient does not pay for its partial result."""
-
-
-def weight_splits(rows: int, tiles: int) -> int:
-    """Parts into which the sum over `rows` tokens is split, for a weight gradient of `tiles` tiles."""
-    return max(1, min(cdiv(SPLIT_PROGRAMS, tiles), rows // SPLIT_ROWS))
+def column_parts(rows: int, columns: int, tile: tuple[int, int]) -> int:
+    """Programs that share the rows of each column tile of a matrix."""
+    return max(1, min(cdiv(rows, tile[0]), COLUMN_PROGRAMS // cdiv(columns, tile[1])))
 
 
 # LayerNorm, whole rows at a time.
@@ -156,8 +81,3 @@ def norm_tile(width: int) -> tuple[int, int]:
     """Rows and columns of a tile that holds whole rows of tokens `[M, D]`."""
     columns = power_of_two(width)
     return max(1, NORM_TILE // columns), columns
-
-
-WEIGHT_SUM_TILE = (8, 128)
-WEIGHT_SUM_LAUNCH = Launch(num_warps=4, num_stages=1)
-COLUMN_SUM_TILE = (64, 16)

@@ -1,7 +1,6 @@
 """What the interpreter of Triton 3.8 does differently from a GPU, and what kernels use instead.
 
-It multiplies the bits of bfloat16 operands as integers, and cuts float32 off to bfloat16 where a GPU rounds to nearest.
-Compiled, both functions are the plain operation.
+It cuts float32 off to bfloat16 where a GPU rounds to nearest. Compiled, the function is the plain operation.
 """
 
 import os
@@ -10,14 +9,6 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def dot(a, b, total):
-    """Sum of `total` and a b, added in float32; float32 operands are not rounded to TF32."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, device, measure
+from benchmarks.harness import Case, device, draw, measure
 from dcvit.ops import dropped_mlp
 
 BATCH = 64
@@ -33,9 +33,6 @@ SHAPES = [
 def test_dropped_mlp(benchmark: Any, tokens: int, width: int, kept: int, mode: str) -> None:
     torch.manual_seed(0)
     hidden, rows, training = max(4 * width, kept), BATCH * tokens, mode == "train"
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device())
 
     x, cotangent = draw(BATCH, tokens, width), draw(BATCH, tokens, width)
     w1, w2 = draw(hidden, width) / width**0.5, draw(width, hidden) / hidden**0.5
@@ -69,7 +66,7 @@ def test_dropped_mlp(benchmark: Any, tokens: int, width: int, kept: int, mode: s
             wide.copy_(w1[:kept].detach())
             narrow.copy_(w2[:, :kept].detach())
 
-    results = 4 * (x.numel() + sum(tensor.numel() for tensor in tensors.values())) if training else 0
+    results = x.nbytes + sum(tensor.nbytes for tensor in tensors.values()) if training else 0
     flops = 2 * 2 * rows * width * kept * (3 if training else 1)
     name = f"{'forward + backward' if training else 'inference'} [{BATCH}, {tokens}, {width}], {kept} kept"
     measure(benchmark, Case(name, "dropped_mlp", dropped_mlp, call, tensors, products, flops=flops, results=results))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, copies, device, measure
+from benchmarks.harness import Case, copies, draw, measure
 from dcvit.ops import mimic_loss
 
 SHAPES = [(1, 64, 197, 768), (6, 64, 197, 768), (1, 64, 257, 1024), (1, 64, 197, 192)]
@@ -16,14 +16,13 @@ SHAPES = [(1, 64, 197, 768), (6, 64, 197, 768), (1, 64, 257, 1024), (1, 64, 197,
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_mimic_loss(benchmark: Any, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    student = torch.randn(shape, device=device(), requires_grad=True)
-    teacher = torch.randn(shape[1:], device=device())
+    student, teacher = draw(*shape).requires_grad_(), draw(*shape[1:])
 
     def call(function: Callable[..., Tensor]) -> object:
         return torch.autograd.grad(function(student, teacher).sum(), student)
 
     # Students and teacher are read, gradients written.
-    count = 4 * (2 * student.numel() + teacher.numel())
+    count = teacher.element_size() * (2 * student.numel() + teacher.numel())
     others = {}
     if shape[0] > 1:
         alone = [candidate[None].detach().requires_grad_() for candidate in student]

@@ -32,6 +32,20 @@ Sizes check(const char* op, const Tensor& x, const Tensor& w1, const Tensor& w2,
   return sizes;
 }
 
+// The kept part of a weight, times `factor` by row, as the BLAS wants it.
+Tensor pack(const Tensor& from, int64_t rows, int64_t columns, const Optional& row_index, const Optional& column_index,
+            const Optional& factor, void* stream) {
+  if (!row_index && !column_index && !factor) return from;
+  Tensor packed = empty(from, {rows, columns}, from.scalar_type());
+  dispatch("dropped_mlp", from.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    launch_pack<T>(rows, columns, from.dim() == 2 ? from.size(1) : 0, view<const int64_t>(row_index),
+                   view<const int64_t>(column_index), view<const T>(factor), view<const T>(from), view<T>(packed),
+                   stream);
+  });
+  return packed;
+}
+
 std::tuple<Tensor, Tensor, Tensor> dropped_mlp(Tensor x, Tensor w1, Optional b1, Tensor w2, Optional b2, Optional idx,
                                                Optional norm_weight, Optional norm_bias, double norm_eps,
                                                Optional scale, bool residual, bool save) {
@@ -43,43 +57,33 @@ std::tuple<Tensor, Tensor, Tensor> dropped_mlp(Tensor x, Tensor w1, Optional b1,
   norm_weight = dense(norm_weight), norm_bias = dense(norm_bias), scale = dense(scale);
 
   const auto [rows, width, hidden, kept, out] = sizes;
-  const bool keep_stats = save && norm_weight;
-  Tensor y = empty(x, {rows, out}, x.scalar_type());
-  Tensor pre = empty(x, {save ? rows : 0, kept}, x.scalar_type());
-  Tensor activation = empty(x, {rows, kept}, x.scalar_type());
-  Tensor stats = empty(x, {norm_weight ? rows : 0, 2}, ScalarType::Float);
-  dispatch("dropped_mlp", x.scalar_type(),
-           [&, rows = rows, width = width, hidden = hidden, kept = kept, out = out](auto number) {
-             using T = decltype(number);
-             if (norm_weight) launch_row_stats<T>(rows, width, norm_eps, view<const T>(x), view<float>(stats), stream);
-             const auto kept_nodes = view<const int64_t>(idx);
-             Operand<T> input{view<const T>(x), rows, width, width};
-             if (norm_weight) {
-               input.stats = view<const float>(stats);
-               input.norm_weight = view<const T>(norm_weight);
-               input.norm_bias = view<const T>(norm_bias);
-             }
-             Operand<T> first{view<const T>(w1), kept, width, width, kept_nodes};
-             Result<T> nodes;
-             if (save) nodes.out = view<T>(pre);
-             nodes.activation = view<T>(activation);
-             nodes.stride = kept;
-             nodes.column_index = kept_nodes;
-             nodes.bias = view<const T>(b1);
-             launch_hidden<T>(input, first, nodes, stream);
-
-             Operand<T> active{view<const T>(activation), rows, kept, kept};
-             Operand<T> second{view<const T>(w2), out, kept, hidden};
-             second.column_index = kept_nodes;
-             Result<T> outputs;
-             outputs.out = view<T>(y);
-             outputs.stride = out;
-             outputs.bias = view<const T>(b2);
-             outputs.scale = view<const T>(scale);
-             if (residual) outputs.other = view<const T>(x);
-             launch_output<T>(active, second, outputs, stream);
-           });
-  return {y, pre, keep_stats ? stats : empty(x, {0, 2}, ScalarType::Float)};
+  Tensor stats = empty(x, {save && norm_weight ? rows : 0, 2}, ScalarType::Float);
+  Tensor input = norm_weight ? empty(x, {rows, width}, x.scalar_type()) : x;
+  if (norm_weight)
+    dispatch("dropped_mlp", x.scalar_type(), [&, rows = rows, width = width](auto number) {
+      using T = decltype(number);
+      launch_normalise<T>(rows, width, norm_eps, view<const T>(x), view<const T>(norm_weight), view<const T>(norm_bias),
+                          {}, save ? view<float>(stats) : View<float>(), view<T>(input), stream);
+    });
+  if (b1 && idx) {
+    Tensor packed = pack(*b1, 1, kept, {}, idx, {}, stream);
+    b1 = torch::stable::view(packed, {kept});
+  }
+  Tensor pre = linear(input, pack(w1, kept, width, idx, {}, {}, stream), b1);
+  Tensor activation = save ? empty(x, {rows, kept}, x.scalar_type()) : pre;
+  dispatch("dropped_mlp", x.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    launch_activate<T>(pre.numel(), view<const T>(pre), view<T>(activation), stream);
+  });
+  const bool finish = scale || residual;
+  Tensor y = linear(activation, pack(w2, out, kept, {}, idx, {}, stream), finish ? Optional() : b2);
+  if (finish)
+    dispatch("dropped_mlp", x.scalar_type(), [&, rows = rows, out = out](auto number) {
+      using T = decltype(number);
+      launch_finish<T>(rows, out, view<const T>(y), view<const T>(b2), view<const T>(scale),
+                       residual ? view<const T>(x) : View<const T>(), view<T>(y), stream);
+    });
+  return {y, save ? pre : empty(x, {0, kept}, x.scalar_type()), stats};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -106,101 +110,97 @@ Gradients dropped_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Opti
   norm_weight = dense(norm_weight), norm_bias = dense(norm_bias), scale = dense(scale);
   pre = dense(pre), stats = dense(stats);
 
-  // Dropped nodes keep the zeros.
-  const auto make = [&](bool wanted, std::initializer_list<int64_t> shape, bool dropped) {
-    if (!wanted) return empty(x, {0}, dtype);
-    const std::vector<int64_t> full(shape);
-    return dropped ? torch::stable::new_zeros(x, {full.data(), full.size()}, dtype) : empty(x, shape, dtype);
+  const auto none = [&] { return empty(x, {0}, dtype); };
+  const auto make = [&](bool wanted, std::initializer_list<int64_t> shape) {
+    return wanted ? empty(x, shape, dtype) : none();
   };
-  const bool dropped = idx.has_value();
-  Tensor grad_x = make(wants_x, {rows, width}, false), grad_w1 = make(wants_w1, {hidden, width}, dropped);
-  Tensor grad_b1 = make(wants_b1, {hidden}, dropped), grad_w2 = make(wants_w2, {out, hidden}, dropped);
-  Tensor grad_b2 = make(wants_b2, {out}, false), grad_scale = make(wants_scale, {out}, false);
-  Tensor grad_weight = make(wants_weight, {width}, false), grad_bias = make(wants_bias, {width}, false);
+  const auto zeros = [&](std::initializer_list<int64_t> shape) {
+    const std::vector<int64_t> full(shape);
+    return torch::stable::new_zeros(x, {full.data(), full.size()}, dtype);
+  };
+  Tensor grad_x = none(), grad_w1 = none(), grad_w2 = none();
+  Tensor grad_b1 = wants_b1 && idx ? zeros({hidden}) : make(wants_b1, {hidden});  // dropped nodes keep the zeros
+  Tensor grad_b2 = make(wants_b2, {out}), grad_scale = make(wants_scale, {out});
+  Tensor grad_weight = make(wants_weight, {width}), grad_bias = make(wants_bias, {width});
 
   const bool needs_input = wants_x || wants_weight || wants_bias;
   const bool needs_nodes = needs_input || wants_w1 || wants_b1;
-  const bool needs_normed = needs_input && norm_weight;
+  const bool needs_activation = wants_w2 || wants_scale;
   const int64_t chunks = (rows + kSummedRows - 1) / kSummedRows;
-  Tensor grad_pre = empty(x, {needs_nodes ? rows : 0, kept}, dtype);
-  Tensor grad_normed = empty(x, {needs_normed ? rows : 0, width}, dtype);
+  const auto partials = [&](bool wanted, int64_t columns) {
+    return empty(x, {wanted ? chunks : 0, columns}, ScalarType::Double);
+  };
 
   dispatch(op, dtype, [&, rows = rows, width = width, hidden = hidden, kept = kept, out = out](auto number) {
     using T = decltype(number);
-    const auto kept_nodes = view<const int64_t>(idx);
-    const Operand<T> gradient{view<const T>(grad), rows, out, out};
-    // sum over rows of values (times the normalised x), times factor, plus row_partials
-    const auto sum_columns = [&](int64_t columns, const Tensor& values, bool normalised, View<const T> factor,
-                                 View<const double> row_partials, View<const int64_t> index, Tensor& target) {
-      Tensor partials = empty(x, {chunks, columns}, ScalarType::Double);
-      launch_column_sums<T>(rows, columns, view<const T>(values), normalised ? view<const T>(x) : View<const T>(),
-                            normalised ? view<const float>(stats) : View<const float>(), view<double>(partials),
-                            stream);
-      launch_finish_sums<T>(columns, view<const double>(partials), factor, row_partials, index, view<T>(target),
-                            stream);
-    };
+    const auto given = [](bool wanted, const Tensor& sums) { return wanted ? view<double>(sums) : View<double>(); };
 
+    Tensor activation = empty(x, {needs_activation ? rows : 0, kept}, dtype);
     if (needs_nodes) {
-      Operand<T> scaled = gradient, second{view<const T>(w2), out, kept, hidden};
-      scaled.column_scale = view<const T>(scale);
-      second.column_index = kept_nodes;
-      Result<T> nodes;
-      nodes.out = view<T>(grad_pre);
-      nodes.stride = kept;
-      nodes.other = view<const T>(pre);
-      launch_hidden_gradient<T>(scaled, second, nodes, stream);
-    }
-    const Operand<T> nodes{view<const T>(grad_pre), rows, kept, kept};
-    if (needs_input) {
-      const Operand<T> first{view<const T>(w1), kept, width, width, kept_nodes};
-      Result<T> inputs;
-      inputs.out = view<T>(norm_weight ? grad_normed : grad_x);
-      inputs.stride = width;
-      if (residual && !norm_weight) inputs.other = view<const T>(grad);
-      launch_input_gradient<T>(nodes, first, inputs, stream);
-    }
-    if (wants_x && norm_weight)
-      launch_norm_gradient<T>(rows, width, view<const T>(grad_normed), view<const T>(x), view<const float>(stats),
-                              view<const T>(norm_weight), residual ? view<const T>(grad) : View<const T>(),
-                              view<T>(grad_x), stream);
-    if (wants_w1) {
-      Operand<T> input{view<const T>(x), rows, width, width};
-      if (norm_weight) {
-        input.stats = view<const float>(stats);
-        input.norm_weight = view<const T>(norm_weight);
-        input.norm_bias = view<const T>(norm_bias);
+      Tensor grad_pre = product(grad, pack(w2, out, kept, {}, idx, scale, stream));
+      Tensor sums = partials(wants_b1, kept);
+      launch_hidden_gradient<T>(rows, kept, view<const T>(pre), view<T>(grad_pre),
+                                needs_activation ? view<T>(activation) : View<T>(), given(wants_b1, sums), stream);
+      if (wants_b1)
+        launch_finish_sums<T>(kept, view<const double>(sums), {}, {}, view<const int64_t>(idx), view<T>(grad_b1),
+                              stream);
+      if (wants_w1) {
+        Tensor input = norm_weight ? empty(x, {rows, width}, dtype) : x;
+        if (norm_weight)
+          launch_normalise<T>(rows, width, 0, view<const T>(x), view<const T>(norm_weight), view<const T>(norm_bias),
+                              view<const float>(stats), {}, view<T>(input), stream);
+        grad_w1 = product(transposed(grad_pre), input);
+        if (idx) {
+          const Tensor packed = grad_w1;
+          grad_w1 = zeros({hidden, width});
+          launch_unpack<T>(kept, width, width, view<const int64_t>(idx), {}, {}, view<const T>(packed), {},
+                           view<T>(grad_w1), {}, stream);
+        }
       }
-      Result<T> weights;
-      weights.out = view<T>(grad_w1);
-      weights.stride = width;
-      weights.row_index = kept_nodes;
-      launch_first_weight_gradient<T>(nodes, input, weights, stream);
+      if (needs_input) {
+        Tensor grad_input = product(grad_pre, pack(w1, kept, width, idx, {}, {}, stream));
+        if (wants_weight || wants_bias) {
+          Tensor plain = partials(wants_bias, width), normalised = partials(wants_weight, width);
+          launch_column_sums<T>(rows, width, view<const T>(grad_input), view<const T>(x), view<const float>(stats),
+                                given(wants_bias, plain), given(wants_weight, normalised), stream);
+          if (wants_bias)
+            launch_finish_sums<T>(width, view<const double>(plain), {}, {}, {}, view<T>(grad_bias), stream);
+          if (wants_weight)
+            launch_finish_sums<T>(width, view<const double>(normalised), {}, {}, {}, view<T>(grad_weight), stream);
+        }
+        const auto past = residual ? view<const T>(grad) : View<const T>();
+        if (wants_x && norm_weight)
+          launch_norm_gradient<T>(rows, width, view<const T>(grad_input), view<const T>(x), view<const float>(stats),
+                                  view<const T>(norm_weight), past, view<T>(grad_input), stream);
+        else if (wants_x && residual)
+          launch_finish<T>(rows, width, view<const T>(grad_input), {}, {}, past, view<T>(grad_input), stream);
+        if (wants_x) grad_x = grad_input;
+      }
+    } else if (needs_activation) {
+      launch_activate<T>(pre.numel(), view<const T>(pre), view<T>(activation), stream);
     }
-    if (wants_b1) sum_columns(kept, grad_pre, false, {}, {}, kept_nodes, grad_b1);
-    if (wants_weight) sum_columns(width, grad_normed, true, {}, {}, {}, grad_weight);
-    if (wants_bias) sum_columns(width, grad_normed, false, {}, {}, {}, grad_bias);
 
     // d loss / d scale_e = sum_m grad_me (sum_k a_mk w2_ek + b2_e), of which the first is the row sum of g * w2 with
     // g = grad^T a, the gradient of w2 without the scale.
-    Tensor row_partials = empty(x, {wants_scale ? out : 0, product_columns<T>(kept)}, ScalarType::Double);
-    if (wants_w2 || wants_scale) {
-      const Operand<T> before{view<const T>(pre), rows, kept, kept};
-      Result<T> weights;
-      if (wants_w2) weights.out = view<T>(grad_w2);
-      weights.stride = hidden;
-      weights.column_index = kept_nodes;
-      weights.scale = view<const T>(scale);
-      if (wants_scale) {
-        weights.other = view<const T>(w2);
-        weights.partials = view<double>(row_partials);
-      }
-      launch_second_weight_gradient<T>(gradient, before, weights, stream);
+    Tensor row_sums = empty(x, {wants_scale ? out : 0}, ScalarType::Double);
+    if (needs_activation) {
+      const Tensor packed = product(transposed(grad), activation);
+      const bool placed = wants_w2 && (idx || scale);
+      if (placed) grad_w2 = idx ? zeros({out, hidden}) : empty(x, {out, hidden}, dtype);
+      if (placed || wants_scale)
+        launch_unpack<T>(out, kept, hidden, {}, view<const int64_t>(idx), view<const T>(scale), view<const T>(packed),
+                         view<const T>(w2), placed ? view<T>(grad_w2) : View<T>(), given(wants_scale, row_sums),
+                         stream);
+      if (wants_w2 && !placed) grad_w2 = packed;
     }
-    if (wants_b2) sum_columns(out, grad, false, view<const T>(scale), {}, {}, grad_b2);
-    if (wants_scale && b2)
-      sum_columns(out, grad, false, view<const T>(b2), view<const double>(row_partials), {}, grad_scale);
-    else if (wants_scale)
-      launch_finish_sums<T>(out, {}, {}, view<const double>(row_partials), {}, view<T>(grad_scale), stream);
+    const bool sums_grad = wants_b2 || (wants_scale && b2);
+    Tensor sums = partials(sums_grad, out);
+    if (sums_grad) launch_column_sums<T>(rows, out, view<const T>(grad), {}, {}, view<double>(sums), {}, stream);
+    if (wants_b2)
+      launch_finish_sums<T>(out, view<const double>(sums), view<const T>(scale), {}, {}, view<T>(grad_b2), stream);
+    if (wants_scale)
+      launch_finish_sums<T>(out, b2 ? view<const double>(sums) : View<const double>(), view<const T>(b2),
+                            view<const double>(row_sums), {}, view<T>(grad_scale), stream);
   });
   return {grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_weight, grad_bias, grad_scale};
 }

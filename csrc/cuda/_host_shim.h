@@ -5,7 +5,7 @@
 // - accesses of two threads to the same element, one of them a write, without a barrier between them: each element has
 //   a shadow that remembers who read and wrote it, and in which interval between barriers;
 // - shared memory that is read before the block wrote it;
-// - barriers, shuffles and matrix instructions that only some of the threads reach, or reach at different places;
+// - barriers and shuffles that only some of the threads reach, or reach at different places;
 // - launches that a GPU refuses.
 // What it cannot show is listed in README.md.
 #pragma once

@@ -15,6 +15,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -69,8 +71,9 @@ inline std::string shape_of(const Tensor& tensor) { return shape_of(tensor.sizes
 // Refuses a tensor of another shape, dtype or device than expected, by name.
 inline void expect(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                    ScalarType dtype, const Tensor& like) {
-  const std::string wanted = shape_of(sizes.begin(), sizes.size()), got = shape_of(tensor);
-  STD_TORCH_CHECK(wanted == got, op, ": expected ", name, " to be ", wanted, ", got ", got);
+  const auto shape = tensor.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), op, ": expected ", name,
+                  " to be ", shape_of(sizes.begin(), sizes.size()), ", got ", shape_of(tensor));
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected ", name, " to be ", torch::headeronly::toString(dtype),
                   ", got ", torch::headeronly::toString(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), op,
@@ -83,9 +86,22 @@ inline void expect_dims(const char* op, const char* name, const Tensor& tensor, 
                   shape_of(tensor));
 }
 
+// The shortest way that the stable ABI has: an op makes dozens of tensors in each call.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
+  constexpr size_t kMaxDim = 5;
+  STD_TORCH_CHECK(sizes.size() <= kMaxDim, "empty: expected at most ", kMaxDim, " dimensions, got ", sizes.size());
+  int64_t strides[kMaxDim], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t device = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                         type, device, std::max<int32_t>(like.get_device_index(), 0),
+                                                         &handle));
+  return Tensor(handle);
 }
 
 inline Tensor dense(const Tensor& tensor) {
@@ -107,6 +123,23 @@ template <class T>
 View<T> view(const std::optional<Tensor>& tensor) {
   return tensor ? view<T>(*tensor) : View<T>();
 }
+
+// Matrix products are torch's, and so cuBLAS's, whose precision the user of torch sets (TF32, sums in half precision).
+inline Tensor product(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x weight^T + bias
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 // Calls `function` with a value of the C++ type of `dtype`.
 template <class Function>

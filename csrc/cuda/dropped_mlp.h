@@ -1,85 +1,58 @@
-// Launches of the MLP with dropped nodes. M rows, D wide; K kept nodes; E outputs.
+// Launches of the MLP with dropped nodes: what happens between its matrix products, which are the BLAS's. M rows, D
+// wide; K kept nodes; E outputs. What is optional may be a view that is not given.
 #pragma once
 
 #include "_view.h"
 
 namespace dcvit {
 
-// A matrix [rows, columns] that a product reads, with all that happens to it on the way to shared memory.
+// out = LayerNorm(x) [M, D], with the `known` mean and 1/std of each row [M, 2], or with its own, kept in `stats`.
 template <class T>
-struct Operand {
-  View<const T> data;
-  int64_t rows, columns;            // as the product sees it
-  int64_t stride;                   // from row to row of `data`
-  View<const int64_t> row_index{};  // which row of `data` stands there
-  View<const int64_t> column_index{};
-  View<const float> stats{};  // LayerNorm: mean and 1/std of each row, and its weight and bias
-  View<const T> norm_weight{}, norm_bias{};
-  View<const T> column_scale{};
-  bool wide = false;  // set by the launch: rows can be read in vectors
-};
+void launch_normalise(int64_t rows, int64_t width, double eps, View<const T> x, View<const T> weight,
+                      View<const T> bias, View<const float> known, View<float> stats, View<T> out, void* stream);
 
-// What becomes of a product [m, n]; which of it is used is said at each launch.
+// activation = GELU(pre); both may be the same memory.
 template <class T>
-struct Result {
-  View<T> out{}, activation{};
-  int64_t stride = 0;               // from row to row of `out`
-  View<const int64_t> row_index{};  // where the row stands in `out`
-  View<const int64_t> column_index{};
-  View<const T> bias{}, scale{}, other{};
-  View<double> partials{};  // [m, product_columns]
-  bool pairs = false;       // set by the launch: two columns can be moved at once
-};
+void launch_activate(int64_t count, View<const T> pre, View<T> activation, void* stream);
 
-// act = GELU(u) and, if `out` is given, out = u, for u = LayerNorm(a) b^T + bias[column_index].
+// out = residual + scale * (z + bias); z may be out.
 template <class T>
-void launch_hidden(Operand<T> a, Operand<T> b, Result<T> result, void* stream);
+void launch_finish(int64_t rows, int64_t width, View<const T> z, View<const T> bias, View<const T> scale,
+                   View<const T> residual, View<T> out, void* stream);
 
-// out = other + scale * (a b^T + bias); scale by column.
+// Rows whose sum is one partial sum of a column.
+constexpr int64_t kSummedRows = 128;
+
+// grad *= GELU'(pre), activation = GELU(pre), and partial sums of grad's columns [ceil(M / kSummedRows), K].
 template <class T>
-void launch_output(Operand<T> a, Operand<T> b, Result<T> result, void* stream);
+void launch_hidden_gradient(int64_t rows, int64_t kept, View<const T> pre, View<T> grad, View<T> activation,
+                            View<double> sums, void* stream);
 
-// out = (scale * a) b * GELU'(other); scale by column of a.
-template <class T>
-void launch_hidden_gradient(Operand<T> a, Operand<T> b, Result<T> result, void* stream);
-
-// out = a b + other.
-template <class T>
-void launch_input_gradient(Operand<T> a, Operand<T> b, Result<T> result, void* stream);
-
-// out[row_index] = a^T LayerNorm(b).
-template <class T>
-void launch_first_weight_gradient(Operand<T> a, Operand<T> b, Result<T> result, void* stream);
-
-// g = a^T GELU(b): out[:, column_index] = scale * g if `out` is given, scale by row; and if `partials` is given, parts
-// of the sums over each row of g * other[:, column_index].
-template <class T>
-void launch_second_weight_gradient(Operand<T> a, Operand<T> b, Result<T> result, void* stream);
-
-// Columns of the partial sums that the product above leaves for n columns.
-template <class T>
-int64_t product_columns(int64_t n);
-
-// Mean and 1/std of each row of x [M, D], into stats [M, 2].
-template <class T>
-void launch_row_stats(int64_t rows, int64_t width, double eps, View<const T> x, View<float> stats, void* stream);
-
-// The gradient of x through LayerNorm from that of LayerNorm's output, plus `residual` if it is given; all [M, D].
+// The gradient of x through LayerNorm from that of LayerNorm's output, plus `residual`; all [M, D].
 template <class T>
 void launch_norm_gradient(int64_t rows, int64_t width, View<const T> grad, View<const T> x, View<const float> stats,
                           View<const T> norm_weight, View<const T> residual, View<T> gradient, void* stream);
 
-// Rows whose sum is one partial sum of a column.
-constexpr int64_t kSummedRows = 256;
-
-// Partial sums [ceil(rows / kSummedRows), columns] of values, times x normalised by `stats` if that is given.
+// Partial sums [ceil(rows / kSummedRows), columns] of values, and of values times x as normalised by `stats`.
 template <class T>
 void launch_column_sums(int64_t rows, int64_t columns, View<const T> values, View<const T> x, View<const float> stats,
-                        View<double> partials, void* stream);
+                        View<double> plain, View<double> normalised, void* stream);
 
 // out[index[c]] = factor[c] * sum_i partials[i, c] + sum_j row_partials[c, j]
 template <class T>
 void launch_finish_sums(int64_t columns, View<const double> partials, View<const T> factor,
                         View<const double> row_partials, View<const int64_t> index, View<T> out, void* stream);
+
+// packed[r, c] = factor[r] * from[row_index[r], column_index[c]], of rows that are `stride` apart.
+template <class T>
+void launch_pack(int64_t rows, int64_t columns, int64_t stride, View<const int64_t> row_index,
+                 View<const int64_t> column_index, View<const T> factor, View<const T> from, View<T> packed,
+                 void* stream);
+
+// out[row_index[r], column_index[c]] = factor[r] * packed[r, c], and sums[r], over c, of packed times `other` there.
+template <class T>
+void launch_unpack(int64_t rows, int64_t columns, int64_t stride, View<const int64_t> row_index,
+                   View<const int64_t> column_index, View<const T> factor, View<const T> packed, View<const T> other,
+                   View<T> out, View<double> sums, void* stream);
 
 }  // namespace dcvit

@@ -119,6 +119,7 @@ class Implementation:
         dtypes: The floating dtypes that it takes; all tensors of a call share one.
         missing: Says why the implementation is not there, or `None` if it is.
         limit: Says, of the first tensor, why the op refuses it for a reason of its own, or `None` if it does not.
+        gains: Whether it is faster than eager with the given tensors, by `python -m benchmarks kernels`. "auto" asks.
     """
 
     op: OpOverload
@@ -126,6 +127,7 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     missing: Callable[[], str | None] = lambda: None
     limit: Callable[[Tensor], str | None] = lambda first: None
+    gains: Callable[[Mapping[str, Tensor | None]], bool] = lambda tensors: True
 
     def refuses(self, tensors: Mapping[str, Tensor | None]) -> str | None:
         """Say why the call cannot run here, or return `None` if it can."""
@@ -156,7 +158,7 @@ def select(
 
     Args:
         name: The public function, for messages.
-        impl: "eager", a key of `implementations`, or "auto" for the first of them that does not refuse.
+        impl: "eager", a key of `implementations`, or "auto" for the first of them that does not refuse and gains.
         implementations: The op's table, in order of preference.
         tensors: The floating inputs of the call by name; `None` where an optional one is left out.
 
@@ -170,7 +172,7 @@ def select(
         return None
     if impl == "auto":
         for implementation in implementations.values():
-            if implementation.refuses(tensors) is None:
+            if implementation.refuses(tensors) is None and implementation.gains(tensors):
                 return implementation.op
         return None
     if impl not in implementations:
@@ -181,17 +183,17 @@ def select(
     return implementations[impl].op
 
 
-def cpp(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation:
+def cpp(op: OpOverload, *dtypes: torch.dtype, **asked: Any) -> Implementation:
     """The kernel that `csrc/cpu` registers for `op`."""
-    return Implementation(op, "cpu", dtypes, missing=_missing_kernel(op, "CPU"), **limit)
+    return Implementation(op, "cpu", dtypes, missing=_missing_kernel(op, "CPU"), **asked)
 
 
-def cuda(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation:
+def cuda(op: OpOverload, *dtypes: torch.dtype, **asked: Any) -> Implementation:
     """The kernel that `csrc/cuda` registers for `op`."""
-    return Implementation(op, "cuda", dtypes, missing=_missing_kernel(op, "CUDA"), **limit)
+    return Implementation(op, "cuda", dtypes, missing=_missing_kernel(op, "CUDA"), **asked)
 
 
-def triton(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation:
+def triton(op: OpOverload, *dtypes: torch.dtype, **asked: Any) -> Implementation:
     """The launcher in `dcvit/kernels` behind the overload `op`."""
     module = f"dcvit.kernels.{op._schema.name.removeprefix('dcvit::')}"
 
@@ -203,7 +205,7 @@ def triton(op: OpOverload, *dtypes: torch.dtype, **limit: Any) -> Implementation
             return f"{module} is not part of this installation"
         return None
 
-    return Implementation(op, "cuda", dtypes, missing=missing, **limit)
+    return Implementation(op, "cuda", dtypes, missing=missing, **asked)
 
 
 def _missing_kernel(op: OpOverload, key: str) -> Callable[[], str | None]:

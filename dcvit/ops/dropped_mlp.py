@@ -8,6 +8,7 @@ so with the LayerNorm in front, LayerScale and the residual this op is all that 
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,11 +69,16 @@ def dropped_mlp(
     op = _dispatch.select("dropped_mlp", impl, IMPLEMENTATIONS, tensors)
     if op is None:
         return eager(x, w1, b1, w2, b2, idx, norm_weight, norm_bias, norm_eps, scale, residual)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    save = _trains(tensors)
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor
     y, _, _ = _dispatch.call(op, rows, w1, b1, w2, b2, idx, norm_weight, norm_bias, norm_eps, scale, residual, save)
     return y.reshape(*x.shape[:-1], w2.shape[0])
+
+
+def _trains(tensors: Mapping[str, Tensor | None]) -> bool:
+    """Whether a backward may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
 
 
 def _check(
@@ -345,6 +351,8 @@ _OP_TRITON = define_overload(
 
 IMPLEMENTATIONS = {
     "cpp": _dispatch.cpp(_OP, torch.float32, torch.float64, *_HALF, limit=_no_autocast),
-    "cuda": _dispatch.cuda(_OP, torch.float32, *_HALF, limit=_no_autocast),
-    "triton": _dispatch.triton(_OP_TRITON, torch.float32, *_HALF, limit=_no_autocast),
+    # In inference torch's own kernels around cuBLAS's products are as few and as fast.
+    "cuda": _dispatch.cuda(_OP, torch.float32, *_HALF, limit=_no_autocast, gains=_trains),
+    # Its launches cost more than they save, unless the products take longer than everything else.
+    "triton": _dispatch.triton(_OP_TRITON, torch.float32, *_HALF, limit=_no_autocast, gains=lambda _: False),
 }

@@ -5,6 +5,7 @@ Candidates that are trialled together share the teacher's tokens, which a kernel
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -171,8 +172,15 @@ _OP_TRITON = define_overload(
     _dispatch.launcher("mimic_loss", "mimic_loss_rescale"),
 )
 
+
+def _has_candidates(tensors: Mapping[str, Tensor | None]) -> bool:
+    """Whether one launch serves several students; for a single one it takes longer than eager's few kernels."""
+    student = tensors["student"]
+    return student is not None and student.dim() == 4 and len(student) > 1
+
+
 IMPLEMENTATIONS = {
     "cpp": _dispatch.cpp(_OP, torch.float32, torch.float64, torch.float16, torch.bfloat16),
     "cuda": _dispatch.cuda(_OP, torch.float32, torch.float16, torch.bfloat16),
-    "triton": _dispatch.triton(_OP_TRITON, torch.float32, torch.float16, torch.bfloat16),
+    "triton": _dispatch.triton(_OP_TRITON, torch.float32, torch.float16, torch.bfloat16, gains=_has_candidates),
 }

@@ -94,7 +94,8 @@ class OpMatrix:
             inputs = {name: value for name, value in made.items() if value is not None}
             for name, value in inputs.items():
                 if isinstance(value, Tensor):
-                    inputs[name] = _laid_out(value if name == "idx" else value.to(dtype), data)
+                    value = value.to(device_of(kernel), None if name == "idx" else dtype)
+                    inputs[name] = _laid_out(value, data)
             self.assert_within_budget(self.run(kernel, inputs), inputs)
 
         run()
@@ -135,7 +136,7 @@ class OpMatrix:
     @classmethod
     def inputs(cls, case: str, dtype: torch.dtype, impl: str) -> Inputs:
         torch.manual_seed(0)
-        device = "cuda" if impl in GPU_NAMES else "cpu"
+        device = device_of(impl)
         return {
             name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
             for name, value in cls.cases[case]().items()
@@ -241,6 +242,11 @@ def names(matrix: type[OpMatrix]) -> list[str]:
     backend = {"cpp": "cpp", "host": "cuda", "cuda": "cuda", "interpreted": "triton", "triton": "triton"}
     table = matrix.module().IMPLEMENTATIONS
     return [name for name in NAMES if name not in backend or backend[name] in table]
+
+
+def device_of(impl: str) -> str:
+    """Where an implementation runs."""
+    return "cuda" if impl in GPU_NAMES else "cpu"
 
 
 def implementation(matrix: type[OpMatrix], name: str) -> tuple[_dispatch.Implementation | None, str | None]:

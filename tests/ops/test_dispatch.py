@@ -34,6 +34,27 @@ def test_auto_takes_the_first_that_does_not_refuse() -> None:
     assert select("f", "auto", both, {"x": X}) == op("cos")
 
 
+def test_auto_leaves_out_what_does_not_gain() -> None:
+    slow = {"tan": Implementation(op("tan"), "cpu", (torch.float32,), gains=lambda tensors: len(tensors["x"]) > 9)}
+    assert select("f", "auto", slow, {"x": torch.zeros(9)}) is None
+    assert select("f", "auto", slow, {"x": torch.zeros(10)}) == op("tan")
+    assert select("f", "tan", slow, {"x": torch.zeros(9)}) == op("tan")
+
+
+def test_what_auto_takes_on_a_gpu() -> None:
+    table = sys.modules["dcvit.ops.dropped_mlp"].IMPLEMENTATIONS
+    weight = torch.zeros(2, 2, requires_grad=True)
+    assert table["cuda"].gains({"x": X, "w1": weight})
+    assert not table["cuda"].gains({"x": X, "w1": weight.detach()})
+    with torch.no_grad():
+        assert not table["cuda"].gains({"x": X, "w1": weight})
+    assert not table["triton"].gains({"x": X, "w1": weight})
+    table = sys.modules["dcvit.ops.mimic_loss"].IMPLEMENTATIONS
+    assert table["triton"].gains({"student": torch.zeros(2, 1, 1, 1), "teacher": None})
+    assert not table["triton"].gains({"student": torch.zeros(1, 1, 1, 1), "teacher": None})
+    assert not table["triton"].gains({"student": torch.zeros(2, 1, 1), "teacher": None})
+
+
 def test_auto_ends_at_eager() -> None:
     assert select("f", "auto", TABLE, {"x": X.half()}) is None
     assert select("f", "auto", TABLE, {"x": X.to("meta")}) is None
