@@ -17,7 +17,7 @@ from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfi
 from dcvit.costs import file_size
 from dcvit.distributed import ALONE, Ranks, on_devices
 from dcvit.errors import DcvitError, MemoryWarning, NonFiniteError
-from dcvit.evaluation import agreement
+from dcvit.evaluation import closeness
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.latency import Stopwatch, example_images, measure_latency, time_forward
 from dcvit.latency_planning import plan_latency
@@ -27,7 +27,7 @@ from dcvit.methods import method as find_method
 from dcvit.methods.budgets import flat
 from dcvit.metric import Metric
 from dcvit.models import adapter_for, hub_repository, load_model, require_supported
-from dcvit.ops import Impl, mimic_loss
+from dcvit.ops import Impl
 from dcvit.planning import ADDITIVE, Budget, Plan, search, search_space, searched
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
@@ -40,7 +40,7 @@ from dcvit.reconstruction import (
     reconstruct_block,
 )
 from dcvit.records import from_plain
-from dcvit.recovery import Recovery, find_learning_rate, output_tokens, recover
+from dcvit.recovery import Recovery, find_learning_rate, recover
 from dcvit.refinement import HELD_OUT_EVERY, STEP_SIZES, Refinement, num_steps, refine
 from dcvit.results import BlockShape, CompressionResult, ModelFigures, Report, versions
 from dcvit.run_store import NOTHING_KEPT, MemoryStore, Store, Unit, digest_images, digest_model, open_run
@@ -865,13 +865,14 @@ def _report(
         )
         for name, subject in subjects.items()
     }
+    same, loss = closeness(student, teacher, images.normalised, batch_size)
     return Report(
         model=model if isinstance(model, str) else type(model).__qualname__,
         teacher=figures["teacher"],
         student=figures["student"],
         num_images=len(images),
-        agreement=agreement(student, teacher, images.normalised, batch_size),
-        mimic_loss=float(mimic_loss(*(output_tokens(m, images.normalised, batch_size) for m in (student, teacher)))),
+        agreement=same,
+        mimic_loss=loss,
         learning_rate=outcome.learning_rate,
         trials=outcome.trials,
         pruning_trials=outcome.pruning_trials,

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from dcvit.models import adapter_for
+from dcvit.ops import mimic_loss
 
-__all__ = ["agreement", "top1"]
+__all__ = ["agreement", "closeness", "top1"]
 
 
 @torch.no_grad()
@@ -25,3 +26,30 @@ def agreement(student: nn.Module, teacher: nn.Module, images: Tensor, batch_size
         return None
     same = predictions(student, images, batch_size) == predictions(teacher, images, batch_size)
     return float(same.double().mean())
+
+
+@torch.no_grad()
+def closeness(
+    student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int = 64
+) -> tuple[float | None, float]:
+    """How two models agree, and the mimicking loss of the one against the other; memory does not grow with the images.
+
+    Args:
+        student: The one.
+        teacher: The other.
+        images: `[N, C, H, W]`.
+        batch_size: So many pass at once.
+
+    Returns:
+        The share of the images for which they name the same class, as `agreement` has it, and the mean squared
+        difference of their output tokens.
+    """
+    adapter = adapter_for(teacher)
+    same, loss = 0, 0.0
+    for batch in images.split(batch_size):
+        tokens = [adapter_for(model).tokens(model, batch) for model in (student, teacher)]
+        loss += len(batch) * float(mimic_loss(tokens[0], tokens[1]))
+        if adapter.num_classes(teacher) >= 2:
+            classes = [adapter_for(m).logits(m, t).argmax(-1) for m, t in zip((student, teacher), tokens, strict=True)]
+            same += int((classes[0] == classes[1]).sum())
+    return (same / len(images) if adapter.num_classes(teacher) >= 2 else None), loss / len(images)

@@ -1,7 +1,7 @@
 """The few-shot set: whatever the caller has, as one checked tensor.
 
-Labels are never read. The normalised images are held in memory, for a set has 50 to 1000 of them; what their files hold
-is larger, and lies on disk once it is much (`dcvit.stacks`).
+Labels are never read. On the CPU the images lie on disk once they are many (`dcvit.stacks`), unless the caller has them
+in a tensor.
 """
 
 import warnings
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dcvit.errors import ImagesError, ImagesWarning
 from dcvit.models import adapter_for, preprocessing
+from dcvit.models.loading import Preprocessing
 from dcvit.stacks import Stack
 
 __all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "image_files", "load_images"]
@@ -88,7 +89,7 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
                 f"The images are on {images.device}, the model on {device}: move one to the other's device."
             )
         _check_batch(images, model)
-        items = images
+        return _few_shot(images.detach(), _Bytes(), prep)
     elif isinstance(images, DataLoader):
         items = (image for batch in images for image in _first(batch))
     elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
@@ -100,25 +101,25 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
             f"images is a {type(images).__name__}; expected a tensor [N, C, H, W], a Dataset, a DataLoader or a folder."
         )
 
-    normalised: list[Tensor] = []
-    at_own_size = _Bytes()
-    for item in items:
+    normalised, at_own_size = Stack(), _Bytes()
+    for number, item in enumerate(items):
         if isinstance(item, Image.Image):
-            at_own_size.append(len(normalised), prep.to_pixels(item))
-            normalised.append(prep.transform(item).to(device))
+            at_own_size.append(number, prep.to_pixels(item))
+            image = prep.transform(item)
         elif isinstance(item, Tensor):
-            _check_batch(item[None], model)
-            normalised.append(item.to(device))
+            image = item
         else:
             raise ImagesError(f"An image is a {type(item).__name__}; expected a tensor [C, H, W] or a PIL image.")
-    if not normalised:
+        _check_batch(image[None], model, first=number)
+        normalised.append(image[None].to(device))
+    if not len(normalised):
         raise ImagesError("There are no images: pass at least one, 50 to 1000 is usual.")
-    sizes = {tuple(image.shape) for image in normalised}
-    if len(sizes) > 1:
-        raise ImagesError(f"The images have different shapes {sorted(sizes)[:3]}: resize them to one.")
-    stacked = torch.stack(normalised)
-    _check_batch(stacked, model)
-    return FewShotImages(stacked, _Pixels(stacked, at_own_size, prep.mean, prep.std), prep.mean, prep.std)
+    return _few_shot(normalised.whole(), at_own_size, prep)
+
+
+def _few_shot(normalised: Tensor, at_own_size: "_Bytes", prep: Preprocessing) -> FewShotImages:
+    pixels = _Pixels(normalised, at_own_size, prep.mean, prep.std)
+    return FewShotImages(normalised, pixels, prep.mean, prep.std)
 
 
 class _Bytes:
@@ -213,7 +214,8 @@ def _first(item: Any) -> Any:
     return item[0] if isinstance(item, tuple | list) and len(item) > 0 else item
 
 
-def _check_batch(images: Tensor, model: nn.Module) -> None:
+def _check_batch(images: Tensor, model: nn.Module, first: int = 0) -> None:
+    """Refuse images `[N, C, H, W]` that do not fit, of which the first has a number among all."""
     adapter = adapter_for(model)
     channels, height, width = adapter.input_size(model)
     dtype = next(model.parameters()).dtype
@@ -236,6 +238,6 @@ def _check_batch(images: Tensor, model: nn.Module) -> None:
             f"The images are {shape[2]}x{shape[3]}: the model takes {height}x{width}. "
             "Resize them, or call model.set_input_size(img_size=...)."
         )
-    if not torch.isfinite(images).all():
-        bad = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten().tolist()
+    bad = [first + i for i, image in enumerate(images) if not torch.isfinite(image).all()]
+    if bad:
         raise ImagesError(f"The images {bad[:5]} have NaN or infinite pixels: remove or repair them.")

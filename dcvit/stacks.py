@@ -4,6 +4,8 @@ A compression on the CPU looks at its views block by block, and at one batch of 
 the views, the tokens before a block and the rows of every block, is several times a large model's size.
 """
 
+import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -86,6 +88,16 @@ class Stack:
         index = (place.nonzero().flatten() if place.dtype == torch.bool else place).tolist()
         found = [self._between(i, i + 1) for i in index]
         return torch.cat(found) if found else self._like
+
+    def whole(self) -> Tensor:
+        """All of it as one tensor; of a file the system reads what is touched, and may forget it again."""
+        if not self._on_disk:
+            return self._in_memory()
+        if self._parts:
+            self._write()
+        elements = math.prod(self.shape)
+        memory = mmap.mmap(self._file, elements * self._like.element_size(), flags=mmap.MAP_PRIVATE)
+        return torch.frombuffer(memory, dtype=self._like.dtype, count=elements).view(self.shape)
 
     def split(self, count: int) -> Iterator[Tensor]:
         """All of it, so many at a time."""

@@ -82,3 +82,15 @@ def test_a_full_disk_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(DcvitError, match=r"No space left on device\): make room, or set TMPDIR"):
         Stack([torch.zeros(2, 3)])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_whole_is_an_ordinary_tensor(on_disk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "IN_MEMORY", 100 if on_disk else 10**6)
+    parts = [torch.randn(n, 3, 5) for n in (2, 1, 4)]
+    stack = Stack(parts)
+    whole = stack.whole()
+    del stack  # the memory stays
+    assert torch.equal(whole, torch.cat(parts))
+    whole += 1
+    assert torch.equal(whole, torch.cat(parts) + 1)
