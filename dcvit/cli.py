@@ -879,7 +879,10 @@ def _show_compress(values: dict[str, Any]) -> str:
         rows.append(("top-1 %", f"{100 * teacher['top1']:.2f}", f"{100 * student['top1']:.2f}", ""))
     agreed = "" if values["agreement"] is None else f"agreement on the images {100 * values['agreement']:.2f} %, "
     nodes, pruned = values["plan"]["kept_nodes"], values["plan"]["pruned"]
-    if cut_kind(values) == "dropped":
+    if values["plan"]["token_keep_rates"]:
+        rates = values["plan"]["token_keep_rates"].items()
+        cut = f"Tokens end in blocks (share that goes on): {', '.join(f'{b} ({rate:g})' for b, rate in rates)}"
+    elif cut_kind(values) == "dropped":
         cut = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
     else:
         compressed = [block for block in values["blocks"] if block not in pruned]
@@ -889,6 +892,8 @@ def _show_compress(values: dict[str, Any]) -> str:
             for name, blocks in (("Compressed", compressed), ("Pruned", pruned))
             if blocks
         ]
+        if heads := values["plan"]["kept_heads"]:
+            told.append("Heads kept in blocks: " + ", ".join(f"{b} ({len(kept)})" for b, kept in heads.items()))
         cut = f"{'; '.join(told)}; drop ratio {values['drop_ratio']:.4f}"
     return (
         f"{_table(rows)}\n\n{_latency_met(values)}"

@@ -42,13 +42,17 @@ def closeness(
 
     Returns:
         The share of the images for which they name the same class, as `agreement` has it, and the mean squared
-        difference of their output tokens.
+        difference of their output tokens; where the student has fewer of them, of what the heads take.
     """
     adapter = adapter_for(teacher)
     same, loss = 0, 0.0
     for batch in images.split(batch_size):
         tokens = [adapter_for(model).tokens(model, batch) for model in (student, teacher)]
-        loss += len(batch) * float(mimic_loss(tokens[0], tokens[1]))
+        compared = tokens
+        if tokens[0].shape != tokens[1].shape:
+            pooled = [adapter_for(m).features(m, t) for m, t in zip((student, teacher), tokens, strict=True)]
+            compared = [features.unsqueeze(1) for features in pooled]
+        loss += len(batch) * float(mimic_loss(compared[0], compared[1]))
         if adapter.num_classes(teacher) >= 2:
             classes = [adapter_for(m).logits(m, t).argmax(-1) for m, t in zip((student, teacher), tokens, strict=True)]
             same += int((classes[0] == classes[1]).sum())

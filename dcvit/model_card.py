@@ -3,7 +3,7 @@
 Its front matter is what the Hugging Face hub reads: https://huggingface.co/docs/hub/model-cards.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
@@ -95,8 +95,14 @@ def _what(result: Mapping[str, Any]) -> str:
     )
     if report.get("method", "dcvit") != "dcvit":
         made += f" with the method {report['method']}"
+    if rates := plan.get("token_keep_rates"):
+        rate = next(iter(rates.values()))
+        return f"{made}: behind the attention of the {_named(blocks)} the share {rate:g} of the patch tokens goes on.\n"
     if cut_kind(result) == "dropped":
         return f"{made}: without the {_named(blocks)}.\n"
+    if heads := plan.get("kept_heads"):
+        listed = ", ".join(f"{block} ({len(kept)})" for block, kept in heads.items())
+        made += f", with fewer attention heads in the {_plural(heads)} {listed}"
     left = sorted({len(nodes) for nodes in plan["kept_nodes"].values()})
     nodes = f"{plan['hidden_features']} hidden nodes of the MLP are left"
     if len(left) > 1:
@@ -111,7 +117,11 @@ def _what(result: Mapping[str, Any]) -> str:
 
 def _named(blocks: Sequence[int]) -> str:
     """Blocks in words."""
-    return f"{'block' if len(blocks) == 1 else 'blocks'} {', '.join(map(str, blocks))} (counted from 0)"
+    return f"{_plural(blocks)} {', '.join(map(str, blocks))} (counted from 0)"
+
+
+def _plural(blocks: Collection[Any]) -> str:
+    return "block" if len(blocks) == 1 else "blocks"
 
 
 def _images(preprocessing: Mapping[str, Any]) -> str:

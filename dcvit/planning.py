@@ -196,6 +196,8 @@ class Plan:
         blocks: The chosen blocks in the order of compression, best first; empty until ranked.
         kept_nodes: For each chosen block, the indices of the hidden nodes kept, ascending.
         pruned: Those of `blocks` that keep their attention, ascending.
+        kept_heads: For each block that lost heads, those that its attention keeps, ascending.
+        token_keep_rates: For each block behind whose attention tokens end, the share of the patch tokens that goes on.
         latency: What was measured to meet a latency budget; `None` for the others.
     """
 
@@ -209,6 +211,8 @@ class Plan:
     blocks: tuple[int, ...] = ()
     kept_nodes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     pruned: tuple[int, ...] = ()
+    kept_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    token_keep_rates: Mapping[int, float] = field(default_factory=dict)
     latency: PlannedLatency | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,6 +232,8 @@ class Plan:
             "blocks": list(self.blocks),
             "kept_nodes": {str(block): list(nodes) for block, nodes in self.kept_nodes.items()},
             "pruned": list(self.pruned),
+            "kept_heads": {str(block): list(heads) for block, heads in self.kept_heads.items()},
+            "token_keep_rates": {str(block): rate for block, rate in self.token_keep_rates.items()},
             "latency": None if self.latency is None else self.latency.to_dict(),
         }
 

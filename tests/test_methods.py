@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 import dcvit
 from dcvit.compression import freeze
-from dcvit.methods import METHODS, Task, method
+from dcvit.methods import METHODS, Task, autoformer, method
 from dcvit.methods.budgets import spent
 from dcvit.methods.cd import cd, mix
 from dcvit.methods.fskd import absorb, fit_map, fskd
 from dcvit.methods.layerwise import l1_norms, layer_pairs
 from dcvit.methods.mir import evenly_spaced, features, mimic_features, mir
 from dcvit.methods.practise import practise
+from dcvit.methods.s2vite import first_order_scores
+from dcvit.methods.units import Space, Unit, gated, open_gates
+from dcvit.methods.vtp import learn_gates
 from dcvit.model_card import cut_kind
 from dcvit.models import DroppedBlock, adapter_for
+from dcvit.models.modeling_dcvit import FusingBlock
 from dcvit.reconstruction import draw_views
 from dcvit.regression import NormalEquations
 from dcvit.results import read_record, save_model
@@ -42,6 +46,12 @@ def deep() -> Any:
     return VARIANTS["plain"].create(depth=DEPTH)
 
 
+@pytest.fixture(autouse=True)
+def _short_evolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoformer, "POPULATION", 5)
+    monkeypatch.setattr(autoformer, "GENERATIONS", 2)
+
+
 def task(model: nn.Module, images: Tensor, budget: dcvit.Budget, config: dcvit.CompressionConfig) -> Task:
     teacher = freeze(model)
     return Task(teacher, dcvit.load_images(images, teacher), budget, config)
@@ -51,7 +61,7 @@ def task(model: nn.Module, images: Tensor, budget: dcvit.Budget, config: dcvit.C
 
 
 def test_every_entry_is_complete() -> None:
-    assert set(METHODS) == {"cd", "dcvit", "fskd", "mir", "practise"}
+    assert set(METHODS) == {"autoformer", "cd", "dcvit", "evit", "fskd", "mir", "practise", "s2vite", "vtp"}
     for name, entry in METHODS.items():
         assert method(name) is entry
         assert entry.name == name
@@ -81,7 +91,7 @@ def test_what_a_method_cannot_do_is_refused(model: nn.Module, images: Tensor, mo
         dcvit.compress(model, images, budget, method="fskd")
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "dcvit"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dcvit", "evit")])
 def test_budgets_out_of_range_are_refused(name: str, model: nn.Module, images: Tensor) -> None:
     for budget, text in (
         (dcvit.Budget(macs=0.01), r"macs=0\.01 asks for [\d,]+: with.* are left\. Ask for more"),
@@ -95,7 +105,7 @@ def test_budgets_out_of_range_are_refused(name: str, model: nn.Module, images: T
 
 
 @pytest.mark.parametrize("budget", [dcvit.Budget(macs=0.8), dcvit.Budget(params=0.8), dcvit.Budget(file_size=0.8)])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "evit"])
 def test_budgets_are_met_from_below(name: str, budget: dcvit.Budget, deep: nn.Module, images: Tensor) -> None:
     result = dcvit.compress(deep, images, budget, CONFIGS[name], method=name)
     original, used = spent(deep, budget), spent(result.model, budget)
@@ -110,7 +120,8 @@ def test_budgets_are_met_from_below(name: str, budget: dcvit.Budget, deep: nn.Mo
 def test_results_are_saved_reported_and_loaded(
     name: str, deep: nn.Module, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = dcvit.compress(deep, images, dcvit.Budget(macs=0.7), CONFIGS[name], method=name)
+    budget = dcvit.Budget(macs=0.8 if name == "evit" else 0.7)  # which cannot save more of so few tokens
+    result = dcvit.compress(deep, images, budget, CONFIGS[name], method=name)
     assert result.report.method == name
     result.save(tmp_path / "small")
     with torch.no_grad():
@@ -138,7 +149,16 @@ def test_results_are_saved_reported_and_loaded(
     assert f"with the method {name}" in card
     assert f"by the method {name}" in page
     assert "synthesised images:" not in page  # which they do not need
-    if name in ("practise", "mir"):
+    if name == "evit":
+        assert f"behind the attention of the blocks {blocks} (counted from 0) the share 0.333 of the patch" in card
+        assert f"Behind the attention of these blocks a share of the patch tokens goes on: {blocks[0]} (0.333)," in page
+    elif name in ("s2vite", "vtp", "autoformer"):
+        heads = ", ".join(f"{block} ({len(kept)})" for block, kept in result.plan.kept_heads.items())
+        assert (
+            f"with fewer attention heads in the block{'s' * (len(result.plan.kept_heads) > 1)} {heads}: " in card
+        ) == (bool(heads))
+        assert (f"These blocks lost attention heads (heads that each keeps): {heads}." in page) == bool(heads)
+    elif name in ("practise", "mir"):
         assert f": without the blocks {blocks} (counted from 0)." in card
         assert f"These blocks were dropped whole: {blocks}." in page
         assert ("Which blocks recover" in page) == (name == "practise")
@@ -153,7 +173,7 @@ def test_results_are_saved_reported_and_loaded(
         )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "evit"])  # which draws nothing
 def test_the_same_seed_gives_the_same_result(name: str, deep: nn.Module, images: Tensor) -> None:
     before = copy.deepcopy(deep.state_dict())
     first, second, other = (
@@ -447,3 +467,144 @@ def test_results_of_earlier_versions_know_which_blocks_kept_their_attention(
     record = read_record(tmp_path)
     assert record.plan.pruned == result.plan.pruned
     assert cut_kind(record.values) == "pruned"
+
+
+# Heads and nodes as units.
+
+
+def test_closed_gates_are_missing_units(deep: nn.Module, images: Tensor) -> None:
+    space = Space(freeze(deep))
+    removed = [Unit("head", 1, 0), Unit("head", 4, 2), *(Unit("node", 2, n) for n in range(0, 192, 3))]
+    structure = space.without(removed)
+    assert structure.heads[1] == (1, 2)
+    assert structure.nodes[2][:4] == (1, 2, 4, 5)
+    gates = open_gates(space, torch.device("cpu"))
+    for unit in removed:
+        gates[unit.kind, unit.block][unit.number] = 0.0
+    with torch.no_grad():
+        with gated(deep, gates):
+            closed = deep(images)
+        torch.testing.assert_close(structure.of(deep)(images), closed, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(deep(images), closed, atol=1e-3)
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_the_units_of_highest_score_are_kept(unit: str, deep: nn.Module) -> None:
+    budget = dcvit.Budget(**{unit: 0.7})
+    space, draw = Space(freeze(deep)), torch.Generator().manual_seed(0)
+    scores = dict(zip(space.units(), torch.rand(len(space.units()), generator=draw).tolist(), strict=True))
+    structure = space.best(scores, budget)
+    left = spent(structure.of(deep), budget)
+    goal = budget.target_of(spent(deep, budget))
+    node = space.savings(budget)["node", 0]
+    assert goal - node < left <= goal
+    kept = {Unit("node", b, n) for b, nodes in structure.nodes.items() for n in nodes}
+    kept |= {Unit("head", b, n) for b, heads in structure.heads.items() for n in heads}
+    assert all(structure.heads.values())
+    lost = set(scores) - kept
+    assert lost
+    # But for the last of its kind in a block, nothing that is kept has a smaller score than a node that is lost.
+    spare = [u for u in kept if sum(1 for v in kept if (v.kind, v.block) == (u.kind, u.block)) > 1]
+    assert min(scores[u] for u in spare) > max(scores[u] for u in lost if u.kind == "node") - 1e-9
+
+
+def test_s2vite_scores_are_first_order(deep: nn.Module, images: Tensor) -> None:
+    """One image: the score is what the loss changes by with the gate, of open gates and of closed ones."""
+    model = freeze(deep).double()
+    image = images[:1].double()
+    space = Space(model)
+    structure = space.without([Unit("head", 2, 1), Unit("node", 3, 7)])
+    scores = first_order_scores(space, structure, (image,))
+    label = model(image).argmax(-1)
+
+    def loss(unit: Unit, change: float) -> float:
+        gates = {key: gate.double() for key, gate in open_gates(space, torch.device("cpu")).items()}
+        gates["head", 2][1] = gates["node", 3][7] = 0.0
+        gates[unit.kind, unit.block][unit.number] += change
+        with torch.no_grad(), gated(model, gates):
+            return float(torch.nn.functional.cross_entropy(model(image), label))
+
+    for unit in (Unit("head", 2, 1), Unit("node", 3, 7), Unit("head", 0, 0), Unit("node", 5, 100)):
+        slope = (loss(unit, 1e-4) - loss(unit, -1e-4)) / 2e-4
+        assert float(scores[unit.kind, unit.block][unit.number]) == pytest.approx(abs(slope), rel=1e-3, abs=1e-9)
+
+
+def test_vtp_closes_the_gates_of_what_does_nothing(deep: nn.Module, images: Tensor) -> None:
+    model: Any = freeze(deep)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight[:, :10] = 0.0
+        model.blocks[2].attn.proj.weight[:, :16] = 0.0  # the first head
+    gates = learn_gates(Space(model), (images,))
+    assert (gates["node", 1][:10] == 0).all()
+    assert gates["head", 2][0] == 0
+    others = [*gates["node", 1][10:], *(head for (kind, _), heads in gates.items() if kind == "head" for head in heads)]
+    assert sum(float(gate) > 0 for gate in others) > len(others) / 4
+
+
+def test_autoformer_keeps_the_first_of_the_original(deep: nn.Module, images: Tensor) -> None:
+    space = Space(freeze(deep))
+    genome = {block: (1.0 + block, 1.0) for block in space.blocks}
+    structure = space.best(autoformer.entangled(space, genome), dcvit.Budget(macs=0.7))
+    for kept in (*structure.heads.values(), *structure.nodes.values()):
+        assert kept == tuple(range(len(kept)))
+    assert len(structure.heads[5]) > len(structure.heads[0])
+    model, student = cast(Any, deep), cast(Any, structure.of(deep))
+    rows = len(structure.nodes[3])
+    assert torch.equal(student.blocks[3].mlp.fc1.weight, model.blocks[3].mlp.fc1.weight[:rows])
+    result = dcvit.compress(deep, images, dcvit.Budget(macs=0.7), PUBLISHED, method="autoformer")
+    assert all(heads == tuple(range(len(heads))) for heads in result.plan.kept_heads.values())
+
+
+def test_evit_fuses_the_rest_into_its_weighted_mean() -> None:
+    block: Any = FusingBlock(VARIANTS["plain"].create().blocks[0], keep_rate=0.4)  # type: ignore[index, operator]
+    tokens = torch.arange(12.0).view(1, 6, 2)  # a class token and five patches
+    attention = torch.tensor([[0.1, 0.4, 0.05, 0.15, 0.3]])
+    fused = (0.1 * tokens[0, 1] + 0.05 * tokens[0, 3] + 0.15 * tokens[0, 4]) / 0.3
+    expected = torch.stack([tokens[0, 0], tokens[0, 2], tokens[0, 5], fused])
+    torch.testing.assert_close(block.fuse_tokens(tokens, attention), expected[None])
+    assert block.tokens_after(6) == 4
+    assert block.tokens_after(1) == 1
+
+
+def test_evit_attends_as_the_block_does(deep: nn.Module, images: Tensor) -> None:
+    model: Any = freeze(deep)
+    block = model.blocks[2]
+    state = adapter_for(model).run_blocks(model, adapter_for(model).embed(model, images), 0, 2)
+    fusing = FusingBlock(copy.deepcopy(block), keep_rate=0.999)
+    with torch.no_grad():
+        torch.testing.assert_close(fusing(state), block(state), rtol=1e-5, atol=1e-5)
+        _, attention = fusing.attend(block.norm1(state))
+    assert attention.shape == (6, 4)
+    qkv = block.attn.qkv(block.norm1(state)).view(6, 5, 3, 3, 16)
+    first = torch.einsum("bhc,bnhc->bhn", qkv[:, 0, 0], qkv[:, :, 1]) / 4
+    torch.testing.assert_close(attention, first.softmax(-1)[..., 1:].mean(1), rtol=1e-5, atol=1e-6)
+
+
+def test_evit_changes_no_weight_and_saves_macs_alone(deep: nn.Module, images: Tensor) -> None:
+    result = dcvit.compress(deep, images, dcvit.Budget(macs=0.8), PUBLISHED, method="evit")
+    for name, weight in result.model.state_dict().items():
+        assert torch.equal(weight, deep.state_dict()[name]), name
+    assert spent(result.model, result.plan.budget) <= result.plan.target
+    with pytest.raises(dcvit.BudgetError, match=r"params=0\.8: evit changes no weight and meets budgets of macs alone"):
+        dcvit.compress(deep, images, dcvit.Budget(params=0.8), PUBLISHED, method="evit")
+    with pytest.raises(
+        dcvit.BudgetError, match=r"macs=0\.3 asks for .* with one patch token behind the blocks \[1, 3, 4\]"
+    ):
+        dcvit.compress(deep, images, dcvit.Budget(macs=0.3), PUBLISHED, method="evit")
+    pooled = VARIANTS["average_pool"].create()
+    inputs = torch.randn(6, *adapter_for(pooled).input_size(pooled))
+    with pytest.raises(dcvit.UnsupportedModelError, match="no class token"):
+        dcvit.compress(pooled, inputs, dcvit.Budget(macs=0.8), PUBLISHED, method="evit")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_heads_and_nodes_go_in_every_variant(variant: str, tmp_path: Path) -> None:
+    model = VARIANTS[variant].create()
+    images = torch.randn(6, *adapter_for(model).input_size(model))
+    space = Space(freeze(model))
+    structure = space.without([Unit("head", 1, 0), Unit("node", 2, 5), Unit("head", 2, 1), Unit("head", 2, 2)])
+    student = copy.deepcopy(structure.of(model))
+    again = adapter_for(student).rebuild(student).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), student(images))
+    assert adapter_for(student).cost(student).total.params == sum(p.numel() for p in student.parameters())

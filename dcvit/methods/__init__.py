@@ -3,10 +3,17 @@
 `dcvit`, the default, is in `dcvit.compression`; here are the others, one module each.
 """
 
+from dcvit.methods.autoformer import AUTOFORMER
 from dcvit.methods.cd import CD
+from dcvit.methods.evit import EVIT
 from dcvit.methods.fskd import FSKD
 from dcvit.methods.mir import MIR
 from dcvit.methods.practise import PRACTISE
 from dcvit.methods.registry import METHODS, Method, Outcome, Task, Timer, method, register
+from dcvit.methods.s2vite import S2VITE
+from dcvit.methods.vtp import VTP
 
-__all__ = ["CD", "FSKD", "METHODS", "MIR", "PRACTISE", "Method", "Outcome", "Task", "Timer", "method", "register"]
+__all__ = [
+    "AUTOFORMER", "CD", "EVIT", "FSKD", "METHODS", "MIR", "PRACTISE", "S2VITE", "VTP",
+    "Method", "Outcome", "Task", "Timer", "method", "register",
+]  # fmt: skip

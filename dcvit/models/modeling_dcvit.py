@@ -15,6 +15,7 @@ residual blocks `dcvit_residual_cnn`.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -56,6 +57,7 @@ __all__ = [
     "SWIN_ARCHITECTURE",
     "CompressedBlock",
     "DroppedBlock",
+    "FusingBlock",
     "MlpHalf",
     "Pointwise",
     "PointwiseBlock",
@@ -73,6 +75,7 @@ __all__ = [
     "expansion",
     "first_layers",
     "keep_channels",
+    "keep_heads",
     "keep_hidden_nodes",
     "last_activation",
     "swin_places",
@@ -147,6 +150,64 @@ class CompressedBlock(MlpHalf):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens to tokens; the attention arguments of timm's blocks have nothing to act on."""
         return self.mlp_half(x)
+
+
+class FusingBlock(nn.Module):
+    """A transformer block behind whose attention only the tokens that the class token attends to go on.
+
+    The share `keep_rate` of the patch tokens of most attention stays, in their order; one more token is the mean of the
+    others, weighted by that attention (EViT, arXiv 2202.07800).
+
+    Args:
+        block: A timm `Block` of a model with a class token; its parts are taken over, not copied.
+        keep_rate: Share of the patch tokens, in (0, 1); the number is rounded up.
+        num_prefix_tokens: Class token and registers, which always stay.
+    """
+
+    def __init__(self, block: TimmModule, keep_rate: float, num_prefix_tokens: int = 1) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.ls1, self.drop_path1 = block.norm1, block.attn, block.ls1, block.drop_path1
+        self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
+        self.keep_rate, self.num_prefix_tokens = keep_rate, num_prefix_tokens
+
+    def tokens_after(self, tokens: int) -> int:
+        """How many tokens leave the block if so many enter it."""
+        patches = tokens - self.num_prefix_tokens
+        kept = math.ceil(self.keep_rate * patches)
+        return tokens if kept >= patches else self.num_prefix_tokens + kept + 1
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens `[B, N, D]` to `[B, M, D]`; there is nothing that a mask of all tokens could mean behind it."""
+        mixed, attention = self.attend(self.norm1(x))
+        x = self.fuse_tokens(x + self.drop_path1(self.ls1(mixed)), attention)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention `[B, N, D]`, and how the class token attends to the patches `[B, P]`, the mean over the heads."""
+        attn: TimmModule = self.attn
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        query, key = attn.q_norm(query), attn.k_norm(key)
+        weights = (attn.scale * query @ key.mT).softmax(dim=-1)
+        mixed = attn.norm((weights @ value).transpose(1, 2).flatten(2))
+        return attn.proj_drop(attn.proj(mixed)), weights[:, :, 0, self.num_prefix_tokens :].mean(dim=1)
+
+    def fuse_tokens(self, x: Tensor, attention: Tensor) -> Tensor:
+        """Keep the tokens `[B, N, D]` of most attention `[B, P]`, and fuse the rest."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        kept = math.ceil(self.keep_rate * patches.shape[1])
+        if kept >= patches.shape[1]:
+            return x
+        order = attention.argsort(dim=1, descending=True, stable=True)
+        first, rest = order[:, :kept].sort(dim=1).values, order[:, kept:]
+        weight = attention.gather(1, rest)
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        fused = (weight.unsqueeze(-1) * _taken(patches, rest)).sum(dim=1, keepdim=True)
+        return torch.cat([prefix, _taken(patches, first), fused], dim=1)
+
+
+def _taken(tokens: Tensor, index: Tensor) -> Tensor:
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 class DroppedBlock(nn.Identity):
@@ -244,8 +305,8 @@ def build(
         block_fn: Key into `BLOCKS`.
         mlp_layer: Key into `MLPS`.
         distilled: Whether it has DeiT's distillation token.
-        per_layer_config: By the number of a block: `skip`, the parts that it lacks, and `intermediate_size`, its
-            hidden nodes.
+        per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
+            nodes; `num_attention_heads`, if it lost heads; `token_keep_rate`, if tokens end there.
         compressed_block: Made of each block whose attention is skipped.
         kwargs: More arguments of timm's `VisionTransformer`.
     """
@@ -264,6 +325,12 @@ def build(
         **kwargs,
     )
     _compress([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config, compressed_block)
+    for number, settings in per_layer_config.items():
+        block = model.blocks[int(number)]
+        if "num_attention_heads" in settings:
+            keep_heads(block.attn, torch.arange(settings["num_attention_heads"]))
+        if "token_keep_rate" in settings:
+            model.blocks[int(number)] = FusingBlock(block, settings["token_keep_rate"], model.num_prefix_tokens)
     return model
 
 
@@ -516,10 +583,24 @@ def keep_hidden_nodes(mlp: TimmModule, kept: Tensor) -> None:
         mlp.fc1 = _linear_rows(mlp.fc1, kept)
     if not isinstance(mlp.norm, nn.Identity):
         mlp.norm = _norm_channels(mlp.norm, kept)
-    fc2 = copy.deepcopy(mlp.fc2)
-    fc2.in_features = len(kept)
-    fc2.weight = nn.Parameter(mlp.fc2.weight[:, kept].contiguous(), requires_grad=mlp.fc2.weight.requires_grad)
-    mlp.fc2 = fc2
+    mlp.fc2 = _linear_columns(mlp.fc2, kept)
+
+
+@torch.no_grad()
+def keep_heads(attn: TimmModule, kept: Tensor) -> None:
+    """In place: only some heads of a timm `Attention` stay.
+
+    Args:
+        attn: The attention, without a gate.
+        kept: Their numbers `[H]`, at least one, in the order in which they stay.
+    """
+    kept = kept.to(attn.qkv.weight.device)
+    channels = (kept[:, None] * attn.head_dim + torch.arange(attn.head_dim, device=kept.device)).flatten()
+    attn.qkv = _linear_rows(attn.qkv, torch.cat([channels + i * attn.attn_dim for i in range(3)]))
+    attn.proj = _linear_columns(attn.proj, channels)
+    if not isinstance(attn.norm, nn.Identity):
+        attn.norm = _norm_channels(attn.norm, channels)
+    attn.num_heads, attn.attn_dim = len(kept), len(channels)
 
 
 def _norm_layer(spec: Mapping[str, Any]) -> Any:
@@ -532,6 +613,13 @@ def _linear_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
     kept.weight = nn.Parameter(layer.weight[rows], requires_grad=layer.weight.requires_grad)
     if layer.bias is not None:
         kept.bias = nn.Parameter(layer.bias[rows], requires_grad=layer.bias.requires_grad)
+    return kept
+
+
+def _linear_columns(layer: nn.Linear, columns: Tensor) -> nn.Linear:
+    kept = copy.deepcopy(layer)
+    kept.in_features = len(columns)
+    kept.weight = nn.Parameter(layer.weight[:, columns].contiguous(), requires_grad=layer.weight.requires_grad)
     return kept
 
 

@@ -33,8 +33,10 @@ from dcvit.models.modeling_dcvit import (
     ARCHITECTURE,
     BLOCKS,
     DroppedBlock,
+    FusingBlock,
     TimmModule,
     build,
+    keep_heads,
     keep_hidden_nodes,
 )
 from dcvit.models.rebuilding import (
@@ -47,7 +49,14 @@ from dcvit.models.rebuilding import (
     timm_type,
 )
 
-__all__ = ["VisionTransformerAdapter", "create_vision_transformer"]
+__all__ = [
+    "VisionTransformerAdapter",
+    "create_vision_transformer",
+    "fuse_tokens",
+    "head_layer",
+    "keep_block_heads",
+    "num_heads",
+]
 
 
 class VisionTransformerAdapter:
@@ -58,6 +67,7 @@ class VisionTransformerAdapter:
           `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped; of a SwiGLU both gate and value;
         - a pruned block loses those rows and columns alone;
         - a dropped block becomes a `DroppedBlock`;
+        - a block may lose heads, and become a `FusingBlock` behind whose attention tokens end;
         - everything else, parameter names included, stays.
     """
 
@@ -144,7 +154,10 @@ class VisionTransformerAdapter:
     def cost(self, model: TimmModule) -> ModelCost:
         """See `ModelAdapter.cost`."""
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        blocks = tuple(_block_cost(block, tokens) for block in model.blocks)
+        blocks = []
+        for block in model.blocks:
+            before, tokens = tokens, block.tokens_after(tokens) if isinstance(block, FusingBlock) else tokens
+            blocks.append(_block_cost(block, before, tokens))
         total = Cost(params=num_params(model))
         for block in blocks:
             total += Cost(
@@ -161,7 +174,7 @@ class VisionTransformerAdapter:
             total += _latent_pool_cost(
                 model.attn_pool, tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
             )
-        return ModelCost(total=total, blocks=blocks)
+        return ModelCost(total=total, blocks=tuple(blocks))
 
     def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
         """See `ModelAdapter.compress_block`."""
@@ -282,9 +295,9 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         )
     if embed.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
-    whole = [block for block in model.blocks if timm_type(block) in BLOCKS.values()]
+    whole = [b for b in model.blocks if timm_type(b) in BLOCKS.values() or isinstance(b, FusingBlock)]
     for i, block in enumerate(model.blocks):
-        if not isinstance(block, (*BLOCKS.values(), MlpHalf, DroppedBlock)):
+        if not isinstance(block, (*BLOCKS.values(), MlpHalf, DroppedBlock, FusingBlock)):
             raise UnsupportedModelError(
                 f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock. "
                 "Where attention and MLP run in parallel or in several branches, the cut is not defined."
@@ -309,7 +322,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     per_layer = {
         str(i): settings
         for i, module in enumerate(model.blocks)
-        if (settings := _layer_settings(module, widest)) is not None
+        if (settings := _layer_settings(module, widest, embed_dim)) is not None
     }
     args: dict[str, Any] = {
         "img_size": list(embed.img_size),
@@ -319,7 +332,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "embed_dim": embed_dim,
         "depth": len(model.blocks),
-        "num_heads": attention.num_heads,
+        "num_heads": embed_dim // attention.head_dim,
         "intermediate_size": intermediate_size,
         "qkv_bias": attention.qkv.bias is not None,
         "qk_norm": not isinstance(attention.q_norm, nn.Identity),
@@ -340,7 +353,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "embed_norm_layer": None if isinstance(embed.norm, nn.Identity) else norm_spec("patch_embed.norm", embed.norm),
         "norm_layer": norm_spec("blocks.*.norm1", block.norm1),
         "act_layer": named_key(ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
-        "block_fn": named_key(BLOCKS, "blocks.*", timm_type(block)),
+        "block_fn": "pre_norm" if isinstance(block, FusingBlock) else named_key(BLOCKS, "blocks.*", timm_type(block)),
         "mlp_layer": _mlp_key(mlp),
         "distilled": isinstance(model, VisionTransformerDistilled),
         "per_layer_config": per_layer,
@@ -366,16 +379,55 @@ def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Map
     return model
 
 
-def _layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
-    """What differs in a block from a whole one of so many hidden nodes, in the key names of transformers'
-    `per_layer_config`.
+def num_heads(model: TimmModule, block: int) -> int:
+    """Heads of a block's attention; 0 where it has none."""
+    attn = getattr(model.blocks[block], "attn", None)
+    return 0 if attn is None else int(attn.num_heads)
+
+
+def head_layer(model: TimmModule, block: int) -> nn.Module:
+    """The layer of a block that takes what its heads give, one head after the other."""
+    layer: nn.Module = model.blocks[block].attn.proj
+    return layer
+
+
+def keep_block_heads(model: TimmModule, block: int, kept: Sequence[int]) -> None:
+    """In place: only some heads of a block's attention stay, at least one."""
+    keep_heads(model.blocks[block].attn, torch.as_tensor(kept, dtype=torch.int64))
+
+
+def fuse_tokens(model: TimmModule, block: int, keep_rate: float) -> None:
+    """In place: behind a block's attention only the share `keep_rate` of the patch tokens goes on, see `FusingBlock`.
+
+    Raises:
+        UnsupportedModelError: If the model has no class token, or its block is no plain one.
+    """
+    if model.cls_token is None:
+        raise UnsupportedModelError(
+            "The model has no class token, whose attention says which tokens go on: use another method."
+        )
+    if timm_type(model.blocks[block]) is not Block:
+        raise UnsupportedModelError(
+            f"blocks.{block} is a {type(model.blocks[block]).__qualname__}; tokens can end only in timm's Block."
+        )
+    model.blocks[block] = FusingBlock(model.blocks[block], keep_rate, model.num_prefix_tokens)
+
+
+def _layer_settings(block: TimmModule, widest: int, embed_dim: int) -> dict[str, Any] | None:
+    """What differs in a block from a whole one of so many hidden nodes and so wide an attention, in the key names of
+    transformers' `per_layer_config`.
     """
     if isinstance(block, DroppedBlock):
         return {"skip": ["attention", "mlp"]}
     if isinstance(block, CompressedBlock):
         return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
-    if block.mlp.fc2.in_features < widest:
-        return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features)}
+    found: dict[str, Any] = {}
+    if block.attn.num_heads * block.attn.head_dim < embed_dim:
+        found["num_attention_heads"] = block.attn.num_heads
+    if isinstance(block, FusingBlock):
+        found["token_keep_rate"] = block.keep_rate
+    if found or block.mlp.fc2.in_features < widest:
+        return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features), **found}
     return None
 
 
@@ -396,10 +448,10 @@ def _fc1_features(mlp: TimmModule) -> int:
     return int((mlp.fc1_x if type(mlp) is SwiGLU else mlp.fc1).out_features)
 
 
-def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
+def _block_cost(block: TimmModule, tokens: int, tokens_after: int) -> BlockCost:
     if isinstance(block, DroppedBlock):
         return BlockCost(Cost(), Cost(), Cost(), 0)
-    mlp_cost, node = mlp_half_cost(block, tokens)
+    mlp_cost, node = mlp_half_cost(block, tokens_after)
     hidden, width = block.mlp.fc2.in_features, block.mlp.fc2.out_features
     if isinstance(block, CompressedBlock):
         return BlockCost(Cost(), mlp_cost, node, hidden)

@@ -119,9 +119,15 @@ def run_page(record: Record) -> Page:
 def _cut(record: Record) -> str:
     """What the blocks lost, in a sentence."""
     plan = record.plan
+    if plan.token_keep_rates:
+        listed = ", ".join(f"{block} ({rate:g})" for block, rate in plan.token_keep_rates.items())
+        return f"Behind the attention of these blocks a share of the patch tokens goes on: {listed}."
     if cut_kind(record.values) == "dropped":
         return f"These blocks were dropped whole: {', '.join(map(str, sorted(plan.blocks)))}."
     told = []
+    if plan.kept_heads:
+        listed = ", ".join(f"{block} ({len(heads)})" for block, heads in plan.kept_heads.items())
+        told.append(f"These blocks lost attention heads (heads that each keeps): {listed}.")
     for lost, blocks in (
         ("lost their attention", [block for block in sorted(plan.blocks) if block not in plan.pruned]),
         ("lost hidden nodes and keep their attention", plan.pruned),

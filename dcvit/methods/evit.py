@@ -1,0 +1,97 @@
+"""EViT: behind some attentions only the tokens that the class token attends to go on, the rest as one.
+
+Source: Liang, Ge, Tong, Song, Wang and Xie, "Not All Patches Are What You Need: Expediting Vision Transformers via
+Token Reorganizations" (ICLR 2022, arXiv 2202.07800), section 3. In three blocks a share of the patch tokens stays,
+those of most attention by the class token, the mean over the heads; the others become one token, their sum weighted by
+that attention.
+
+As it is applied here:
+
+- The three blocks are those at a quarter, half and three quarters of the depth, the paper's 4th, 7th and 10th of 12.
+- The weights of the fused token are divided by their sum: it is a mean, of the size of a token. The paper trains with
+  the sum, which a pretrained model has not seen.
+- No weight changes, so no image is needed. The share is the largest that meets the budget, to a thousandth. Only MACs
+  can be saved: parameters stay.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from torch import nn
+
+from dcvit.config import MimickingConfig
+from dcvit.errors import BudgetError
+from dcvit.methods.budgets import spent, target
+from dcvit.methods.registry import Method, Outcome, Task, register
+from dcvit.models import adapter_for
+from dcvit.models.vision_transformer import fuse_tokens
+from dcvit.planning import Plan
+from dcvit.surgery import copy_blocks
+
+__all__ = ["EVIT", "evit", "fusing_blocks"]
+
+STEPS = 1000
+"""The shares that are tried are multiples of 1 / `STEPS`."""
+
+
+def evit(task: Task) -> Outcome:
+    """Keep the tokens of most attention.
+
+    Args:
+        task: Of its config only candidates are read: the blocks where tokens end, `fusing_blocks` if `None`.
+
+    Raises:
+        BudgetError: If the budget is not of MACs, or cannot be met.
+        UnsupportedModelError: If the model has no class token.
+    """
+    teacher, budget = task.teacher, task.budget
+    if budget.unit != "macs":
+        raise BudgetError(f"{budget.unit}={budget.value!r}: evit changes no weight and meets budgets of macs alone.")
+    wanted = target(teacher, budget)
+    blocks = task.config.candidates or fusing_blocks(adapter_for(teacher).num_blocks(teacher))
+    with task.timer("compression"):
+        step = bisect_right(range(1, STEPS), wanted, key=lambda step: spent(_fused(teacher, blocks, step), budget))
+        if not step:
+            raise BudgetError(
+                f"macs={budget.value!r} asks for {wanted:,}: with one patch token behind the blocks {list(blocks)} "
+                f"{spent(_fused(teacher, blocks, 1), budget):,} are left. Ask for more, or name earlier blocks in "
+                "CompressionConfig(candidates=...)."
+            )
+        student = _fused(teacher, blocks, step)
+    plan = Plan(
+        budget=budget,
+        target=wanted,
+        num_blocks=len(blocks),
+        hidden_features=adapter_for(teacher).hidden_features(teacher, blocks[0]),
+        drop_ratio=0.0,
+        candidates=tuple(blocks),
+        cost=adapter_for(student).cost(student).total,
+        blocks=tuple(blocks),
+        token_keep_rates=dict.fromkeys(blocks, step / STEPS),
+    )
+    return Outcome(student, plan)
+
+
+EVIT = register(
+    Method(
+        name="evit",
+        title="tokens that the class token attends to least fused into one, in three blocks; no weight changed",
+        source="EViT, arXiv 2202.07800",
+        families=("vit",),
+        recovery=MimickingConfig,
+        compress=evit,
+    )
+)
+
+
+def fusing_blocks(depth: int) -> tuple[int, ...]:
+    """The blocks at a quarter, half and three quarters of a depth."""
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+
+def _fused(model: nn.Module, blocks: Sequence[int], step: int) -> nn.Module:
+    """A copy that keeps so many thousandths; the weights are the model's."""
+    student = copy_blocks(model, ())
+    for block in blocks:
+        fuse_tokens(student, block, step / STEPS)
+    return student

@@ -1,0 +1,102 @@
+"""S2ViTE: heads and hidden nodes that matter least to the loss go, by first-order scores; they may come back.
+
+Source: Chen, Cheng, Gan, Yuan, Zhang and Wang, "Chasing Sparsity in Vision Transformers: An End-to-End Exploration"
+(NeurIPS 2021, arXiv 2106.04533), section 3.2. A head or a node is scored by
+
+    Σ over images of  |∂L / ∂g|
+
+where the gate g multiplies what the unit gives: the first-order change of the loss without it, or with it where g = 0.
+Structures are explored while the share of pruned units grows: each round scores all units anew, so that one that went
+early may come back for one that matters less.
+
+As it is applied here:
+
+- The paper trains on labelled ImageNet for 600 epochs between the rounds of exploration. Here `ROUNDS` rounds follow
+  one another on the few-shot images, without training between them, and the student then mimics the original's tokens.
+- There are no labels: L is the cross-entropy with the class that the original names.
+- The paper prunes a given share of heads and another of nodes. One budget decides of both here, so a unit's score is
+  divided by the MACs that it takes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcvit.classes import class_logits
+from dcvit.config import MimickingConfig
+from dcvit.methods.budgets import spent
+from dcvit.methods.registry import Method, Outcome, Task, register
+from dcvit.methods.units import Gates, Space, Structure, gated, open_gates, recovered, scores_of
+from dcvit.models import adapter_for
+from dcvit.planning import Budget
+
+__all__ = ["ROUNDS", "S2VITE", "first_order_scores", "s2vite"]
+
+ROUNDS = 5
+"""Steps in which the budget tightens from the original to what is asked for."""
+
+
+def s2vite(task: Task) -> Outcome:
+    """Prune heads and nodes by first-order scores in rounds, and let the rest mimic the original.
+
+    Args:
+        task: Of its config candidates (all blocks if `None`), mimicking, seed and impl are read.
+
+    Raises:
+        DcvitError: If the config's recovery is not mimicking.
+        BudgetError: If the budget cannot be met.
+    """
+    teacher, budget, mimicking = task.teacher, task.budget, task.config.mimicking
+    space = Space(teacher, task.config.candidates)
+    wanted, original = space.require(budget), spent(teacher, budget)
+    macs = space.savings(Budget(macs=0.5))
+    structure = space.without(())
+    with task.timer("ranking"):
+        batches = task.images.normalised.split(mimicking.batch_size)
+        task.progress("scores", 0, ROUNDS, None)
+        for number in range(1, ROUNDS + 1):
+            scores = scores_of(first_order_scores(space, structure, batches))
+            left = wanted if number == ROUNDS else original - (original - wanted) * number // ROUNDS
+            step = Budget(**{budget.unit: left}, convention=budget.convention)
+            by_cost = {unit: score / macs.get((unit.kind, unit.block), 1) for unit, score in scores.items()}
+            structure = space.best(by_cost, step)
+            task.progress("scores", number, ROUNDS, None)
+    return recovered(task, space, structure)
+
+
+S2VITE = register(
+    Method(
+        name="s2vite",
+        title="heads and hidden nodes pruned by first-order scores in rounds, then the output tokens mimicked",
+        source="S2ViTE, arXiv 2106.04533",
+        families=("vit",),
+        recovery=MimickingConfig,
+        compress=s2vite,
+    )
+)
+
+
+def first_order_scores(space: Space, structure: Structure, batches: tuple[Tensor, ...]) -> Gates:
+    """What each unit matters to the loss of the original with the units of a structure open, the others closed.
+
+    Args:
+        space: Of the original.
+        structure: Says which gates are open.
+        batches: The images, `[B, C, H, W]` each.
+    """
+    model, adapter = space.model, adapter_for(space.model)
+    device = next(model.parameters()).device
+    gates = {key: torch.zeros_like(gate) for key, gate in open_gates(space, device).items()}
+    for (kind, block), gate in gates.items():
+        gate[list((structure.heads if kind == "head" else structure.nodes)[block])] = 1.0
+    totals = {key: torch.zeros_like(gate) for key, gate in gates.items()}
+    for images in batches:
+        with torch.no_grad():
+            classes = class_logits(model, adapter.tokens(model, images)).argmax(-1)
+        own = {key: gate.expand(len(images), -1).clone().requires_grad_() for key, gate in gates.items()}
+        with torch.enable_grad(), gated(model, own):
+            loss = F.cross_entropy(class_logits(model, adapter.tokens(model, images)), classes, reduction="sum")
+            slopes = torch.autograd.grad(loss, list(own.values()))
+        for key, slope in zip(own, slopes, strict=True):
+            totals[key] += slope.abs().sum(0)
+    return totals

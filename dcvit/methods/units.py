@@ -1,0 +1,261 @@
+"""What `s2vite`, `vtp` and `autoformer` share: a ViT's heads and hidden nodes, of which some are kept to meet a budget.
+
+The methods differ in which. The budget is met exactly from below: units go in the order of their scores until it is
+met, then nodes come back, best first, while there is room. Each block keeps a head and a node.
+"""
+
+import copy
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dcvit.errors import BudgetError
+from dcvit.methods.budgets import spent, target
+from dcvit.methods.registry import Outcome, Task
+from dcvit.models import adapter_for
+from dcvit.models.vision_transformer import head_layer, keep_block_heads, num_heads
+from dcvit.planning import Budget, Plan
+from dcvit.recovery import find_learning_rate, recover
+from dcvit.seeding import derive_seed
+from dcvit.surgery import copy_blocks
+
+__all__ = ["Gates", "Kind", "Space", "Structure", "Unit", "gated", "open_gates", "recovered", "scores_of"]
+
+Kind = Literal["head", "node"]
+Gates = Mapping[tuple[Kind, int], Tensor]
+"""A number for each unit of a block `[U]`, by kind and block."""
+
+KINDS: tuple[Kind, Kind] = ("head", "node")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A head or a hidden node of a block."""
+
+    kind: Kind
+    block: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is kept: of each block the heads and the hidden nodes, ascending."""
+
+    heads: Mapping[int, tuple[int, ...]]
+    nodes: Mapping[int, tuple[int, ...]]
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """A copy of a model that has it; weights that stay whole are shared with the model."""
+        student = copy_blocks(model, ())
+        for block, heads in self.heads.items():
+            if len(heads) < num_heads(model, block):
+                keep_block_heads(student, block, heads)
+        for block, nodes in self.nodes.items():
+            if len(nodes) < adapter_for(model).hidden_features(model, block):
+                adapter_for(student).prune_block(student, block, nodes)
+        return student
+
+
+class Space:
+    """The structures of a model.
+
+    Args:
+        model: A vision transformer.
+        candidates: The blocks that may lose units; all if `None`.
+
+    Raises:
+        BudgetError: If a candidate is no block with heads and nodes.
+    """
+
+    def __init__(self, model: nn.Module, candidates: Sequence[int] | None = None) -> None:
+        self.model, self._adapter = model, adapter_for(model)
+        able = [
+            block for block in range(self._adapter.num_blocks(model))
+            if num_heads(model, block) and self._adapter.hidden_features(model, block)
+        ]  # fmt: skip
+        for block in candidates or ():
+            if block not in able:
+                raise BudgetError(
+                    f"candidates={list(candidates or ())}: block {block} has no heads and hidden nodes; {able} have."
+                )
+        self.blocks = tuple(candidates or able)
+        self.heads = {block: num_heads(model, block) for block in self.blocks}
+        self.nodes = {block: self._adapter.hidden_features(model, block) for block in self.blocks}
+        self._required: dict[Budget, int] = {}
+        self._savings: dict[tuple[str, str], dict[tuple[Kind, int], int]] = {}
+
+    def units(self) -> list[Unit]:
+        """All heads and nodes, block by block."""
+        return [
+            Unit(kind, block, number)
+            for block in self.blocks for kind in KINDS for number in range(self.count(kind, block))
+        ]  # fmt: skip
+
+    def count(self, kind: Kind, block: int) -> int:
+        """How many units of a kind a block has."""
+        return self.heads[block] if kind == "head" else self.nodes[block]
+
+    def without(self, removed: Sequence[Unit]) -> Structure:
+        """All but some units."""
+        gone = set(removed)
+
+        def kept(kind: Kind, counts: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
+            return {
+                block: tuple(n for n in range(count) if Unit(kind, block, n) not in gone)
+                for block, count in counts.items()
+            }
+
+        return Structure(kept("head", self.heads), kept("node", self.nodes))
+
+    def require(self, budget: Budget) -> int:
+        """A budget as an absolute number.
+
+        Raises:
+            BudgetError: If it is of what units do not decide, not below the original, or not met with one head and one
+                node in each block.
+        """
+        if budget in self._required:
+            return self._required[budget]
+        wanted = target(self.model, budget)
+        least = self.without([unit for unit in self.units() if unit.number])
+        if (left := spent(least.of(self.model), budget)) > wanted:
+            raise BudgetError(
+                f"{budget.unit}={budget.value!r} asks for {wanted:,}: with one head and one hidden node in each of "
+                f"{len(self.blocks)} blocks {left:,} are left. Ask for more, or allow more blocks in "
+                "CompressionConfig(candidates=...)."
+            )
+        self._required[budget] = wanted
+        return wanted
+
+    def best(self, scores: Mapping[Unit, float], budget: Budget) -> Structure:
+        """The structure that meets a budget and keeps the units of highest score; of equal ones the first.
+
+        Raises:
+            BudgetError: See `require`.
+        """
+        wanted = self.require(budget)
+        order = sorted(self.units(), key=lambda unit: scores[unit])
+        last: dict[tuple[Kind, int], Unit] = {(unit.kind, unit.block): unit for unit in order}
+        order = [unit for unit in order if last[unit.kind, unit.block] is not unit]
+
+        saved = self.savings(budget)
+        original = spent(self.model, budget)
+
+        def cost(removed: Iterable[Unit]) -> int:
+            return original - sum(saved[unit.kind, unit.block] for unit in removed)
+
+        count = bisect_left(range(len(order)), -wanted, key=lambda count: -cost(order[:count]))
+        # The last head may have left room for nodes that went before.
+        nodes = [unit for unit in reversed(order[:count]) if unit.kind == "node"]
+        room = wanted - cost(order[:count])
+        back = set()
+        for unit in nodes:
+            room -= saved[unit.kind, unit.block]
+            if room < 0:
+                break
+            back.add(unit)
+        removed = [unit for unit in order[:count] if unit not in back]
+        # A file's header may be longer than the savings tell.
+        left = (unit for unit in order if unit.kind == "node" and unit not in set(removed))
+        while spent(self.without(removed).of(self.model), budget) > wanted:
+            removed.append(next(left))
+        return self.without(removed)
+
+    def savings(self, budget: Budget) -> dict[tuple[Kind, int], int]:
+        """What one unit takes, by kind and block, in a budget's unit; all of a block take the same."""
+        key = budget.unit, budget.convention
+        if key not in self._savings:
+            original = spent(self.model, budget)
+            self._savings[key] = {
+                (kind, block): original - spent(self.without([Unit(kind, block, 0)]).of(self.model), budget)
+                for block in self.blocks for kind in KINDS if self.count(kind, block) > 1
+            }  # fmt: skip
+        return self._savings[key]
+
+
+@contextmanager
+def gated(model: nn.Module, gates: Gates) -> Iterator[None]:
+    """Multiply what each head and each hidden node gives by a gate while the context lasts.
+
+    Args:
+        model: Whose units they are.
+        gates: By kind and block `[U]`, or `[B, U]` for each image of a batch its own.
+    """
+    handles = []
+    for (kind, block), gate in gates.items():
+        layer = head_layer(model, block) if kind == "head" else adapter_for(model).hidden_layer(model, block)
+
+        def multiply(_: nn.Module, given: tuple[Tensor, ...], gate: Tensor = gate) -> tuple[Tensor, ...]:
+            # [B, N, U * C] as U units of C channels
+            units = given[0].unflatten(-1, (gate.shape[-1], -1))
+            factor = gate.unsqueeze(-1) if gate.ndim == 1 else gate[:, None, :, None]
+            return ((units * factor).flatten(-2), *given[1:])
+
+        handles.append(layer.register_forward_pre_hook(multiply))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
+    """The student of a structure, which then mimics the original's output tokens.
+
+    Args:
+        task: Of its config mimicking, seed and impl are read.
+        space: Of the original.
+        structure: What is kept.
+    """
+    teacher, config, mimicking = task.teacher, task.config, task.config.mimicking
+    adapter = adapter_for(teacher)
+    student = copy.deepcopy(structure.of(teacher))
+    cut = tuple(
+        block for block in space.blocks
+        if len(structure.heads[block]) < space.heads[block] or len(structure.nodes[block]) < space.nodes[block]
+    )  # fmt: skip
+    if mimicking.learning_rate == "auto":
+        with task.timer("learning rate"):
+            rate = find_learning_rate(
+                student, teacher, task.images, cut, mimicking,
+                seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=task.progress,
+            )  # fmt: skip
+            mimicking = replace(mimicking, learning_rate=rate)
+    with task.timer("compression"):
+        recovery = recover(
+            student, teacher, task.images, cut, mimicking,
+            seed=derive_seed(config.seed, "recovery"), impl=config.impl, progress=task.progress,
+        )  # fmt: skip
+    left, nodes = sum(len(structure.nodes[block]) for block in cut), sum(space.nodes[block] for block in cut)
+    plan = Plan(
+        budget=task.budget,
+        target=target(teacher, task.budget),
+        num_blocks=len(cut),
+        hidden_features=left // len(cut),
+        drop_ratio=(nodes - left) / nodes,
+        candidates=space.blocks,
+        cost=adapter.cost(student).total,
+        blocks=cut,
+        kept_nodes={block: structure.nodes[block] for block in cut},
+        pruned=cut,
+        kept_heads={b: structure.heads[b] for b in cut if len(structure.heads[b]) < space.heads[b]},
+    )
+    return Outcome(student, plan, learning_rate=recovery.learning_rate, steps=(recovery,))
+
+
+def open_gates(space: Space, device: torch.device) -> dict[tuple[Kind, int], Tensor]:
+    """A gate of 1 for each unit."""
+    return {(kind, b): torch.ones(space.count(kind, b), device=device) for b in space.blocks for kind in KINDS}
+
+
+def scores_of(gates: Gates) -> dict[Unit, float]:
+    """What stands in the gates, unit by unit."""
+    return {
+        Unit(kind, block, number): value
+        for (kind, block), values in gates.items() for number, value in enumerate(values.tolist())
+    }  # fmt: skip

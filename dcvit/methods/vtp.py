@@ -1,0 +1,110 @@
+"""VTP: learn a gate for each unit under an L1 penalty, and prune those whose gate is small.
+
+Source: Zhu, Tang and Han, "Vision Transformer Pruning" (arXiv 2104.08500), section 3. With gates a on the dimensions of
+a transformer it minimises
+
+    L + λ ‖a‖₁
+
+prunes what is below a threshold, and trains what is left.
+
+As it is applied here:
+
+- Gates stand on attention heads and on hidden nodes, the units without which a timm model is a smaller timm model; the
+  paper gates single dimensions of queries, keys, values and MLP, and gathers them at run time.
+- The paper trains gates and weights together on labelled ImageNet, 100 epochs and another 100 after the pruning. Here
+  the gates alone learn, on the few-shot images; L is the mimicking loss, as a share of the tokens' variance. Then the
+  student mimics the original's tokens.
+- The threshold is what the budget makes it.
+"""
+
+import torch
+from torch import Tensor
+
+from dcvit.config import MimickingConfig
+from dcvit.methods.registry import Method, Outcome, Task, register
+from dcvit.methods.units import Gates, Space, gated, open_gates, recovered, scores_of
+from dcvit.models import adapter_for
+from dcvit.progress import Progress, silent
+
+__all__ = ["LEARNING_RATE", "SPARSITY", "STEPS", "VTP", "learn_gates", "vtp"]
+
+SPARSITY = 0.1
+"""λ, on the mean of the gates, beside a loss that is 1 where a student knows no more than the mean token."""
+
+LEARNING_RATE = 0.02
+STEPS = 100
+"""Of Adam on the gates, a batch each."""
+
+
+def vtp(task: Task) -> Outcome:
+    """Prune the heads and nodes of smallest learnt gates, and let the rest mimic the original.
+
+    Args:
+        task: Of its config candidates (all blocks if `None`), mimicking, seed and impl are read.
+
+    Raises:
+        DcvitError: If the config's recovery is not mimicking.
+        BudgetError: If the budget cannot be met.
+    """
+    mimicking = task.config.mimicking
+    space = Space(task.teacher, task.config.candidates)
+    space.require(task.budget)
+    with task.timer("ranking"):
+        batches = task.images.normalised.split(mimicking.batch_size)
+        gates = learn_gates(space, batches, progress=task.progress)
+        structure = space.best({unit: abs(gate) for unit, gate in scores_of(gates).items()}, task.budget)
+    return recovered(task, space, structure)
+
+
+VTP = register(
+    Method(
+        name="vtp",
+        title="heads and hidden nodes of small learnt, L1-penalised gates pruned, then the output tokens mimicked",
+        source="VTP, arXiv 2104.08500",
+        families=("vit",),
+        recovery=MimickingConfig,
+        compress=vtp,
+    )
+)
+
+
+def learn_gates(
+    space: Space,
+    batches: tuple[Tensor, ...],
+    *,
+    sparsity: float = SPARSITY,
+    steps: int = STEPS,
+    progress: Progress = silent,
+) -> Gates:
+    """The gates after some steps of Adam, none below 0.
+
+    Args:
+        space: Of the original.
+        batches: The images, `[B, C, H, W]` each, taken in turn.
+        sparsity: λ.
+        steps: How many.
+        progress: Told after each step.
+    """
+    model, adapter = space.model, adapter_for(space.model)
+    gates = open_gates(space, next(model.parameters()).device)
+    for gate in gates.values():
+        gate.requires_grad_()
+    optimizer = torch.optim.Adam(gates.values(), lr=LEARNING_RATE)
+    count = sum(gate.numel() for gate in gates.values())
+    with torch.no_grad():
+        wanted = [adapter.tokens(model, images) for images in batches]
+    progress("gates", 0, steps, None)
+    for step in range(steps):
+        images, tokens = batches[step % len(batches)], wanted[step % len(batches)]
+        with torch.enable_grad(), gated(model, gates):
+            missed = (adapter.tokens(model, images) - tokens).square().mean()
+            spread = (tokens - tokens.mean(dim=(0, 1))).square().mean()
+            loss = missed / spread + sparsity * torch.stack([gate.abs().sum() for gate in gates.values()]).sum() / count
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for gate in gates.values():
+                gate.clamp_(min=0)
+        progress("gates", step + 1, steps, float(loss.detach()))
+    return {key: gate.detach() for key, gate in gates.items()}
