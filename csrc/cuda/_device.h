@@ -43,6 +43,10 @@ DCVIT_D void store_vec(View<T> view, int64_t i, Vec<T, N> value) {
   *reinterpret_cast<Vec<T, N>*>(view.data + i) = value;
 }
 
+// Stops the device if that does not hold. It is no `assert`, whose call has registers saved around it.
+#define DCVIT_DEVICE_ASSERT(condition) \
+  if (!(condition)) __trap()
+
 // Declares N elements of memory shared by the threads of the block, as a view.
 #define DCVIT_SHARED(T, name, N)                                        \
   __shared__ __align__(16) unsigned char name##_bytes[sizeof(T) * (N)]; \

@@ -34,12 +34,12 @@ Sizes check(const char* op, const Tensor& x, const Tensor& w1, const Tensor& w2,
 
 // The kept part of a weight, times `factor` by row, as the BLAS wants it.
 Tensor pack(const Tensor& from, int64_t rows, int64_t columns, const Optional& row_index, const Optional& column_index,
-            const Optional& factor, void* stream) {
+            const Optional& factor, int64_t hidden, void* stream) {
   if (!row_index && !column_index && !factor) return from;
   Tensor packed = empty(from, {rows, columns}, from.scalar_type());
   dispatch("dropped_mlp", from.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    launch_pack<T>(rows, columns, from.dim() == 2 ? from.size(1) : 0, view<const int64_t>(row_index),
+    launch_pack<T>(rows, columns, from.dim() == 2 ? from.size(1) : 0, hidden, view<const int64_t>(row_index),
                    view<const int64_t>(column_index), view<const T>(factor), view<const T>(from), view<T>(packed),
                    stream);
   });
@@ -66,17 +66,17 @@ std::tuple<Tensor, Tensor, Tensor> dropped_mlp(Tensor x, Tensor w1, Optional b1,
                           {}, save ? view<float>(stats) : View<float>(), view<T>(input), stream);
     });
   if (b1 && idx) {
-    Tensor packed = pack(*b1, 1, kept, {}, idx, {}, stream);
+    Tensor packed = pack(*b1, 1, kept, {}, idx, {}, hidden, stream);
     b1 = torch::stable::view(packed, {kept});
   }
-  Tensor pre = linear(input, pack(w1, kept, width, idx, {}, {}, stream), b1);
+  Tensor pre = linear(input, pack(w1, kept, width, idx, {}, {}, hidden, stream), b1);
   Tensor activation = save ? empty(x, {rows, kept}, x.scalar_type()) : pre;
   dispatch("dropped_mlp", x.scalar_type(), [&](auto number) {
     using T = decltype(number);
     launch_activate<T>(pre.numel(), view<const T>(pre), view<T>(activation), stream);
   });
   const bool finish = scale || residual;
-  Tensor y = linear(activation, pack(w2, out, kept, {}, idx, {}, stream), finish ? Optional() : b2);
+  Tensor y = linear(activation, pack(w2, out, kept, {}, idx, {}, hidden, stream), finish ? Optional() : b2);
   if (finish)
     dispatch("dropped_mlp", x.scalar_type(), [&, rows = rows, out = out](auto number) {
       using T = decltype(number);
@@ -137,7 +137,7 @@ Gradients dropped_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Opti
 
     Tensor activation = empty(x, {needs_activation ? rows : 0, kept}, dtype);
     if (needs_nodes) {
-      Tensor grad_pre = product(grad, pack(w2, out, kept, {}, idx, scale, stream));
+      Tensor grad_pre = product(grad, pack(w2, out, kept, {}, idx, scale, hidden, stream));
       Tensor sums = partials(wants_b1, kept);
       launch_hidden_gradient<T>(rows, kept, view<const T>(pre), view<T>(grad_pre),
                                 needs_activation ? view<T>(activation) : View<T>(), given(wants_b1, sums), stream);
@@ -153,12 +153,12 @@ Gradients dropped_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Opti
         if (idx) {
           const Tensor packed = grad_w1;
           grad_w1 = zeros({hidden, width});
-          launch_unpack<T>(kept, width, width, view<const int64_t>(idx), {}, {}, view<const T>(packed), {},
+          launch_unpack<T>(kept, width, width, hidden, view<const int64_t>(idx), {}, {}, view<const T>(packed), {},
                            view<T>(grad_w1), {}, stream);
         }
       }
       if (needs_input) {
-        Tensor grad_input = product(grad_pre, pack(w1, kept, width, idx, {}, {}, stream));
+        Tensor grad_input = product(grad_pre, pack(w1, kept, width, idx, {}, {}, hidden, stream));
         if (wants_weight || wants_bias) {
           Tensor plain = partials(wants_bias, width), normalised = partials(wants_weight, width);
           launch_column_sums<T>(rows, width, view<const T>(grad_input), view<const T>(x), view<const float>(stats),
@@ -188,9 +188,9 @@ Gradients dropped_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Opti
       const bool placed = wants_w2 && (idx || scale);
       if (placed) grad_w2 = idx ? zeros({out, hidden}) : empty(x, {out, hidden}, dtype);
       if (placed || wants_scale)
-        launch_unpack<T>(out, kept, hidden, {}, view<const int64_t>(idx), view<const T>(scale), view<const T>(packed),
-                         view<const T>(w2), placed ? view<T>(grad_w2) : View<T>(), given(wants_scale, row_sums),
-                         stream);
+        launch_unpack<T>(out, kept, hidden, hidden, {}, view<const int64_t>(idx), view<const T>(scale),
+                         view<const T>(packed), view<const T>(w2), placed ? view<T>(grad_w2) : View<T>(),
+                         given(wants_scale, row_sums), stream);
       if (wants_w2 && !placed) grad_w2 = packed;
     }
     const bool sums_grad = wants_b2 || (wants_scale && b2);

@@ -33,6 +33,8 @@
 
 #include "_view.h"
 
+#define DCVIT_DEVICE_ASSERT(condition) \
+  if (!(condition)) dcvit::host::fail(__builtin_LINE(), "expected " #condition)
 #define __global__
 #define __device__
 #define __launch_bounds__(...)

@@ -169,34 +169,40 @@ __global__ __launch_bounds__(kThreads) void norm_gradient_kernel(int64_t rows, i
 //
 // A warp per row of the packed matrix [rows, columns]; the rows of the other one are `stride` apart.
 
-DCVIT_D int64_t at(View<const int64_t> index, int64_t i) { return index.given() ? load(index, i) : i; }
+// Where the i-th kept row or column stands, of so many.
+DCVIT_D int64_t at(View<const int64_t> index, int64_t i, int64_t count) {
+  if (!index.given()) return i;
+  const int64_t place = load(index, i);
+  DCVIT_DEVICE_ASSERT(place >= 0 && place < count);
+  return place;
+}
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void pack_kernel(int64_t rows, int64_t columns, int64_t stride,
+__global__ __launch_bounds__(kThreads) void pack_kernel(int64_t rows, int64_t columns, int64_t stride, int64_t hidden,
                                                         View<const int64_t> row_index, View<const int64_t> column_index,
                                                         View<const T> factor, View<const T> from, View<T> packed) {
   const int64_t row = own_row();
   if (row >= rows) return;
-  const int64_t start = at(row_index, row) * stride;
+  const int64_t start = at(row_index, row, hidden) * stride;
   const float times = factor.given() ? static_cast<float>(load(factor, row)) : 1.0f;
   for (int64_t c = threadIdx.x % kWarp; c < columns; c += kWarp)
     store(packed, row * columns + c,
-          static_cast<T>(times * static_cast<float>(load(from, start + at(column_index, c)))));
+          static_cast<T>(times * static_cast<float>(load(from, start + at(column_index, c, hidden)))));
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void unpack_kernel(int64_t rows, int64_t columns, int64_t stride,
+__global__ __launch_bounds__(kThreads) void unpack_kernel(int64_t rows, int64_t columns, int64_t stride, int64_t hidden,
                                                           View<const int64_t> row_index,
                                                           View<const int64_t> column_index, View<const T> factor,
                                                           View<const T> packed, View<const T> other, View<T> out,
                                                           View<double> sums) {
   const int64_t row = own_row();
   if (row >= rows) return;
-  const int64_t start = at(row_index, row) * stride;
+  const int64_t start = at(row_index, row, hidden) * stride;
   const float times = factor.given() ? static_cast<float>(load(factor, row)) : 1.0f;
   double sum = 0;
   for (int64_t c = threadIdx.x % kWarp; c < columns; c += kWarp) {
-    const int64_t place = start + at(column_index, c);
+    const int64_t place = start + at(column_index, c, hidden);
     const float value = static_cast<float>(load(packed, row * columns + c));
     if (sums.given()) sum += static_cast<double>(value) * static_cast<float>(load(other, place));
     if (out.given()) store(out, place, static_cast<T>(times * value));
@@ -381,21 +387,21 @@ void launch_finish_sums(int64_t columns, View<const double> partials, View<const
 }
 
 template <class T>
-void launch_pack(int64_t rows, int64_t columns, int64_t stride, View<const int64_t> row_index,
+void launch_pack(int64_t rows, int64_t columns, int64_t stride, int64_t hidden, View<const int64_t> row_index,
                  View<const int64_t> column_index, View<const T> factor, View<const T> from, View<T> packed,
                  void* stream) {
   if (rows == 0 || columns == 0) return;
-  launch("pack_kernel", pack_kernel<T>, blocks_of_rows(rows), kThreads, stream, rows, columns, stride, row_index,
-         column_index, factor, from, packed);
+  launch("pack_kernel", pack_kernel<T>, blocks_of_rows(rows), kThreads, stream, rows, columns, stride, hidden,
+         row_index, column_index, factor, from, packed);
 }
 
 template <class T>
-void launch_unpack(int64_t rows, int64_t columns, int64_t stride, View<const int64_t> row_index,
+void launch_unpack(int64_t rows, int64_t columns, int64_t stride, int64_t hidden, View<const int64_t> row_index,
                    View<const int64_t> column_index, View<const T> factor, View<const T> packed, View<const T> other,
                    View<T> out, View<double> sums, void* stream) {
   if (rows == 0) return;
-  launch("unpack_kernel", unpack_kernel<T>, blocks_of_rows(rows), kThreads, stream, rows, columns, stride, row_index,
-         column_index, factor, packed, other, out, sums);
+  launch("unpack_kernel", unpack_kernel<T>, blocks_of_rows(rows), kThreads, stream, rows, columns, stride, hidden,
+         row_index, column_index, factor, packed, other, out, sums);
 }
 
 #define DCVIT_INSTANTIATE(T)                                                                                           \
@@ -411,10 +417,10 @@ void launch_unpack(int64_t rows, int64_t columns, int64_t stride, View<const int
                                    View<double>, void*);                                                               \
   template void launch_finish_sums(int64_t, View<const double>, View<const T>, View<const double>,                     \
                                    View<const int64_t>, View<T>, void*);                                               \
-  template void launch_pack(int64_t, int64_t, int64_t, View<const int64_t>, View<const int64_t>, View<const T>,        \
-                            View<const T>, View<T>, void*);                                                            \
-  template void launch_unpack(int64_t, int64_t, int64_t, View<const int64_t>, View<const int64_t>, View<const T>,      \
-                              View<const T>, View<const T>, View<T>, View<double>, void*);
+  template void launch_pack(int64_t, int64_t, int64_t, int64_t, View<const int64_t>, View<const int64_t>,              \
+                            View<const T>, View<const T>, View<T>, void*);                                             \
+  template void launch_unpack(int64_t, int64_t, int64_t, int64_t, View<const int64_t>, View<const int64_t>,            \
+                              View<const T>, View<const T>, View<const T>, View<T>, View<double>, void*);
 DCVIT_INSTANTIATE(float)
 DCVIT_INSTANTIATE(Half)
 DCVIT_INSTANTIATE(BFloat16)

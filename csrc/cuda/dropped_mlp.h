@@ -43,15 +43,16 @@ template <class T>
 void launch_finish_sums(int64_t columns, View<const double> partials, View<const T> factor,
                         View<const double> row_partials, View<const int64_t> index, View<T> out, void* stream);
 
-// packed[r, c] = factor[r] * from[row_index[r], column_index[c]], of rows that are `stride` apart.
+// packed[r, c] = factor[r] * from[row_index[r], column_index[c]], of rows that are `stride` apart. The kernel stops the
+// device where an index is not in [0, hidden).
 template <class T>
-void launch_pack(int64_t rows, int64_t columns, int64_t stride, View<const int64_t> row_index,
+void launch_pack(int64_t rows, int64_t columns, int64_t stride, int64_t hidden, View<const int64_t> row_index,
                  View<const int64_t> column_index, View<const T> factor, View<const T> from, View<T> packed,
                  void* stream);
 
 // out[row_index[r], column_index[c]] = factor[r] * packed[r, c], and sums[r], over c, of packed times `other` there.
 template <class T>
-void launch_unpack(int64_t rows, int64_t columns, int64_t stride, View<const int64_t> row_index,
+void launch_unpack(int64_t rows, int64_t columns, int64_t stride, int64_t hidden, View<const int64_t> row_index,
                    View<const int64_t> column_index, View<const T> factor, View<const T> packed, View<const T> other,
                    View<T> out, View<double> sums, void* stream);
 

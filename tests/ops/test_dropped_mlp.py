@@ -1,5 +1,7 @@
 import copy
 import pickle
+import subprocess
+import sys
 from typing import ClassVar
 
 import matrix
@@ -83,6 +85,19 @@ class TestMatrix(matrix.DifferentiableMatrix):
         assert (results["gradient of w2"][:, dropped] == 0).all()
         assert (results["gradient of w2"][:, ~dropped] != 0).any(dim=0).all()
 
+    def test_a_node_that_does_not_exist_is_refused(self, kernel: str) -> None:
+        if kernel in matrix.GPU_NAMES:  # where it ends every use of the device
+            run = subprocess.run([sys.executable, "-c", MISSING_NODE, kernel], capture_output=True, text=True)
+            assert run.returncode
+            assert "CUDA error" in run.stderr
+            return
+        inputs = self.inputs("small", torch.float32, kernel)
+        inputs["idx"][2] = inputs["w1"].shape[0]
+        with pytest.raises(
+            (RuntimeError, IndexError), match=r"expected idx in|expected place >= 0|out of (range|bounds)"
+        ):
+            self.call(kernel, inputs)
+
     def test_order_of_kept_nodes(self, impl: str) -> None:
         inputs = self.inputs("small", torch.float32, impl)
         inputs["idx"] = inputs["idx"].flip(0)
@@ -103,6 +118,16 @@ class TestMatrix(matrix.DifferentiableMatrix):
             assert torch.equal(self.call("auto", inputs)["output"], self.call("eager", inputs)["output"])
             with pytest.raises(ValueError, match=f"impl='{kernel}' cannot run: autocast"):
                 self.call(kernel, inputs)
+
+
+MISSING_NODE = """
+import sys
+import torch
+from dcvit.ops import dropped_mlp
+w1, w2 = torch.zeros(40, 24, device="cuda"), torch.zeros(24, 40, device="cuda")
+x, idx = torch.zeros(3, 24, device="cuda"), torch.tensor([0, 40], device="cuda")
+print(dropped_mlp(x, w1, None, w2, None, idx, impl=sys.argv[1]))
+"""
 
 
 class Block(nn.Module):
