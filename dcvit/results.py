@@ -311,7 +311,7 @@ def load(folder: str | Path) -> CompressionResult:
     architecture = read_json(folder / CONFIG_FILE).get("architecture")
     try:
         model = load_model(f"local-dir:{folder}")
-        adapter_for(model)
+        preprocessing(model)
     except UnsupportedModelError as error:
         raise SaveFolderError(f"{str(folder)!r} holds a broken model ({architecture}): {error}") from error
     metric_set = None if record.images is None else record.images.metric_set(model)

@@ -195,6 +195,24 @@ def test_front_matter_is_what_the_hub_reads(
     assert text in card.text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": "abc"}, {"mean": [None, 0.5, 0.5]}, {"mean": {"r": 1}}, {"std": [0.0, 1.0, 1.0]}, {"std": True},
+     {"std": ["a", 1, 1]}, {"interpolation": ["bicubic"]}, {"crop_pct": "all"}, {"input_size": 7}],
+    ids=str,
+)  # fmt: skip
+def test_preprocessing_that_makes_no_sense_is_refused(
+    change: dict[str, Any], result: dcvit.CompressionResult, tmp_path: Path
+) -> None:
+    result.save(tmp_path / "small")
+    file = tmp_path / "small" / "config.json"
+    config = json.loads(file.read_text())
+    config["pretrained_cfg"] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(dcvit.SaveFolderError, match="holds a broken model"):
+        dcvit.load(tmp_path / "small")
+
+
 def test_card_of_a_backbone_from_who_knows_where() -> None:
     model = VARIANTS["backbone"].create()
     model.pretrained_cfg = {}

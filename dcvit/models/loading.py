@@ -211,12 +211,28 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """Timm's own evaluation preprocessing for a model."""
+    """Timm's own evaluation preprocessing for a model.
+
+    Raises:
+        UnsupportedModelError: If its configuration does not say what that is.
+    """
+    try:
+        return _preprocessing(model)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"The model's pretrained_cfg does not tell how its images are prepared ({type(error).__name__}: {error}): "
+            "expected input_size, interpolation, crop_pct, mean and std as timm's models have them."
+        ) from error
+
+
+def _preprocessing(model: nn.Module) -> Preprocessing:
     config = resolve_model_data_config(model)
     channels, height, width = adapter_for(model).input_size(model)
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    if len(mean) != channels:  # timm's defaults are RGB; a model with other channels gets their average
+    mean, std = tuple(map(float, config["mean"])), tuple(map(float, config["std"]))
+    if len(mean) != channels or len(std) != channels:  # timm's defaults are RGB; other channels get their average
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(f"mean={mean}, std={std}")
     mode = {1: "L", 3: "RGB"}.get(channels)
 
     def convert(image: Any) -> Any:
