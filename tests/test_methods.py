@@ -27,12 +27,13 @@ from dcvit.methods.vtp import learn_gates
 from dcvit.model_card import cut_kind
 from dcvit.models import DroppedBlock, adapter_for
 from dcvit.models.modeling_dcvit import FusingBlock
+from dcvit.models.vision_transformer import fuse_tokens
 from dcvit.reconstruction import draw_views
 from dcvit.regression import NormalEquations
 from dcvit.results import read_record, save_model
 from tests.conftest import PUBLISHED, QUICK
 from tests.variants import VARIANTS
-from tests.without_dcvit import run_without
+from tests.without_dcvit import output_without_dcvit, run_without
 
 CONFIGS = {
     name: QUICK if entry.recovery is dcvit.ReconstructionConfig else PUBLISHED for name, entry in METHODS.items()
@@ -595,6 +596,17 @@ def test_evit_changes_no_weight_and_saves_macs_alone(deep: nn.Module, images: Te
     inputs = torch.randn(6, *adapter_for(pooled).input_size(pooled))
     with pytest.raises(dcvit.UnsupportedModelError, match="no class token"):
         dcvit.compress(pooled, inputs, dcvit.Budget(macs=0.8), PUBLISHED, method="evit")
+
+
+def test_fewer_heads_and_tokens_load_without_dcvit_and_export(deep: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    space = Space(freeze(deep))
+    student = copy.deepcopy(space.without([Unit("head", 0, 1), Unit("head", 3, 0), Unit("node", 3, 9)]).of(deep))
+    fuse_tokens(student, 3, 0.4)
+    with torch.no_grad():
+        expected = student(images)
+    save_model(student, tmp_path / "small")
+    torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), expected, rtol=1e-4, atol=1e-5)
+    assert max(dcvit.export_model(student, tmp_path / "small.onnx").errors.values()) < 1e-4
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -198,8 +198,8 @@ class FusingBlock(nn.Module):
         kept = math.ceil(self.keep_rate * patches.shape[1])
         if kept >= patches.shape[1]:
             return x
-        order = attention.argsort(dim=1, descending=True, stable=True)
-        first, rest = order[:, :kept].sort(dim=1).values, order[:, kept:]
+        order = attention.topk(patches.shape[1], dim=1).indices  # ONNX knows no stable sort
+        first, rest = order[:, :kept].topk(kept, dim=1, largest=False).values, order[:, kept:]
         weight = attention.gather(1, rest)
         weight = weight / weight.sum(dim=1, keepdim=True)
         fused = (weight.unsqueeze(-1) * _taken(patches, rest)).sum(dim=1, keepdim=True)
