@@ -106,7 +106,7 @@ class Record:
     agreement: float
     top1: float | None
     cosine_class: float | None
-    cosine_patch: float
+    cosine_patch: float | None
     seconds: float
     blocks: tuple[int, ...]
     epochs: int | None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dcvit
 from benchmarks.testbeds import TestBed, digits, measure
 from benchmarks.testbeds import dinov2_weights as weights
 from benchmarks.testbeds.cache import cache_folder, fingerprint, writing
@@ -214,3 +215,14 @@ def test_conversion_against_onnxruntime() -> None:
     )
     # Twelve blocks in float32, computed in another order: measured 4e-6.
     assert weights.conversion_error(images) < 2e-5
+
+
+def test_a_student_with_fewer_tokens_is_judged_by_its_class_token() -> None:
+    bed = digits(0)
+    student = dcvit.compress(bed.model, bed.images, dcvit.Budget(macs=0.8), method="evit").model
+    found = measure(bed, student)
+    assert 0.5 < found.agreement <= 1
+    assert 0 < found.error < 1
+    assert found.cosine_patch is None
+    assert found.cosine_class is not None
+    assert 0.5 < found.cosine_class < 1

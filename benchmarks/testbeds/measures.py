@@ -16,18 +16,19 @@ class Measures:
     """A student against its teacher.
 
     Attributes:
-        error: r = ‖s − t‖² / ‖t − mean(t)‖² over all output tokens; 0 is exact, 1 is as good as a constant.
+        error: r = ‖s − t‖² / ‖t − mean(t)‖² over all output tokens; 0 is exact, 1 is as good as a constant. Of a
+            student with fewer tokens, over those that both have: the class token.
         agreement: Share of images for which both name the same class.
         top1: Share of images whose class is named rightly; `None` without labels.
         cosine_class: Mean cosine similarity of the class token; `None` without one.
-        cosine_patch: Mean cosine similarity of the other tokens.
+        cosine_patch: Mean cosine similarity of the other tokens; `None` of a student with fewer.
     """
 
     error: float
     agreement: float
     top1: float | None
     cosine_class: float | None
-    cosine_patch: float
+    cosine_patch: float | None
 
 
 def measure(bed: TestBed, student: nn.Module) -> Measures:
@@ -35,19 +36,23 @@ def measure(bed: TestBed, student: nn.Module) -> Measures:
 
     Args:
         bed: The test bed; its model has one class token in front, or none.
-        student: In evaluation mode, with the same output tokens.
+        student: In evaluation mode.
     """
     teacher_tokens = bed.teacher_tokens
     student_tokens = output_tokens(student, bed.held_out)
     agreed = bed.predictions(student, student_tokens) == bed.predictions(bed.model, teacher_tokens)
-    cosine = F.cosine_similarity(student_tokens, teacher_tokens, dim=-1).double()
+    top1 = bed.top1(student, student_tokens)
     prefix = int(getattr(bed.model, "num_prefix_tokens", 0))
+    alike = student_tokens.shape == teacher_tokens.shape
+    if not alike:
+        student_tokens, teacher_tokens = student_tokens[:, :prefix], teacher_tokens[:, :prefix]
+    cosine = F.cosine_similarity(student_tokens, teacher_tokens, dim=-1).double()
     return Measures(
         error=relative_error(student_tokens, teacher_tokens),
         agreement=float(agreed.double().mean()),
-        top1=bed.top1(student, student_tokens),
+        top1=top1,
         cosine_class=float(cosine[:, 0].mean()) if prefix else None,
-        cosine_patch=float(cosine[:, prefix:].mean()),
+        cosine_patch=float(cosine[:, prefix:].mean()) if alike else None,
     )
 
 
