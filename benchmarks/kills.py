@@ -166,12 +166,11 @@ def kill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Sto
             if again:
                 return Story(start, tuple(killed_at), len(units), f"done again: {', '.join(again)}")
             units = now
-            if (folder / WEIGHTS).is_file():  # it was over: what is saved is saved at once
-                same = digest(folder) == wanted
-                return Story(start, tuple(killed_at), len(units), "" if same else "other weights")
-            continue
-        if process.returncode:
-            return Story(start, tuple(killed_at), len(units), f"exit code {process.returncode}: {error}")
+            if not (folder / WEIGHTS).is_file():  # else it was over: what is saved is saved at once
+                continue
+        else:
+            if process.returncode:
+                return Story(start, tuple(killed_at), len(units), f"exit code {process.returncode}: {error}")
         same = digest(folder) == wanted
         return Story(start, tuple(killed_at), len(units), "" if same else "other weights")
     return Story(MOST_KILLS + 1, tuple(killed_at), len(units), "it never ended")

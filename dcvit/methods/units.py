@@ -6,9 +6,10 @@ met, then nodes come back, best first, while there is room. Each block keeps a h
 
 import copy
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -144,15 +145,12 @@ class Space:
         order = [unit for unit in order if last[unit.kind, unit.block] is not unit]
 
         saved = self.savings(budget)
-        original = spent(self.model, budget)
-
-        def cost(removed: Iterable[Unit]) -> int:
-            return original - sum(saved[unit.kind, unit.block] for unit in removed)
-
-        count = bisect_left(range(len(order)), -wanted, key=lambda count: -cost(order[:count]))
+        missing = spent(self.model, budget) - wanted
+        totals = list(accumulate((saved[unit.kind, unit.block] for unit in order), initial=0))
+        count = bisect_left(totals, missing)
         # The last head may have left room for nodes that went before.
         nodes = [unit for unit in reversed(order[:count]) if unit.kind == "node"]
-        room = wanted - cost(order[:count])
+        room = totals[min(count, len(order))] - missing
         back = set()
         for unit in nodes:
             room -= saved[unit.kind, unit.block]
@@ -161,7 +159,8 @@ class Space:
             back.add(unit)
         removed = [unit for unit in order[:count] if unit not in back]
         # A file's header may be longer than the savings tell.
-        left = (unit for unit in order if unit.kind == "node" and unit not in set(removed))
+        gone = set(removed)
+        left = (unit for unit in order if unit.kind == "node" and unit not in gone)
         while spent(self.without(removed).of(self.model), budget) > wanted:
             removed.append(next(left))
         return self.without(removed)
@@ -234,7 +233,7 @@ def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
     left, nodes = sum(len(structure.nodes[block]) for block in cut), sum(space.nodes[block] for block in cut)
     plan = Plan(
         budget=task.budget,
-        target=target(teacher, task.budget),
+        target=space.require(task.budget),
         num_blocks=len(cut),
         hidden_features=left // len(cut),
         drop_ratio=(nodes - left) / nodes,

@@ -52,7 +52,7 @@ def vtp(task: Task) -> Outcome:
     with task.timer("ranking"):
         batches = task.images.normalised.split(mimicking.batch_size)
         gates = learn_gates(space, batches, progress=task.progress)
-        structure = space.best({unit: abs(gate) for unit, gate in scores_of(gates).items()}, task.budget)
+        structure = space.best(scores_of(gates), task.budget)
     return recovered(task, space, structure)
 
 
@@ -93,13 +93,14 @@ def learn_gates(
     count = sum(gate.numel() for gate in gates.values())
     with torch.no_grad():
         wanted = [adapter.tokens(model, images) for images in batches]
+        spreads = [(tokens - tokens.mean(dim=(0, 1))).square().mean() for tokens in wanted]
     progress("gates", 0, steps, None)
     for step in range(steps):
-        images, tokens = batches[step % len(batches)], wanted[step % len(batches)]
+        number = step % len(batches)
         with torch.enable_grad(), gated(model, gates):
-            missed = (adapter.tokens(model, images) - tokens).square().mean()
-            spread = (tokens - tokens.mean(dim=(0, 1))).square().mean()
-            loss = missed / spread + sparsity * torch.stack([gate.abs().sum() for gate in gates.values()]).sum() / count
+            missed = (adapter.tokens(model, batches[number]) - wanted[number]).square().mean()
+            penalty = torch.stack([gate.abs().sum() for gate in gates.values()]).sum() / count
+            loss = missed / spreads[number] + sparsity * penalty
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
         optimizer.step()

@@ -173,7 +173,7 @@ class FusingBlock(nn.Module):
     def tokens_after(self, tokens: int) -> int:
         """How many tokens leave the block if so many enter it."""
         patches = tokens - self.num_prefix_tokens
-        kept = math.ceil(self.keep_rate * patches)
+        kept = self._num_kept(patches)
         return tokens if kept >= patches else self.num_prefix_tokens + kept + 1
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -192,10 +192,13 @@ class FusingBlock(nn.Module):
         mixed = attn.norm((weights @ value).transpose(1, 2).flatten(2))
         return attn.proj_drop(attn.proj(mixed)), weights[:, :, 0, self.num_prefix_tokens :].mean(dim=1)
 
+    def _num_kept(self, patches: int) -> int:
+        return math.ceil(self.keep_rate * patches)
+
     def fuse_tokens(self, x: Tensor, attention: Tensor) -> Tensor:
         """Keep the tokens `[B, N, D]` of most attention `[B, P]`, and fuse the rest."""
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        kept = math.ceil(self.keep_rate * patches.shape[1])
+        kept = self._num_kept(patches.shape[1])
         if kept >= patches.shape[1]:
             return x
         order = attention.topk(patches.shape[1], dim=1).indices  # ONNX knows no stable sort
