@@ -29,7 +29,7 @@ RUNS = ROOT / "benchmarks" / "results" / "compare.jsonl"
 MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/contestants.py", "benchmarks/methods.py", "benchmarks/testbeds")
 """What a run's figures depend on."""
 
-FAMILIES = {"digits": "vit", "photographs": "vit", "dinov2": "vit", "swin": "swin", "resnet": "cnn"}
+FAMILIES = {"digits": "vit", "photographs": "vit", "dinov2": "vit", "swin": "swin", "resnet": "cnn", "efficientnet": "cnn"}
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SEEDS = 5
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import dcvit
 from benchmarks.naive import naive_closed_form
-from benchmarks.testbeds import TestBed, digits, dinov2, photographs, resnet, swin
+from benchmarks.testbeds import TestBed, digits, dinov2, efficientnet, photographs, resnet, swin
 from dcvit.compression import freeze, fuse
 from dcvit.config import CompressionConfig
 from dcvit.errors import BudgetError
@@ -31,6 +31,7 @@ BEDS: dict[str, Callable[..., TestBed]] = {
     "dinov2": dinov2,
     "swin": swin,
     "resnet": resnet,
+    "efficientnet": efficientnet,
 }
 """From a seed, and a number of images, to a test bed whose few-shot set the seed draws."""
 

