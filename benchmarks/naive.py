@@ -90,9 +90,9 @@ def solve_block(student: nn.Module, block: int, kept: tuple[int, ...], given: Te
     adapter = adapter_for(student)
     adapter.compress_block(student, block, kept)
     found = adapter.output_layer(student, block)
-    if found is None or found[0].bias is None:
+    if found is None or found.layer.bias is None:
         raise DcvitError(f"Block {block} does not end in a linear layer with a bias: no closed form fits it.")
-    layer, scale = found
+    layer, scale = found.layer, found.scale
     hidden: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0].flatten(0, 1).double()))
     _run(student, given, block, block + 1)

@@ -579,8 +579,10 @@ def reconstruct_blocks(
 
     def reconstructed(block: int, cut: Cut, tokens: Stack) -> Unit:
         batches = (_given(student, batch, block, cut) for batch in tokens.split(at_once))
-        given = views.rows_of_all(batches, firsts[0])
-        rows = states.rows(block, ranks.gather(given if counts else given[:0]))
+        # The inputs of a convolution are many: a row of them is as long as ten of a ViT's.
+        few = cut.attention and not adapter.pointwise_nodes
+        given = views.rows_of_all(batches, firsts[0], few=few)
+        rows = states.rows(block, ranks.gather(given if counts else given[:0]), few=few)
         order, count = prunable_orders[block] if cut.attention else (), cut.hidden_features
         nodes, report = reconstruct_block(
             student, block, cut, rows, recovery,
@@ -765,17 +767,20 @@ def _resolve_learning_rate(
     store: Store,
 ) -> CompressionConfig:
     """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
-    if config.mimicking.learning_rate != "auto":
-        return config
-    block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
-    kept = draw_kept_nodes(teacher, block, chosen_plan.hidden_features, config.seed)
-    student = compress_block(teacher, block, kept, config.impl)
-    find = partial(
-        find_learning_rate, student, teacher, images, [block], config.mimicking,
-        seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
-    )  # fmt: skip
-    rate: float = store.unit("learning-rate", lambda: Unit(find())).values
-    return replace(config, recovery=replace(config.mimicking, learning_rate=rate))
+
+    def find() -> float:
+        block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
+        kept = draw_kept_nodes(teacher, block, chosen_plan.hidden_features, config.seed)
+        return find_learning_rate(
+            compress_block(teacher, block, kept, config.impl), teacher, images, [block], config.mimicking,
+            seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
+        )  # fmt: skip
+
+    def found() -> float:
+        rate: float = store.unit("learning-rate", lambda: Unit(find())).values
+        return rate
+
+    return replace(config, recovery=config.mimicking.with_learning_rate(found))
 
 
 def _step_size(

@@ -5,7 +5,7 @@ procedure of DC-ViT (arXiv 2403.18708, section 4 and supplementary), at its cost
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -191,6 +191,10 @@ class MimickingConfig:
     def with_at_most(self, count: int) -> "MimickingConfig":
         """The same with at most so many images at once."""
         return replace(self, micro_batch=min(count, self.at_once))
+
+    def with_learning_rate(self, find: Callable[[], float]) -> "MimickingConfig":
+        """The same with a number for the learning rate: what `find` finds if it is `"auto"`."""
+        return replace(self, learning_rate=find()) if self.learning_rate == "auto" else self
 
 
 @dataclass(frozen=True)

@@ -371,9 +371,10 @@ class SearchSpace:
                     weight = 1.0 if attention else LOST_ATTENTION
                     losses = tuple(weight * sum(profiles[b].loss(kept) for b in group) for kept in nodes)
                     saving = 0 if attention else len(group) * amount(of.attention)
-                    ways.append(Way(attention, saving, Recoverability(nodes, losses)))
+                    node = len(group) * amount(of.node(attention))
+                    ways.append(Way(attention, saving, node, Recoverability(nodes, losses)))
             if ways:
-                found.append(Part(group, len(group) * amount(of.hidden_node), tuple(ways)))
+                found.append(Part(group, tuple(ways)))
         return found
 
     def parts_alike(self, amount: Callable[[Cost], int]) -> list[Part]:
@@ -394,7 +395,7 @@ class SearchSpace:
         total = self.cost.total
         for block, cut in cuts.items():
             of = self.cost.blocks[block]
-            total -= of.hidden_node * (of.hidden_features - cut.hidden_features)
+            total -= of.node(cut.attention) * (of.hidden_features - cut.hidden_features)
             total -= Cost() if cut.attention else of.attention
         return total
 

@@ -25,7 +25,6 @@ import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from dcvit.config import ReconstructionConfig
 from dcvit.distributed import ALONE, Ranks
 from dcvit.errors import NonFiniteError
 from dcvit.images import FewShotImages
-from dcvit.models import adapter_for
+from dcvit.models import OutputLayer, adapter_for
 from dcvit.ops import Impl, mimic_loss
 from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
@@ -74,9 +73,6 @@ CURVE = (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 RIDGE_UNJUDGED = 1e-2
 """λ where a single image leaves none to hold out, as a share of the mean squared hidden node."""
 
-SMALLEST_SCALE = 1e-12
-"""A channel that LayerScale multiplies by less asks for nothing."""
-
 
 @dataclass(frozen=True)
 class Views:
@@ -113,11 +109,18 @@ class Views:
         few = _few(of_each * len(self.images)) - of_each * views.start
         return rows[few[(few >= 0) & (few < len(rows))].to(rows.device)]
 
-    def rows_of_all(self, batches: Iterable[Tensor], first: int = 0) -> Tensor:
-        """The chosen tokens `[V·S, D]` of views from one on, in batches: only one need be there at a time."""
+    def rows_of_all(self, batches: Iterable[Tensor], first: int = 0, *, few: bool = False) -> Tensor:
+        """The chosen tokens `[V·S, D]` of views from one on, in batches: only one need be there at a time.
+
+        Args:
+            batches: Tokens `[B, N, D]`.
+            first: The view that comes first.
+            few: Take `few_rows` of them.
+        """
         chosen = []
         for tokens in batches:
-            chosen.append(self.rows(tokens, slice(first, first + len(tokens))))
+            part = slice(first, first + len(tokens))
+            chosen.append((self.few_rows if few else self.rows)(tokens, part))
             first += len(tokens)
         return torch.cat(chosen)
 
@@ -127,7 +130,8 @@ class Rows:
     """The equations of one block.
 
     Attributes:
-        given: What the student's block gets, `[R, D]`.
+        given: What the student's block gets, `[R, D]`; with what its output layer gets behind that, `[R, D + K]`, where
+            that layer does not see each token alone (see `ModelAdapter.halves`).
         wanted: What the teacher's block gives, `[R, D]`.
         held_out: Which rows judge and are not learnt from, `[R]`.
     """
@@ -135,6 +139,22 @@ class Rows:
     given: Tensor
     wanted: Tensor
     held_out: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the block adds to, `[R, D]`."""
+        return self.given[:, : self.wanted.shape[1]]
+
+    @property
+    def nodes(self) -> Tensor:
+        """What the output layer gets `[R, K]`, where it is known; else `[R, 0]`."""
+        return self.given[:, self.wanted.shape[1] :]
+
+    def of_nodes(self, kept: Tensor) -> "Rows":
+        """The same for a block that keeps only some inputs of its output layer, by index."""
+        if not self.nodes.shape[1]:
+            return self
+        return Rows(torch.cat([self.inputs, self.nodes[:, kept.to(self.given.device)]], 1), self.wanted, self.held_out)
 
     def thinned(self) -> "Rows":
         """At most `FEW_ROWS` of them, drawn at random but always the same."""
@@ -189,9 +209,9 @@ class Sums:
     used: NormalEquations
     held_out: NormalEquations | None
 
-    def of_nodes(self, nodes: Tensor) -> "Sums":
-        """The same with only some hidden nodes, given by index."""
-        index = nodes.to(self.used.gram.device)
+    def of_inputs(self, kept: Tensor) -> "Sums":
+        """The same with only some inputs of the layer, given by index."""
+        index = kept.to(self.used.gram.device)
         return Sums(self.used.of_inputs(index), None if self.held_out is None else self.held_out.of_inputs(index))
 
     def best_ridge(self, anchor: Tensor, *, constant: bool, near: float = FIRST_RIDGE) -> tuple[float, float]:
@@ -279,16 +299,23 @@ class TeacherStates:
         self._between = {block: ranks.gathered(stack, counts) for block, stack in between.items()}
         self.output = ranks.gathered(outputs, counts) if keep_output else None
 
-    def rows(self, block: int, given: Tensor | None = None) -> Rows:
+    def rows(self, block: int, given: Tensor | None = None, *, few: bool = False) -> Rows:
         """The equations of a block.
 
         Args:
             block: The block, from 0.
-            given: What a student's block gets, `[R, D]`; what the teacher's gets if not given.
+            given: What a student's block gets, `[R, D]` or `[R, D + K]`; what the teacher's gets if not given.
+            few: Those of `Rows.thinned`, which `given` is of already.
         """
         wanted = self._wanted[block][:]
         held_out = self._held_out.repeat_interleave(len(wanted) // len(self._held_out))
-        return Rows(self._given[block][:] if given is None else given, wanted, held_out)
+        if given is None:
+            rows = Rows(self._given[block][:], wanted, held_out)
+            return rows.thinned() if few else rows
+        if few and len(wanted) > FEW_ROWS:
+            some = _few(len(wanted)).to(wanted.device)
+            wanted, held_out = wanted[some], held_out[some]
+        return Rows(given, wanted, held_out)
 
     def mlp_rows(self, block: int) -> Rows:
         """The equations of the MLP of a prunable block alone, thinned.
@@ -296,8 +323,7 @@ class TeacherStates:
         Raises:
             KeyError: If the block was not named as prunable, or its equations were given up.
         """
-        rows = self.rows(block).thinned()
-        return Rows(self._between[block][:], rows.wanted, rows.held_out)
+        return self.rows(block, self._between[block][:], few=True)
 
     def give_up_mlp_rows(self, blocks: Iterable[int]) -> None:
         """Free what `mlp_rows` needs of some blocks."""
@@ -385,14 +411,16 @@ def reconstruct_block(
     cut_block(student, block, cut, kept, impl)
     module = _OnTokens(student, block)
     layer = adapter.output_layer(student, block)
+    nodes = torch.tensor(kept, dtype=torch.int64)
+    inputs = nodes if layer is None else _inputs_of(nodes, layer)
+    rows = rows.of_nodes(inputs)
     error_before = error_after = _error(module, rows, ranks)
     ridge = error_closed_form = None
     judged = bool(rows.held_out.any())
     steps = epochs if judged and cut.hidden_features and not cut.attention else 0
     if layer is not None:
-        nodes = torch.tensor(kept, dtype=torch.int64)
-        known = _sums(module, layer[0], rows, ranks) if sums is None else sums.of_nodes(nodes)
-        ridge, error_closed_form = _fit_output_layer(*layer, known, on_all=refit and not steps, at_most=error_before)
+        known = _sums(module, layer, rows, ranks) if sums is None else sums.of_inputs(inputs)
+        ridge, error_closed_form = _fit_output_layer(layer, known, on_all=refit and not steps, at_most=error_before)
         error_after = error_closed_form
     if not math.isfinite(error_after):
         raise NonFiniteError(
@@ -405,8 +433,8 @@ def reconstruct_block(
             module, rows, config, step_size, steps, error_after, seed, impl, ranks
         )
         if layer is not None:
-            found = _sums(module, layer[0], rows, ranks)
-            _, error_after = _fit_output_layer(*layer, found, on_all=refit, at_most=error_after)
+            found = _sums(module, layer, rows, ranks)
+            _, error_after = _fit_output_layer(layer, found, on_all=refit, at_most=error_after)
     return kept, Reconstruction(block, ridge, error_before, error_closed_form, error_after, best_epoch, errors)
 
 
@@ -458,24 +486,24 @@ def error_curve(
     Returns:
         The curve; `None` if the block has no output layer to solve for.
     """
-    module, found = _with_all_nodes(student, block)
-    if found is None:
+    module, layer = _with_all_nodes(student, block, rows)
+    if layer is None:
         return None
-    layer, scale = found
-    hidden = layer.weight.shape[1]
+    hidden = layer.layer.weight.shape[1]
     sums = _sums(module, layer, rows)
     counts = sorted({round(share * hidden) for share in CURVE})
     most = max((count for count in counts if count < hidden), default=0)
     if config.nodes == "random":
         order = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))
     else:
-        order = select_inputs(sums.used, most)
-    anchor, constant = _anchor(layer, scale), layer.bias is not None
+        order = select_inputs(sums.used, most, group=layer.num_patches)
+    anchor = layer.weights()
     errors: dict[int, float] = {}
     ridge = FIRST_RIDGE
     for count in reversed(counts):
-        nodes = (order[:count] if count <= len(order) else torch.arange(hidden)).to(anchor.device)
-        ridge, errors[count] = sums.of_nodes(nodes).best_ridge(anchor[nodes], constant=constant, near=ridge)
+        nodes = order[:count] if count <= len(order) else torch.arange(hidden)
+        inputs = _inputs_of(nodes, layer).to(anchor.device)
+        ridge, errors[count] = sums.of_inputs(inputs).best_ridge(anchor[inputs], constant=layer.constant, near=ridge)
     return ErrorCurve(tuple(order.tolist()), dict(sorted(errors.items())), sums)
 
 
@@ -501,20 +529,21 @@ def choose_nodes(
     """
     if config.nodes == "random" or count == 0:
         return draw_kept_nodes(student, block, count, seed)
-    module, found = _with_all_nodes(student, block)
-    if found is None:
+    module, layer = _with_all_nodes(student, block, rows)
+    if layer is None:
         return draw_kept_nodes(student, block, count, seed)
     few = rows.thinned()
-    equations = _summed(module, found[0], few, torch.arange(len(few.given), device=few.given.device), ranks)
-    return tuple(select_inputs(equations, count).tolist())
+    equations = _summed(module, layer, few, torch.arange(len(few.given), device=few.given.device), ranks)
+    return tuple(select_inputs(equations, count, group=layer.num_patches).tolist())
 
 
-OutputLayer: TypeAlias = nn.Linear | nn.Conv2d
-"""What a compressed block ends with: linear for each token, in a CNN as a 1×1 convolution."""
+def _inputs_of(nodes: Tensor, layer: OutputLayer) -> Tensor:
+    """Which inputs of the layer come of some nodes: `num_patches` in a row of each."""
+    return (nodes[:, None] * layer.num_patches + torch.arange(layer.num_patches, device=nodes.device)).flatten()
 
 
 class _OnTokens(nn.Module):
-    """A block without attention, or the MLP of one that has it, from tokens `[B, N, D]` to tokens: each alone."""
+    """A block without attention, or the second half of one that has it, from tokens to tokens: each alone."""
 
     def __init__(self, model: nn.Module, block: int) -> None:
         super().__init__()
@@ -530,9 +559,12 @@ class _OnTokens(nn.Module):
         return self._adapter.as_tokens(state)[0]
 
 
-def _with_all_nodes(student: nn.Module, block: int) -> tuple[_OnTokens, tuple[OutputLayer, Tensor | None] | None]:
-    """A copy of a block without its attention that keeps every hidden node, and its output layer, see the adapter."""
-    adapter, whole = adapter_for(student), copy_blocks(student, [block])
+def _with_all_nodes(student: nn.Module, block: int, rows: Rows) -> tuple[_OnTokens, OutputLayer | None]:
+    """What its equations are of, with every hidden node: a block without its attention, or the second half of it."""
+    adapter = adapter_for(student)
+    if rows.nodes.shape[1]:
+        return _OnTokens(student, block), adapter.output_layer(student, block)
+    whole = copy_blocks(student, [block])
     adapter.compress_block(whole, block, range(adapter.hidden_features(whole, block)))
     return _OnTokens(whole, block), adapter.output_layer(whole, block)
 
@@ -540,13 +572,16 @@ def _with_all_nodes(student: nn.Module, block: int) -> tuple[_OnTokens, tuple[Ou
 @torch.no_grad()
 def _equations(module: _OnTokens, layer: OutputLayer, rows: Rows, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Hidden nodes `[R, K]` and missing output `[R, D]` of a block, of some rows, piece by piece."""
+    if rows.nodes.shape[1]:
+        for piece in chosen.split(CHUNK):
+            yield rows.nodes[piece], rows.wanted[piece] - rows.inputs[piece]
+        return
     hidden: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(module.hidden(args[0])))
+    handle = layer.layer.register_forward_pre_hook(lambda _, args: hidden.append(module.hidden(args[0])))
     try:
         for piece in chosen.split(CHUNK):
-            x, y = rows.given[piece], rows.wanted[piece]
-            module(x[None])
-            yield hidden.pop(), y - x
+            module(rows.given[piece][None])
+            yield hidden.pop(), rows.wanted[piece] - rows.inputs[piece]
     finally:
         handle.remove()
 
@@ -572,7 +607,6 @@ def _sums(module: _OnTokens, layer: OutputLayer, rows: Rows, ranks: Ranks = ALON
 @torch.no_grad()
 def _fit_output_layer(
     layer: OutputLayer,
-    scale: Tensor | None,
     sums: Sums,
     *,
     on_all: bool,
@@ -581,35 +615,20 @@ def _fit_output_layer(
     """Closed form: the layer in place, and λ and the held-out error.
 
     Args:
-        layer: What the compressed block ends with.
-        scale: The LayerScale behind it, `[D]`.
+        layer: What the block ends with.
         sums: Its equations.
         on_all: Once λ is found, solve for the held-out images too.
         at_most: The held-out error to beat; else the layer stays as it is.
     """
-    constant = layer.bias is not None
-    gamma = layer.weight.new_ones(len(layer.weight)) if scale is None else scale
-    anchor = _anchor(layer, scale)
+    anchor, constant = layer.weights(), layer.constant
     ridge, error = sums.best_ridge(anchor, constant=constant)
     equations = sums.used
     if sums.held_out is not None:
         if error > at_most:
             return ridge, at_most
         equations = sums.used + sums.held_out if on_all else sums.used
-    solution = equations.solve(ridge, anchor, constant=constant)
-    wanted = solution.to(layer.weight) / torch.where(gamma.abs() > SMALLEST_SCALE, gamma, torch.inf)
-    switched_off = gamma.abs() <= SMALLEST_SCALE
-    weight = layer.weight.flatten(1)
-    layer.weight.copy_(torch.where(switched_off[:, None], weight, wanted[:-1].T).view_as(layer.weight))
-    if layer.bias is not None:
-        layer.bias.copy_(torch.where(switched_off, layer.bias, wanted[-1]))
+    layer.set(equations.solve(ridge, anchor, constant=constant))
     return ridge, error
-
-
-def _anchor(layer: OutputLayer, scale: Tensor | None) -> Tensor:
-    """The layer's weights with the LayerScale behind it, transposed: `[K, D]`."""
-    weight = layer.weight.detach().flatten(1)
-    return (weight if scale is None else weight * scale[:, None]).T
 
 
 def _descend(
@@ -661,7 +680,7 @@ def _error(module: _OnTokens, rows: Rows, ranks: Ranks = ALONE) -> float:
     for piece in judged[ranks.share(len(judged))].split(CHUNK):
         x, y = rows.given[piece], rows.wanted[piece]
         total[0] += (module(x[None])[0] - y).double().square().sum()
-        total[1] += (y - x).double().square().sum()
+        total[1] += (y - rows.inputs[piece]).double().square().sum()
     ranks.sum(total)
     missed, energy = total.tolist()
     return float(missed / max(energy, torch.finfo(torch.float64).tiny))

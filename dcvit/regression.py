@@ -141,7 +141,7 @@ def best_ridge(
         place = best
 
 
-def select_inputs(equations: NormalEquations, count: int, ridge: float = 1e-2) -> Tensor:
+def select_inputs(equations: NormalEquations, count: int, ridge: float = 1e-2, *, group: int = 1) -> Tensor:
     """Which inputs to keep so that the rest is missed least: greedy forward selection.
 
     Each step takes the input that lowers the regression's error most, given those taken before (orthogonal least
@@ -152,10 +152,17 @@ def select_inputs(equations: NormalEquations, count: int, ridge: float = 1e-2) -
         equations: Sums over all inputs.
         count: How many to keep.
         ridge: λ as a share of the mean squared input.
+        group: So many inputs in a row are kept or dropped together.
 
     Returns:
-        The indices `[count]`, most useful first.
+        The indices `[count]` of inputs, or of groups of them, most useful first.
     """
+    gram, moment = _centred(equations, ridge)
+    return _select_one_by_one(gram, moment, count) if group == 1 else _select_groups(gram, moment, count, group)
+
+
+def _centred(equations: NormalEquations, ridge: float) -> tuple[Tensor, Tensor]:
+    """The sums without the constant, penalised, and with few directions of the targets: `[K, K]` and `[K, ≤ D]`."""
     inputs = equations.num_inputs
     # The constant comes first: it is always there.
     ones, total = equations.gram[:inputs, inputs], equations.gram[inputs, inputs]
@@ -164,6 +171,11 @@ def select_inputs(equations: NormalEquations, count: int, ridge: float = 1e-2) -
     gram.diagonal().add_(equations._penalty(ridge))
     if moment.shape[1] > PRINCIPAL_TARGETS:
         moment = moment @ torch.linalg.eigh(moment.T @ moment).eigenvectors[:, -PRINCIPAL_TARGETS:]
+    return gram, moment
+
+
+def _select_one_by_one(gram: Tensor, moment: Tensor, count: int) -> Tensor:
+    inputs = len(gram)
     diagonal = gram.diagonal().clone()
     floor = 1e-12 * float(diagonal.max()) if inputs else 0.0
     factor = gram.new_zeros(count, inputs)  # rows of Lᵀ
@@ -182,3 +194,35 @@ def select_inputs(equations: NormalEquations, count: int, ridge: float = 1e-2) -
         chosen[step : step + 1] = pivot
         taken.index_fill_(0, pivot, True)
     return chosen
+
+
+def _select_groups(gram: Tensor, moment: Tensor, count: int, size: int) -> Tensor:
+    """The same with groups of inputs: the gain of each is that of all its inputs together."""
+    inputs, targets = moment.shape
+    groups = inputs // size
+    places = torch.arange(inputs, device=gram.device).view(groups, size)
+    # What the chosen ones leave of each group: its own products, and those with the targets.
+    own = gram[places[:, :, None], places[:, None, :]].clone()
+    floor = 1e-12 * own.diagonal(dim1=1, dim2=2).amax()
+    left = moment.view(groups, size, targets).clone()
+    factor = gram.new_zeros(count * size, inputs)  # rows of Lᵀ
+    chosen: list[int] = []
+    taken = torch.zeros(groups, dtype=torch.bool, device=gram.device)
+    for step in range(count):
+        safe = own + floor * torch.eye(size, dtype=gram.dtype, device=gram.device)
+        half = torch.linalg.solve_triangular(torch.linalg.cholesky(safe), left, upper=False)
+        pivot = int(half.square().sum((1, 2)).masked_fill(taken, -1.0).argmax())
+        index, done = places[pivot], step * size
+        root = torch.linalg.cholesky(safe[pivot])
+        products = gram[index] - factor[:done, index].T @ factor[:done]
+        rows = torch.linalg.solve_triangular(root, products, upper=False)
+        factor[done : done + size] = rows
+        by_group = rows.view(size, groups, size).transpose(0, 1)
+        own -= by_group.transpose(1, 2) @ by_group
+        left -= by_group.transpose(1, 2) @ half[pivot]
+        chosen.append(pivot)
+        taken[pivot] = True
+        # A chosen group is spanned: what rounding leaves of it must not stop the factorisation.
+        own[pivot] = torch.eye(size, dtype=gram.dtype, device=gram.device)
+        left[pivot] = 0
+    return torch.tensor(chosen, dtype=torch.int64, device=gram.device)

@@ -64,11 +64,13 @@ class Way:
     Attributes:
         attention: Whether attention stays.
         saving: What all its blocks save without dropping a hidden node, in the budget's unit.
+        node: What they save if each drops one hidden node.
         recoverability: The sum of their losses.
     """
 
     attention: bool
     saving: int
+    node: int
     recoverability: Recoverability
 
 
@@ -78,12 +80,10 @@ class Part:
 
     Attributes:
         blocks: The blocks; each keeps as many hidden nodes as the others.
-        node: What they save if each drops one hidden node, in the budget's unit.
         ways: How they can be cut.
     """
 
     blocks: tuple[int, ...]
-    node: int
     ways: tuple[Way, ...]
 
     @property
@@ -102,7 +102,8 @@ class Part:
 
     def saving(self, cut: Cut) -> int:
         """What they save in all by a cut."""
-        return self.way(cut).saving + (self.hidden_features - cut.hidden_features) * self.node
+        way = self.way(cut)
+        return way.saving + (self.hidden_features - cut.hidden_features) * way.node
 
     def loss(self, cut: Cut) -> float:
         """What they lose in all by a cut."""
@@ -140,7 +141,7 @@ def search_structure(
     needed = -(-saving // quantum)
     cuts = [part.cuts(round_to) for part in parts]
     # No more is to be saved than grids of numbers of nodes ask for, unless nothing else saves enough.
-    grain = max(_unit(part.hidden_features, round_to) * part.node for part in parts)
+    grain = max(_unit(part.hidden_features, round_to) * way.node for part in parts for way in part.ways)
     found = _least_loss(parts, cuts, quantum, range(needed, needed - (-grain // quantum) + 1), num_blocks)
     if found is None:
         most = sum(part.saving(part.smallest) for part in parts) // quantum
@@ -215,11 +216,12 @@ def _saving(parts: Sequence[Part], cuts: Mapping[int, Cut]) -> int:
 
 def _give_back(parts: Sequence[Part], cuts: dict[int, Cut], left: int, round_to: int) -> None:
     """In place: what is saved beyond need as more hidden nodes, the cheapest last, for they fill the smallest rest."""
-    for i in sorted(cuts, key=lambda i: -parts[i].node):
+    nodes = {i: parts[i].way(cut).node for i, cut in cuts.items()}
+    for i in sorted(cuts, key=lambda i: -nodes[i]):
         hidden, cut = parts[i].hidden_features, cuts[i]
-        more = min(left // max(parts[i].node, 1), hidden - cut.hidden_features)
+        more = min(left // max(nodes[i], 1), hidden - cut.hidden_features)
         more -= 0 if cut.hidden_features + more == hidden else more % round_to
-        left -= more * parts[i].node
+        left -= more * nodes[i]
         cuts[i] = Cut(cut.hidden_features + more, cut.attention)
         if cut.attention and cuts[i].hidden_features == hidden:  # nothing is left to prune
             del cuts[i]

@@ -187,7 +187,7 @@ def test_the_naive_layer_is_the_ridge_solution(name: str) -> None:
     solve_block(model, 1, tuple(range(20)), given, wanted)
     found = adapter.output_layer(model, 1)
     assert found is not None
-    layer, scale = found
+    layer, scale = found.layer, found.scale
     hidden: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0].flatten(0, 1)))
     adapter.run_blocks(model, given, 1, 2)

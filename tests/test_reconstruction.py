@@ -240,7 +240,7 @@ def test_steps_that_harm_are_undone(variant: Variant) -> None:
     assert report.epochs == 0
     layer = adapter_for(student).output_layer(student, BLOCK)
     start = compress_block(problem.teacher, BLOCK, kept)
-    fitted = {id(p) for p in layer[0].parameters()} if layer else set()
+    fitted = {id(p) for p in layer.layer.parameters()} if layer else set()
     for (name, found), expected in zip(student.named_parameters(), start.parameters(), strict=True):
         assert torch.equal(found, expected) or id(found) in fitted, name
     if report.error_closed_form is not None:
@@ -265,8 +265,9 @@ def test_closed_form_is_the_ridge_regression_of_the_docstring(name: str, refit: 
     problem = Problem.of(VARIANTS[name].create().double())
     student, kept, report = problem.solve(epochs=0, refit=refit)
     cut = compress_block(problem.teacher, BLOCK, kept)
-    layer, gamma = adapter_for(cut).output_layer(cut, BLOCK) or (None, None)
-    assert layer is not None
+    output = adapter_for(cut).output_layer(cut, BLOCK)
+    assert output is not None
+    layer, gamma = output.layer, output.scale
     assert (gamma is not None) == (name in ("layer_scale", "swiglu_packed"))
     hidden: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
@@ -291,9 +292,9 @@ def test_closed_form_is_the_ridge_regression_of_the_docstring(name: str, refit: 
     expected = ridge_solution(h[learnt], y[learnt], report.ridge, anchor, constant)
     found = adapter_for(student).output_layer(student, BLOCK)
     assert found is not None
-    np.testing.assert_allclose((scale[:, None] * found[0].weight).T.numpy(), expected[:-1], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose((scale[:, None] * found.layer.weight).T.numpy(), expected[:-1], rtol=1e-6, atol=1e-8)
     if constant:
-        np.testing.assert_allclose((scale * found[0].bias).numpy(), expected[-1], rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose((scale * found.layer.bias).numpy(), expected[-1], rtol=1e-6, atol=1e-8)
 
 
 def test_what_is_already_right_stays(model: nn.Module) -> None:
@@ -369,7 +370,7 @@ def test_no_hidden_node_at_all(variant: Variant) -> None:
     cut = compress_block(problem.teacher, BLOCK, ())
     layer = adapter_for(cut).output_layer(cut, BLOCK)
     assert kept == ()
-    if layer is not None and layer[0].bias is not None:
+    if layer is not None and layer.layer.bias is not None:
         assert problem.error(student) < problem.error(cut)
         added = adapter_for(student).block(student, BLOCK)(problem.rows.given[None])[0] - problem.rows.given
         mean = (problem.rows.wanted - problem.rows.given).mean(0)

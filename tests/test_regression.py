@@ -185,3 +185,35 @@ def test_selection_takes_no_input_twice_whatever_they_are() -> None:
 def test_selection_of_inputs_that_are_all_dead() -> None:
     dead = equations(np.zeros((9, 4)), np.ones((9, 2)))
     assert sorted(select_inputs(dead, 4).tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("targets", [2, 5])
+def test_selection_of_groups_takes_the_one_of_largest_gain_each_time(targets: int) -> None:
+    """Against the regression error of every group in turn, in float64."""
+    h, y, _ = problem(rows=80, inputs=15, targets=targets, noise=2.0)
+    sums, ridge, size = equations(h, y), 1e-2, 3
+    penalty = np.sqrt(ridge * np.square(h).sum(0).mean())
+
+    def error(groups: list[int]) -> float:
+        chosen = [group * size + i for group in groups for i in range(size)]
+        columns = [[h[:, chosen], np.ones((len(h), 1))], [penalty * np.eye(len(chosen)), np.zeros((len(chosen), 1))]]
+        left = np.block(columns)
+        right = np.concatenate([y, np.zeros((len(chosen), targets))])
+        solution = np.linalg.lstsq(left, right, rcond=None)[0]
+        return float(np.square(right - left @ solution).sum())
+
+    expected: list[int] = []
+    for _ in range(5):
+        expected.append(min(set(range(5)) - set(expected), key=lambda group: error([*expected, group])))
+    assert select_inputs(sums, 5, ridge, group=size).tolist() == expected
+    assert select_inputs(sums, 2, ridge, group=size).tolist() == expected[:2]
+    assert select_inputs(sums, 0, ridge, group=size).tolist() == []
+
+
+def test_selection_of_groups_that_are_copies_or_dead() -> None:
+    draw = np.random.default_rng(0)
+    base = draw.normal(size=(60, 4))
+    h = np.concatenate([base, base, np.zeros((60, 2)), base[:, :2]], axis=1)
+    order = select_inputs(equations(h, base @ draw.normal(size=(4, 3))), 6, ridge=1e-6, group=2).tolist()
+    assert sorted(order) == list(range(6))
+    assert np.linalg.matrix_rank(h[:, [2 * group + i for group in order[:2] for i in (0, 1)]]) == 4

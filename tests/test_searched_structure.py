@@ -26,7 +26,7 @@ def profile(seed: int) -> Recoverability:
 
 def compressible(blocks: Sequence[Recoverability]) -> list[Part]:
     """Blocks of one size that lose their attention."""
-    return [Part((i,), NODE, (Way(False, ATTENTION, profile),)) for i, profile in enumerate(blocks)]
+    return [Part((i,), (Way(False, ATTENTION, NODE, profile),)) for i, profile in enumerate(blocks)]
 
 
 def saving_of(parts: Sequence[Part], cuts: Mapping[int, Cut]) -> int:
@@ -66,21 +66,21 @@ def test_attention_goes_where_that_loses_less_than_nodes() -> None:
     """One block has no use for its attention, the other has none for its nodes."""
     nodes = (0, HIDDEN)
     idle_attention = (
-        Way(False, ATTENTION, Recoverability(nodes, (9.0, 0.1))),
-        Way(True, 0, Recoverability(nodes, (9.0, 0.0))),
+        Way(False, ATTENTION, NODE, Recoverability(nodes, (9.0, 0.1))),
+        Way(True, 0, NODE, Recoverability(nodes, (9.0, 0.0))),
     )
     idle_nodes = (
-        Way(False, ATTENTION, Recoverability(nodes, (8.0, 8.0))),
-        Way(True, 0, Recoverability(nodes, (0.2, 0.0))),
+        Way(False, ATTENTION, NODE, Recoverability(nodes, (8.0, 8.0))),
+        Way(True, 0, NODE, Recoverability(nodes, (0.2, 0.0))),
     )
-    parts = [Part((0,), NODE, idle_attention), Part((1,), NODE, idle_nodes)]
+    parts = [Part((0,), idle_attention), Part((1,), idle_nodes)]
     found = search_structure(parts, ATTENTION + HIDDEN // 2 * NODE)
     assert found == {0: Cut(HIDDEN), 1: Cut(HIDDEN // 2, attention=True)}
 
 
 def test_a_pruned_block_keeps_a_node_and_loses_one() -> None:
     nodes = (0, HIDDEN)
-    parts = [Part((0,), NODE, (Way(True, 0, Recoverability(nodes, (1.0, 0.0))),))]
+    parts = [Part((0,), (Way(True, 0, NODE, Recoverability(nodes, (1.0, 0.0))),))]
     assert search_structure(parts, 1) == {0: Cut(HIDDEN - 1, attention=True)}
     assert search_structure(parts, (HIDDEN - 1) * NODE) == {0: Cut(1, attention=True)}
     with pytest.raises(ValueError, match="all blocks cannot save"):
@@ -138,7 +138,7 @@ def test_compress_keeps_what_the_search_found(model: nn.Module, images: Tensor) 
 def brute_force(parts: Sequence[Part], saving: int, num_blocks: int | None) -> float:
     """The least loss over every structure of whole numbers of nodes that saves no node too much, if there is one."""
     best: dict[bool, float] = {True: float("inf"), False: float("inf")}
-    grain = max(part.node for part in parts)
+    grain = max(way.node for part in parts for way in part.ways)
     for cuts in product(*[[None, *part.cuts(1)] for part in parts]):
         chosen = [(part, cut) for part, cut in zip(parts, cuts, strict=True) if cut is not None]
         if num_blocks not in (None, sum(len(part.blocks) for part, _ in chosen)):
@@ -154,8 +154,8 @@ def brute_force(parts: Sequence[Part], saving: int, num_blocks: int | None) -> f
 @given(
     st.lists(
         st.tuples(
-            st.integers(1, 2), st.integers(1, 50), st.integers(1, 9), st.integers(2, 6), st.floats(0.1, 5),
-            st.floats(0.0, 2.0),
+            st.integers(1, 2), st.integers(1, 50), st.integers(1, 9), st.integers(1, 9), st.integers(2, 6),
+            st.floats(0.1, 5), st.floats(0.0, 2.0),
         ),
         min_size=1, max_size=4,
     ),
@@ -163,15 +163,18 @@ def brute_force(parts: Sequence[Part], saving: int, num_blocks: int | None) -> f
     st.booleans(),
 )  # fmt: skip
 def test_the_search_finds_the_least_loss(
-    shapes: list[tuple[int, int, int, int, float, float]], share: float, fixed: bool
+    shapes: list[tuple[int, int, int, int, int, float, float]], share: float, fixed: bool
 ) -> None:
     parts, first = [], 0
-    for size, attention, node, hidden, scale, of_attention in shapes:
+    for size, attention, node, pruned_node, hidden, scale, of_attention in shapes:
         nodes = tuple(range(hidden + 1))
         pruned = tuple(scale * (hidden - n) ** 1.5 for n in nodes)
         compressed = tuple(of_attention + loss for loss in pruned)
-        ways = (Way(False, attention, Recoverability(nodes, compressed)), Way(True, 0, Recoverability(nodes, pruned)))
-        parts.append(Part(tuple(range(first, first + size)), node, ways))
+        ways = (
+            Way(False, attention, node, Recoverability(nodes, compressed)),
+            Way(True, 0, pruned_node, Recoverability(nodes, pruned)),
+        )
+        parts.append(Part(tuple(range(first, first + size)), ways))
         first += size
     saving = max(1, int(share * sum(part.saving(part.smallest) for part in parts)))
     num_blocks = sum(len(part.blocks) for part in parts) if fixed else None
@@ -186,8 +189,8 @@ def test_the_search_finds_the_least_loss(
 
 def sizes_differ() -> list[Part]:
     return [
-        Part((0,), 1000, (Way(False, 100_000, Recoverability((0, 300), (4.0, 1.0))),)),
-        Part((1, 2), 777, (Way(False, 150_000, Recoverability((0, 300), (9.0, 8.0))),)),
+        Part((0,), (Way(False, 100_000, 1000, Recoverability((0, 300), (4.0, 1.0))),)),
+        Part((1, 2), (Way(False, 150_000, 777, Recoverability((0, 300), (9.0, 8.0))),)),
     ]
 
 
@@ -203,8 +206,8 @@ def test_the_search_gives_back_what_rounding_saved_too_much() -> None:
 
 def test_the_search_refuses_what_cannot_be_saved() -> None:
     parts = [
-        Part((0,), 1, (Way(False, 10, Recoverability((0, 5), (2.0, 1.0))),)),
-        Part((1,), 2, (Way(False, 20, Recoverability((0, 5), (2.0, 1.0))),)),
+        Part((0,), (Way(False, 10, 1, Recoverability((0, 5), (2.0, 1.0))),)),
+        Part((1,), (Way(False, 20, 2, Recoverability((0, 5), (2.0, 1.0))),)),
     ]
     assert search_structure(parts, 45) == {0: Cut(0), 1: Cut(0)}
     with pytest.raises(ValueError, match="all blocks cannot save 46"):

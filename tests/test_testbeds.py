@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import dcvit
-from benchmarks.testbeds import TestBed, digits, measure
+from benchmarks.testbeds import TestBed, digits, efficientnet_weights, measure, wheels
 from benchmarks.testbeds import dinov2_weights as weights
-from benchmarks.testbeds import efficientnet_weights, wheels
 from benchmarks.testbeds.cache import cache_folder, fingerprint, writing
 from benchmarks.testbeds.crops import PHOTOGRAPHS, crops, load_photograph, normalised, split_column
 from benchmarks.testbeds.measures import relative_error

@@ -58,12 +58,13 @@ def mir(task: Task) -> Outcome:
     groups = candidate_groups(teacher, config.candidates)
     blocks = fewest_blocks(teacher, budget, lambda count: evenly_spaced(groups, count), len(groups))
     student = drop_blocks(teacher, blocks)
-    mimicking = replace(mimicking, epochs=mimicking.epochs * len(blocks))
-    if mimicking.learning_rate == "auto":
-        with task.timer("learning rate"):
-            seed = derive_seed(config.seed, "learning rate")
-            rate = _find_learning_rate(student, teacher, task.images, config.mimicking, seed, task.progress)
-            mimicking = replace(mimicking, learning_rate=rate)
+
+    def find() -> float:
+        seed = derive_seed(config.seed, "learning rate")
+        return _find_learning_rate(student, teacher, task.images, config.mimicking, seed, task.progress)
+
+    with task.timer("learning rate"):
+        mimicking = replace(mimicking.with_learning_rate(find), epochs=mimicking.epochs * len(blocks))
     with task.timer("compression"):
         seed = derive_seed(config.seed, "mir")
         recovery = mimic_features(student, teacher, task.images, mimicking, seed=seed, progress=task.progress)

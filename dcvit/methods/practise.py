@@ -160,14 +160,15 @@ def _with_learning_rate(
     progress: Progress,
 ) -> CompressionConfig:
     """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
-    if config.mimicking.learning_rate != "auto":
-        return config
     group = groups[len(groups) // 2]
-    rate = find_learning_rate(
-        drop_blocks(teacher, group), teacher, images, group, config.mimicking,
-        seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
-    )  # fmt: skip
-    return replace(config, recovery=replace(config.mimicking, learning_rate=rate))
+
+    def find() -> float:
+        return find_learning_rate(
+            drop_blocks(teacher, group), teacher, images, group, config.mimicking,
+            seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
+        )  # fmt: skip
+
+    return replace(config, recovery=config.mimicking.with_learning_rate(find))
 
 
 def _try_blocks(

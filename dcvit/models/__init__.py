@@ -4,7 +4,7 @@ The algorithm sees a model through `ModelAdapter`. `require_supported` refuses w
 by name and before any work; `adapter_for` then finds the adapter wherever one is needed.
 """
 
-from dcvit.models.adapter import ModelAdapter, adapter_for, adapters, require_supported
+from dcvit.models.adapter import ModelAdapter, OutputLayer, adapter_for, adapters, require_supported
 from dcvit.models.blocks import CompressedBlock, MlpHalf
 from dcvit.models.loading import (
     CONFIG_FILE,
@@ -27,7 +27,7 @@ __all__ = [
     "CompressedBlock",
     "DroppedBlock",
     "MlpHalf",
-    "ModelAdapter",
+    "ModelAdapter", "OutputLayer",
     "ResidualCnnAdapter",
     "SwinAdapter",
     "adapter_for",

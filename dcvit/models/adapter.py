@@ -1,6 +1,8 @@
 """What the algorithm needs to know of a model family."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +11,66 @@ from torch import Tensor, nn
 from dcvit.costs import ModelCost
 from dcvit.errors import UnsupportedModelError
 
-__all__ = ["ModelAdapter", "adapter_for", "adapters", "require_supported"]
+__all__ = ["ModelAdapter", "OutputLayer", "adapter_for", "adapters", "require_supported"]
+
+SMALLEST_FACTOR = 1e-12
+"""A channel that is multiplied by less asks for nothing of its layer."""
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The layer with which a block ends: it adds factor ⊙ W h + constant to its input, for what the layer is given, h.
+
+    Attributes:
+        layer: A linear layer, or a convolution, whose h are the patches of what it is given.
+        scale: The LayerScale behind it, `[D]`.
+        norm: The BatchNorm behind it, with the statistics that it has.
+    """
+
+    layer: nn.Linear | nn.Conv2d
+    scale: Tensor | None = None
+    norm: nn.BatchNorm2d | None = None
+
+    @property
+    def factor(self) -> Tensor:
+        """What each channel is multiplied by behind the layer, `[D]`."""
+        if self.norm is not None:
+            assert self.norm.running_var is not None
+            return self.norm.weight.detach() / (self.norm.running_var + self.norm.eps).sqrt()
+        return self.layer.weight.new_ones(len(self.layer.weight)) if self.scale is None else self.scale.detach()
+
+    @property
+    def constant(self) -> bool:
+        """Whether there is a parameter for the constant."""
+        return self.norm is not None or self.layer.bias is not None
+
+    @property
+    def num_patches(self) -> int:
+        """Inputs of the layer for each node that it takes: the taps of a convolution's filter."""
+        return math.prod(self.layer.weight.shape[2:])
+
+    def weights(self) -> Tensor:
+        """Factor ⊙ W, transposed: `[K, D]`."""
+        return (self.layer.weight.detach().flatten(1) * self.factor[:, None]).T
+
+    @torch.no_grad()
+    def set(self, solution: Tensor) -> None:
+        """In place: have it add what a solution says.
+
+        Args:
+            solution: factor ⊙ W transposed and, as its last row, the constant: `[K + 1, D]`.
+        """
+        layer, norm, factor = self.layer, self.norm, self.factor
+        switched_off = factor.abs() <= SMALLEST_FACTOR
+        wanted = solution.to(layer.weight) / torch.where(switched_off, torch.inf, factor)
+        weight = torch.where(switched_off[:, None], layer.weight.flatten(1), wanted[:-1].T)
+        layer.weight.copy_(weight.view_as(layer.weight))
+        if norm is not None:
+            assert norm.running_mean is not None
+            before = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+            norm.bias.copy_(solution[-1].to(norm.bias) - factor * before)
+        elif layer.bias is not None:
+            layer.bias.copy_(torch.where(switched_off, layer.bias, wanted[-1]))
 
 
 class ModelAdapter(Protocol):
@@ -22,6 +83,7 @@ class ModelAdapter(Protocol):
         source: The papers of the architecture.
         removed: What a compressed block loses beside hidden nodes, in a word.
         keeps_ends: Whether the first and the last blocks stay whole unless the caller names them.
+        pointwise_nodes: Whether a block's hidden nodes look at each token alone; in a CNN filters look around.
         mac_weight: How long a MAC takes in training, about, in those of a ViT's matrix products.
 
     All methods are stateless. `check` is called once, before any work; the others may assume that it passed.
@@ -36,6 +98,7 @@ class ModelAdapter(Protocol):
     source: str
     removed: str
     keeps_ends: bool
+    pointwise_nodes: bool
     mac_weight: float
 
     def check(self, model: nn.Module) -> None:
@@ -126,12 +189,15 @@ class ModelAdapter(Protocol):
         The first takes a state and gives the one between the two; the second is a module with the block's own weights,
         which treats each token alone, as a compressed block does. `None` where a block is made otherwise, or where its
         MLP has no output layer (see `output_layer`).
+
+        The state between the two is one like others; without `pointwise_nodes` it holds more channels: first those of
+        the block's input, then the inputs of its output layer, node by node.
         """
 
-    def output_layer(self, model: nn.Module, block: int) -> tuple[nn.Linear | nn.Conv2d, Tensor | None] | None:
-        """The last linear layer (or 1×1 convolution) of a block's MLP and the LayerScale `[D]` behind it.
+    def output_layer(self, model: nn.Module, block: int) -> OutputLayer | None:
+        """The last layer of a block's MLP, or of a CNN's block.
 
-        `None` where the MLP's output is not its input plus that layer's scaled output.
+        `None` where the output is not the input plus what that layer adds.
         """
 
     def absorbing_layers(self, model: nn.Module, block: int) -> tuple[nn.Conv2d | None, nn.Conv2d | None]:

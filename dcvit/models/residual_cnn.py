@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
+from dcvit.models.adapter import OutputLayer
 from dcvit.models.modeling_dcvit import (
     CNN_ARCHITECTURE,
     DroppedBlock,
@@ -69,6 +70,7 @@ class ResidualCnnAdapter:
     source = "arXiv 1512.03385, 1611.05431, 1801.04381, 1905.11946, 2003.13678"
     removed = "convolution"
     keeps_ends = False
+    pointwise_nodes = False
     mac_weight = 3.0  # depthwise convolutions: MobileNetV2, on one core of an AMD EPYC
 
     def check(self, model: TimmModule) -> None:
@@ -224,10 +226,10 @@ class ResidualCnnAdapter:
     def halves(self, model: TimmModule, block: int) -> None:
         """See `ModelAdapter.halves`; what mixes positions stands between the layers of a block."""
 
-    def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Conv2d, Tensor | None] | None:
+    def output_layer(self, model: TimmModule, block: int) -> OutputLayer | None:
         """See `ModelAdapter.output_layer`."""
         module = _at(model, block)
-        return (module.conv2, None) if isinstance(module, PointwiseBlock) else None
+        return OutputLayer(module.conv2) if isinstance(module, PointwiseBlock) else None
 
     def absorbing_layers(self, model: TimmModule, block: int) -> tuple[nn.Conv2d | None, nn.Conv2d | None]:
         """See `ModelAdapter.absorbing_layers`; of the nearest blocks on both sides that are still there."""

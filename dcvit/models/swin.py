@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
+from dcvit.models.adapter import OutputLayer
 from dcvit.models.blocks import CompressedBlock, mlp_half_cost
 from dcvit.models.modeling_dcvit import (
     ACTIVATIONS,
@@ -59,6 +60,7 @@ class SwinAdapter:
     source = "arXiv 2103.14030, 2111.09883"
     removed = "attention"
     keeps_ends = True
+    pointwise_nodes = True
     mac_weight = 1.0
 
     def check(self, model: TimmModule) -> None:
@@ -216,12 +218,12 @@ class SwinAdapter:
             return None
         return lambda state: state + module.drop_path1(module._attn(module.norm1(state))), CompressedBlock(module)
 
-    def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Linear, Tensor | None] | None:
+    def output_layer(self, model: TimmModule, block: int) -> OutputLayer | None:
         """See `ModelAdapter.output_layer`; `None` in version 2, whose norm lies behind the layer."""
         module: TimmModule = self.block(model, block)
         if isinstance(module, (SwinTransformerV2Block, DroppedBlock)) or getattr(module, "post_norm", False):
             return None
-        return module.mlp.fc2, None
+        return OutputLayer(module.mlp.fc2)
 
     def absorbing_layers(self, model: TimmModule, block: int) -> tuple[None, None]:
         """See `ModelAdapter.absorbing_layers`."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
+from dcvit.models.adapter import OutputLayer
 from dcvit.models.blocks import CompressedBlock, MlpHalf, WholeBlock, attention_half, mlp_half_cost
 from dcvit.models.modeling_dcvit import (
     ACTIVATIONS,
@@ -77,6 +78,7 @@ class VisionTransformerAdapter:
     source = "arXiv 2010.11929, 2012.12877"
     removed = "attention"
     keeps_ends = True
+    pointwise_nodes = True
     mac_weight = 1.0
 
     def check(self, model: TimmModule) -> None:
@@ -218,12 +220,12 @@ class VisionTransformerAdapter:
             return None
         return partial(attention_half, module), CompressedBlock(module)
 
-    def output_layer(self, model: TimmModule, block: int) -> tuple[nn.Linear, Tensor | None] | None:
+    def output_layer(self, model: TimmModule, block: int) -> OutputLayer | None:
         """See `ModelAdapter.output_layer`; `None` where the norm lies behind the MLP."""
         module = model.blocks[block]
         if isinstance(module, (ResPostBlock, DroppedBlock)) or getattr(module, "post_norm", False):
             return None
-        return module.mlp.fc2, getattr(module.ls2, "gamma", None)
+        return OutputLayer(module.mlp.fc2, getattr(module.ls2, "gamma", None))
 
     def absorbing_layers(self, model: TimmModule, block: int) -> tuple[None, None]:
         """See `ModelAdapter.absorbing_layers`."""
