@@ -886,6 +886,7 @@ def _report(
         steps=outcome.steps,
         seed=config.seed,
         settings=config.to_dict(),
+        family=adapter_for(teacher).family,
         blocks=_shapes(teacher),
         blocks_after=_shapes(student),
         method=method,

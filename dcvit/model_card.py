@@ -4,11 +4,12 @@ Its front matter is what the Hugging Face hub reads: https://huggingface.co/docs
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
-__all__ = ["cut_kind", "model_card"]
+__all__ = ["PartNames", "cut_kind", "model_card", "part_names"]
 
 _HUB_LICENSES = ("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit")
 """Licences that timm's models have and the hub knows by the same name; the hub takes others as `other`, with a name."""
@@ -86,6 +87,34 @@ def cut_kind(result: Mapping[str, Any]) -> Literal["compressed", "pruned", "mixe
     return "compressed" if not pruned else "pruned" if len(pruned) == len(cut) else "mixed"
 
 
+@dataclass(frozen=True)
+class PartNames:
+    """What the two parts of a block are called of which it can lose some.
+
+    Attributes:
+        mixing: What mixes positions.
+        pointwise: What looks at each alone.
+        nodes: The hidden nodes.
+        nodes_of_block: Likewise, with where they are.
+    """
+
+    mixing: str
+    pointwise: str
+    nodes: str
+    nodes_of_block: str
+
+
+def part_names(result: Mapping[str, Any]) -> PartNames:
+    """What the parts of a model's blocks are called: in a CNN other than in a transformer.
+
+    Args:
+        result: What `result.json` holds.
+    """
+    if result["report"].get("family") == "cnn":
+        return PartNames("spatial convolution", "filters", "filters", "filters of the first convolution")
+    return PartNames("attention", "MLP", "hidden nodes", "hidden nodes of the MLP")
+
+
 def _what(result: Mapping[str, Any]) -> str:
     report, plan = result["report"], result["plan"]
     images, blocks = report["num_images"], sorted(plan["blocks"])
@@ -104,15 +133,17 @@ def _what(result: Mapping[str, Any]) -> str:
         listed = ", ".join(f"{block} ({len(kept)})" for block, kept in heads.items())
         made += f", with fewer attention heads in the {_plural(heads)} {listed}"
     left = sorted({len(nodes) for nodes in plan["kept_nodes"].values()})
-    nodes = f"{plan['hidden_features']} hidden nodes of the MLP are left"
+    names = part_names(result)
+    nodes = f"{plan['hidden_features']} {names.nodes_of_block} are left"
     if len(left) > 1:
         nodes = f"on average {nodes} ({left[0]} to {left[-1]})"
     without = [block for block in blocks if block not in plan.get("pruned", ())]
     if not without:
-        return f"{made}: attention stays; of the {_named(blocks)} {nodes}.\n"
+        stays = f"{names.mixing} stays; " if names.mixing == "attention" else ""
+        return f"{made}: {stays}of the {_named(blocks)} {nodes}.\n"
     if len(without) == len(blocks):
-        return f"{made}: without the attention of {_named(blocks)}, where {nodes}.\n"
-    return f"{made}: without the attention of {_named(without)}; of the {_named(blocks)} {nodes}.\n"
+        return f"{made}: without the {names.mixing} of {_named(blocks)}, where {nodes}.\n"
+    return f"{made}: without the {names.mixing} of {_named(without)}; of the {_named(blocks)} {nodes}.\n"
 
 
 def _named(blocks: Sequence[int]) -> str:

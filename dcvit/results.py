@@ -145,6 +145,7 @@ class Report:
         blocks_after: The compressed model's; likewise.
         method: The name of the method, see `dcvit.methods`.
         base_model: Hub repository of the original's weights; `None` unless they were loaded by a name that tells.
+        family: The original's, see `ModelAdapter.family`; `None` in results saved before it was recorded.
     """
 
     model: str
@@ -169,6 +170,7 @@ class Report:
     method: str = "dcvit"
     base_model: str | None = None
     pruning_trials: tuple[Trial, ...] = ()
+    family: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """CNNs of residual blocks: structure, cost, search, saved form, and what BatchNorm adds."""
 
 import copy
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import EcaModule
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcvit
+from dcvit.compression import freeze
 from dcvit.errors import UnsupportedModelError
+from dcvit.methods import Task
 from dcvit.methods.adaptors import absorb_adaptors, adaptors, insert_adaptors
+from dcvit.methods.cd import cd, mix
+from dcvit.methods.fskd import fskd
+from dcvit.methods.layerwise import LayerPair, l1_norms
 from dcvit.models import DroppedBlock, adapter_for, require_supported
-from dcvit.models.modeling_dcvit import PointwiseBlock
+from dcvit.models.modeling_dcvit import PointwiseBlock, cnn_places, filter_path
 from dcvit.planning import choose_candidates
 from dcvit.surgery import drop_block
 from dcvit.synthesis import FIRST_BN_WEIGHT, bn_prior
@@ -30,6 +38,7 @@ CNNS: dict[str, tuple[str, dict[str, Any]]] = {
     "squeeze_excite": ("seresnet50", {"layers": (2, 2, 1, 1), "channels": (16, 16, 16, 16)}),
     "mobilenet": ("mobilenetv2_035", {}),
     "efficientnet": ("efficientnet_b0", {}),
+    "mnasnet": ("mnasnet_small", {}),
     "edge": ("efficientnet_es", {}),
     "regnet": ("regnety_002", {}),
 }
@@ -134,6 +143,8 @@ def test_it_meets_the_budget_is_saved_and_loaded(kind: str, share: float, images
     target = result.plan.target
     assert target - len(result.plan.blocks) * node < result.report.student.macs <= target
     assert result.plan.cost == adapter_for(result.model).cost(result.model).total
+    assert not result.plan.pruned
+    assert not result.report.pruning_trials
     for went in result.report.reconstructions:
         assert went.error_closed_form is not None
         assert went.error_after <= went.error_closed_form < went.error_before == pytest.approx(1, abs=1e-5)
@@ -188,10 +199,244 @@ def test_what_cannot_be_done_is_refused_by_name(name: str, changes: dict[str, An
         adapter_for(model).check(model)
 
 
+# Filters that are pruned.
+
+PRUNABLE = ["basic", "bottleneck", "squeeze_excite", "mobilenet", "mnasnet", "edge"]
+ALL_ROWS = QUICK.with_(recovery=replace(QUICK.reconstruction, augmentation=None, num_rows=10**6))
+"""The images as they are, at every position."""
+
+
+ROUNDING = 1e-5
+"""What rounding in float64 changes of a fitted weight: K eps over λ = 1e-8, for a few hundred inputs K."""
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    """A copy with the first and the last block pruned, and a compressed one pruned again."""
+    adapter, student = adapter_for(model), copy.deepcopy(model)
+    last = adapter.num_blocks(model) - 1
+    adapter.prune_block(student, last, range(1, adapter.hidden_features(model, last), 2))
+    if last > 1:
+        adapter.compress_block(student, 1, range(0, 12, 2))
+        adapter.prune_block(student, 1, (0, 3))
+    adapter.prune_block(student, 0, range(7))
+    return student
+
+
+@pytest.mark.parametrize("kind", PRUNABLE)
+def test_filters_that_are_zero_can_go(kind: str, images: Tensor) -> None:
+    model, block, gone = create(kind), 1, [0, 3, 4]
+    adapter = adapter_for(model)
+    stage, name = cnn_places(model)[block]
+    for layer, dim in filter_path(getattr(stage, name)):
+        if dim == 0:
+            layer.weight[gone] = 0
+            for values in (layer.bias, getattr(layer, "running_mean", None)):
+                if values is not None:
+                    values[gone] = 0
+    expected = model(images)
+    norms = l1_norms(model, block)
+    assert norms.argsort()[: len(gone)].sort().values.tolist() == gone
+    adapter.prune_block(model, block, [i for i in range(len(norms)) if i not in gone])
+    assert adapter.hidden_features(model, block) == len(norms) - len(gone)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)  # fewer terms add up in another order
+
+
+@pytest.mark.parametrize("kind", PRUNABLE)
+def test_pruned_blocks_are_saved_and_loaded(kind: str, images: Tensor, tmp_path: Path) -> None:
+    model = create(kind)
+    student = pruned(model)
+    adapter = require_supported(student)
+    before = [adapter.hidden_features(model, block) for block in range(adapter.num_blocks(model))]
+    last = len(before) - 1
+    settings = {"0": {"skip": [], "intermediate_size": 7}}
+    if last:
+        settings[str(last)] = {"skip": [], "intermediate_size": before[last] // 2}
+    if last > 1:
+        settings["1"] = {"skip": ["convolution"], "intermediate_size": 2}
+    assert adapter.config(student)["model_args"]["per_layer_config"] == settings
+    assert (
+        "per_layer_config" not in adapter.config(model)["model_args"]
+        or not adapter.config(model)["model_args"]["per_layer_config"]
+    )
+    expected = student(images)
+    assert torch.equal(adapter.rebuild(student)(images), expected)
+    dcvit.results.save_model(adapter.rebuild(student), tmp_path / "small")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
+    assert torch.equal(loaded(images), expected)
+    torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), expected, rtol=1e-4, atol=1e-5)
+    assert adapter.config(loaded)["model_args"] == adapter.config(student)["model_args"]
+    with FlopCounterMode(display=False) as counter:
+        student(torch.randn(1, 3, SIZE, SIZE))
+    total = adapter.cost(student).total
+    assert (2 * total.weight_macs, total.params) == (
+        counter.get_total_flops(),
+        sum(p.numel() for p in student.parameters()),
+    )
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "mobilenet", "mnasnet"])
 @pytest.mark.parametrize("method", ["fskd", "cd"])
-def test_methods_that_prune_mlps_refuse_a_cnn(method: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="this one is a cnn: choose one of"):
-        dcvit.compress(create("basic"), torch.randn(2, 3, SIZE, SIZE), dcvit.Budget(macs=0.95), method=method)
+def test_methods_that_prune_filters_take_a_cnn(method: str, kind: str, images: Tensor, tmp_path: Path) -> None:
+    model = create(kind)
+    adapter = adapter_for(model)
+    before = copy.deepcopy(model.state_dict())
+    config = QUICK.with_(recovery=replace(QUICK.reconstruction, num_rows=3000))
+    result = dcvit.compress(model, torch.randn(8, 3, SIZE, SIZE), dcvit.Budget(macs=0.9), config, method=method)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    thinner = copy.deepcopy(model)
+    for block in result.plan.blocks:
+        adapter.prune_block(thinner, block, range(1, adapter.hidden_features(model, block)))
+    step = adapter.cost(model).total.weight_macs - adapter.cost(thinner).total.weight_macs
+    assert result.plan.target - step < result.report.student.macs <= result.plan.target
+    assert result.plan.pruned == result.plan.blocks == tuple(range(adapter.num_blocks(model)))
+    assert result.plan.cost == adapter.cost(result.model).total
+    first = result.report.reconstructions[0]
+    assert first.error_after < first.error_before  # later blocks have fewer positions here than inputs
+    statistics = dict(result.model.named_buffers())
+    assert torch.equal(statistics["bn1.running_mean"], before["bn1.running_mean"])
+    result.save(tmp_path / "small")
+    expected = result.model(images)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
+    assert torch.equal(loaded(images), expected)
+    assert torch.equal(dcvit.load(tmp_path / "small").model(images), expected)
+    card, page = (tmp_path / "small" / "README.md").read_text(), dcvit.write_report(tmp_path / "small").read_text()
+    assert f"{result.plan.hidden_features} filters of the first convolution are left" in card.replace("on average ", "")
+    assert "These blocks lost filters and keep their spatial convolution (filters that each keeps): 0 (" in page
+    assert not re.search(r"attention (stays|before|after)|MLP", card + page)
+
+
+def layers_of(model: nn.Module, few: Tensor, fit: Any, block: int) -> tuple[nn.Conv2d, Any, Any]:
+    """A fitted layer; what it takes and gives in the student unfitted, and what the teacher's gives, of own states."""
+    teacher = freeze(model.double())
+    task = Task(teacher, dcvit.load_images(few.double(), teacher), dcvit.Budget(macs=0.9), ALL_ROWS)
+    outcome = fit(task)
+    adapter, bare = adapter_for(teacher), copy.deepcopy(teacher)
+    for number, nodes in outcome.plan.kept_nodes.items():
+        adapter.prune_block(bare, number, nodes)
+
+    def watched(model: nn.Module, state: Tensor) -> tuple[Tensor, Tensor]:
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook = adapter.hidden_layer(model, block).register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+        adapter.run_blocks(model, state, block, block + 1)
+        hook.remove()
+        return seen[0]
+
+    def before(model: nn.Module) -> Tensor:
+        return adapter.run_blocks(model, adapter.embed(model, few.double()), 0, block)
+
+    def both(states: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        (hidden, given), (_, wanted) = watched(bare, before(states)), watched(teacher, before(states))
+        return hidden, given, wanted
+
+    fitted = adapter.hidden_layer(outcome.student, block)
+    assert isinstance(fitted, nn.Conv2d)
+    own, theirs = both(outcome.student), both(teacher)
+    return fitted, (*own[:2], theirs[2]), {"imitation": own, "correction": theirs}
+
+
+def rows(maps: Tensor) -> Tensor:
+    """Positions of a map `[B, D, H, W]` as rows `[B·H·W, D]`."""
+    return maps.movedim(1, 3).flatten(0, 2)
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "mobilenet"])
+def test_fskd_aligns_feature_maps_by_least_squares(kind: str) -> None:
+    fitted, (hidden, given, wanted), _ = layers_of(create(kind), torch.randn(40, 3, SIZE, SIZE), fskd, 1)
+    solution = torch.linalg.lstsq(rows(given), rows(wanted)).solution
+    found = F.conv2d(hidden, fitted.weight, padding=fitted.padding)
+    # Where features hardly vary the identity, weighted with 1e-8, still tells.
+    torch.testing.assert_close(rows(found), rows(given) @ solution, rtol=1e-4, atol=1e-4)
+    assert (found - wanted).square().mean() < 0.9 * (given - wanted).square().mean()
+
+
+@pytest.mark.parametrize(("mixing", "which"), [(1.0, "correction"), (0.0, "imitation")])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "mobilenet"])
+def test_cd_fits_patches_by_least_squares(
+    kind: str, mixing: float, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcvit.methods.cd.mix", lambda *sides: mix(*sides, mixing))
+    fitted, _, sides = layers_of(create(kind), torch.randn(40, 3, SIZE, SIZE), cd, 1)
+    hidden, given, wanted = sides[which]
+    taps = fitted.kernel_size[0]
+    assert taps == (1 if kind == "mobilenet" else 3)
+    patches = F.unfold(hidden, taps, padding=taps // 2).transpose(1, 2).flatten(0, 1)
+    least = patches @ torch.linalg.lstsq(patches, rows(wanted)).solution - rows(wanted)
+    missed = F.conv2d(hidden, fitted.weight, padding=fitted.padding) - wanted
+    assert float(missed.square().mean()) == pytest.approx(float(least.square().mean()), rel=1e-5)
+    assert least.square().mean() < 0.9 * (given - wanted).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["basic", "mnasnet"])
+def test_cd_leaves_a_model_alone_of_which_nothing_goes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create(kind).double()
+    adapter = adapter_for(model)
+    monkeypatch.setattr(
+        "dcvit.methods.layerwise.widest_mlps",
+        lambda model, _, blocks, __: {block: adapter.hidden_features(model, block) for block in blocks},
+    )
+    few = dcvit.load_images(torch.randn(4, 3, SIZE, SIZE, dtype=torch.float64), model)
+    student = cd(Task(model, few, dcvit.Budget(macs=0.9), ALL_ROWS)).student
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=ROUNDING, msg=name)
+
+
+def test_patches_are_those_of_unfold() -> None:
+    layer = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 3))
+    state = torch.randn(2, 3, 9, 8)
+    output = layer(state)
+    all_patches = F.unfold(state, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
+    places = torch.stack([torch.randperm(all_patches.shape[1])[:7] for _ in state])
+    pair = LayerPair(layer, state, output.flatten(2).transpose(1, 2), places, torch.tensor([True, False]))
+    expected = torch.stack([patches[chosen] for patches, chosen in zip(all_patches, places, strict=True)]).flatten(0, 1)
+    assert torch.equal(pair.hidden, expected)
+    torch.testing.assert_close(pair.hidden @ layer.weight.flatten(1).T + layer.bias, pair.output)
+    assert pair.held_out.tolist() == [True] * 7 + [False] * 7
+
+
+def test_the_batches_change_nothing() -> None:
+    model = freeze(create("basic").double())
+    few = dcvit.load_images(torch.randn(10, 3, SIZE, SIZE, dtype=torch.float64), model)
+    outcomes = []
+    for batch_size in (64, 3):
+        config = QUICK.with_(recovery=replace(QUICK.reconstruction, batch_size=batch_size))
+        outcomes.append(cd(Task(model, few, dcvit.Budget(macs=0.9), config)))
+    weights, others = (outcome.student.state_dict() for outcome in outcomes)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=0, atol=ROUNDING, msg=name)
+    for one, other in zip(*(outcome.reconstructions for outcome in outcomes), strict=True):
+        assert (one.error_before, one.error_after) == pytest.approx((other.error_before, other.error_after), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("resnext", "Bottleneck, and its conv2 has 32 groups, each of which would have to lose equally many filters"),
+        ("regnet", r"Bottleneck, and its conv2\.conv has \d+ groups, each"),
+    ],
+)
+@pytest.mark.parametrize("method", ["fskd", "cd"])
+def test_grouped_filters_are_refused(method: str, kind: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dcvit.methods.layerwise.draw_views", None)  # nothing is computed before
+    with pytest.raises(
+        UnsupportedModelError, match=rf"None of .* block 0 is of type {reason}.* dcvit, practise or mir"
+    ):
+        dcvit.compress(create(kind), torch.randn(2, 3, SIZE, SIZE), dcvit.Budget(macs=0.95), QUICK, method=method)
+
+
+def test_blocks_whose_filters_are_tied_stay_whole() -> None:
+    model = freeze(create("efficientnet"))
+    stage, name = cnn_places(model)[1]
+    getattr(stage, name).se = EcaModule(144)  # a convolution over the channels
+    given = Task(model, dcvit.load_images(torch.randn(2, 3, SIZE, SIZE), model), dcvit.Budget(macs=0.9), QUICK)
+    obstacle = "is of type InvertedResidual, and its se, of type EcaModule, cannot lose single channels"
+    assert adapter_for(model).prune_obstacle(model, 1) == obstacle
+    with pytest.raises(
+        dcvit.BudgetError, match=rf"candidates=\[0, 1\]: block 1 {obstacle}; \[0, 2, .*\] can lose hidden"
+    ):
+        fskd(replace(given, config=QUICK.with_(candidates=(0, 1))))
+    with pytest.raises(dcvit.BudgetError, match=r"block 99 does not exist; \[0, 2, .*\] can lose hidden"):
+        fskd(replace(given, config=QUICK.with_(candidates=(99,))))
+    assert 1 not in fskd(given).plan.blocks
 
 
 @pytest.mark.parametrize("kind", ["basic", "mobilenet", "regnet"])

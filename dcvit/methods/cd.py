@@ -12,6 +12,9 @@ As it is applied here:
 
 - A layer's loss is quadratic in its weights, so the minimum is solved for instead of approached by Adam.
 - Which filters go is fixed beforehand, by L1 norm as in `fskd`, not found by a proximal step.
+- In a CNN the layer is the one behind a residual block's hidden filters, a 1×1 convolution, or a 3×3 one, which
+  takes patches; the block up to that layer makes them of x_T and x_S. Other convolutions stay as they are, and so do the
+  statistics of every BatchNorm.
 - To a ViT it is transferred: the layer is `fc2`, whose input are the MLP's hidden nodes; the block before that layer,
   attention included, makes them of x_T and x_S.
 - The authors fine-tune on labels in the end. Here there are none.
@@ -21,10 +24,11 @@ import torch
 from torch import Tensor
 
 from dcvit.config import ReconstructionConfig
-from dcvit.methods.layerwise import RIDGE, Equations, Layer, fit_layerwise, layer_pairs
+from dcvit.methods.layerwise import RIDGE, Equations, Layer, fit_layerwise
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
 from dcvit.regression import NormalEquations
+from dcvit.stacks import Stack
 
 __all__ = ["CD", "MIXING", "cd", "mix"]
 
@@ -33,7 +37,7 @@ MIXING = 0.6
 
 
 def cd(task: Task) -> Outcome:
-    """Prune hidden nodes by L1 norm, and fit each block's last layer to the teacher's on both networks' activations.
+    """Prune hidden nodes or filters by L1 norm, and fit the layer behind them on both networks' activations.
 
     Args:
         task: See `dcvit.methods.layerwise.fit_layerwise`.
@@ -44,9 +48,9 @@ def cd(task: Task) -> Outcome:
 CD = register(
     Method(
         name="cd",
-        title="hidden nodes pruned by L1 norm, the layer after them fitted on both networks' activations",
+        title="hidden nodes or filters pruned by L1 norm, the layer after them fitted on both networks' activations",
         source="Cross Distillation, arXiv 1911.09450",
-        families=("vit", "swin"),
+        families=("vit", "swin", "cnn"),
         recovery=ReconstructionConfig,
         compress=cd,
     )
@@ -64,13 +68,7 @@ def mix(correction: NormalEquations, imitation: NormalEquations, mixing: float =
 
 
 def _fit(layer: Layer) -> tuple[float, float]:
-    sides = []
-    for states in (layer.teacher_states, layer.student_states):
-        given = [pair.hidden for pair in layer_pairs(layer.student, layer.block, states, layer.views)]
-        wanted = [pair.output for pair in layer_pairs(layer.teacher, layer.block, states, layer.views)]
-        sides.append(Equations.of(given, wanted, layer.views))
-    correction, imitation = sides
-    held_out = mix(correction.held_out, imitation.held_out)
+    equations = _mixed(*(_side(layer, states) for states in (layer.teacher_states, layer.student_states)))
     module = adapter_for(layer.student).hidden_layer(layer.student, layer.block)
     anchor, bias = module.weight.double().flatten(1).T, module.bias
     constant = anchor.new_zeros(1, anchor.shape[1]) if bias is None else bias.double()[None]
@@ -78,10 +76,23 @@ def _fit(layer: Layer) -> tuple[float, float]:
     def solve(equations: NormalEquations) -> Tensor:
         return equations.solve(RIDGE, anchor, constant=bias is not None)
 
-    before = held_out.error(torch.cat([anchor, constant]))
-    after = held_out.error(solve(mix(correction.used, imitation.used)))
-    solution = solve(mix(correction.every, imitation.every))
+    before = equations.held_out.error(torch.cat([anchor, constant]))
+    after = equations.held_out.error(solve(equations.used))
+    solution = solve(equations.every)
     module.weight.copy_(solution[:-1].T.view_as(module.weight))
     if bias is not None:
         bias.copy_(solution[-1])
     return before, after
+
+
+def _side(layer: Layer, states: Stack) -> Equations:
+    """The equations of one of the terms: both networks on the states of one."""
+    pairs = zip(layer.pairs(layer.student, states), layer.pairs(layer.teacher, states), strict=True)
+    return Equations.of((own.hidden, theirs.output, own.held_out) for own, theirs in pairs)
+
+
+def _mixed(correction: Equations, imitation: Equations) -> Equations:
+    judging = None
+    if correction.judging is not None and imitation.judging is not None:
+        judging = mix(correction.judging, imitation.judging)
+    return Equations(mix(correction.used, imitation.used), judging)

@@ -11,6 +11,9 @@ are aligned one after another, front to back: one pass of block coordinate desce
 
 As it is applied here:
 
+- In a CNN it follows the layer that takes a residual block's hidden filters, before that layer's BatchNorm, whose
+  statistics stay. Only these filters go, those of the first convolution of blocks that do not change the shape; the
+  paper aligns blocks of any kind.
 - To a ViT, which the paper does not look at, it is transferred: hidden nodes of the MLPs take the place of filters, and
   Q, a D×D linear map at the end of each MLP, is absorbed into `fc2` with its bias.
 - Filters are chosen by L1 norm, the same share everywhere; the paper takes pruned networks of others.
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dcvit.config import ReconstructionConfig
-from dcvit.methods.layerwise import RIDGE, Equations, Layer, fit_layerwise, layer_pairs
+from dcvit.methods.layerwise import RIDGE, Equations, Layer, fit_layerwise
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
 from dcvit.regression import NormalEquations
@@ -30,7 +33,7 @@ __all__ = ["FSKD", "absorb", "fit_map", "fskd"]
 
 
 def fskd(task: Task) -> Outcome:
-    """Prune hidden nodes by L1 norm, and align each block with the teacher's by a linear map.
+    """Prune hidden nodes or filters by L1 norm, and align each block with the teacher's by a linear map.
 
     Args:
         task: See `dcvit.methods.layerwise.fit_layerwise`.
@@ -41,9 +44,9 @@ def fskd(task: Task) -> Outcome:
 FSKD = register(
     Method(
         name="fskd",
-        title="hidden nodes pruned by L1 norm, a linear map after each MLP fitted to the original's",
+        title="hidden nodes or filters pruned by L1 norm, a linear map behind them fitted to the original's",
         source="FSKD, arXiv 1812.01839",
-        families=("vit", "swin"),
+        families=("vit", "swin", "cnn"),
         recovery=ReconstructionConfig,
         compress=fskd,
     )
@@ -66,9 +69,10 @@ def absorb(layer: nn.Linear | nn.Conv2d, linear_map: Tensor) -> None:
 
 
 def _fit(layer: Layer) -> tuple[float, float]:
-    given = [pair.output for pair in layer_pairs(layer.student, layer.block, layer.student_states, layer.views)]
-    wanted = [pair.output for pair in layer_pairs(layer.teacher, layer.block, layer.teacher_states, layer.views)]
-    equations = Equations.of(given, wanted, layer.views)
+    pairs = zip(
+        layer.pairs(layer.student, layer.student_states), layer.pairs(layer.teacher, layer.teacher_states), strict=True
+    )
+    equations = Equations.of((own.output, theirs.output, own.held_out) for own, theirs in pairs)
     absorb(adapter_for(layer.student).hidden_layer(layer.student, layer.block), fit_map(equations.every))
 
     def error(linear_map: Tensor) -> float:

@@ -1,25 +1,29 @@
 """What `fskd` and `cd` share: a network pruned to a uniform width, then fitted layer by layer in closed form.
 
 In every block the hidden nodes go whose incoming weights have the least L1 norm (Li, Kadav, Durdanovic, Samet and Graf,
-"Pruning Filters for Efficient ConvNets", arXiv 1608.08710); attention stays. Front to back each block's last layer,
-which takes the hidden nodes, is then fitted. Student and teacher see the same views and the same tokens of them as
-dcvit's own reconstruction does.
+"Pruning Filters for Efficient ConvNets", arXiv 1608.08710): in a ViT of its MLP, while attention stays, in a CNN the
+filters of a residual block's first convolution. Front to back each block's layer that takes the hidden nodes is then
+fitted. Student and teacher see the same views and the same tokens of them as dcvit's own reconstruction does; of a
+feature map a position is a token, so that the number of equations does not grow with the resolution. Neighbouring
+positions see nearly the same: more views tell more than more positions of each.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcvit.errors import BudgetError
+from dcvit.errors import BudgetError, UnsupportedModelError
 from dcvit.methods.budgets import target, widest_mlps
 from dcvit.methods.registry import Outcome, Task
-from dcvit.models import adapter_for
+from dcvit.models import ModelAdapter, adapter_for
 from dcvit.planning import Plan
 from dcvit.reconstruction import Reconstruction, Views, draw_views
 from dcvit.regression import NormalEquations
+from dcvit.stacks import Stack
 
 __all__ = ["RIDGE", "Equations", "Layer", "LayerPair", "fit_layerwise", "l1_norms", "layer_pairs"]
 
@@ -28,24 +32,66 @@ RIDGE = 1e-8
 
 
 @dataclass(frozen=True)
+class LayerPair:
+    """What goes into the layer that takes a block's hidden nodes and what comes out, of some images.
+
+    Attributes:
+        layer: The layer.
+        given: Its input: tokens `[B, N, K]`, or of a convolution a map `[B, K, H, W]`.
+        tokens: Its output `[B, N, D]`, the positions of a map one after another.
+        places: Which of them serve as equations, `[B, S]`.
+        of_held_out: Which images judge, `[B]`.
+    """
+
+    layer: nn.Linear | nn.Conv2d
+    given: Tensor
+    tokens: Tensor
+    places: Tensor
+    of_held_out: Tensor
+
+    @property
+    def hidden(self) -> Tensor:
+        """The layer's input at the places `[B·S, K]`, or of a convolution with h·w taps the patches `[B·S, K·h·w]`."""
+        if isinstance(self.layer, nn.Conv2d):
+            return _patches(self.layer, self.given, self.places)
+        return _at(self.given, self.places)
+
+    @property
+    def output(self) -> Tensor:
+        """Its output at the places `[B·S, D]`."""
+        return _at(self.tokens, self.places)
+
+    @property
+    def held_out(self) -> Tensor:
+        """Which of these rows judge, `[B·S]`."""
+        return self.of_held_out.repeat_interleave(self.places.shape[1])
+
+
+@dataclass(frozen=True)
 class Layer:
-    """A pruned block's last layer in the student, and the same block of the teacher.
+    """The layer that takes a pruned block's hidden nodes in the student, and the same block of the teacher.
 
     Attributes:
         block: The block, from 0.
         student: Its blocks before this one are fitted already.
         teacher: The original.
-        student_states: What the student's block takes, in batches.
+        student_states: What the student's block takes, of all views in order.
         teacher_states: What the teacher's takes.
         views: The images.
+        batch_size: How many of them pass at once.
     """
 
     block: int
     student: nn.Module
     teacher: nn.Module
-    student_states: Sequence[Tensor]
-    teacher_states: Sequence[Tensor]
+    student_states: Stack
+    teacher_states: Stack
     views: Views
+    batch_size: int
+
+    def pairs(self, model: nn.Module, states: Stack) -> Iterator[LayerPair]:
+        """See `layer_pairs`; of one of the models on the states of one of them."""
+        return layer_pairs(model, self.block, states.split(self.batch_size), self.views)
 
 
 Fit = Callable[[Layer], tuple[float, float]]
@@ -62,7 +108,8 @@ def fit_layerwise(task: Task, fit: Fit) -> Outcome:
 
     Raises:
         DcvitError: If the config's recovery is not block reconstruction.
-        BudgetError: If the budget cannot be met, or a candidate does not exist or has no hidden nodes.
+        UnsupportedModelError: If no block can lose single hidden nodes.
+        BudgetError: If the budget cannot be met, or a candidate does not exist or cannot lose any.
     """
     teacher, budget, config, recovery = task.teacher, task.budget, task.config, task.config.reconstruction
     adapter = adapter_for(teacher)
@@ -73,18 +120,23 @@ def fit_layerwise(task: Task, fit: Fit) -> Outcome:
     with task.timer("views"):
         views = draw_views(teacher, task.images, recovery, config.seed)
     with task.timer("compression"), torch.no_grad():
-        states = [adapter.embed(teacher, images) for images in views.images.split(recovery.batch_size)]
-        students = states
+        states = students = Stack(
+            adapter.prepare(teacher, adapter.embed(teacher, images), 0)
+            for images in views.images.split(recovery.batch_size)
+        )
         task.progress("layers", 0, len(counts), None)
         for block in range(adapter.num_blocks(teacher)):
             if block in counts:
                 kept[block] = _largest(l1_norms(teacher, block), counts[block])
                 adapter.prune_block(student, block, kept[block])
-                before, after = fit(Layer(block, student, teacher, students, states, views))
+                before, after = fit(Layer(block, student, teacher, students, states, views, recovery.batch_size))
                 reports.append(Reconstruction(block, RIDGE, before, after, after, 0))
                 task.progress("layers", len(reports), len(counts), after)
-            students = [adapter.run_blocks(student, state, block, block + 1) for state in students]
-            states = [adapter.run_blocks(teacher, state, block, block + 1) for state in states]
+            if len(reports) == len(counts):
+                break
+            passed = _pass(adapter, teacher, block, states.split(recovery.batch_size))
+            students = _pass(adapter, student, block, students.split(recovery.batch_size)) if reports else passed
+            states = passed
     left, hidden = sum(counts.values()), sum(adapter.hidden_features(teacher, block) for block in counts)
     plan = Plan(
         budget=budget,
@@ -106,41 +158,28 @@ def l1_norms(model: nn.Module, block: int) -> Tensor:
     return adapter_for(model).hidden_filters(model, block).detach().abs().sum(dim=1)
 
 
-@dataclass(frozen=True)
-class LayerPair:
-    """What goes into a block's last layer and what comes out, at some tokens.
-
-    Attributes:
-        hidden: `[R, K]`.
-        output: `[R, D]`.
-    """
-
-    hidden: Tensor
-    output: Tensor
-
-
-def layer_pairs(model: nn.Module, block: int, states: Sequence[Tensor], views: Views) -> Iterator[LayerPair]:
-    """Run a block on states, batch by batch, and watch its last layer at the tokens that the views chose.
+def layer_pairs(model: nn.Module, block: int, states: Iterable[Tensor], views: Views) -> Iterator[LayerPair]:
+    """Run a block on states, batch by batch, and watch the layer that takes its hidden nodes.
 
     Args:
         model: Whose block it is.
         block: The block, from 0.
-        states: What it takes, of all views in order.
-        views: The images.
+        states: What it takes (see `ModelAdapter.prepare`), of all views in order.
+        views: The images; they choose the tokens.
     """
     adapter = adapter_for(model)
     seen: list[tuple[Tensor, Tensor]] = []
-    layer = adapter.hidden_layer(model, block)
+    module, layer = adapter.block(model, block), adapter.hidden_layer(model, block)
     handle = layer.register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
     first = 0
     try:
         for state in states:
-            adapter.run_blocks(model, state, block, block + 1)
+            module(state)
             part = slice(first, first + len(state))
             # A Swin block flattens its positions before its MLP.
-            tokens = (side if side.ndim == 3 else adapter.as_tokens(side) for side in seen.pop())
-            hidden, output = (views.rows(side, part) for side in tokens)
-            yield LayerPair(hidden, output)
+            given, output = seen.pop()
+            tokens = output if output.ndim == 3 else adapter.as_tokens(output)
+            yield LayerPair(layer, given, tokens, views.places(tokens.shape[1], part), views.held_out[part])
             first = part.stop
     finally:
         handle.remove()
@@ -148,39 +187,82 @@ def layer_pairs(model: nn.Module, block: int, states: Sequence[Tensor], views: V
 
 @dataclass(frozen=True)
 class Equations:
-    """The equations of a layer, in float64.
+    """The equations of a layer, in float64: λ is too small for the products of float32.
+
+    Their matrices are K × K, of K unknowns for each output. That is 170 MB for the 4608 of a 3×3 convolution of 512
+    channels; `cd` holds up to seven of them, and sums the products of 32768 rows twice, which takes a core a minute. K
+    grows with the channels: those of wide_resnet50_2 take up to four times both.
 
     Attributes:
         used: Of the images that are learnt from; of all where there is but one.
-        held_out: Of those that judge, likewise.
-        every: Of all: what is learnt once the others have judged.
+        judging: Of those that judge; `None` where there is but one image.
     """
 
     used: NormalEquations
-    held_out: NormalEquations
-    every: NormalEquations
+    judging: NormalEquations | None
 
     @classmethod
-    def of(cls, inputs: Iterable[Tensor], targets: Iterable[Tensor], views: Views) -> "Equations":
-        """The sums over inputs `[R, K]` and targets `[R, D]` of all views, in batches."""
-        pairs = [(x.double(), y.double()) for x, y in zip(inputs, targets, strict=True)]
-        rows = sum(len(x) for x, _ in pairs) // len(views.held_out)
-        masks = views.held_out.repeat_interleave(rows).split([len(x) for x, _ in pairs])
-        if not bool(views.held_out.any()):
-            every = NormalEquations.of(pairs)
-            return cls(every, every, every)
-        used = NormalEquations.of((x[~mask], y[~mask]) for (x, y), mask in zip(pairs, masks, strict=True))
-        held_out = NormalEquations.of((x[mask], y[mask]) for (x, y), mask in zip(pairs, masks, strict=True))
-        return cls(used, held_out, used + held_out)
+    def of(cls, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "Equations":
+        """The sums over batches of inputs `[R, K]`, targets `[R, D]` and which of these rows are held out `[R]`."""
+        sums: dict[bool, NormalEquations] = {}
+        for inputs, targets, held_out in rows:
+            for judges, chosen in ((False, ~held_out), (True, held_out)):
+                if bool(chosen.any()):
+                    found = NormalEquations.of([(inputs[chosen].double(), targets[chosen].double())])
+                    sums[judges] = sums[judges] + found if judges in sums else found
+        return cls(sums[False], sums.get(True))
+
+    @property
+    def held_out(self) -> NormalEquations:
+        """Those that judge."""
+        return self.used if self.judging is None else self.judging
+
+    @property
+    def every(self) -> NormalEquations:
+        """Of all images: what is learnt once the others have judged."""
+        return self.used if self.judging is None else self.used + self.judging
+
+
+def _pass(adapter: ModelAdapter, model: nn.Module, block: int, states: Iterable[Tensor]) -> Stack:
+    """What the next block takes, from what a block takes."""
+    module = adapter.block(model, block)
+    return Stack(adapter.prepare(model, module(state), block + 1) for state in states)
+
+
+def _at(tokens: Tensor, places: Tensor) -> Tensor:
+    """Some of the tokens `[B, N, D]`: `[B·S, D]`."""
+    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
+
+
+def _patches(layer: nn.Conv2d, state: Tensor, places: Tensor) -> Tensor:
+    """What a convolution multiplies its weight with: the patches `[B·S, K·h·w]` of a map `[B, K, H, W]` at some places.
+
+    As `F.unfold` gives them, which would hold those of all positions.
+    """
+    vertical, horizontal = map(int, layer.padding)
+    windows = F.pad(state, (horizontal, horizontal, vertical, vertical))
+    for dim, (taps, step, apart) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2):
+        windows = windows.unfold(dim, apart * (taps - 1) + 1, step)  # a view
+    windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]]
+    images, width = torch.arange(len(state), device=state.device)[:, None], windows.shape[3]
+    return windows[images, :, places // width, places % width].flatten(2).flatten(0, 1)
 
 
 def _candidates(model: nn.Module, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
     adapter = adapter_for(model)
-    depth = adapter.num_blocks(model)
-    able = tuple(block for block in range(depth) if adapter.hidden_features(model, block))
+    obstacles = {block: adapter.prune_obstacle(model, block) for block in range(adapter.num_blocks(model))}
+    able = tuple(block for block, obstacle in obstacles.items() if obstacle is None)
     for block in wanted or ():
         if block not in able:
-            raise BudgetError(f"candidates={list(wanted or ())}: block {block} has no hidden nodes; {list(able)} have.")
+            obstacle = obstacles.get(block, "does not exist")
+            raise BudgetError(
+                f"candidates={list(wanted or ())}: block {block} {obstacle}; {list(able)} can lose hidden nodes."
+            )
+    if not able:
+        raise UnsupportedModelError(
+            f"None of the model's {len(obstacles)} blocks can lose single hidden nodes: block 0 {obstacles[0]}. Choose "
+            "dcvit, practise or mir, which cut blocks whole, or extend prune_block in dcvit/models/."
+        )
     return wanted or able
 
 

@@ -163,7 +163,10 @@ class ModelAdapter(Protocol):
         """In place: remove what mixes the tokens of a block, such as its attention, and all hidden nodes but `kept`."""
 
     def prune_block(self, model: nn.Module, block: int, kept: Sequence[int]) -> None:
-        """In place: remove all hidden nodes of a block but `kept`, and nothing else."""
+        """In place: remove all hidden nodes of a block but `kept`, and nothing else; see `prune_obstacle`."""
+
+    def prune_obstacle(self, model: nn.Module, block: int) -> str | None:
+        """What keeps `prune_block` from removing single hidden nodes of a block, as words behind its name, if any."""
 
     def hidden_filters(self, model: nn.Module, block: int) -> Tensor:
         """The weights that make the hidden nodes of a block, a row each: `[K, F]`."""

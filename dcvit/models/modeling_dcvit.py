@@ -38,7 +38,7 @@ from timm.layers import (
 )
 from timm.layers.activations import GELU, GELUTanh
 from timm.models import build_model_with_cfg, register_model, regnet, resnet
-from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual
+from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, SqueezeExcite
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.efficientnet import EfficientNet
 from timm.models.swin_transformer import SwinTransformer
@@ -69,12 +69,14 @@ __all__ = [
     "create",
     "create_cnn",
     "create_swin",
+    "cut_cnn",
     "dcvit_residual_cnn",
     "dcvit_swin_transformer",
     "dcvit_vision_transformer",
     "expansion",
+    "filter_path",
     "first_layers",
-    "keep_channels",
+    "keep_filters",
     "keep_heads",
     "keep_hidden_nodes",
     "last_activation",
@@ -398,22 +400,28 @@ def build_cnn(
         num_classes: Classes of the head.
         in_chans: Channels of the images.
         global_pool: The pooling.
-        per_layer_config: As `build`'s; numbered are the residual blocks, see `cnn_places`.
+        per_layer_config: As `build`'s; numbered are the residual blocks, see `cnn_places`. `skip` names `block` or
+            `convolution`, or nothing where only filters went; `intermediate_size` is the filters of the first one.
     """
     model: TimmModule = timm.create_model(
         base, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, **base_args
     )
     model.dcvit_base = {"base": base, "base_args": dict(base_args)}
+    cut_cnn(model, per_layer_config)
+    return model
+
+
+def cut_cnn(model: nn.Module, per_layer_config: Mapping[str, Mapping[str, Any]]) -> None:
+    """In place: a CNN's blocks become what `per_layer_config` says of them, see `build_cnn`."""
     places = cnn_places(model)
     for number, settings in per_layer_config.items():
         stage, name = places[int(number)]
         if "block" in settings["skip"]:
             setattr(stage, name, DroppedBlock())
-        else:
-            block = PointwiseBlock(getattr(stage, name))
-            keep_channels(block, torch.arange(settings["intermediate_size"]))
-            setattr(stage, name, block)
-    return model
+            continue
+        if "convolution" in settings["skip"]:
+            setattr(stage, name, PointwiseBlock(getattr(stage, name)))
+        keep_filters(getattr(stage, name), torch.arange(settings["intermediate_size"]))
 
 
 def cnn_stages(model: TimmModule) -> list[TimmModule]:
@@ -475,18 +483,56 @@ def last_activation(block: TimmModule) -> str | None:
     return "act2" if type(block) in (resnet.BasicBlock, PointwiseBlock) else None
 
 
+def filter_path(block: TimmModule) -> list[tuple[TimmModule, int]]:
+    """The layers of a residual block that hold its hidden filters, those that its first convolution is made of.
+
+    Args:
+        block: A residual block, see `expansion`, or what a compressed one became.
+
+    Returns:
+        From that convolution to the one that takes what the filters give, each with the dimension of its weight along
+        which they lie.
+    """
+    if isinstance(block, PointwiseBlock):
+        return [(block.conv1, 0), (block.conv2, 1)]
+    conv, norm, _ = expansion(block)
+    path = [(conv, 0), (norm, 0)]
+    if type(block) in (resnet.BasicBlock, resnet.Bottleneck):
+        return [*path, (block.conv2, 1)]
+    if type(block) is regnet.Bottleneck:
+        return [*path, (block.conv2.conv, 1)]
+    if type(block) is InvertedResidual:
+        path += [(block.conv_dw, 0), (block.bn2, 0)]
+    if type(block.se) is SqueezeExcite:
+        path += [(block.se.conv_reduce, 1), (block.se.conv_expand, 0)]
+    elif type(block.se) is not nn.Identity:
+        path.append((block.se, 0))
+    return [*path, (block.conv_pwl, 1)]
+
+
 @torch.no_grad()
-def keep_channels(block: PointwiseBlock, kept: Tensor) -> None:
-    """In place: only some hidden nodes of a block stay; their numbers `[K]`."""
-    kept = kept.to(block.conv1.weight.device)
-    first, second = block.conv1, block.conv2
-    first.out_channels = second.in_channels = len(kept)
-    for layer, name, values in (
-        (first, "weight", first.weight[kept]),
-        (first, "bias", first.bias[kept]),
-        (second, "weight", second.weight[:, kept].contiguous()),
-    ):
-        setattr(layer, name, nn.Parameter(values, requires_grad=getattr(layer, name).requires_grad))
+def keep_filters(block: TimmModule, kept: Tensor) -> None:
+    """In place: only some hidden filters of a block stay.
+
+    Args:
+        block: A block of whose `filter_path` every layer is a BatchNorm or a convolution, of all channels or depthwise.
+        kept: Their numbers `[K]`, in the order in which they stay.
+    """
+    for layer, dim in filter_path(block):
+        for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            if tensor.ndim <= dim:  # the bias of what takes the filters; the batches that a BatchNorm counted
+                continue
+            values = tensor.index_select(dim, kept.to(tensor.device))
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(layer, name, nn.Parameter(values, requires_grad=tensor.requires_grad) if is_parameter else values)
+        if not isinstance(layer, nn.Conv2d):
+            layer.num_features = len(kept)
+        elif dim == 1:
+            layer.in_channels = len(kept)
+        else:
+            layer.out_channels = len(kept)
+            if layer.groups > 1:
+                layer.in_channels = layer.groups = len(kept)
 
 
 def _compress(

@@ -4,6 +4,8 @@ Numbered are the blocks that add to their input, so that they can be left out; s
 go with the numbered block behind them. DC-ViT drops such blocks whole (arXiv 2403.18708, section 4). Here they are
 compressed as densely as a transformer's: the spatial convolution goes, as attention does there, and what stays looks at
 each position alone, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden nodes as the budget leaves (`PointwiseBlock`).
+A block that is pruned keeps all its layers: its hidden nodes are the filters of its first convolution, which go with
+their channels in all layers up to the one that takes them.
 
 Where an activation follows the sum, as in a ResNet, a state is the sum before it: what a block adds is then linear in
 its last layer, and the activation belongs to what lies between two blocks.
@@ -34,17 +36,16 @@ from dcvit.models.modeling_dcvit import (
     build_cnn,
     cnn_places,
     cnn_stages,
+    cut_cnn,
     expansion,
+    filter_path,
     first_layers,
-    keep_channels,
+    keep_filters,
     last_activation,
 )
 from dcvit.models.rebuilding import num_params, preprocessing_cfg, rebuilt, require_same
 
 __all__ = ["ResidualCnnAdapter"]
-
-_NO_FILTERS = "a CNN's convolutions are compressed with their blocks, not filter by filter"
-
 
 _LAST_CONVOLUTION: dict[type, str] = {
     resnet.BasicBlock: "conv2",
@@ -60,6 +61,7 @@ class ResidualCnnAdapter:
 
     Modifications:
         - a compressed block becomes a `PointwiseBlock`;
+        - a pruned block loses filters of its first convolution, with their channels up to the layer that takes them;
         - a dropped block becomes a `DroppedBlock`;
         - everything else, and every BatchNorm's statistics, stays.
     """
@@ -192,23 +194,26 @@ class ResidualCnnAdapter:
         stage, name = cnn_places(model)[block]
         module = getattr(stage, name)
         module = module if isinstance(module, PointwiseBlock) else PointwiseBlock(module)
-        keep_channels(module, torch.as_tensor(kept, dtype=torch.int64))
+        keep_filters(module, torch.as_tensor(kept, dtype=torch.int64))
         setattr(stage, name, module)
 
     def prune_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
-        """Refused: see `ModelAdapter.prune_block`."""
-        raise UnsupportedModelError(f"Block {block}: {_NO_FILTERS}.")
+        """See `ModelAdapter.prune_block`; the hidden nodes of a whole block are its first convolution's filters."""
+        model.dcvit_base = _base(model)
+        keep_filters(_at(model, block), torch.as_tensor(kept, dtype=torch.int64))
+
+    def prune_obstacle(self, model: TimmModule, block: int) -> str | None:
+        """See `ModelAdapter.prune_obstacle`; what groups channels that would have to go together, as ResNeXt's do."""
+        return _prune_obstacle(_at(model, block))
 
     def hidden_filters(self, model: TimmModule, block: int) -> Tensor:
-        """Refused: see `ModelAdapter.hidden_filters`."""
-        raise UnsupportedModelError(f"Block {block}: {_NO_FILTERS}.")
+        """See `ModelAdapter.hidden_filters`."""
+        conv, _ = filter_path(_at(model, block))[0]
+        return conv.weight.flatten(1)
 
     def hidden_layer(self, model: TimmModule, block: int) -> nn.Conv2d:
-        """See `ModelAdapter.hidden_layer`; of a compressed block alone."""
-        module = _at(model, block)
-        if not isinstance(module, PointwiseBlock):
-            raise UnsupportedModelError(f"Block {block}: {_NO_FILTERS}.")
-        return module.conv2
+        """See `ModelAdapter.hidden_layer`."""
+        return filter_path(_at(model, block))[-1][0]
 
     def fuse(self, model: TimmModule) -> None:
         """See `ModelAdapter.fuse`; convolutions have no op of dcvit's."""
@@ -292,14 +297,15 @@ class ResidualCnnAdapter:
             "num_classes": self.num_classes(model),
             "in_chans": int(next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels),
             "global_pool": _pool_type(model),
-            "per_layer_config": {
-                str(i): settings
-                for i, (stage, name) in enumerate(cnn_places(model))
-                if (settings := _layer_settings(getattr(stage, name))) is not None
-            },
         }
         with torch.device("meta"):
-            twin = build_cnn(**args)
+            twin = build_cnn(**args, per_layer_config={})
+            args["per_layer_config"] = {
+                str(i): settings
+                for i, places in enumerate(zip(cnn_places(model), cnn_places(twin), strict=False))
+                if (settings := _layer_settings(*(getattr(stage, name) for stage, name in places))) is not None
+            }
+            cut_cnn(twin, args["per_layer_config"])
         require_same(model, twin, f"{args['base']} of timm", "_base in dcvit/models/residual_cnn.py")
         return args
 
@@ -392,13 +398,29 @@ def _block_cost(block: TimmModule, macs: int, positions: int) -> BlockCost:
     return BlockCost(attention, pointwise, node, hidden)
 
 
-def _layer_settings(block: TimmModule) -> dict[str, Any] | None:
+def _prune_obstacle(block: TimmModule) -> str | None:
+    """See `ModelAdapter.prune_obstacle`."""
+    if isinstance(block, DroppedBlock):
+        return "has no hidden nodes"
+    names = {layer: name for name, layer in block.named_modules()}
+    for layer, dim in filter_path(block):
+        where = f"is of type {type(block).__qualname__}, and its {names[layer]}"
+        if not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
+            return f"{where}, of type {type(layer).__qualname__}, cannot lose single channels"
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1 and (dim == 1 or layer.groups != layer.out_channels):
+            return f"{where} has {layer.groups} groups, each of which would have to lose equally many filters"
+    return None
+
+
+def _layer_settings(block: TimmModule, whole: TimmModule) -> dict[str, Any] | None:
     """What differs in a block from timm's, in transformers' `per_layer_config` keys."""
     if isinstance(block, DroppedBlock):
         return {"skip": ["block"]}
+    hidden = _hidden_features(block)
     if isinstance(block, PointwiseBlock):
-        return {"skip": ["convolution"], "intermediate_size": block.conv1.out_channels}
-    return None
+        return {"skip": ["convolution"], "intermediate_size": hidden}
+    pruned = hidden < _hidden_features(whole) and _prune_obstacle(whole) is None
+    return {"skip": [], "intermediate_size": hidden} if pruned else None
 
 
 def _pool_type(model: TimmModule) -> str:

@@ -187,6 +187,10 @@ class SwinAdapter:
         blocks, index = swin_places(model)[block]
         keep_hidden_nodes(blocks[index].mlp, torch.as_tensor(kept, dtype=torch.int64))
 
+    def prune_obstacle(self, model: TimmModule, block: int) -> str | None:
+        """See `ModelAdapter.prune_obstacle`."""
+        return None if self.hidden_features(model, block) else "has no hidden nodes"
+
     def hidden_filters(self, model: TimmModule, block: int) -> Tensor:
         """See `ModelAdapter.hidden_filters`."""
         module: TimmModule = self.block(model, block)

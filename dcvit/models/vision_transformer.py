@@ -188,6 +188,10 @@ class VisionTransformerAdapter:
         """See `ModelAdapter.prune_block`."""
         keep_hidden_nodes(model.blocks[block].mlp, torch.as_tensor(kept, dtype=torch.int64))
 
+    def prune_obstacle(self, model: TimmModule, block: int) -> str | None:
+        """See `ModelAdapter.prune_obstacle`."""
+        return None if self.hidden_features(model, block) else "has no hidden nodes"
+
     def hidden_filters(self, model: TimmModule, block: int) -> Tensor:
         """See `ModelAdapter.hidden_filters`; of a SwiGLU those of gate and value."""
         mlp = model.blocks[block].mlp

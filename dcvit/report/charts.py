@@ -135,7 +135,12 @@ def block_stages(
     return svg
 
 
-def block_structure(width: float, before: Sequence[tuple[bool, int]], after: Sequence[tuple[bool, int]]) -> Svg:
+def block_structure(
+    width: float,
+    before: Sequence[tuple[bool, int]],
+    after: Sequence[tuple[bool, int]],
+    names: tuple[str, str, str] = ("attention", "MLP", "hidden nodes"),
+) -> Svg:
     """The blocks of two models side by side, the first at the top: attention, and an MLP as wide as its hidden nodes.
 
     What the second lost stands there as an outline.
@@ -144,7 +149,9 @@ def block_structure(width: float, before: Sequence[tuple[bool, int]], after: Seq
         width: Of the drawing.
         before: Of each block whether it has attention, and its hidden nodes.
         after: The same of the second model.
+        names: What attention, MLP and hidden nodes are called.
     """
+    mixing, pointwise, nodes = names
     pitch, top = (20, 46) if len(before) <= 16 else (17, 46)
     svg = Svg(width, top + pitch * len(before) + 6, "Architecture before and after compression, block by block")
     margin, gap = 26.0, 16.0
@@ -156,19 +163,19 @@ def block_structure(width: float, before: Sequence[tuple[bool, int]], after: Seq
         left = margin + index * (panel + gap)
         mlp = left + attention + 6
         svg.label(left, 14, title, "label strong")
-        svg.label(left, 36, "attention")
-        svg.label(max(mlp, left + text_width("attention") + 4), 36, "MLP")
+        svg.label(left, 36, mixing)
+        svg.label(max(mlp, left + text_width(mixing) + 4), 36, pointwise)
         for block, ((has, hidden), (had, all_hidden)) in enumerate(zip(blocks, before, strict=True)):
             y, size, cut = top + pitch * block, pitch - 5, (has, hidden) != (had, all_hidden)
             css = "accent" if cut else "plain"
             if index == 0:
                 svg.label(margin - 8, y + size - 3, str(block), anchor="end")
             if had:
-                state = "attention" if has else "attention removed"
+                state = mixing if has else f"{mixing} removed"
                 svg.rect(left, y, attention, size, css if has else "ghost", f"block {block}: {state}")
             if hidden < all_hidden:
-                svg.rect(mlp, y, unit * all_hidden, size, "ghost", f"block {block}: {number(all_hidden)} hidden nodes")
-            svg.rect(mlp, y, unit * hidden, size, css, f"block {block}: {number(hidden)} hidden nodes")
+                svg.rect(mlp, y, unit * all_hidden, size, "ghost", f"block {block}: {number(all_hidden)} {nodes}")
+            svg.rect(mlp, y, unit * hidden, size, css, f"block {block}: {number(hidden)} {nodes}")
     return svg
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcvit.errors import DcvitError, SaveFolderError
-from dcvit.model_card import cut_kind
+from dcvit.model_card import cut_kind, part_names
 from dcvit.ranking import Trial
 from dcvit.report.charts import (
     Curve,
@@ -128,13 +128,14 @@ def _cut(record: Record) -> str:
     if plan.kept_heads:
         listed = ", ".join(f"{block} ({len(heads)})" for block, heads in plan.kept_heads.items())
         told.append(f"These blocks lost attention heads (heads that each keeps): {listed}.")
+    names = part_names(record.values)
     for lost, blocks in (
-        ("lost their attention", [block for block in sorted(plan.blocks) if block not in plan.pruned]),
-        ("lost hidden nodes and keep their attention", plan.pruned),
+        (f"lost their {names.mixing}", [block for block in sorted(plan.blocks) if block not in plan.pruned]),
+        (f"lost {names.nodes} and keep their {names.mixing}", plan.pruned),
     ):
         if blocks:
             listed = ", ".join(f"{block} ({len(plan.kept_nodes[block]):,})" for block in blocks)
-            told.append(f"These blocks {lost} (hidden nodes that each keeps): {listed}.")
+            told.append(f"These blocks {lost} ({names.nodes} that each keeps): {listed}.")
     return f"{' '.join(told)} The drop ratio is {plan.drop_ratio:.3f}."
 
 
@@ -330,8 +331,9 @@ def _architecture(record: Record) -> Section | None:
     after = [kept.get(block, shape) for block, shape in enumerate(before)]
     if record.report.blocks_after:
         after = [(block.attention, block.hidden_features) for block in record.report.blocks_after]
+    names = part_names(record.values)
     table = Table(
-        ("block", "attention before", "attention after", "hidden nodes before", "hidden nodes after"),
+        ("block", *(f"{part} {when}" for part in (names.mixing, names.nodes) for when in ("before", "after"))),
         [
             (str(block), _yes(old[0]), _yes(new[0]), number(old[1]), number(new[1]))
             for block, (old, new) in enumerate(zip(before, after, strict=True))
@@ -340,9 +342,9 @@ def _architecture(record: Record) -> Section | None:
     )
     figure = Figure(
         "Blocks, from the first at the top to the last",
-        lambda width: block_structure(width, before, after),
+        lambda width: block_structure(width, before, after, (names.mixing, names.pointwise, names.nodes)),
         table,
-        "An MLP is drawn as wide as it has hidden nodes. Dashed: what was removed.",
+        f"The wider a block's {names.pointwise}, the more {names.nodes}. Dashed: what was removed.",
         [Key("cut block", "accent", "circle"), Key("as it was", "plain", "circle")],
     )
     return Section("Architecture before and after", items=[figure])
