@@ -45,7 +45,7 @@ from dcvit.methods import METHODS
 from dcvit.methods import method as find_method
 from dcvit.methods.budgets import candidate_groups
 from dcvit.methods.practise import block_dropping
-from dcvit.model_card import cut_kind
+from dcvit.model_card import cut_kind, shared_weights
 from dcvit.models import DEMO_MODEL, adapter_for, adapters, hub_repository, load_model, preprocessing, require_supported
 from dcvit.planning import UNITS, Budget, search_space
 from dcvit.progress import TerminalProgress
@@ -682,15 +682,17 @@ def _check_method(arguments: argparse.Namespace, config: CompressionConfig) -> N
 def _methods(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
     return {
         "methods": [
-            {"name": m.name, "title": m.title, "families": list(m.families), "source": m.source}
+            {"name": m.name, "title": m.title, "families": list(m.families), "units": list(m.units), "source": m.source}
             for m in sorted(METHODS.values(), key=lambda m: m.name != "dcvit")
         ]
     }
 
 
 def _show_methods(values: dict[str, Any]) -> str:
-    rows = [("name", "title", "families", "source")]
-    rows += [(m["name"], m["title"], ", ".join(m["families"]), m["source"]) for m in values["methods"]]
+    rows = [("name", "title", "families", "budgets of", "source")]
+    for method in values["methods"]:
+        joined = (", ".join(method[key]) for key in ("families", "units"))
+        rows.append((method["name"], method["title"], *joined, method["source"]))
     return _table(rows, left=True)
 
 
@@ -882,6 +884,8 @@ def _show_compress(values: dict[str, Any]) -> str:
     if values["plan"]["token_keep_rates"]:
         rates = values["plan"]["token_keep_rates"].items()
         cut = f"Tokens end in blocks (share that goes on): {', '.join(f'{b} ({rate:g})' for b, rate in rates)}"
+    elif shared := shared_weights(values["plan"]):
+        cut = f"Shared weights: {'; '.join(shared)}"
     elif cut_kind(values) == "dropped":
         cut = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
     else:

@@ -28,7 +28,7 @@ from dcvit.methods.budgets import flat
 from dcvit.metric import Metric
 from dcvit.models import adapter_for, hub_repository, load_model, require_supported
 from dcvit.ops import Impl
-from dcvit.planning import ADDITIVE, Budget, Plan, search, search_space, searched
+from dcvit.planning import ADDITIVE, UNITS, Budget, Plan, search, search_space, searched
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import (
@@ -112,13 +112,14 @@ def compress(
         DistributedError: If a rank is given something else than the first.
         UnsupportedModelError: If the model cannot be compressed, or not by that method.
         ImagesError: If the images do not fit the model.
-        BudgetError: If the budget cannot be met.
+        BudgetError: If the budget cannot be met, or is of what that method does not save.
         NonFiniteError: If a weight is NaN or infinite, or a block of the original makes such values of the images.
         RunStoreError: If `run_dir` is in use, or holds something else, or a run of other settings, model or images; and
             later, if it cannot be written.
         All of them before any long work.
     """
     chosen = find_method(method)
+    chosen.require_unit(budget)
     config = config or chosen.config()
     if run_dir is not None and not chosen.resumable:
         raise DcvitError(
@@ -322,6 +323,7 @@ DCVIT = register(
         families=("vit", "swin", "cnn"),
         recovery=ReconstructionConfig,
         compress=dense,
+        units=UNITS,
         resumable=True,
     )
 )

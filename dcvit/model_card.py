@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
-__all__ = ["PartNames", "cut_kind", "model_card", "part_names"]
+__all__ = ["PartNames", "cut_kind", "model_card", "part_names", "shared_weights"]
 
 _HUB_LICENSES = ("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit")
 """Licences that timm's models have and the hub knows by the same name; the hub takes others as `other`, with a name."""
@@ -115,6 +115,22 @@ def part_names(result: Mapping[str, Any]) -> PartNames:
     return PartNames("attention", "MLP", "hidden nodes", "hidden nodes of the MLP")
 
 
+def shared_weights(plan: Mapping[str, Any]) -> list[str]:
+    """Which blocks share weights, in words, an entry each for attention and MLP; none where none do.
+
+    Args:
+        plan: The plan in `result.json`.
+    """
+    told = []
+    for name, part in (("attention_of", "attention"), ("mlp_of", "MLP")):
+        runs: dict[int, list[str]] = {}
+        for block, owner in plan.get(name, {}).items():
+            runs.setdefault(owner, []).append(str(block))
+        if runs:
+            told.append(f"one {part} for the blocks " + ", and one for ".join(", ".join(run) for run in runs.values()))
+    return told
+
+
 def _what(result: Mapping[str, Any]) -> str:
     report, plan = result["report"], result["plan"]
     images, blocks = report["num_images"], sorted(plan["blocks"])
@@ -127,6 +143,8 @@ def _what(result: Mapping[str, Any]) -> str:
     if rates := plan.get("token_keep_rates"):
         rate = next(iter(rates.values()))
         return f"{made}: behind the attention of the {_named(blocks)} the share {rate:g} of the patch tokens goes on.\n"
+    if shared := shared_weights(plan):
+        return f"{made}: {'; '.join(shared)}. Blocks count from 0, and each has a transformation of its own.\n"
     if cut_kind(result) == "dropped":
         return f"{made}: without the {_named(blocks)}.\n"
     if heads := plan.get("kept_heads"):

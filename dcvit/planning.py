@@ -198,6 +198,9 @@ class Plan:
         pruned: Those of `blocks` that keep their attention, ascending.
         kept_heads: For each block that lost heads, those that its attention keeps, ascending.
         token_keep_rates: For each block behind whose attention tokens end, the share of the patch tokens that goes on.
+        attention_of: For each block that shares the weights of its attention, the block that owns them, which may be
+            itself.
+        mlp_of: Likewise of its MLP.
         latency: What was measured to meet a latency budget; `None` for the others.
     """
 
@@ -213,6 +216,8 @@ class Plan:
     pruned: tuple[int, ...] = ()
     kept_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     token_keep_rates: Mapping[int, float] = field(default_factory=dict)
+    attention_of: Mapping[int, int] = field(default_factory=dict)
+    mlp_of: Mapping[int, int] = field(default_factory=dict)
     latency: PlannedLatency | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,6 +239,8 @@ class Plan:
             "pruned": list(self.pruned),
             "kept_heads": {str(block): list(heads) for block, heads in self.kept_heads.items()},
             "token_keep_rates": {str(block): rate for block, rate in self.token_keep_rates.items()},
+            "attention_of": {str(block): owner for block, owner in self.attention_of.items()},
+            "mlp_of": {str(block): owner for block, owner in self.mlp_of.items()},
             "latency": None if self.latency is None else self.latency.to_dict(),
         }
 

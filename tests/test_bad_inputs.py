@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "method": (
         lambda at: at.compress(method="dcvitt"),
-        "method='dcvitt': expected one of autoformer, cd, evit, fskd, practise, mir, s2vite, vtp, dcvit "
+        "method='dcvitt': expected one of autoformer, cd, evit, fskd, mini_deit, practise, mir, s2vite, vtp, dcvit "
         "(`dcvit methods` describes them).",
     ),
     "metric set method": (

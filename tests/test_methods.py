@@ -24,10 +24,11 @@ from dcvit.methods.practise import practise
 from dcvit.methods.s2vite import first_order_scores
 from dcvit.methods.units import Space, Unit, gated, open_gates
 from dcvit.methods.vtp import learn_gates
-from dcvit.model_card import cut_kind
+from dcvit.model_card import cut_kind, shared_weights
 from dcvit.models import DroppedBlock, adapter_for
 from dcvit.models.modeling_dcvit import FusingBlock
 from dcvit.models.vision_transformer import fuse_tokens
+from dcvit.planning import UNITS
 from dcvit.reconstruction import draw_views
 from dcvit.regression import NormalEquations
 from dcvit.results import read_record, save_model
@@ -39,6 +40,9 @@ CONFIGS = {
     name: QUICK if entry.recovery is dcvit.ReconstructionConfig else PUBLISHED for name, entry in METHODS.items()
 }
 UNAUGMENTED = QUICK.with_(recovery=replace(QUICK.reconstruction, augmentation=None, num_rows=10**6))
+BUDGETS = {"evit": dcvit.Budget(macs=0.8), "mini_deit": dcvit.Budget(params=0.7)}
+"""What they can save; of so few tokens evit cannot more."""
+
 DEPTH = 6
 
 
@@ -62,12 +66,15 @@ def task(model: nn.Module, images: Tensor, budget: dcvit.Budget, config: dcvit.C
 
 
 def test_every_entry_is_complete() -> None:
-    assert set(METHODS) == {"autoformer", "cd", "dcvit", "evit", "fskd", "mir", "practise", "s2vite", "vtp"}
+    assert set(METHODS) == {
+        "autoformer", "cd", "dcvit", "evit", "fskd", "mini_deit", "mir", "practise", "s2vite", "vtp",
+    }  # fmt: skip
     for name, entry in METHODS.items():
         assert method(name) is entry
         assert entry.name == name
         assert all(getattr(entry, field.name) for field in fields(entry) if field.name != "resumable")
         assert entry.resumable == (name == "dcvit")
+        assert set(entry.units) <= set(UNITS)
         assert re.search(r"arXiv \d{4}\.\d{5}$", entry.source)
         assert isinstance(entry.config().recovery, entry.recovery)
 
@@ -85,14 +92,16 @@ def test_what_a_method_cannot_do_is_refused(model: nn.Module, images: Tensor, mo
         dcvit.compress(model, images, budget, PUBLISHED, method="cd")
     with pytest.raises(dcvit.DcvitError, match="only dcvit ranks on one"):
         dcvit.compress(model, images, budget, method="mir", metric_set=dcvit.MetricSet(images))
-    with pytest.raises(dcvit.BudgetError, match=r"latency=0\.7: this method meets budgets of macs, params, file_size"):
+    with pytest.raises(
+        dcvit.BudgetError, match=r"latency=0\.7: method='fskd' meets budgets of macs, params, file_size"
+    ):
         dcvit.compress(model, images, dcvit.Budget(latency=0.7), method="fskd")
     monkeypatch.setitem(METHODS, "fskd", replace(METHODS["fskd"], families=("swin",)))
     with pytest.raises(dcvit.UnsupportedModelError, match=r"of the family swin, and this one is a vit: choose .*dcvit"):
         dcvit.compress(model, images, budget, method="fskd")
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dcvit", "evit")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dcvit", "evit", "mini_deit")])
 def test_budgets_out_of_range_are_refused(name: str, model: nn.Module, images: Tensor) -> None:
     for budget, text in (
         (dcvit.Budget(macs=0.01), r"macs=0\.01 asks for [\d,]+: with.* are left\. Ask for more"),
@@ -106,7 +115,7 @@ def test_budgets_out_of_range_are_refused(name: str, model: nn.Module, images: T
 
 
 @pytest.mark.parametrize("budget", [dcvit.Budget(macs=0.8), dcvit.Budget(params=0.8), dcvit.Budget(file_size=0.8)])
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "evit"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("evit", "mini_deit")])
 def test_budgets_are_met_from_below(name: str, budget: dcvit.Budget, deep: nn.Module, images: Tensor) -> None:
     result = dcvit.compress(deep, images, budget, CONFIGS[name], method=name)
     original, used = spent(deep, budget), spent(result.model, budget)
@@ -121,8 +130,7 @@ def test_budgets_are_met_from_below(name: str, budget: dcvit.Budget, deep: nn.Mo
 def test_results_are_saved_reported_and_loaded(
     name: str, deep: nn.Module, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    budget = dcvit.Budget(macs=0.8 if name == "evit" else 0.7)  # which cannot save more of so few tokens
-    result = dcvit.compress(deep, images, budget, CONFIGS[name], method=name)
+    result = dcvit.compress(deep, images, BUDGETS.get(name, dcvit.Budget(macs=0.7)), CONFIGS[name], method=name)
     assert result.report.method == name
     result.save(tmp_path / "small")
     with torch.no_grad():
@@ -153,6 +161,11 @@ def test_results_are_saved_reported_and_loaded(
     if name == "evit":
         assert f"behind the attention of the blocks {blocks} (counted from 0) the share 0.333 of the patch" in card
         assert f"Behind the attention of these blocks a share of the patch tokens goes on: {blocks[0]} (0.333)," in page
+    elif name == "mini_deit":
+        told = "; ".join(shared_weights(result.plan.to_dict()))
+        assert re.match(r"one attention for the blocks \d, \d|one MLP for the blocks \d, \d", told)
+        assert f": {told}. Blocks count from 0, and each has a transformation of its own." in card
+        assert f"Weights are shared: {told}." in page
     elif name in ("s2vite", "vtp", "autoformer"):
         heads = ", ".join(f"{block} ({len(kept)})" for block, kept in result.plan.kept_heads.items())
         assert (
@@ -176,10 +189,9 @@ def test_results_are_saved_reported_and_loaded(
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "evit"])  # which draws nothing
 def test_the_same_seed_gives_the_same_result(name: str, deep: nn.Module, images: Tensor) -> None:
-    before = copy.deepcopy(deep.state_dict())
+    before, budget = copy.deepcopy(deep.state_dict()), BUDGETS.get(name, dcvit.Budget(macs=0.7))
     first, second, other = (
-        dcvit.compress(deep, images, dcvit.Budget(macs=0.7), CONFIGS[name].with_(seed=seed), method=name).model
-        for seed in (0, 0, 1)
+        dcvit.compress(deep, images, budget, CONFIGS[name].with_(seed=seed), method=name).model for seed in (0, 0, 1)
     )
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, second, other)]
     assert torch.equal(weights[0], weights[1])
@@ -434,6 +446,7 @@ def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     code, text, _ = run("methods")
     assert code == 0
     assert "Cross Distillation, arXiv 1911.09450" in text
+    assert re.search(r"mini_deit .* vit  +params, file_size  +MiniViT, arXiv 2204\.07154", text)
 
     common = ("compress", "demo", "--data", "digits", "--num-images", "5", "--macs", "0.76", "--out")
     code, text, _ = run(*common, str(tmp_path / "fskd"), "--method", "fskd")
@@ -445,6 +458,12 @@ def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert code == 0
     assert "Dropped blocks: 2, 5; agreement" in text
     assert dcvit.load(tmp_path / "mir").report.method == "mir"
+    code, text, _ = run(
+        *common[:-3], "--params", "0.9", "--out", str(tmp_path / "mini"),
+        "--method", "mini_deit", "--epochs", "1", "--learning-rate", "1e-4",
+    )  # fmt: skip
+    assert code == 0
+    assert "Shared weights: one attention for the blocks " in text
     for options, told in (
         (("--method", "mir", "--paper"), "--paper: --method mir does not read it"),
         (("--method", "cd", "--recovery", "mimicking"), "reads the settings of reconstruction"),
@@ -586,7 +605,7 @@ def test_evit_changes_no_weight_and_saves_macs_alone(deep: nn.Module, images: Te
     for name, weight in result.model.state_dict().items():
         assert torch.equal(weight, deep.state_dict()[name]), name
     assert spent(result.model, result.plan.budget) <= result.plan.target
-    with pytest.raises(dcvit.BudgetError, match=r"params=0\.8: evit changes no weight and meets budgets of macs alone"):
+    with pytest.raises(dcvit.BudgetError, match=r"params=0\.8: method='evit' meets budgets of macs alone; ask for one"):
         dcvit.compress(deep, images, dcvit.Budget(params=0.8), PUBLISHED, method="evit")
     with pytest.raises(
         dcvit.BudgetError, match=r"macs=0\.3 asks for .* with one patch token behind the blocks \[1, 3, 4\]"

@@ -7,6 +7,7 @@ from dcvit.methods.autoformer import AUTOFORMER
 from dcvit.methods.cd import CD
 from dcvit.methods.evit import EVIT
 from dcvit.methods.fskd import FSKD
+from dcvit.methods.mini_deit import MINI_DEIT
 from dcvit.methods.mir import MIR
 from dcvit.methods.practise import PRACTISE
 from dcvit.methods.registry import METHODS, Method, Outcome, Task, Timer, method, register
@@ -14,6 +15,6 @@ from dcvit.methods.s2vite import S2VITE
 from dcvit.methods.vtp import VTP
 
 __all__ = [
-    "AUTOFORMER", "CD", "EVIT", "FSKD", "METHODS", "MIR", "PRACTISE", "S2VITE", "VTP",
+    "AUTOFORMER", "CD", "EVIT", "FSKD", "METHODS", "MINI_DEIT", "MIR", "PRACTISE", "S2VITE", "VTP",
     "Method", "Outcome", "Task", "Timer", "method", "register",
 ]  # fmt: skip

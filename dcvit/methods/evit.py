@@ -41,12 +41,10 @@ def evit(task: Task) -> Outcome:
         task: Of its config only candidates are read: the blocks where tokens end, `fusing_blocks` if `None`.
 
     Raises:
-        BudgetError: If the budget is not of MACs, or cannot be met.
+        BudgetError: If the budget cannot be met.
         UnsupportedModelError: If the model has no class token.
     """
     teacher, budget = task.teacher, task.budget
-    if budget.unit != "macs":
-        raise BudgetError(f"{budget.unit}={budget.value!r}: evit changes no weight and meets budgets of macs alone.")
     wanted = target(teacher, budget)
     blocks = task.config.candidates or fusing_blocks(adapter_for(teacher).num_blocks(teacher))
     with task.timer("compression"):
@@ -80,6 +78,7 @@ EVIT = register(
         families=("vit",),
         recovery=MimickingConfig,
         compress=evit,
+        units=("macs",),
     )
 )
 

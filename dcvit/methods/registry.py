@@ -14,11 +14,11 @@ from torch import nn
 
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
 from dcvit.distributed import ALONE, Ranks
-from dcvit.errors import DcvitError, UnsupportedModelError
+from dcvit.errors import BudgetError, DcvitError, UnsupportedModelError
 from dcvit.images import FewShotImages
 from dcvit.latency import Stopwatch, time_forward
 from dcvit.models import adapter_for
-from dcvit.planning import Budget, Plan
+from dcvit.planning import ADDITIVE, Budget, Plan
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial
 from dcvit.reconstruction import Reconstruction
@@ -112,6 +112,7 @@ class Method:
         families: The model families that it handles, see `ModelAdapter.family`.
         recovery: The kind of `CompressionConfig.recovery` that it reads, with its defaults where no config is given.
         compress: The method. It refuses what it cannot do before any long work.
+        units: What the budgets that it meets are of, see `dcvit.planning.UNITS`.
         resumable: Whether it does its units through `Task.store`, so that a run that was killed goes on, and shares
             its work over `Task.ranks`.
     """
@@ -122,6 +123,7 @@ class Method:
     families: tuple[str, ...]
     recovery: type[ReconstructionConfig] | type[MimickingConfig]
     compress: Callable[[Task], Outcome]
+    units: tuple[str, ...] = ADDITIVE
     resumable: bool = False
 
     def config(self) -> CompressionConfig:
@@ -140,6 +142,19 @@ class Method:
             raise UnsupportedModelError(
                 f"method={self.name!r} handles models of the family {' or '.join(self.families)}, and this one is a "
                 f"{family}: choose one of {others}."
+            )
+
+    def require_unit(self, budget: Budget) -> None:
+        """Refuse a budget of what the method does not save.
+
+        Raises:
+            BudgetError: Naming the methods that do.
+        """
+        if budget.unit not in self.units:
+            others = ", ".join(other.name for other in METHODS.values() if budget.unit in other.units)
+            raise BudgetError(
+                f"{budget.unit}={budget.value!r}: method={self.name!r} meets budgets of {', '.join(self.units)} alone; "
+                f"ask for one of these, or choose one of {others}."
             )
 
 

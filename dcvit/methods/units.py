@@ -8,7 +8,7 @@ import copy
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from dcvit.errors import BudgetError
 from dcvit.methods.budgets import spent, target
+from dcvit.methods.mimicking import mimic
 from dcvit.methods.registry import Outcome, Task
 from dcvit.models import adapter_for
 from dcvit.models.vision_transformer import head_layer, keep_block_heads, num_heads
 from dcvit.planning import Budget, Plan
-from dcvit.recovery import find_learning_rate, recover
-from dcvit.seeding import derive_seed
 from dcvit.surgery import copy_blocks
 
 __all__ = ["Gates", "Kind", "Space", "Structure", "Unit", "gated", "open_gates", "recovered", "scores_of"]
@@ -117,8 +116,7 @@ class Space:
         """A budget as an absolute number.
 
         Raises:
-            BudgetError: If it is of what units do not decide, not below the original, or not met with one head and one
-                node in each block.
+            BudgetError: If it is not below the original, or not met with one head and one node in each block.
         """
         if budget in self._required:
             return self._required[budget]
@@ -211,25 +209,12 @@ def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
         space: Of the original.
         structure: What is kept.
     """
-    teacher, config, mimicking = task.teacher, task.config, task.config.mimicking
-    adapter = adapter_for(teacher)
-    student = copy.deepcopy(structure.of(teacher))
+    student = copy.deepcopy(structure.of(task.teacher))
     cut = tuple(
         block for block in space.blocks
         if len(structure.heads[block]) < space.heads[block] or len(structure.nodes[block]) < space.nodes[block]
     )  # fmt: skip
-    if mimicking.learning_rate == "auto":
-        with task.timer("learning rate"):
-            rate = find_learning_rate(
-                student, teacher, task.images, cut, mimicking,
-                seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=task.progress,
-            )  # fmt: skip
-            mimicking = replace(mimicking, learning_rate=rate)
-    with task.timer("compression"):
-        recovery = recover(
-            student, teacher, task.images, cut, mimicking,
-            seed=derive_seed(config.seed, "recovery"), impl=config.impl, progress=task.progress,
-        )  # fmt: skip
+    recovery = mimic(task, student, cut)
     left, nodes = sum(len(structure.nodes[block]) for block in cut), sum(space.nodes[block] for block in cut)
     plan = Plan(
         budget=task.budget,
@@ -238,7 +223,7 @@ def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
         hidden_features=left // len(cut),
         drop_ratio=(nodes - left) / nodes,
         candidates=space.blocks,
-        cost=adapter.cost(student).total,
+        cost=adapter_for(student).cost(student).total,
         blocks=cut,
         kept_nodes={block: structure.nodes[block] for block in cut},
         pruned=cut,

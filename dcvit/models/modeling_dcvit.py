@@ -37,6 +37,7 @@ from timm.layers import (
     SwiGLUPacked,
 )
 from timm.layers.activations import GELU, GELUTanh
+from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models import build_model_with_cfg, register_model, regnet, resnet
 from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, SqueezeExcite
 from timm.models.deit import VisionTransformerDistilled
@@ -46,6 +47,7 @@ from timm.models.swin_transformer import checkpoint_filter_fn as fit_swin_checkp
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = [
     "ACTIVATIONS",
@@ -61,6 +63,7 @@ __all__ = [
     "MlpHalf",
     "Pointwise",
     "PointwiseBlock",
+    "SharedBlock",
     "build",
     "build_cnn",
     "build_swin",
@@ -80,6 +83,7 @@ __all__ = [
     "keep_heads",
     "keep_hidden_nodes",
     "last_activation",
+    "share_weights",
     "swin_places",
 ]
 
@@ -115,6 +119,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 BLOCKS: dict[str, type[nn.Module]] = {"pre_norm": Block, "res_post_norm": ResPostBlock}
 MLPS: dict[str, Any] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
+
+KERNEL = 3
+"""Side of the convolution in a `SharedBlock`."""
 
 
 class MlpHalf(nn.Module):
@@ -215,6 +222,117 @@ def _taken(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+class SharedBlock(nn.Module):
+    """A transformer block that shares the weights of its attention, of its MLP or of both with blocks next to it.
+
+    A weight transformation of its own tells it from those: linear maps across the heads, before and behind the
+    softmax, and a depthwise 3×3 convolution of the patches, which is added to what the MLP takes (MiniViT, arXiv
+    2204.07154). They begin as nothing: identities and zeros. Attention that is mapped is computed in the open, `[H, N,
+    N]` values for each image, for fused kernels have no place for the maps.
+
+    What is shared belongs to one of the blocks alone. The others hold the same module without registering it, so that
+    parameters count once, a file has them once, and they are shared again wherever the model is built.
+
+    Args:
+        block: A timm `Block`; its parts are taken over, not copied.
+        attention: The attention that it shares, its own if it owns it; `None` where it shares none.
+        mlp: Likewise of the MLP.
+        attention_of: The number of the block that owns the attention.
+        mlp_of: Likewise of the MLP.
+        grid: Rows and columns of patches.
+        num_prefix_tokens: Class token and the like, which pass the convolution by.
+    """
+
+    attn: TimmModule
+    mlp: TimmModule
+    drop_path1: TimmModule
+    drop_path2: TimmModule
+
+    def __init__(
+        self,
+        block: TimmModule,
+        attention: TimmModule,
+        mlp: TimmModule,
+        *,
+        attention_of: int | None,
+        mlp_of: int | None,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.norm1, self.ls1, self.drop_path1 = block.norm1, block.ls1, block.drop_path1
+        self.norm2, self.ls2, self.drop_path2 = block.norm2, block.ls2, block.drop_path2
+        self._hold("attn", block.attn, attention)
+        self._hold("mlp", block.mlp, mlp)
+        self.attention_of, self.mlp_of = attention_of, mlp_of
+        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
+        weight = block.attn.qkv.weight
+        if attention is not None:
+            self.mix_logits, self.mix_weights = (
+                nn.Parameter(torch.eye(self.attn.num_heads).to(weight), requires_grad=weight.requires_grad)
+                for _ in range(2)
+            )
+        if mlp is not None:
+            kernel = torch.zeros(weight.shape[1], 1, KERNEL, KERNEL).to(weight)
+            self.local = nn.Parameter(kernel, requires_grad=weight.requires_grad)
+
+    def _hold(self, name: str, own: TimmModule, shared: TimmModule) -> None:
+        if shared is None or shared is own:
+            setattr(self, name, own)
+        else:
+            self.__dict__[name] = shared  # past nn.Module, which would register it
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens `[B, N, D]` to `[B, N, D]`; the masks are those of timm's `Attention`."""
+        attend = self.attn if self.attention_of is None else self.attend
+        x = x + self.drop_path1(self.ls1(attend(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        normed = self.norm2(x)
+        return x + self.drop_path2(self.ls2(self.mlp(normed if self.mlp_of is None else self.look_around(normed))))
+
+    def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attention `[B, N, D]` with maps across the heads."""
+        attn = self.attn
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        query, key = attn.q_norm(query), attn.k_norm(key)
+        logits = _mixed(attn.scale * query @ key.mT, self.mix_logits)
+        logits = maybe_add_mask(logits, resolve_self_attn_mask(x.shape[1], logits, attn_mask, is_causal))
+        weights = attn.attn_drop(_mixed(logits.softmax(dim=-1), self.mix_weights))
+        mixed = attn.norm((weights @ value).transpose(1, 2).flatten(2))
+        return attn.proj_drop(attn.proj(mixed))
+
+    def look_around(self, x: Tensor) -> Tensor:
+        """Add the convolution of the patches among the tokens `[B, N, D]` to them.
+
+        Raises:
+            ValueError: If they are another number than the model was built for, and in no square.
+        """
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        maps = patches.mT.unflatten(2, self._grid_of(patches.shape[1]))
+        around = F.conv2d(maps, self.local, padding=KERNEL // 2, groups=len(self.local))
+        return torch.cat([prefix, patches + around.flatten(2).mT], dim=1)
+
+    def _grid_of(self, patches: int) -> tuple[int, int]:
+        side = math.isqrt(patches)
+        if patches == math.prod(self.grid):
+            return self.grid
+        if side * side == patches:
+            return side, side
+        raise ValueError(
+            f"{patches} patches: the convolution of a block with shared weights takes them for {self.grid[0]} × "
+            f"{self.grid[1]} or for a square. Pass square images, or build the model with img_size=(height, width)."
+        )
+
+    def extra_repr(self) -> str:
+        """Whose weights it has."""
+        return f"attention_of={self.attention_of}, mlp_of={self.mlp_of}"
+
+
+def _mixed(attention: Tensor, across: Tensor) -> Tensor:
+    """Attention `[B, H, N, N]` with a linear map `[H, H]` across the heads."""
+    return (across @ attention.flatten(2)).unflatten(2, attention.shape[2:])
+
+
 class DroppedBlock(nn.Identity):
     """What is left of a block that was dropped whole: its output is its input."""
 
@@ -311,7 +429,8 @@ def build(
         mlp_layer: Key into `MLPS`.
         distilled: Whether it has DeiT's distillation token.
         per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
-            nodes; `num_attention_heads`, if it lost heads; `token_keep_rate`, if tokens end there.
+            nodes; `num_attention_heads`, if it lost heads; `token_keep_rate`, if tokens end there; `attention_of` and
+            `mlp_of`, the blocks whose weights it has, if it shares them, which may be itself.
         compressed_block: Made of each block whose attention is skipped.
         kwargs: More arguments of timm's `VisionTransformer`.
     """
@@ -336,7 +455,35 @@ def build(
             keep_heads(block.attn, torch.arange(settings["num_attention_heads"]))
         if "token_keep_rate" in settings:
             model.blocks[int(number)] = FusingBlock(block, settings["token_keep_rate"], model.num_prefix_tokens)
+        owners = {name: settings[name] for name in ("attention_of", "mlp_of") if name in settings}
+        for name, owner in owners.items():
+            if per_layer_config.get(str(owner), {}).get(name) != owner:
+                raise ValueError(f"per_layer_config: block {number} has {name}={owner}, and block {owner} owns none.")
+        if owners:
+            share_weights(model, int(number), **owners)
     return model
+
+
+def share_weights(
+    model: TimmModule, number: int, *, attention_of: int | None = None, mlp_of: int | None = None
+) -> None:
+    """In place: a block becomes a `SharedBlock`.
+
+    Args:
+        model: Whose blocks they are.
+        number: Of the block, a timm `Block`.
+        attention_of: The number of the block whose attention it has, its own if others have that; `None` leaves it.
+        mlp_of: Likewise of the MLP.
+    """
+    model.blocks[number] = SharedBlock(
+        model.blocks[number],
+        None if attention_of is None else model.blocks[attention_of].attn,
+        None if mlp_of is None else model.blocks[mlp_of].mlp,
+        attention_of=attention_of,
+        mlp_of=mlp_of,
+        grid=tuple(model.patch_embed.grid_size),
+        num_prefix_tokens=model.num_prefix_tokens,
+    )
 
 
 def build_swin(

@@ -35,10 +35,12 @@ from dcvit.models.modeling_dcvit import (
     BLOCKS,
     DroppedBlock,
     FusingBlock,
+    SharedBlock,
     TimmModule,
     build,
     keep_heads,
     keep_hidden_nodes,
+    share_weights,
 )
 from dcvit.models.rebuilding import (
     named_key,
@@ -57,7 +59,12 @@ __all__ = [
     "head_layer",
     "keep_block_heads",
     "num_heads",
+    "share_block_weights",
+    "shareable",
 ]
+
+MADE_OF_BLOCKS = (FusingBlock, SharedBlock)
+"""What timm's `Block` may have become, other than by a cut."""
 
 
 class VisionTransformerAdapter:
@@ -69,6 +76,7 @@ class VisionTransformerAdapter:
         - a pruned block loses those rows and columns alone;
         - a dropped block becomes a `DroppedBlock`;
         - a block may lose heads, and become a `FusingBlock` behind whose attention tokens end;
+        - consecutive blocks may become `SharedBlock`s, of which one has the attention, the MLP or both of all;
         - everything else, parameter names included, stays.
     """
 
@@ -89,6 +97,12 @@ class VisionTransformerAdapter:
                 "know; it could not be rebuilt from its saved form."
             )
         self._model_args(model)
+        shared = [block for block, module in enumerate(model.blocks) if isinstance(module, SharedBlock)]
+        if shared:
+            raise UnsupportedModelError(
+                f"The blocks {', '.join(map(str, shared))} share weights, and a cut of one would cut the others: "
+                "compress the original, to a smaller budget."
+            )
 
     def input_size(self, model: TimmModule) -> tuple[int, int, int]:
         """See `ModelAdapter.input_size`."""
@@ -301,9 +315,9 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         )
     if embed.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
-    whole = [b for b in model.blocks if timm_type(b) in BLOCKS.values() or isinstance(b, FusingBlock)]
+    whole = [b for b in model.blocks if timm_type(b) in BLOCKS.values() or isinstance(b, MADE_OF_BLOCKS)]
     for i, block in enumerate(model.blocks):
-        if not isinstance(block, (*BLOCKS.values(), MlpHalf, DroppedBlock, FusingBlock)):
+        if not isinstance(block, (*BLOCKS.values(), MlpHalf, DroppedBlock, *MADE_OF_BLOCKS)):
             raise UnsupportedModelError(
                 f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock. "
                 "Where attention and MLP run in parallel or in several branches, the cut is not defined."
@@ -359,7 +373,9 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "embed_norm_layer": None if isinstance(embed.norm, nn.Identity) else norm_spec("patch_embed.norm", embed.norm),
         "norm_layer": norm_spec("blocks.*.norm1", block.norm1),
         "act_layer": named_key(ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
-        "block_fn": "pre_norm" if isinstance(block, FusingBlock) else named_key(BLOCKS, "blocks.*", timm_type(block)),
+        "block_fn": "pre_norm"
+        if isinstance(block, MADE_OF_BLOCKS)
+        else named_key(BLOCKS, "blocks.*", timm_type(block)),
         "mlp_layer": _mlp_key(mlp),
         "distilled": isinstance(model, VisionTransformerDistilled),
         "per_layer_config": per_layer,
@@ -419,6 +435,27 @@ def fuse_tokens(model: TimmModule, block: int, keep_rate: float) -> None:
     model.blocks[block] = FusingBlock(model.blocks[block], keep_rate, model.num_prefix_tokens)
 
 
+def shareable(model: TimmModule, first: int, second: int) -> bool:
+    """Whether two blocks could have the same weights: both timm's `Block`, their parts of the same kinds and sizes."""
+    blocks = [model.blocks[first], model.blocks[second]]
+    if any(timm_type(block) is not Block for block in blocks):
+        return False
+    shapes = [{name: tensor.shape for name, tensor in block.named_parameters()} for block in blocks]
+    return shapes[0] == shapes[1] and type(blocks[0].mlp) is type(blocks[1].mlp)
+
+
+def share_block_weights(model: TimmModule, attention_of: Mapping[int, int], mlp_of: Mapping[int, int]) -> None:
+    """In place: blocks get the weights of other blocks, see `SharedBlock`.
+
+    Args:
+        model: Its blocks concerned are `shareable`.
+        attention_of: By the number of a block, that of the block whose attention it has; owners name themselves.
+        mlp_of: Likewise of the MLP.
+    """
+    for block in sorted({*attention_of, *mlp_of}):
+        share_weights(model, block, attention_of=attention_of.get(block), mlp_of=mlp_of.get(block))
+
+
 def _layer_settings(block: TimmModule, widest: int, embed_dim: int) -> dict[str, Any] | None:
     """What differs in a block from a whole one of so many hidden nodes and so wide an attention, in the key names of
     transformers' `per_layer_config`.
@@ -432,6 +469,9 @@ def _layer_settings(block: TimmModule, widest: int, embed_dim: int) -> dict[str,
         found["num_attention_heads"] = block.attn.num_heads
     if isinstance(block, FusingBlock):
         found["token_keep_rate"] = block.keep_rate
+    if isinstance(block, SharedBlock):
+        owners = {"attention_of": block.attention_of, "mlp_of": block.mlp_of}
+        found |= {name: owner for name, owner in owners.items() if owner is not None}
     if found or block.mlp.fc2.in_features < widest:
         return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features), **found}
     return None
@@ -469,7 +509,24 @@ def _block_cost(block: TimmModule, tokens: int, tokens_after: int) -> BlockCost:
         + Cost(attention_macs=2 * tokens * tokens * inner)
     )
     params = sum(num_params(block.get_submodule(n)) for n in ("norm1", "attn", "ls1") if hasattr(block, n))
-    return BlockCost(Cost(cost.weight_macs, cost.attention_macs, params), mlp_cost, node, hidden)
+    cost = Cost(cost.weight_macs, cost.attention_macs, params)
+    if isinstance(block, SharedBlock):
+        mixing, looking = _transformation_costs(block, tokens)
+        cost, mlp_cost = cost + mixing, mlp_cost + looking
+    return BlockCost(cost, mlp_cost, node, hidden)
+
+
+def _transformation_costs(block: SharedBlock, tokens: int) -> tuple[Cost, Cost]:
+    """What a block's transformations of its attention and its MLP add, less the weights that another block has."""
+    own = dict(block.named_children())
+    mixing = looking = Cost()
+    if block.attention_of is not None:
+        params = 2 * block.mix_logits.numel()
+        mixing = Cost(weight_macs=params * tokens**2, params=params - (0 if "attn" in own else num_params(block.attn)))
+    if block.mlp_of is not None:
+        params, patches = block.local.numel(), tokens - block.num_prefix_tokens
+        looking = Cost(weight_macs=params * patches, params=params - (0 if "mlp" in own else num_params(block.mlp)))
+    return mixing, looking
 
 
 def _latent_pool_cost(pool: TimmModule, tokens: int) -> Cost:

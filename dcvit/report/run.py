@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcvit.errors import DcvitError, SaveFolderError
-from dcvit.model_card import cut_kind, part_names
+from dcvit.model_card import cut_kind, part_names, shared_weights
 from dcvit.ranking import Trial
 from dcvit.report.charts import (
     Curve,
@@ -122,6 +122,8 @@ def _cut(record: Record) -> str:
     if plan.token_keep_rates:
         listed = ", ".join(f"{block} ({rate:g})" for block, rate in plan.token_keep_rates.items())
         return f"Behind the attention of these blocks a share of the patch tokens goes on: {listed}."
+    if shared := shared_weights(record.values["plan"]):
+        return f"Weights are shared: {'; '.join(shared)}."
     if cut_kind(record.values) == "dropped":
         return f"These blocks were dropped whole: {', '.join(map(str, sorted(plan.blocks)))}."
     told = []
