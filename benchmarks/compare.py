@@ -1,7 +1,7 @@
 """Methods on the same images at the same budget: method x test bed x budget x seeds: `python -m benchmarks compare`.
 
 Each run is a process of its own; finished runs are kept in a file (`--out`), and an interrupted table goes on where it
-stopped. A method that does not handle a bed's family is left out there.
+stopped. A method that does not handle a bed's family, or does not save what is asked for, is left out there.
 """
 
 import argparse
@@ -29,7 +29,10 @@ RUNS = ROOT / "benchmarks" / "results" / "compare.jsonl"
 MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/contestants.py", "benchmarks/methods.py", "benchmarks/testbeds")
 """What a run's figures depend on."""
 
-FAMILIES = {"digits": "vit", "photographs": "vit", "dinov2": "vit", "swin": "swin", "resnet": "cnn", "efficientnet": "cnn"}
+FAMILIES = {
+    "digits": "vit", "photographs": "vit", "dinov2": "vit", "swin": "swin", "resnet": "cnn", "efficientnet": "cnn",
+}  # fmt: skip
+UNITS = ("macs", "params")
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SEEDS = 5
 
@@ -41,7 +44,7 @@ class Request:
     Attributes:
         bed: Name of the test bed.
         method: Name of the method.
-        budget: Share of the MACs to take away.
+        budget: Share of the MACs to take away, or of the unit.
         seed: Draws the few-shot set, and seeds the method.
         num_images: Few-shot images.
         threads: Of torch.
@@ -49,6 +52,7 @@ class Request:
         ablation: What is changed of the published procedure; `None` for a method as it is.
         imagenet: Folder of ImageNet, with the bed's name that of the model; `None` for a bed of the repository.
         held_out: Validation images of ImageNet.
+        unit: What the budget is of, one of `UNITS`.
     """
 
     bed: str
@@ -61,6 +65,12 @@ class Request:
     ablation: str | None = None
     imagenet: str | None = None
     held_out: int = 0
+    unit: str = "macs"
+
+    @property
+    def asked(self) -> str:
+        """The budget in words."""
+        return f"{self.budget:.1%}".replace(".0%", "%") + ("" if self.unit == "macs" else f" of {self.unit}")
 
     @property
     def title(self) -> str:
@@ -70,7 +80,7 @@ class Request:
     @property
     def label(self) -> str:
         """What is said of it while it runs."""
-        return f"{self.bed}, {self.budget:.0%}, seed {self.seed}, {self.title}"
+        return f"{self.bed}, {self.asked}, seed {self.seed}, {self.title}"
 
     @property
     def prepared(self) -> bool:
@@ -151,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="all if not given")
     parser.add_argument("--budgets", nargs="+", type=share, default=list(BUDGETS),
                         help="shares of the MACs to take away (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--unit", nargs="+", choices=UNITS, default=["macs"],
+                        help="what the budgets are of (default: macs)")  # fmt: skip
     parser.add_argument("--seeds", type=count, default=SEEDS, help="how many few-shot sets (default: %(default)s)")
     parser.add_argument("--num-images", nargs="+", type=count, metavar="N",
                         help="few-shot images (default: 50, with --imagenet 50 100 500 1000)")  # fmt: skip
@@ -181,18 +193,19 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     methods = options.methods
     if options.ablate is not None:
         ablations, methods = list(options.ablate or ABLATIONS), ["dcvit"]
+    asked = [(unit, name) for unit in options.unit for name in methods if unit in METHODS[name].units]
     if options.imagenet is not None:
         numbers = options.num_images or [50, 100, 500, 1000]
         return [
             Request(options.model, name, budget, seed, number, options.threads, options.epochs, ablation,
-                    str(options.imagenet), options.held_out)
+                    str(options.imagenet), options.held_out, unit)
             for seed in imagenet.SEEDS[: options.seeds] for number in numbers for budget in options.budgets
-            for ablation in ablations for name in methods
+            for ablation in ablations for unit, name in asked
         ]  # fmt: skip
     return [
-        Request(bed, name, budget, seed, number, options.threads, options.epochs, ablation)
+        Request(bed, name, budget, seed, number, options.threads, options.epochs, ablation, unit=unit)
         for seed in range(options.seeds) for bed in options.beds for number in options.num_images or [50]
-        for budget in options.budgets for ablation in ablations for name in methods
+        for budget in options.budgets for ablation in ablations for unit, name in asked
         if FAMILIES[bed] in METHODS[name].families
     ]  # fmt: skip
 
@@ -217,7 +230,8 @@ def _measured(request: Request) -> dict[str, Any]:
     config = config_of(request.method, bed, request.seed, request.epochs, request.ablation)
     images = images_of(bed, request.seed, request.ablation)
     start = time.perf_counter()
-    result = dcvit.compress(bed.model, images, dcvit.Budget(macs=1 - request.budget), config, method=request.method)
+    budget = dcvit.Budget(**{request.unit: 1 - request.budget})
+    result = dcvit.compress(bed.model, images, budget, config, method=request.method)
     seconds = time.perf_counter() - start
     measures, (original, left) = measure(bed, result.model), (result.report.teacher, result.report.student)
     return {
@@ -254,10 +268,11 @@ def report(records: Sequence[Record]) -> str:
         f"    {command(ordered)}",
         "",
         f"{len(records)} runs, {hours:.2f} hours of compression in all, of the code as of {', '.join(codes)}. Mean ± "
-        "standard deviation over the seeds, each of which draws another few-shot set. MACs, parameters and latency are "
-        "shares of the original's that are left, in per cent; latency is measured in turn with the original, in one "
-        "thread of a shared machine. Agreement with the original and top-1 are of held-out images, in per cent. "
-        "r = ‖s − t‖² / ‖t − mean(t)‖² over their output tokens; 0 is exact.",
+        "standard deviation over the seeds, each of which draws another few-shot set. Asked is what share of the MACs "
+        "goes, unless it says of what. MACs, parameters and latency are shares of the original's that are left, in per "
+        "cent; latency is measured in turn with the original, in one thread of a shared machine. Agreement with the "
+        "original and top-1 are of held-out images, in per cent. r = ‖s − t‖² / ‖t − mean(t)‖² over their output "
+        "tokens; 0 is exact.",
     ]
     for bed in dict.fromkeys(record.request.bed for record in ordered):
         of_bed = [record for record in ordered if record.request.bed == bed]
@@ -269,18 +284,18 @@ def report(records: Sequence[Record]) -> str:
 
 def table(records: Sequence[Record]) -> str:
     """Method by method for each budget of one bed; the best agreement of a budget is bold."""
-    groups: dict[tuple[float, int], dict[str, list[Record]]] = {}
+    groups: dict[tuple[str, int], dict[str, list[Record]]] = {}
     for record in records:
         request = record.request
-        groups.setdefault((request.budget, request.num_images), {}).setdefault(request.title, []).append(record)
+        groups.setdefault((request.asked, request.num_images), {}).setdefault(request.title, []).append(record)
     rows = []
-    for (budget, images), methods in groups.items():
+    for (asked, images), methods in groups.items():
         agreements = {name: sum(run.agreement for run in runs) / len(runs) for name, runs in methods.items()}
         for name, runs in methods.items():
             cell = spread([100 * run.agreement for run in runs], 1)
             rows.append(
                 [
-                    f"{budget:.1%}".replace(".0%", "%"),
+                    asked,
                     str(images),
                     name,
                     str(len(runs)),
@@ -293,7 +308,7 @@ def table(records: Sequence[Record]) -> str:
                     spread([run.seconds for run in runs], 0),
                 ]
             )
-    titles = ["MACs asked", "images", "method", "seeds", "agreement %", "top-1 %", "r", "MACs %", "params %"]
+    titles = ["asked", "images", "method", "seeds", "agreement %", "top-1 %", "r", "MACs %", "params %"]
     return markdown([*titles, "latency %", "s"], rows)
 
 
@@ -307,7 +322,10 @@ def command(records: Sequence[Record]) -> str:
     seeds = {record.request.seed for record in records}
     parts = ["--beds", *all_of("bed"), "--methods", *all_of("method"), "--budgets", *sorted(all_of("budget"))]
     parts += ["--seeds", str(len(seeds)), "--num-images", *all_of("num_images")]
-    return join(["python", "-m", "benchmarks", "compare", *parts, *(["--epochs", epochs[-1]] if epochs else [])])
+    parts += ["--epochs", epochs[-1]] if epochs else []
+    units = all_of("unit")
+    parts += [] if units == ["macs"] else ["--unit", *units]
+    return join(["python", "-m", "benchmarks", "compare", *parts])
 
 
 def _place(record: Record) -> tuple[Any, ...]:
@@ -315,4 +333,4 @@ def _place(record: Record) -> tuple[Any, ...]:
     bed = beds.index(request.bed) if request.bed in beds else len(beds)
     ablation = -1 if request.ablation is None else list(ABLATIONS).index(request.ablation)
     method = -1 if request.method == "dcvit" else methods.index(request.method)
-    return bed, request.budget, request.num_images, method, ablation, request.seed
+    return bed, UNITS.index(request.unit), request.budget, request.num_images, method, ablation, request.seed

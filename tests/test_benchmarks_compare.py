@@ -56,8 +56,23 @@ def test_a_method_is_left_out_where_it_does_not_handle_the_family() -> None:
     options = compare._parser().parse_args(["--budgets", "0.2", "--seeds", "1"])
     asked = {(request.bed, request.method) for request in compare._requests(options)}
     for bed, family in compare.FAMILIES.items():
-        assert {name for b, name in asked if b == bed} == {n for n, m in METHODS.items() if family in m.families}
+        able = {name for name, method in METHODS.items() if family in method.families and "macs" in method.units}
+        assert {name for b, name in asked if b == bed} == able
     assert compare.FAMILIES.keys() == BEDS.keys()
+
+
+def test_budgets_are_of_macs_or_of_parameters() -> None:
+    options = compare._parser().parse_args(["--beds", "digits", "--budgets", "0.3", "--seeds", "1", "--unit", "params"])
+    asked = compare._requests(options)
+    assert {request.unit for request in asked} == {"params"}
+    assert {request.method for request in asked} == set(METHODS) - {"evit"}
+    runs = [record("evit"), record(unit="params"), record("mini_deit", unit="params", agreement=0.8)]
+    text = compare.report(runs)
+    assert [row[0] for row in rows(text)[2:]] == ["25%", "25% of params", "25% of params"]
+    assert "--num-images 50 --unit macs params" in text
+    before = asdict(record())
+    del before["request"]["unit"]  # which earlier versions did not write
+    assert Record.from_dict(before) == record()
 
 
 def test_ablations_are_of_the_published_procedure() -> None:
