@@ -111,7 +111,7 @@ def part_names(result: Mapping[str, Any]) -> PartNames:
         result: What `result.json` holds.
     """
     if result["report"].get("family") == "cnn":
-        return PartNames("spatial convolution", "filters", "filters", "filters of the first convolution")
+        return PartNames("spatial convolution", "filters", "filters", "filters")
     return PartNames("attention", "MLP", "hidden nodes", "hidden nodes of the MLP")
 
 

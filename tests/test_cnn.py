@@ -22,9 +22,11 @@ from dcvit.methods.adaptors import absorb_adaptors, adaptors, insert_adaptors
 from dcvit.methods.cd import cd, mix
 from dcvit.methods.fskd import fskd
 from dcvit.methods.layerwise import LayerPair, l1_norms
-from dcvit.models import DroppedBlock, adapter_for, require_supported
+from dcvit.models import DroppedBlock, OutputLayer, adapter_for, require_supported
 from dcvit.models.modeling_dcvit import PointwiseBlock, cnn_places, filter_path
 from dcvit.planning import choose_candidates
+from dcvit.reconstruction import TeacherStates, draw_views, reconstruct_block
+from dcvit.structure import Cut
 from dcvit.surgery import drop_block
 from dcvit.synthesis import FIRST_BN_WEIGHT, bn_prior
 from tests.conftest import QUICK
@@ -139,18 +141,20 @@ def test_a_compressed_block_starts_as_its_own_first_convolution(images: Tensor) 
 def test_it_meets_the_budget_is_saved_and_loaded(kind: str, share: float, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)
     result = dcvit.compress(model, torch.randn(10, 3, SIZE, SIZE), dcvit.Budget(macs=share), QUICK)
-    node = max(b.hidden_node.weight_macs for b in adapter_for(model).cost(model).blocks)
+    node = max(b.node(attention).weight_macs for b in adapter_for(model).cost(model).blocks for attention in (0, 1))
     target = result.plan.target
     assert target - len(result.plan.blocks) * node < result.report.student.macs <= target
     assert result.plan.cost == adapter_for(result.model).cost(result.model).total
-    assert not result.plan.pruned
-    assert not result.report.pruning_trials
     for went in result.report.reconstructions:
         assert went.error_closed_form is not None
-        assert went.error_after <= went.error_closed_form < went.error_before == pytest.approx(1, abs=1e-5)
+        assert went.error_after <= went.error_closed_form <= went.error_before
+        if went.block not in result.plan.pruned:  # what takes the place of the rest starts at zero
+            assert went.error_closed_form < went.error_before == pytest.approx(1, abs=1e-5)
     statistics = [(name, b) for name, b in model.named_buffers() if "running" in name]
     kept = dict(result.model.named_buffers())
-    assert all(torch.equal(kept[name], value) for name, value in statistics if name in kept)
+    same = [(kept[name], value) for name, value in statistics if name in kept and kept[name].shape == value.shape]
+    assert len(same) > 10
+    assert all(torch.equal(found, value) for found, value in same)
     result.save(tmp_path / "small")
     dcvit.write_report(tmp_path / "small")
     expected = result.model(images)
@@ -254,10 +258,7 @@ def test_pruned_blocks_are_saved_and_loaded(kind: str, images: Tensor, tmp_path:
     if last > 1:
         settings["1"] = {"skip": ["convolution"], "intermediate_size": 2}
     assert adapter.config(student)["model_args"]["per_layer_config"] == settings
-    assert (
-        "per_layer_config" not in adapter.config(model)["model_args"]
-        or not adapter.config(model)["model_args"]["per_layer_config"]
-    )
+    assert adapter.config(model)["model_args"]["per_layer_config"] == {}
     expected = student(images)
     assert torch.equal(adapter.rebuild(student)(images), expected)
     dcvit.results.save_model(adapter.rebuild(student), tmp_path / "small")
@@ -272,6 +273,126 @@ def test_pruned_blocks_are_saved_and_loaded(kind: str, images: Tensor, tmp_path:
         counter.get_total_flops(),
         sum(p.numel() for p in student.parameters()),
     )
+
+
+ALONE = ["basic", "bottleneck", "mobilenet", "edge"]
+"""Those whose filters dcvit's own method lets go alone: what is left of them gives what it gave."""
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_the_end_of_a_block_is_told_by_what_its_last_layer_takes(kind: str, images: Tensor) -> None:
+    model = create(kind)
+    adapter = adapter_for(model)
+    cost = adapter.cost(model)
+    for block in range(adapter.num_blocks(model)):
+        halves, layer = adapter.halves(model, block), adapter.output_layer(model, block)
+        assert halves is not None
+        assert layer is not None
+        given = adapter.prepare(model, adapter.run_blocks(model, adapter.embed(model, images), 0, block), block)
+        before, expected = given.clone(), adapter.block(model, block)(given.clone())
+        between = halves[0](given)
+        assert torch.equal(given, before)
+        width = given.shape[1]
+        assert torch.equal(between[:, :width], given)
+        assert between.shape[1] == width + adapter.hidden_features(model, block) * layer.num_patches
+        torch.testing.assert_close(halves[1](between), expected, rtol=1e-4, atol=1e-4)  # added up in another order
+        alone = adapter.from_tokens(adapter.as_tokens(between))
+        torch.testing.assert_close(
+            adapter.as_tokens(halves[1](alone)), adapter.as_tokens(expected), rtol=1e-4, atol=1e-4
+        )
+
+        patches, added = rows(between[:, width:]), rows(expected - given)
+        constant = added - patches @ layer.weights()
+        torch.testing.assert_close(constant, constant[:1].expand_as(constant), rtol=1e-3, atol=1e-4)
+        pruned = copy.deepcopy(model)
+        adapter.prune_block(pruned, block, range(2, adapter.hidden_features(model, block)))
+        assert adapter.cost(pruned).total == cost.total - cost.blocks[block].node(True) * 2
+
+
+@pytest.mark.parametrize("kind", ["resnext", "squeeze_excite", "efficientnet", "regnet"])
+def test_filters_that_others_depend_on_do_not_go_alone(kind: str) -> None:
+    model = create(kind)
+    assert not any(adapter_for(model).halves(model, block) for block in range(adapter_for(model).num_blocks(model)))
+
+
+def test_a_bottleneck_that_widens_does_not_lose_filters() -> None:
+    model = create("bottleneck", block_reduce_first=2)
+    assert adapter_for(model).prune_obstacle(model, 0) == (
+        "is of type Bottleneck, and its conv2 has more filters than the convolution before it"
+    )
+    assert adapter_for(model).hidden_features(model, 0) == 8
+    adapter_for(model).compress_block(model, 0, range(8))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_output_layer_adds_what_it_is_set_to(bias: bool, norm: bool) -> None:
+    conv = nn.Conv2d(4, 3, 3, bias=bias).requires_grad_(False)
+    behind = nn.BatchNorm2d(3).requires_grad_(False).eval()
+    behind.running_mean, behind.running_var = torch.randn(3), torch.rand(3) + 0.5
+    behind.weight.copy_(torch.tensor([0.5, -2.0, 1.0]))
+    layer = OutputLayer(conv, norm=behind if norm else None)
+    assert layer.constant == (bias or norm)
+    assert layer.num_patches == 9
+    solution = torch.randn(4 * 9 + 1, 3)
+    if not layer.constant:
+        solution[-1] = 0
+    layer.set(solution)
+    state = torch.randn(2, 4, 5, 5)
+    added = behind(conv(state)) if norm else conv(state)
+    patches = F.unfold(state, 3).transpose(1, 2)
+    torch.testing.assert_close(added.flatten(2).transpose(1, 2), patches @ solution[:-1] + solution[-1])
+    torch.testing.assert_close(layer.weights(), solution[:-1])
+
+
+@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("keeps_all", [True, False])
+def test_a_pruned_block_is_fitted_to_the_whole_one(kind: str, keeps_all: bool) -> None:
+    """With all filters it is already right; with half of them, the fit is ridge regression on patches."""
+    teacher = freeze(create(kind).double())
+    adapter, few = adapter_for(teacher), torch.randn(24, 3, SIZE, SIZE, dtype=torch.float64)
+    config, block = ALL_ROWS.reconstruction, 1
+    views = draw_views(teacher, dcvit.load_images(few, teacher), config, seed=0)
+    states = TeacherStates(teacher, views, config.batch_size, prunable=[block])
+    rows_of_it, student = states.mlp_rows(block), copy.deepcopy(teacher)
+    hidden = adapter.hidden_features(teacher, block)
+    found = Cut(hidden if keeps_all else hidden // 2, attention=True)
+    kept, report = reconstruct_block(student, block, found, rows_of_it, config, step_size=0.0, epochs=0, refit=False)
+    assert adapter.hidden_features(student, block) == len(kept) == found.hidden_features
+    assert report.error_closed_form is not None
+    if keeps_all:
+        assert report.error_before == pytest.approx(0, abs=1e-20)
+        for name, value in student.state_dict().items():
+            torch.testing.assert_close(value, teacher.state_dict()[name], rtol=0, atol=1e-8, msg=name)
+        return
+    assert report.error_after == report.error_closed_form < 0.9 * report.error_before
+    given = adapter.prepare(teacher, adapter.run_blocks(teacher, adapter.embed(teacher, few), 0, block), block)
+    missed, added = (
+        adapter.block(model, block)(given) - (adapter.block(teacher, block)(given) if model is student else given)
+        for model in (student, teacher)
+    )
+    held_out = views.held_out
+    error = missed[held_out].square().sum() / added[held_out].square().sum()
+    assert float(error) == pytest.approx(report.error_after, rel=1e-6)
+
+
+def test_a_cnn_meets_a_budget_that_no_whole_convolution_meets(images: Tensor, tmp_path: Path) -> None:
+    """Single filters go where the smallest convolution would be too much."""
+    model = create("basic")
+    result = dcvit.compress(model, torch.randn(10, 3, SIZE, SIZE), dcvit.Budget(macs=0.997), QUICK)
+    cost = adapter_for(model).cost(model)
+    assert min(block.attention.weight_macs for block in cost.blocks) > 0.003 * cost.total.weight_macs
+    left = result.plan.target - result.report.student.macs
+    assert 0 <= left < min(block.node(True).weight_macs for block in cost.blocks if block.compressible)
+    assert result.plan.pruned == tuple(sorted(result.plan.blocks))
+    assert result.plan.cost == adapter_for(result.model).cost(result.model).total
+    assert all(trial.recoverability is not None for trial in result.report.pruning_trials)
+    assert len(result.report.pruning_trials) == len(cost.blocks)
+    result.save(tmp_path / "small")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
+    assert torch.equal(loaded(images), result.model(images))
+    page = dcvit.write_report(tmp_path / "small").read_text()
+    assert "keep their spatial convolution" in page
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck", "mobilenet", "mnasnet"])
@@ -300,7 +421,7 @@ def test_methods_that_prune_filters_take_a_cnn(method: str, kind: str, images: T
     assert torch.equal(loaded(images), expected)
     assert torch.equal(dcvit.load(tmp_path / "small").model(images), expected)
     card, page = (tmp_path / "small" / "README.md").read_text(), dcvit.write_report(tmp_path / "small").read_text()
-    assert f"{result.plan.hidden_features} filters of the first convolution are left" in card.replace("on average ", "")
+    assert f"{result.plan.hidden_features} filters are left" in card.replace("on average ", "")
     assert "These blocks lost filters and keep their spatial convolution (filters that each keeps): 0 (" in page
     assert not re.search(r"attention (stays|before|after)|MLP", card + page)
 
@@ -358,7 +479,7 @@ def test_cd_fits_patches_by_least_squares(
     fitted, _, sides = layers_of(create(kind), torch.randn(40, 3, SIZE, SIZE), cd, 1)
     hidden, given, wanted = sides[which]
     taps = fitted.kernel_size[0]
-    assert taps == (1 if kind == "mobilenet" else 3)
+    assert taps == (3 if kind == "basic" else 1)
     patches = F.unfold(hidden, taps, padding=taps // 2).transpose(1, 2).flatten(0, 1)
     least = patches @ torch.linalg.lstsq(patches, rows(wanted)).solution - rows(wanted)
     missed = F.conv2d(hidden, fitted.weight, padding=fitted.padding) - wanted

@@ -12,8 +12,8 @@ As it is applied here:
 
 - A layer's loss is quadratic in its weights, so the minimum is solved for instead of approached by Adam.
 - Which filters go is fixed beforehand, by L1 norm as in `fskd`, not found by a proximal step.
-- In a CNN the layer is the one behind a residual block's hidden filters, a 1×1 convolution, or a 3×3 one, which
-  takes patches; the block up to that layer makes them of x_T and x_S. Other convolutions stay as they are, and so do the
+- In a CNN the layer is the one behind a residual block's hidden filters, a 1×1 convolution, or a 3×3 one, which takes
+  patches. The block up to that layer makes them of x_T and x_S. Other convolutions stay as they are, and so do the
   statistics of every BatchNorm.
 - To a ViT it is transferred: the layer is `fc2`, whose input are the MLP's hidden nodes; the block before that layer,
   attention included, makes them of x_T and x_S.

@@ -12,8 +12,8 @@ are aligned one after another, front to back: one pass of block coordinate desce
 As it is applied here:
 
 - In a CNN it follows the layer that takes a residual block's hidden filters, before that layer's BatchNorm, whose
-  statistics stay. Only these filters go, those of the first convolution of blocks that do not change the shape; the
-  paper aligns blocks of any kind.
+  statistics stay. Only one convolution's filters go, and only in blocks that do not change the shape; the paper aligns
+  blocks of any kind.
 - To a ViT, which the paper does not look at, it is transferred: hidden nodes of the MLPs take the place of filters, and
   Q, a D×D linear map at the end of each MLP, is absorbed into `fc2` with its bias.
 - Filters are chosen by L1 norm, the same share everywhere; the paper takes pruned networks of others.

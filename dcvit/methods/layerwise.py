@@ -2,10 +2,10 @@
 
 In every block the hidden nodes go whose incoming weights have the least L1 norm (Li, Kadav, Durdanovic, Samet and Graf,
 "Pruning Filters for Efficient ConvNets", arXiv 1608.08710): in a ViT of its MLP, while attention stays, in a CNN the
-filters of a residual block's first convolution. Front to back each block's layer that takes the hidden nodes is then
-fitted. Student and teacher see the same views and the same tokens of them as dcvit's own reconstruction does; of a
-feature map a position is a token, so that the number of equations does not grow with the resolution. Neighbouring
-positions see nearly the same: more views tell more than more positions of each.
+filters of a residual block (`dcvit.models.modeling_dcvit.filter_path`). Front to back each block's layer that takes the
+hidden nodes is then fitted. Student and teacher see the same views and the same tokens of them as dcvit's own
+reconstruction does; of a feature map a position is a token, so that the number of equations does not grow with the
+resolution. Neighbouring positions see nearly the same: more views tell more than more positions of each.
 """
 
 import copy

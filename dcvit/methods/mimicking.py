@@ -1,7 +1,6 @@
 """What `s2vite`, `vtp`, `autoformer` and `mini_deit` end with: the student mimics the original's output tokens."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -20,14 +19,16 @@ def mimic(task: Task, student: nn.Module, blocks: Sequence[int]) -> Recovery:
         student: The smaller model.
         blocks: Those of its blocks that are not the original's.
     """
-    config, mimicking = task.config, task.config.mimicking
-    if mimicking.learning_rate == "auto":
-        with task.timer("learning rate"):
-            rate = find_learning_rate(
-                student, task.teacher, task.images, blocks, mimicking,
-                seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=task.progress,
-            )  # fmt: skip
-            mimicking = replace(mimicking, learning_rate=rate)
+    config = task.config
+
+    def find() -> float:
+        return find_learning_rate(
+            student, task.teacher, task.images, blocks, config.mimicking,
+            seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=task.progress,
+        )  # fmt: skip
+
+    with task.timer("learning rate"):
+        mimicking = config.mimicking.with_learning_rate(find)
     with task.timer("compression"):
         return recover(
             student, task.teacher, task.images, blocks, mimicking,

@@ -548,7 +548,7 @@ def build_cnn(
         in_chans: Channels of the images.
         global_pool: The pooling.
         per_layer_config: As `build`'s; numbered are the residual blocks, see `cnn_places`. `skip` names `block` or
-            `convolution`, or nothing where only filters went; `intermediate_size` is the filters of the first one.
+            `convolution`, or nothing where only filters went; `intermediate_size` is how many are left.
     """
     model: TimmModule = timm.create_model(
         base, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, **base_args
@@ -631,30 +631,35 @@ def last_activation(block: TimmModule) -> str | None:
 
 
 def filter_path(block: TimmModule) -> list[tuple[TimmModule, int]]:
-    """The layers of a residual block that hold its hidden filters, those that its first convolution is made of.
+    """The layers of a residual block that hold its hidden filters.
+
+    They are those of its first convolution, of a bottleneck those of the second, whose maps a 1×1 convolution takes.
 
     Args:
         block: A residual block, see `expansion`, or what a compressed one became.
 
     Returns:
-        From that convolution to the one that takes what the filters give, each with the dimension of its weight along
-        which they lie.
+        From the convolution of the filters to the one that takes what they give, each with the dimension of its weight
+        along which they lie.
     """
     if isinstance(block, PointwiseBlock):
         return [(block.conv1, 0), (block.conv2, 1)]
     conv, norm, _ = expansion(block)
     path = [(conv, 0), (norm, 0)]
-    if type(block) in (resnet.BasicBlock, resnet.Bottleneck):
+    if type(block) is resnet.BasicBlock:
         return [*path, (block.conv2, 1)]
+    if type(block) is resnet.Bottleneck:
+        return [(block.conv2, 0), (block.bn2, 0), (block.conv3, 1)]
+    last = block.conv_pwl if hasattr(block, "conv_pwl") else block.conv3.conv
     if type(block) is regnet.Bottleneck:
-        return [*path, (block.conv2.conv, 1)]
-    if type(block) is InvertedResidual:
+        path = [(block.conv2.conv, 0), (block.conv2.bn, 0)]
+    elif type(block) is InvertedResidual:
         path += [(block.conv_dw, 0), (block.bn2, 0)]
     if type(block.se) is SqueezeExcite:
         path += [(block.se.conv_reduce, 1), (block.se.conv_expand, 0)]
     elif type(block.se) is not nn.Identity:
         path.append((block.se, 0))
-    return [*path, (block.conv_pwl, 1)]
+    return [*path, (last, 1)]
 
 
 @torch.no_grad()

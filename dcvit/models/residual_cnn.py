@@ -4,20 +4,22 @@ Numbered are the blocks that add to their input, so that they can be left out; s
 go with the numbered block behind them. DC-ViT drops such blocks whole (arXiv 2403.18708, section 4). Here they are
 compressed as densely as a transformer's: the spatial convolution goes, as attention does there, and what stays looks at
 each position alone, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden nodes as the budget leaves (`PointwiseBlock`).
-A block that is pruned keeps all its layers: its hidden nodes are the filters of its first convolution, which go with
-their channels in all layers up to the one that takes them.
+A block that is pruned keeps all its layers: its hidden nodes are filters, which go with their channels in all layers up
+to the one that takes them (`filter_path`).
 
 Where an activation follows the sum, as in a ResNet, a state is the sum before it: what a block adds is then linear in
 its last layer, and the activation belongs to what lies between two blocks.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import register_model, regnet, resnet
-from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual
+from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, SqueezeExcite
 from timm.models.efficientnet import EfficientNet
 from timm.models.regnet import RegNet
 from timm.models.resnet import ResNet
@@ -56,12 +58,20 @@ _LAST_CONVOLUTION: dict[type, str] = {
 }
 
 
+_LAST_NORM: dict[type, str] = {
+    resnet.BasicBlock: "bn2",
+    resnet.Bottleneck: "bn3",
+    InvertedResidual: "bn3",
+    EdgeResidual: "bn2",
+}
+
+
 class ResidualCnnAdapter:
     """timm's `ResNet`, `EfficientNet` and `RegNet`. A state is a feature map `[B, D, H, W]`.
 
     Modifications:
         - a compressed block becomes a `PointwiseBlock`;
-        - a pruned block loses filters of its first convolution, with their channels up to the layer that takes them;
+        - a pruned block loses filters, with their channels up to the layer that takes them;
         - a dropped block becomes a `DroppedBlock`;
         - everything else, and every BatchNorm's statistics, stays.
     """
@@ -161,7 +171,7 @@ class ResidualCnnAdapter:
         return model.forward_head(self.from_tokens(tokens), pre_logits=True)
 
     def hidden_features(self, model: TimmModule, block: int) -> int:
-        """See `ModelAdapter.hidden_features`; the channels of the block's first convolution."""
+        """See `ModelAdapter.hidden_features`; filters, as many as its first convolution has channels."""
         return _hidden_features(_at(model, block))
 
     def cost(self, model: TimmModule) -> ModelCost:
@@ -198,7 +208,7 @@ class ResidualCnnAdapter:
         setattr(stage, name, module)
 
     def prune_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
-        """See `ModelAdapter.prune_block`; the hidden nodes of a whole block are its first convolution's filters."""
+        """See `ModelAdapter.prune_block`; the hidden nodes of a whole block are filters, see `filter_path`."""
         model.dcvit_base = _base(model)
         keep_filters(_at(model, block), torch.as_tensor(kept, dtype=torch.int64))
 
@@ -228,13 +238,27 @@ class ResidualCnnAdapter:
         """See `ModelAdapter.block`; without the activation behind its sum, its parameters shared."""
         return _without_activation(_at(model, block))
 
-    def halves(self, model: TimmModule, block: int) -> None:
-        """See `ModelAdapter.halves`; what mixes positions stands between the layers of a block."""
+    def halves(self, model: TimmModule, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+        """See `ModelAdapter.halves`; `None` where filters cannot go alone, or change what others give.
+
+        The second half is the layer that takes the hidden filters, with its BatchNorm.
+        """
+        module, layer = _at(model, block), self.output_layer(model, block)
+        if layer is None or isinstance(module, PointwiseBlock) or _prune_obstacle(module) is not None:
+            return None
+        if any(isinstance(part, SqueezeExcite) for part in module.children()):  # which weighs each filter by all
+            return None
+        return partial(_with_patches, _without_activation(module), self.hidden_layer(model, block)), _LastLayer(layer)
 
     def output_layer(self, model: TimmModule, block: int) -> OutputLayer | None:
-        """See `ModelAdapter.output_layer`."""
+        """See `ModelAdapter.output_layer`; `None` where more than a BatchNorm lies behind the layer."""
         module = _at(model, block)
-        return OutputLayer(module.conv2) if isinstance(module, PointwiseBlock) else None
+        if isinstance(module, PointwiseBlock):
+            return OutputLayer(module.conv2)
+        norm = getattr(module, _LAST_NORM.get(type(module), ""), None)
+        plain = isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)
+        behind = module.se if isinstance(module, (resnet.BasicBlock, resnet.Bottleneck)) else None
+        return OutputLayer(self.hidden_layer(model, block), norm=norm) if plain and behind is None else None
 
     def absorbing_layers(self, model: TimmModule, block: int) -> tuple[nn.Conv2d | None, nn.Conv2d | None]:
         """See `ModelAdapter.absorbing_layers`; of the nearest blocks on both sides that are still there."""
@@ -379,10 +403,47 @@ def _without_activation(block: TimmModule) -> TimmModule:
     return twin
 
 
+def _with_patches(block: TimmModule, layer: nn.Conv2d, state: Tensor) -> Tensor:
+    """What a block takes and, behind it, what its last layer takes for each position: `[B, D + K, H, W]`."""
+    taken: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    try:
+        block(state)
+    finally:
+        handle.remove()
+    (hidden,) = taken
+    if layer.kernel_size != (1, 1):
+        assert not isinstance(layer.padding, str)
+        patches = F.unfold(hidden, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        hidden = patches.unflatten(-1, state.shape[2:])
+    return torch.cat([state, hidden], dim=1)
+
+
+class _LastLayer(nn.Module):
+    """The end of a block: its input and what its last layer is given `[B, D + K, H, W]`, to its output `[B, D, H, W]`.
+
+    Args:
+        layer: The block's own, with the BatchNorm behind it.
+    """
+
+    def __init__(self, layer: OutputLayer) -> None:
+        super().__init__()
+        self.layer, self.norm = layer.layer, layer.norm
+
+    def forward(self, state: Tensor) -> Tensor:
+        weight = self.layer.weight.flatten(1)[..., None, None]
+        x, hidden = state.split([len(weight), weight.shape[1]], dim=1)
+        added = F.conv2d(hidden, weight, self.layer.bias)
+        return x + (added if self.norm is None else self.norm(added))
+
+
 def _hidden_features(block: TimmModule) -> int:
     if isinstance(block, PointwiseBlock):
         return block.conv1.out_channels
-    return 0 if isinstance(block, DroppedBlock) else int(expansion(block)[0].out_channels)
+    if isinstance(block, DroppedBlock):
+        return 0
+    filters, first = filter_path(block)[0][0], expansion(block)[0]  # two layers in a bottleneck
+    return int(min(filters.out_channels, first.out_channels))
 
 
 def _block_cost(block: TimmModule, macs: int, positions: int) -> BlockCost:
@@ -394,8 +455,22 @@ def _block_cost(block: TimmModule, macs: int, positions: int) -> BlockCost:
     node = linear_cost(width, 1, positions, bias=True) + linear_cost(1, width, positions, bias=False)
     pointwise = node * hidden + Cost(params=width)
     whole = Cost(macs, 0, num_params(block))
-    attention = Cost() if isinstance(block, PointwiseBlock) else whole - pointwise
-    return BlockCost(attention, pointwise, node, hidden)
+    if isinstance(block, PointwiseBlock):
+        return BlockCost(Cost(), pointwise, node, hidden)
+    return BlockCost(whole - pointwise, pointwise, node, hidden, _filter_cost(block, positions))
+
+
+def _filter_cost(block: TimmModule, positions: int) -> Cost:
+    """What one hidden filter of a block costs, with its channel in the layers behind it."""
+    macs = params = 0
+    for layer, dim in filter_path(block):
+        macs += positions * _of_one(layer.weight, dim) if isinstance(layer, nn.Conv2d) else 0
+        params += sum(_of_one(parameter, dim) for parameter in layer.parameters() if parameter.ndim > dim)
+    return Cost(macs, 0, params)
+
+
+def _of_one(parameter: Tensor, dim: int) -> int:
+    return parameter.numel() // max(parameter.shape[dim], 1)
 
 
 def _prune_obstacle(block: TimmModule) -> str | None:
@@ -403,12 +478,18 @@ def _prune_obstacle(block: TimmModule) -> str | None:
     if isinstance(block, DroppedBlock):
         return "has no hidden nodes"
     names = {layer: name for name, layer in block.named_modules()}
-    for layer, dim in filter_path(block):
+    layers = [layer for layer, _ in filter_path(block)]
+    for layer in layers:
         where = f"is of type {type(block).__qualname__}, and its {names[layer]}"
-        if not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
+        if isinstance(layer, nn.BatchNorm2d):
+            continue
+        if not isinstance(layer, nn.Conv2d):
             return f"{where}, of type {type(layer).__qualname__}, cannot lose single channels"
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1 and (dim == 1 or layer.groups != layer.out_channels):
+        depthwise = layer in layers[1:-1] and layer.groups == layer.out_channels
+        if layer.groups > 1 and not depthwise:
             return f"{where} has {layer.groups} groups, each of which would have to lose equally many filters"
+        if layer is layers[0] and layer.out_channels > _hidden_features(block):
+            return f"{where} has more filters than the convolution before it"
     return None
 
 
