@@ -19,6 +19,7 @@ run's folder (`dcvit.run_store`), to which each rank writes the trials that it h
 """
 
 import base64
+import inspect
 import json
 import os
 import secrets
@@ -47,6 +48,11 @@ __all__ = ["ALONE", "Ranks", "launched", "on_devices"]
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for what another computes. The launcher notices much earlier if one dies."""
+
+# Torch 2.14 has a new name, and warns of the old one.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+"""Ranks do not tell each other their buffers in every pass: they do not change."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Ranks:
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """A module whose gradients are means over the ranks; the parameters that take gradients become the first's."""
-        return module if self.size == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+        return module if self.size == 1 else DistributedDataParallel(module, **OWN_BUFFERS)
 
     def batch(self, index: Tensor) -> tuple[Tensor, float]:
         """The part of a batch that is this rank's, and what its mean loss counts in the mean over the ranks.
