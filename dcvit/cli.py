@@ -880,7 +880,8 @@ def _show_compress(values: dict[str, Any]) -> str:
     if teacher["top1"] is not None:
         rows.append(("top-1 %", f"{100 * teacher['top1']:.2f}", f"{100 * student['top1']:.2f}", ""))
     agreed = "" if values["agreement"] is None else f"agreement on the images {100 * values['agreement']:.2f} %, "
-    nodes, pruned = values["plan"]["kept_nodes"], values["plan"]["pruned"]
+    nodes, convolved = values["plan"]["kept_nodes"], values["plan"]["convolved"]
+    pruned = [block for block in values["plan"]["pruned"] if block not in convolved]
     if values["plan"]["token_keep_rates"]:
         rates = values["plan"]["token_keep_rates"].items()
         cut = f"Tokens end in blocks (share that goes on): {', '.join(f'{b} ({rate:g})' for b, rate in rates)}"
@@ -889,11 +890,11 @@ def _show_compress(values: dict[str, Any]) -> str:
     elif cut_kind(values) == "dropped":
         cut = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
     else:
-        compressed = [block for block in values["blocks"] if block not in pruned]
+        compressed = [block for block in values["blocks"] if block not in (*pruned, *convolved)]
         told = [
             f"{name} blocks (hidden nodes kept): "
             + ", ".join(f"{block} ({len(nodes[str(block)])})" for block in blocks)
-            for name, blocks in (("Compressed", compressed), ("Pruned", pruned))
+            for name, blocks in (("Compressed", compressed), ("Convolved", convolved), ("Pruned", pruned))
             if blocks
         ]
         if heads := values["plan"]["kept_heads"]:

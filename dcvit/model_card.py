@@ -150,6 +150,9 @@ def _what(result: Mapping[str, Any]) -> str:
     if heads := plan.get("kept_heads"):
         listed = ", ".join(f"{block} ({len(kept)})" for block, kept in heads.items())
         made += f", with fewer attention heads in the {_plural(heads)} {listed}"
+    if convolved := plan.get("convolved"):
+        listed = ", ".join(map(str, convolved))
+        made += f", with a convolution in the place of the attention of the {_plural(convolved)} {listed}"
     left = sorted({len(nodes) for nodes in plan["kept_nodes"].values()})
     names = part_names(result)
     nodes = f"{plan['hidden_features']} {names.nodes_of_block} are left"
@@ -157,7 +160,7 @@ def _what(result: Mapping[str, Any]) -> str:
         nodes = f"on average {nodes} ({left[0]} to {left[-1]})"
     without = [block for block in blocks if block not in plan.get("pruned", ())]
     if not without:
-        stays = f"{names.mixing} stays; " if names.mixing == "attention" else ""
+        stays = "" if convolved or names.mixing != "attention" else f"{names.mixing} stays; "
         return f"{made}: {stays}of the {_named(blocks)} {nodes}.\n"
     if len(without) == len(blocks):
         return f"{made}: without the {names.mixing} of {_named(blocks)}, where {nodes}.\n"

@@ -195,8 +195,9 @@ class Plan:
         cost: What the compressed model will cost.
         blocks: The chosen blocks in the order of compression, best first; empty until ranked.
         kept_nodes: For each chosen block, the indices of the hidden nodes kept, ascending.
-        pruned: Those of `blocks` that keep their attention, ascending.
+        pruned: Those of `blocks` that keep their attention, or have a convolution for it, ascending.
         kept_heads: For each block that lost heads, those that its attention keeps, ascending.
+        convolved: The blocks in which a convolution took the place of the attention, ascending.
         token_keep_rates: For each block behind whose attention tokens end, the share of the patch tokens that goes on.
         attention_of: For each block that shares the weights of its attention, the block that owns them, which may be
             itself.
@@ -215,6 +216,7 @@ class Plan:
     kept_nodes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     pruned: tuple[int, ...] = ()
     kept_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    convolved: tuple[int, ...] = ()
     token_keep_rates: Mapping[int, float] = field(default_factory=dict)
     attention_of: Mapping[int, int] = field(default_factory=dict)
     mlp_of: Mapping[int, int] = field(default_factory=dict)
@@ -238,6 +240,7 @@ class Plan:
             "kept_nodes": {str(block): list(nodes) for block, nodes in self.kept_nodes.items()},
             "pruned": list(self.pruned),
             "kept_heads": {str(block): list(heads) for block, heads in self.kept_heads.items()},
+            "convolved": list(self.convolved),
             "token_keep_rates": {str(block): rate for block, rate in self.token_keep_rates.items()},
             "attention_of": {str(block): owner for block, owner in self.attention_of.items()},
             "mlp_of": {str(block): owner for block, owner in self.mlp_of.items()},

@@ -22,12 +22,13 @@ from dcvit.methods.layerwise import l1_norms, layer_pairs
 from dcvit.methods.mir import evenly_spaced, features, mimic_features, mir
 from dcvit.methods.practise import practise
 from dcvit.methods.s2vite import first_order_scores
-from dcvit.methods.units import Space, Unit, gated, open_gates
+from dcvit.methods.spvit import Equations, fit_convolutions
+from dcvit.methods.units import Space, Unit, gated, open_gates, scores_of
 from dcvit.methods.vtp import learn_gates
 from dcvit.model_card import cut_kind, shared_weights
 from dcvit.models import DroppedBlock, adapter_for
-from dcvit.models.modeling_dcvit import FusingBlock
-from dcvit.models.vision_transformer import fuse_tokens
+from dcvit.models.modeling_dcvit import ConvolutionalAttention, FusingBlock
+from dcvit.models.vision_transformer import convolution_of, fuse_tokens
 from dcvit.planning import UNITS
 from dcvit.reconstruction import draw_views
 from dcvit.regression import NormalEquations
@@ -67,7 +68,7 @@ def task(model: nn.Module, images: Tensor, budget: dcvit.Budget, config: dcvit.C
 
 def test_every_entry_is_complete() -> None:
     assert set(METHODS) == {
-        "autoformer", "cd", "dcvit", "evit", "fskd", "mini_deit", "mir", "practise", "s2vite", "vtp",
+        "autoformer", "cd", "dcvit", "evit", "fskd", "mini_deit", "mir", "practise", "s2vite", "spvit", "vtp",
     }  # fmt: skip
     for name, entry in METHODS.items():
         assert method(name) is entry
@@ -172,6 +173,9 @@ def test_results_are_saved_reported_and_loaded(
             f"with fewer attention heads in the block{'s' * (len(result.plan.kept_heads) > 1)} {heads}: " in card
         ) == (bool(heads))
         assert (f"These blocks lost attention heads (heads that each keeps): {heads}." in page) == bool(heads)
+    elif name == "spvit":
+        assert f"of the blocks {blocks} (counted from 0) " in card
+        assert ("attention stays" in card) == (not result.plan.convolved)
     elif name in ("practise", "mir"):
         assert f": without the blocks {blocks} (counted from 0)." in card
         assert f"These blocks were dropped whole: {blocks}." in page
@@ -464,6 +468,12 @@ def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     )  # fmt: skip
     assert code == 0
     assert "Shared weights: one attention for the blocks " in text
+    code, text, _ = run(
+        *common[:-2], "0.4", "--out", str(tmp_path / "spvit"), "--method", "spvit",
+        "--epochs", "1", "--learning-rate", "1e-4",
+    )  # fmt: skip
+    assert code == 0
+    assert re.search(r"Convolved blocks \(hidden nodes kept\): .*; drop ratio", text)
     for options, told in (
         (("--method", "mir", "--paper"), "--paper: --method mir does not read it"),
         (("--method", "cd", "--recovery", "mimicking"), "reads the settings of reconstruction"),
@@ -559,6 +569,167 @@ def test_vtp_closes_the_gates_of_what_does_nothing(deep: nn.Module, images: Tens
     assert gates["head", 2][0] == 0
     others = [*gates["node", 1][10:], *(head for (kind, _), heads in gates.items() if kind == "head" for head in heads)]
     assert sum(float(gate) > 0 for gate in others) > len(others) / 4
+
+
+def test_vtp_and_spvit_put_a_price_on_gates(deep: nn.Module, images: Tensor) -> None:
+    space = Space(freeze(deep))
+    prices = dict.fromkeys(open_gates(space, torch.device("cpu")), 1.0)
+    same, dear = (
+        learn_gates(space, (images,), prices=each, steps=5) for each in (prices, {**prices, ("head", 3): 1e6})
+    )
+    equal = learn_gates(space, (images,), steps=5)
+    assert all(torch.equal(same[key], equal[key]) for key in equal)
+    assert (dear["head", 3] < equal["head", 3]).all()
+    assert dear["node", 0].mean() > equal["node", 0].mean()
+
+
+def test_spvit_mixes_neighbours_as_written_by_hand() -> None:
+    convolution = convolution_of(VARIANTS["plain"].create(), 0)
+    convolution.grid, rows, columns = (2, 3), 2, 3
+    value = torch.randn(2, 1 + rows * columns, 48)
+    with torch.no_grad():
+        convolution.conv.weight[:, 0, 1, 2] = 3.0  # the right neighbour
+        convolution.conv.weight[:, 0, 2, 0] = -2.0  # the one below to the left
+        convolution.conv.bias.fill_(0.5)
+        convolution.mean.fill_(7.0)
+        convolution.prefix.copy_(torch.tensor([4.0, 5.0, 6.0]).view(3, 1, 1).expand(3, 1, 48))
+        mixed = convolution.mix(value)
+    patches = {(r, c): value[:, 1 + r * columns + c] for r in range(rows) for c in range(columns)}
+    nothing = torch.zeros_like(value[:, 0])
+    mean = value.mean(1)
+    expected = [4 * value[:, 0] + 5 * mean + 6]
+    expected += [
+        3 * patches.get((r, c + 1), nothing) - 2 * patches.get((r + 1, c - 1), nothing) + 7 * mean + 0.5
+        for r, c in patches
+    ]
+    torch.testing.assert_close(mixed, torch.stack(expected, 1), rtol=1e-5, atol=1e-5)  # sums in another order
+
+
+@pytest.mark.parametrize("variant", ["registers", "distilled", "average_pool", "mlp_norm"])
+def test_spvit_makes_uniform_attention_the_mean(variant: str) -> None:
+    """In float64; of tokens that the fit has not seen, for the least squares are exact."""
+    model: Any = freeze(VARIANTS[variant].create()).double()
+    attn = model.blocks[1].attn
+    with torch.no_grad():
+        attn.qkv.weight[:48] = 0.0
+        attn.qkv.bias[:48] = 0.0
+    space = Space(model, None, ("attention", "node"))
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randn(24, *adapter_for(model).input_size(model), generator=draw)
+    fit_convolutions(model, space.convolutions, images.double().split(7))
+    tokens = torch.randn(3, model.num_prefix_tokens + 4, 48, generator=draw).double()
+    with torch.no_grad():
+        torch.testing.assert_close(space.convolutions[1](tokens), attn(tokens), rtol=0, atol=1e-6)
+        mean = attn.proj(attn.norm(attn.qkv(tokens)[..., 96:].mean(1, keepdim=True)))
+        torch.testing.assert_close(attn(tokens), mean.expand_as(tokens))
+        assert not torch.allclose(space.convolutions[2](tokens), model.blocks[2].attn(tokens), rtol=0, atol=1e-5)
+
+
+def test_spvit_fits_least_squares() -> None:
+    inputs, targets = torch.randn(40, 3, 5), torch.randn(40, 3)
+    inputs[:, 1, 4] = 2 * inputs[:, 1, 0]  # of which there are many solutions: the smallest is taken
+    equations = Equations()
+    for part in range(0, 40, 7):
+        equations.add(inputs[part : part + 7], targets[part : part + 7])
+    wanted = torch.linalg.lstsq(
+        inputs.transpose(0, 1).double(), targets.T.double().unsqueeze(-1), driver="gelsd"
+    ).solution.squeeze(-1)
+    torch.testing.assert_close(equations.solve(), wanted, rtol=1e-6, atol=1e-9)  # normal equations square the condition
+
+
+def test_spvit_fits_kernels_to_what_attention_gives(deep: nn.Module) -> None:
+    """Of one channel of one block, against `torch.linalg.lstsq` on neighbours that are looked up one by one."""
+    model: Any = freeze(deep)
+    images = torch.randn(10, 3, 32, 32)  # of 2 × 2 patches
+    convolution = convolution_of(model, 2)
+    seen: dict[str, Tensor] = {}
+    attn = model.blocks[2].attn
+    attn.qkv.register_forward_hook(lambda _, __, qkv: seen.__setitem__("value", qkv[..., 96 + 5].double()))
+    attn.proj.register_forward_pre_hook(lambda _, given: seen.__setitem__("mixed", given[0][..., 5].double()))
+    fit_convolutions(model, {2: convolution}, (images,))
+    value, mixed = seen["value"], seen["mixed"]
+    mean, one = value.mean(1), torch.ones(10).double()
+    rows, wanted = [], []
+    for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        near = [(r + y, c + x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+        taps = [value[:, 1 + 2 * y + x] if 0 <= min(y, x) <= max(y, x) <= 1 else 0 * one for y, x in near]
+        rows.append(torch.stack([*taps, mean, one], 1))
+        wanted.append(mixed[:, 1 + 2 * r + c])
+    solution = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted).unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    found = torch.cat([convolution.conv.weight[5].flatten(), convolution.mean[5:6], convolution.conv.bias[5:6]])
+    torch.testing.assert_close(found.double(), solution, rtol=1e-4, atol=1e-5)  # which is kept in float32
+    own = torch.stack([value[:, 0], mean, one], 1)
+    solution = torch.linalg.lstsq(own, mixed[:, :1], driver="gelsd").solution.squeeze(1)
+    torch.testing.assert_close(convolution.prefix[:, 0, 5].double(), solution, rtol=1e-4, atol=1e-5)
+    assert not attn.norm._forward_pre_hooks
+    assert torch.equal(convolution.v.weight, attn.qkv.weight[96:])
+    assert convolution.proj is attn.proj
+
+
+def test_spvit_gates_blend_attention_and_convolution(deep: nn.Module, images: Tensor) -> None:
+    space = Space(freeze(deep), None, ("attention", "node"))
+    gates = open_gates(space, torch.device("cpu"))
+    assert gates["attention", 5].shape == (1,)
+    structure = space.without([Unit("attention", 5, 0)])
+    student: Any = structure.of(deep)
+    assert [isinstance(block.attn, ConvolutionalAttention) for block in student.blocks] == [False] * 5 + [True]
+    with torch.no_grad():
+        original, convolved = deep(images), student(images)
+        with gated(deep, gates, space.convolutions):
+            torch.testing.assert_close(deep(images), original, rtol=1e-5, atol=1e-5)
+        gates["attention", 5] = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0]).unsqueeze(1)
+        with gated(deep, gates, space.convolutions):
+            mixed = deep(images)
+    torch.testing.assert_close(mixed[1], original[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[[0, 2, 3, 4, 5]], convolved[[0, 2, 3, 4, 5]], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(original, convolved, atol=1e-3)
+
+
+def test_spvit_closes_the_gate_of_an_attention_that_a_convolution_replaces(deep: nn.Module, images: Tensor) -> None:
+    model: Any = freeze(deep)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[:48] *= 100.0  # each token attends to few
+            block.attn.proj.weight.mul_(10.0)  # which matters to what comes out
+        model.blocks[3].attn.qkv.weight[:48] = 0.0  # no queries: it attends uniformly
+        model.blocks[3].attn.qkv.bias[:48] = 0.0
+    space, budget = Space(model, None, ("attention", "node")), dcvit.Budget(macs=0.97)
+    fit_convolutions(model, space.convolutions, (images,))
+    gates = learn_gates(space, (images,), sparsity=0.001, prices=space.savings(budget))
+    assert gates["attention", 3] == 0
+    assert min(float(gates["attention", block]) for block in (0, 1, 2, 4, 5)) > 0.9
+    structure = space.best(scores_of(gates), budget)
+    assert structure.convolutions.keys() == {3}
+    assert spent(structure.of(model), budget) <= budget.target_of(spent(model, budget))
+
+
+def test_spvit_goes_down_to_convolutions_and_single_nodes(deep: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    space = Space(freeze(deep), None, ("attention", "node"))
+    smallest = space.without([unit for unit in space.units() if unit.number or unit.kind == "attention"]).of(deep)
+    least = spent(smallest, dcvit.Budget(macs=0.5))
+    budget = dcvit.Budget(macs=least)
+    with pytest.raises(
+        dcvit.BudgetError, match="with a convolution for the attention and one hidden node in each of 6"
+    ):
+        dcvit.compress(deep, images, dcvit.Budget(macs=least - 1), PUBLISHED, method="spvit")
+    result = dcvit.compress(deep, images, budget, PUBLISHED, method="spvit")
+    assert spent(result.model, budget) == least
+    assert result.plan.convolved == tuple(range(DEPTH))
+    assert set(map(len, result.plan.kept_nodes.values())) == {1}
+    result.save(tmp_path / "small")
+    with torch.no_grad():
+        expected = result.model(images)
+    assert torch.equal(dcvit.load(tmp_path / "small").model(images), expected)
+    assert dcvit.load(tmp_path / "small").plan == result.plan
+    torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), expected, rtol=1e-4, atol=1e-5)
+    assert max(dcvit.export_model(result.model, tmp_path / "small.onnx").errors.values()) < 1e-4
+    card, page = (tmp_path / "small" / "README.md").read_text(), dcvit.write_report(tmp_path / "small").read_text()
+    assert "with a convolution in the place of the attention of the blocks 0, 1, 2, 3, 4, 5: of the blocks 0," in card
+    assert (
+        "These blocks have a convolution in the place of their attention (hidden nodes that each keeps): 0 (1)," in page
+    )
+    assert "lost hidden nodes and keep their attention" not in page
+    assert page.count("<td>convolution</td>") == DEPTH
 
 
 def test_autoformer_keeps_the_first_of_the_original(deep: nn.Module, images: Tensor) -> None:

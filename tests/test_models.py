@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dcvit
 from dcvit.costs import Cost
 from dcvit.models import CompressedBlock, DroppedBlock, adapter_for, load_model, require_supported
+from dcvit.models.vision_transformer import convolution_of, fuse_tokens, keep_block_heads, place_convolution
 from dcvit.results import save_model
 from dcvit.surgery import compress_block, draw_kept_nodes, drop_block
 from tests.variants import VARIANTS, Variant
@@ -51,8 +53,19 @@ def cut(model: nn.Module, kept: int = 7) -> nn.Module:
     return drop_block(compress_block(model, 1, draw_kept_nodes(model, 1, kept, seed=0)), 2)
 
 
+def convolved(model: Any) -> Any:
+    """In place: convolutions for the attention of blocks 0 and 1, of fewer heads in the latter; weights drawn."""
+    keep_block_heads(model, 1, (0, 2))
+    for block in (0, 1):
+        convolution = convolution_of(model, block)
+        for parameter in (*convolution.conv.parameters(), convolution.mean, convolution.prefix):
+            nn.init.normal_(parameter)
+        place_convolution(model, block, convolution)
+    return model
+
+
 def test_costs_are_what_torch_counts(variant: Variant) -> None:
-    for model in (variant.create(), cut(variant.create())):
+    for model in (variant.create(), cut(variant.create()), convolved(variant.create())):
         cost = adapter_for(model).cost(model).total
         total, with_weights = counted_macs(model)
         assert cost.macs("with_attention_products") == total
@@ -251,6 +264,53 @@ def test_dtype_and_device_are_checked(model: nn.Module) -> None:
     mixed.head.double()
     with pytest.raises(dcvit.UnsupportedModelError, match=r"float32 on cpu, torch\.float64 on cpu"):
         require_supported(mixed)
+
+
+def test_convolutions_are_rebuilt(variant: Variant) -> None:
+    model = convolved(variant.create())
+    images = images_for(model)
+    with torch.no_grad():
+        expected = model(images)
+        again = adapter_for(model).rebuild(model)
+        assert torch.equal(again(images), expected)
+        for parameter in (again.blocks[1].attn.conv.weight, again.blocks[1].attn.mean):
+            parameter.zero_()
+            assert not torch.equal(again(images), expected), "which counts"
+
+
+@pytest.mark.parametrize("convolved", [(0,), (0, 1, 2, 3)])
+def test_what_is_known_of_attention_is_read_where_it_is_left(convolved: tuple[int, ...]) -> None:
+    model: Any = VARIANTS["plain"].create(qk_norm=True, qkv_bias=False)
+    for block in convolved:
+        place_convolution(model, block, convolution_of(model, block))
+    images = images_for(model)
+    with torch.no_grad():
+        assert torch.equal(adapter_for(model).rebuild(model)(images), model(images))
+
+
+def test_convolutions_run_on_grids_of_other_sizes() -> None:
+    model = convolved(VARIANTS["dynamic_size"].create())
+    convolution = model.blocks[0].attn
+    tokens = torch.randn(2, 10, 48)  # a class token and 3 × 3 patches
+    convolution.grid = (2, 2)
+    by_square = convolution(tokens)
+    convolution.grid = (3, 3)
+    assert torch.equal(convolution(tokens), by_square)
+    convolution.grid = (9, 1)
+    assert not torch.equal(convolution(tokens), by_square)
+    model.blocks[0].attn.grid = (2, 2)
+    assert model(torch.randn(1, 3, 48, 48)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"8 patches are neither the grid of 2 × 2 .* nor a square: .*img_size="):
+        model(torch.randn(1, 3, 32, 64))
+
+
+def test_tokens_do_not_end_where_convolutions_run(model: nn.Module) -> None:
+    fusing = copy.deepcopy(model)
+    fuse_tokens(fusing, 2, 0.5)
+    with pytest.raises(dcvit.UnsupportedModelError, match=r"Tokens end in blocks\.2; .* no grid"):
+        convolution_of(fusing, 0)
+    with pytest.raises(dcvit.UnsupportedModelError, match=r"blocks\.0 has a convolution over the grid"):
+        fuse_tokens(convolved(model), 2, 0.5)
 
 
 def test_names() -> None:

@@ -21,6 +21,7 @@ from dcvit.methods.budgets import spent
 from dcvit.methods.mini_deit import Join, choose, joins, owners, sharing
 from dcvit.models import adapter_for, load_model
 from dcvit.models.modeling_dcvit import SharedBlock
+from dcvit.models.vision_transformer import convolution_of, place_convolution
 from dcvit.results import save_model
 from tests.conftest import PUBLISHED
 from tests.variants import SMALL, VARIANTS
@@ -130,7 +131,7 @@ def test_the_convolution_looks_at_patches_around() -> None:
 def test_patches_of_other_images_are_a_square_or_refused() -> None:
     student = shared(VARIANTS["dynamic_size"].create())
     assert student(torch.randn(1, 3, 48, 48)).shape == (1, 10)
-    with pytest.raises(ValueError, match=r"6 patches: .* for 2 × 2 or for a square\. Pass square images, or build"):
+    with pytest.raises(ValueError, match=r"6 patches are neither the grid of 2 × 2 .* nor a square"):
         student(torch.randn(1, 3, 32, 48))
 
 
@@ -280,3 +281,9 @@ def test_what_cannot_share_is_refused(images: Tensor) -> None:
     narrower = copy.deepcopy(model)
     adapter_for(narrower).prune_block(narrower, 1, range(SMALL["embed_dim"] * 2))  # type: ignore[operator]
     assert {block for _, block in joins(narrower)} == {3}
+
+
+def test_only_attentions_with_queries_share() -> None:
+    model = VARIANTS["plain"].create()
+    place_convolution(model, 2, convolution_of(model, 2))
+    assert {block for _, block in joins(model)} == {1}

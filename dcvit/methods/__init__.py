@@ -12,9 +12,10 @@ from dcvit.methods.mir import MIR
 from dcvit.methods.practise import PRACTISE
 from dcvit.methods.registry import METHODS, Method, Outcome, Task, Timer, method, register
 from dcvit.methods.s2vite import S2VITE
+from dcvit.methods.spvit import SPVIT
 from dcvit.methods.vtp import VTP
 
 __all__ = [
-    "AUTOFORMER", "CD", "EVIT", "FSKD", "METHODS", "MINI_DEIT", "MIR", "PRACTISE", "S2VITE", "VTP",
+    "AUTOFORMER", "CD", "EVIT", "FSKD", "METHODS", "MINI_DEIT", "MIR", "PRACTISE", "S2VITE", "SPVIT", "VTP",
     "Method", "Outcome", "Task", "Timer", "method", "register",
 ]  # fmt: skip

@@ -1,41 +1,51 @@
-"""What `s2vite`, `vtp` and `autoformer` share: a ViT's heads and hidden nodes, of which some are kept to meet a budget.
+"""What `s2vite`, `vtp`, `autoformer` and `spvit` share: units of a ViT, of which some are kept to meet a budget.
 
-The methods differ in which. The budget is met exactly from below: units go in the order of their scores until it is
-met, then nodes come back, best first, while there is room. Each block keeps a head and a node.
+Units are hidden nodes, and attention heads or, for `spvit`, whole attentions, in whose place a convolution comes. The
+methods differ in which go. The budget is met exactly from below: units go in the order of their scores until it is
+met, then nodes come back, best first, while there is room. Each block keeps a node, and a head where heads go.
 """
 
 import copy
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dcvit.errors import BudgetError
 from dcvit.methods.budgets import spent, target
 from dcvit.methods.mimicking import mimic
 from dcvit.methods.registry import Outcome, Task
 from dcvit.models import adapter_for
-from dcvit.models.vision_transformer import head_layer, keep_block_heads, num_heads
+from dcvit.models.modeling_dcvit import ConvolutionalAttention, TimmModule
+from dcvit.models.vision_transformer import (
+    convolution_of,
+    head_layer,
+    keep_block_heads,
+    num_heads,
+    place_convolution,
+)
 from dcvit.planning import Budget, Plan
 from dcvit.surgery import copy_blocks
 
 __all__ = ["Gates", "Kind", "Space", "Structure", "Unit", "gated", "open_gates", "recovered", "scores_of"]
 
-Kind = Literal["head", "node"]
+Kind = Literal["head", "node", "attention"]
 Gates = Mapping[tuple[Kind, int], Tensor]
 """A number for each unit of a block `[U]`, by kind and block."""
 
-KINDS: tuple[Kind, Kind] = ("head", "node")
+LEAST: Mapping[Kind, int] = {"head": 1, "node": 1, "attention": 0}
+"""How many units of a kind each block keeps."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A head or a hidden node of a block."""
+    """A head, a hidden node or the attention of a block."""
 
     kind: Kind
     block: int
@@ -44,14 +54,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Structure:
-    """What is kept: of each block the heads and the hidden nodes, ascending."""
+    """What is kept: of each block the heads and the hidden nodes, ascending; and what comes for attentions that go."""
 
     heads: Mapping[int, tuple[int, ...]]
     nodes: Mapping[int, tuple[int, ...]]
+    convolutions: Mapping[int, ConvolutionalAttention] = field(default_factory=dict)
 
     def of(self, model: nn.Module) -> nn.Module:
-        """A copy of a model that has it; weights that stay whole are shared with the model."""
+        """A copy of a model that has it; weights that stay whole are shared with the model, convolutions not copied."""
         student = copy_blocks(model, ())
+        for block, convolution in self.convolutions.items():
+            place_convolution(student, block, convolution)
         for block, heads in self.heads.items():
             if len(heads) < num_heads(model, block):
                 keep_block_heads(student, block, heads)
@@ -67,13 +80,20 @@ class Space:
     Args:
         model: A vision transformer.
         candidates: The blocks that may lose units; all if `None`.
+        kinds: What may go.
+
+    Attributes:
+        convolutions: Where attentions may go, by block what comes in their place; of zeros, to be fitted in place.
 
     Raises:
         BudgetError: If a candidate is no block with heads and nodes.
+        UnsupportedModelError: If attentions may go and a convolution cannot come in their place.
     """
 
-    def __init__(self, model: nn.Module, candidates: Sequence[int] | None = None) -> None:
-        self.model, self._adapter = model, adapter_for(model)
+    def __init__(
+        self, model: nn.Module, candidates: Sequence[int] | None = None, kinds: tuple[Kind, ...] = ("head", "node")
+    ) -> None:
+        self.model, self.kinds, self._adapter = model, kinds, adapter_for(model)
         able = [
             block for block in range(self._adapter.num_blocks(model))
             if num_heads(model, block) and self._adapter.hidden_features(model, block)
@@ -86,19 +106,20 @@ class Space:
         self.blocks = tuple(candidates or able)
         self.heads = {block: num_heads(model, block) for block in self.blocks}
         self.nodes = {block: self._adapter.hidden_features(model, block) for block in self.blocks}
+        self.convolutions = {block: convolution_of(model, block) for block in self.blocks if "attention" in kinds}
         self._required: dict[Budget, int] = {}
         self._savings: dict[tuple[str, str], dict[tuple[Kind, int], int]] = {}
 
     def units(self) -> list[Unit]:
-        """All heads and nodes, block by block."""
+        """All that may go, block by block."""
         return [
             Unit(kind, block, number)
-            for block in self.blocks for kind in KINDS for number in range(self.count(kind, block))
+            for block in self.blocks for kind in self.kinds for number in range(self.count(kind, block))
         ]  # fmt: skip
 
     def count(self, kind: Kind, block: int) -> int:
         """How many units of a kind a block has."""
-        return self.heads[block] if kind == "head" else self.nodes[block]
+        return 1 if kind == "attention" else self.heads[block] if kind == "head" else self.nodes[block]
 
     def without(self, removed: Sequence[Unit]) -> Structure:
         """All but some units."""
@@ -110,21 +131,23 @@ class Space:
                 for block, count in counts.items()
             }
 
-        return Structure(kept("head", self.heads), kept("node", self.nodes))
+        convolutions = {block: one for block, one in self.convolutions.items() if Unit("attention", block, 0) in gone}
+        return Structure(kept("head", self.heads), kept("node", self.nodes), convolutions)
 
     def require(self, budget: Budget) -> int:
         """A budget as an absolute number.
 
         Raises:
-            BudgetError: If it is not below the original, or not met with one head and one node in each block.
+            BudgetError: If it is not below the original, or not met with the fewest units in each block.
         """
         if budget in self._required:
             return self._required[budget]
         wanted = target(self.model, budget)
-        least = self.without([unit for unit in self.units() if unit.number])
+        least = self.without([unit for unit in self.units() if unit.number >= LEAST[unit.kind]])
         if (left := spent(least.of(self.model), budget)) > wanted:
+            kept = "a convolution for the attention" if self.convolutions else "one head"
             raise BudgetError(
-                f"{budget.unit}={budget.value!r} asks for {wanted:,}: with one head and one hidden node in each of "
+                f"{budget.unit}={budget.value!r} asks for {wanted:,}: with {kept} and one hidden node in each of "
                 f"{len(self.blocks)} blocks {left:,} are left. Ask for more, or allow more blocks in "
                 "CompressionConfig(candidates=...)."
             )
@@ -140,13 +163,13 @@ class Space:
         wanted = self.require(budget)
         order = sorted(self.units(), key=lambda unit: scores[unit])
         last: dict[tuple[Kind, int], Unit] = {(unit.kind, unit.block): unit for unit in order}
-        order = [unit for unit in order if last[unit.kind, unit.block] is not unit]
+        order = [unit for unit in order if not LEAST[unit.kind] or last[unit.kind, unit.block] is not unit]
 
         saved = self.savings(budget)
         missing = spent(self.model, budget) - wanted
         totals = list(accumulate((saved[unit.kind, unit.block] for unit in order), initial=0))
         count = bisect_left(totals, missing)
-        # The last head may have left room for nodes that went before.
+        # The last head or attention may have left room for nodes that went before.
         nodes = [unit for unit in reversed(order[:count]) if unit.kind == "node"]
         room = totals[min(count, len(order))] - missing
         back = set()
@@ -170,21 +193,29 @@ class Space:
             original = spent(self.model, budget)
             self._savings[key] = {
                 (kind, block): original - spent(self.without([Unit(kind, block, 0)]).of(self.model), budget)
-                for block in self.blocks for kind in KINDS if self.count(kind, block) > 1
+                for block in self.blocks for kind in self.kinds if self.count(kind, block) > LEAST[kind]
             }  # fmt: skip
         return self._savings[key]
 
 
 @contextmanager
-def gated(model: nn.Module, gates: Gates) -> Iterator[None]:
+def gated(
+    model: nn.Module, gates: Gates, convolutions: Mapping[int, ConvolutionalAttention] | None = None
+) -> Iterator[None]:
     """Multiply what each head and each hidden node gives by a gate while the context lasts.
+
+    An attention of the gate g gives g of its own and 1 − g of what the convolution does that may come in its place.
 
     Args:
         model: Whose units they are.
         gates: By kind and block `[U]`, or `[B, U]` for each image of a batch its own.
+        convolutions: By block, where there are gates of attentions.
     """
     handles = []
     for (kind, block), gate in gates.items():
+        if kind == "attention":
+            handles.append(_blended(model, block, gate, (convolutions or {})[block]))
+            continue
         layer = head_layer(model, block) if kind == "head" else adapter_for(model).hidden_layer(model, block)
 
         def multiply(_: nn.Module, given: tuple[Tensor, ...], gate: Tensor = gate) -> tuple[Tensor, ...]:
@@ -201,6 +232,15 @@ def gated(model: nn.Module, gates: Gates) -> Iterator[None]:
             handle.remove()
 
 
+def _blended(model: TimmModule, block: int, gate: Tensor, convolution: ConvolutionalAttention) -> RemovableHandle:
+    def blend(_: nn.Module, given: tuple[Tensor, ...], attended: Tensor) -> Tensor:
+        convolved: Tensor = convolution(given[0])
+        return convolved + gate.view(-1, 1, 1) * (attended - convolved)
+
+    handle: RemovableHandle = model.blocks[block].attn.register_forward_hook(blend)
+    return handle
+
+
 def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
     """The student of a structure, which then mimics the original's output tokens.
 
@@ -212,7 +252,9 @@ def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
     student = copy.deepcopy(structure.of(task.teacher))
     cut = tuple(
         block for block in space.blocks
-        if len(structure.heads[block]) < space.heads[block] or len(structure.nodes[block]) < space.nodes[block]
+        if len(structure.heads[block]) < space.heads[block]
+        or len(structure.nodes[block]) < space.nodes[block]
+        or block in structure.convolutions
     )  # fmt: skip
     recovery = mimic(task, student, cut)
     left, nodes = sum(len(structure.nodes[block]) for block in cut), sum(space.nodes[block] for block in cut)
@@ -228,13 +270,14 @@ def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
         kept_nodes={block: structure.nodes[block] for block in cut},
         pruned=cut,
         kept_heads={b: structure.heads[b] for b in cut if len(structure.heads[b]) < space.heads[b]},
+        convolved=tuple(b for b in cut if b in structure.convolutions),
     )
     return Outcome(student, plan, learning_rate=recovery.learning_rate, steps=(recovery,))
 
 
 def open_gates(space: Space, device: torch.device) -> dict[tuple[Kind, int], Tensor]:
     """A gate of 1 for each unit."""
-    return {(kind, b): torch.ones(space.count(kind, b), device=device) for b in space.blocks for kind in KINDS}
+    return {(kind, b): torch.ones(space.count(kind, b), device=device) for b in space.blocks for kind in space.kinds}
 
 
 def scores_of(gates: Gates) -> dict[Unit, float]:

@@ -17,12 +17,14 @@ As it is applied here:
 - The threshold is what the budget makes it.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from dcvit.config import MimickingConfig
 from dcvit.methods.registry import Method, Outcome, Task, register
-from dcvit.methods.units import Gates, Space, gated, open_gates, recovered, scores_of
+from dcvit.methods.units import Gates, Kind, Space, gated, open_gates, recovered, scores_of
 from dcvit.models import adapter_for
 from dcvit.progress import Progress, silent
 
@@ -73,6 +75,7 @@ def learn_gates(
     batches: tuple[Tensor, ...],
     *,
     sparsity: float = SPARSITY,
+    prices: Mapping[tuple[Kind, int], float] | None = None,
     steps: int = STEPS,
     progress: Progress = silent,
 ) -> Gates:
@@ -82,6 +85,7 @@ def learn_gates(
         space: Of the original.
         batches: The images, `[B, C, H, W]` each, taken in turn.
         sparsity: λ.
+        prices: By kind and block what a gate weighs in the mean that is penalised; all the same if `None`.
         steps: How many.
         progress: Told after each step.
     """
@@ -90,16 +94,17 @@ def learn_gates(
     for gate in gates.values():
         gate.requires_grad_()
     optimizer = torch.optim.Adam(gates.values(), lr=LEARNING_RATE)
-    count = sum(gate.numel() for gate in gates.values())
+    weights = {key: 1.0 if prices is None else prices.get(key, 0.0) for key in gates}
+    total = sum(weights[key] * gate.numel() for key, gate in gates.items())
     with torch.no_grad():
         wanted = [adapter.tokens(model, images) for images in batches]
         spreads = [(tokens - tokens.mean(dim=(0, 1))).square().mean() for tokens in wanted]
     progress("gates", 0, steps, None)
     for step in range(steps):
         number = step % len(batches)
-        with torch.enable_grad(), gated(model, gates):
+        with torch.enable_grad(), gated(model, gates, space.convolutions):
             missed = (adapter.tokens(model, batches[number]) - wanted[number]).square().mean()
-            penalty = torch.stack([gate.abs().sum() for gate in gates.values()]).sum() / count
+            penalty = torch.stack([weights[key] * gate.abs().sum() for key, gate in gates.items()]).sum() / total
             loss = missed / spreads[number] + sparsity * penalty
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

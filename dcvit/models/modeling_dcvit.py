@@ -58,6 +58,7 @@ __all__ = [
     "NORMS",
     "SWIN_ARCHITECTURE",
     "CompressedBlock",
+    "ConvolutionalAttention",
     "DroppedBlock",
     "FusingBlock",
     "MlpHalf",
@@ -121,7 +122,7 @@ BLOCKS: dict[str, type[nn.Module]] = {"pre_norm": Block, "res_post_norm": ResPos
 MLPS: dict[str, Any] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
 
 KERNEL = 3
-"""Side of the convolution in a `SharedBlock`."""
+"""Side of the convolutions in `SharedBlock` and `ConvolutionalAttention`."""
 
 
 class MlpHalf(nn.Module):
@@ -308,20 +309,9 @@ class SharedBlock(nn.Module):
             ValueError: If they are another number than the model was built for, and in no square.
         """
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        maps = patches.mT.unflatten(2, self._grid_of(patches.shape[1]))
+        maps = patches.mT.unflatten(2, _grid_of(patches.shape[1], self.grid))
         around = F.conv2d(maps, self.local, padding=KERNEL // 2, groups=len(self.local))
         return torch.cat([prefix, patches + around.flatten(2).mT], dim=1)
-
-    def _grid_of(self, patches: int) -> tuple[int, int]:
-        side = math.isqrt(patches)
-        if patches == math.prod(self.grid):
-            return self.grid
-        if side * side == patches:
-            return side, side
-        raise ValueError(
-            f"{patches} patches: the convolution of a block with shared weights takes them for {self.grid[0]} × "
-            f"{self.grid[1]} or for a square. Pass square images, or build the model with img_size=(height, width)."
-        )
 
     def extra_repr(self) -> str:
         """Whose weights it has."""
@@ -331,6 +321,86 @@ class SharedBlock(nn.Module):
 def _mixed(attention: Tensor, across: Tensor) -> Tensor:
     """Attention `[B, H, N, N]` with a linear map `[H, H]` across the heads."""
     return (across @ attention.flatten(2)).unflatten(2, attention.shape[2:])
+
+
+def _grid_of(patches: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of so many patches: those of a model's grid, or of a square.
+
+    Raises:
+        ValueError: If they are neither.
+    """
+    side = math.isqrt(patches)
+    if patches == math.prod(grid):
+        return grid
+    if patches == side * side:
+        return side, side
+    raise ValueError(
+        f"{patches} patches are neither the grid of {grid[0]} × {grid[1]} that the model was built for nor a square, "
+        "and cannot be convolved: build it with timm.create_model(..., img_size=(HEIGHT, WIDTH)) of these images."
+    )
+
+
+class ConvolutionalAttention(nn.Module):
+    """A convolution over the grid of patches that takes the place of an attention, with its values and its `proj`.
+
+    Of the values v `[B, N, C]` each channel is mixed on its own, with the mean v̄ over all tokens:
+
+        a patch gets                                    (k * v) + m v̄ + b,     k of 3×3, 0 beyond the grid
+        a prefix token t (class, distillation, registers)  s_t v_t + m_t v̄ + b_t
+
+    No queries, keys or N² products are left (after SPViT, arXiv 2111.11802). All mixing weights start at zero.
+
+    Args:
+        attn: A timm `Attention` without a gate; its `norm` and `proj` are taken over, its values' rows copied.
+        grid: Rows and columns of patches. Other numbers of patches are taken for a square.
+        num_prefix_tokens: Tokens before the patches.
+    """
+
+    def __init__(self, attn: TimmModule, grid: tuple[int, int], num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
+        self.num_heads, self.head_dim = attn.num_heads, attn.head_dim  # of the attention that it was
+        weight, channels = attn.qkv.weight, attn.attn_dim
+        self.v = _linear_rows(attn.qkv, torch.arange(2 * channels, 3 * channels, device=weight.device))
+        # Nothing is drawn for weights that start at zero.
+        self.conv: TimmModule = nn.utils.skip_init(
+            nn.Conv2d, channels, channels, KERNEL, padding=KERNEL // 2, groups=channels, device=weight.device,
+            dtype=weight.dtype,
+        )  # fmt: skip
+        self.mean = nn.Parameter(weight.new_zeros(channels))
+        self.prefix = nn.Parameter(weight.new_zeros(3, num_prefix_tokens, channels))  # s, m and b
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+        self.norm, self.proj, self.proj_drop = attn.norm, attn.proj, attn.proj_drop
+        for parameter in (*self.conv.parameters(), self.mean, self.prefix):
+            parameter.requires_grad_(weight.requires_grad)
+        self.train(attn.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens `[B, N, D]` to the same shape; the attention's arguments have nothing to act on."""
+        mixed: Tensor = self.proj_drop(self.proj(self.norm(self.mix(self.v(x)))))
+        return mixed
+
+    def mix(self, value: Tensor) -> Tensor:
+        """What the tokens get of values `[B, N, C]`.
+
+        Raises:
+            ValueError: If the patches are no grid.
+        """
+        prefix, patches = self.split(value)
+        mean = value.mean(dim=1, keepdim=True)
+        own, shared, constant = self.prefix
+        mixed = self.conv(patches).flatten(2).mT + self.mean * mean
+        return torch.cat([own * prefix + shared * mean + constant, mixed], dim=1)
+
+    def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Values `[B, N, C]` as those of the prefix tokens `[B, T, C]` and of the grid `[B, C, H, W]`.
+
+        Raises:
+            ValueError: If the patches are no grid.
+        """
+        prefix, patches = value[:, : self.num_prefix_tokens], value[:, self.num_prefix_tokens :]
+        return prefix, patches.mT.unflatten(2, _grid_of(patches.shape[1], self.grid))
 
 
 class DroppedBlock(nn.Identity):
@@ -429,8 +499,9 @@ def build(
         mlp_layer: Key into `MLPS`.
         distilled: Whether it has DeiT's distillation token.
         per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
-            nodes; `num_attention_heads`, if it lost heads; `token_keep_rate`, if tokens end there; `attention_of` and
-            `mlp_of`, the blocks whose weights it has, if it shares them, which may be itself.
+            nodes; `num_attention_heads`, if it lost heads; `token_mixer`, "convolution" if one takes the attention's
+            place; `token_keep_rate`, if tokens end there; `attention_of` and `mlp_of`, the blocks whose weights it has,
+            if it shares them, which may be itself.
         compressed_block: Made of each block whose attention is skipped.
         kwargs: More arguments of timm's `VisionTransformer`.
     """
@@ -453,6 +524,8 @@ def build(
         block = model.blocks[int(number)]
         if "num_attention_heads" in settings:
             keep_heads(block.attn, torch.arange(settings["num_attention_heads"]))
+        if settings.get("token_mixer") == "convolution":
+            block.attn = ConvolutionalAttention(block.attn, model.patch_embed.grid_size, model.num_prefix_tokens)
         if "token_keep_rate" in settings:
             model.blocks[int(number)] = FusingBlock(block, settings["token_keep_rate"], model.num_prefix_tokens)
         owners = {name: settings[name] for name in ("attention_of", "mlp_of") if name in settings}

@@ -33,6 +33,7 @@ from dcvit.models.modeling_dcvit import (
     ACTIVATIONS,
     ARCHITECTURE,
     BLOCKS,
+    ConvolutionalAttention,
     DroppedBlock,
     FusingBlock,
     SharedBlock,
@@ -54,11 +55,13 @@ from dcvit.models.rebuilding import (
 
 __all__ = [
     "VisionTransformerAdapter",
+    "convolution_of",
     "create_vision_transformer",
     "fuse_tokens",
     "head_layer",
     "keep_block_heads",
     "num_heads",
+    "place_convolution",
     "share_block_weights",
     "shareable",
 ]
@@ -75,7 +78,8 @@ class VisionTransformerAdapter:
           `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped; of a SwiGLU both gate and value;
         - a pruned block loses those rows and columns alone;
         - a dropped block becomes a `DroppedBlock`;
-        - a block may lose heads, and become a `FusingBlock` behind whose attention tokens end;
+        - a block may lose heads, have a `ConvolutionalAttention` for its attention, and become a `FusingBlock` behind
+          whose attention tokens end;
         - consecutive blocks may become `SharedBlock`s, of which one has the attention, the MLP or both of all;
         - everything else, parameter names included, stays.
     """
@@ -324,7 +328,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
             )
     if not whole:
         raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
-    block = whole[0]
+    block = next((b for b in whole if not isinstance(b.attn, ConvolutionalAttention)), whole[0])
     attention = block.attn
     # Blocks are cut from the widest: what `build` makes loses nodes and gains none.
     mlp = max((b.mlp for b in model.blocks if not isinstance(b, DroppedBlock)), key=lambda mlp: mlp.fc2.in_features)
@@ -332,7 +336,8 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     if model.attn_pool is not None and model.attn_pool.mlp is not None:  # which is as wide as the uncut blocks
         intermediate_size = max(intermediate_size, model.attn_pool.mlp.fc1.out_features)
     widest = intermediate_size // (2 if type(mlp) is GluMlp else 1)
-    if type(attention) is not Attention:
+    convolved = isinstance(attention, ConvolutionalAttention)  # as all are, then
+    if type(attention) is not Attention and not convolved:
         raise UnsupportedModelError(
             f"blocks.*.attn is a {type(attention).__qualname__}; only timm's Attention, whose cost is known, is "
             "supported."
@@ -354,8 +359,8 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "depth": len(model.blocks),
         "num_heads": embed_dim // attention.head_dim,
         "intermediate_size": intermediate_size,
-        "qkv_bias": attention.qkv.bias is not None,
-        "qk_norm": not isinstance(attention.q_norm, nn.Identity),
+        "qkv_bias": (attention.v if convolved else attention.qkv).bias is not None,
+        "qk_norm": not convolved and not isinstance(attention.q_norm, nn.Identity),
         "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
         "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
         "proj_bias": attention.proj.bias is not None,
@@ -404,7 +409,7 @@ def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Map
 def num_heads(model: TimmModule, block: int) -> int:
     """Heads of a block's attention; 0 where it has none."""
     attn = getattr(model.blocks[block], "attn", None)
-    return 0 if attn is None else int(attn.num_heads)
+    return 0 if attn is None or isinstance(attn, ConvolutionalAttention) else int(attn.num_heads)
 
 
 def head_layer(model: TimmModule, block: int) -> nn.Module:
@@ -418,11 +423,32 @@ def keep_block_heads(model: TimmModule, block: int, kept: Sequence[int]) -> None
     keep_heads(model.blocks[block].attn, torch.as_tensor(kept, dtype=torch.int64))
 
 
+def convolution_of(model: TimmModule, block: int) -> ConvolutionalAttention:
+    """A convolution that may take the place of a block's attention, its mixing weights zero; the model stays.
+
+    Raises:
+        UnsupportedModelError: If tokens end in a block of the model: what goes on is no grid.
+    """
+    for i, module in enumerate(model.blocks):
+        if isinstance(module, FusingBlock):
+            raise UnsupportedModelError(
+                f"Tokens end in blocks.{i}; those that go on are no grid, over which a convolution could run: use "
+                "another method."
+            )
+    return ConvolutionalAttention(model.blocks[block].attn, model.patch_embed.grid_size, model.num_prefix_tokens)
+
+
+def place_convolution(model: TimmModule, block: int, convolution: ConvolutionalAttention) -> None:
+    """In place: a convolution, not copied, takes the place of a block's attention."""
+    model.blocks[block].attn = convolution
+
+
 def fuse_tokens(model: TimmModule, block: int, keep_rate: float) -> None:
     """In place: behind a block's attention only the share `keep_rate` of the patch tokens goes on, see `FusingBlock`.
 
     Raises:
-        UnsupportedModelError: If the model has no class token, or its block is no plain one.
+        UnsupportedModelError: If the model has no class token, its block is no plain one, or convolutions run over
+            the grid of patches.
     """
     if model.cls_token is None:
         raise UnsupportedModelError(
@@ -432,13 +458,19 @@ def fuse_tokens(model: TimmModule, block: int, keep_rate: float) -> None:
         raise UnsupportedModelError(
             f"blocks.{block} is a {type(model.blocks[block]).__qualname__}; tokens can end only in timm's Block."
         )
+    for i, module in enumerate(model.blocks):
+        if isinstance(getattr(module, "attn", None), ConvolutionalAttention):
+            raise UnsupportedModelError(
+                f"blocks.{i} has a convolution over the grid of patches for its attention; tokens cannot end in such a "
+                "model: use another method."
+            )
     model.blocks[block] = FusingBlock(model.blocks[block], keep_rate, model.num_prefix_tokens)
 
 
 def shareable(model: TimmModule, first: int, second: int) -> bool:
     """Whether two blocks could have the same weights: both timm's `Block`, their parts of the same kinds and sizes."""
     blocks = [model.blocks[first], model.blocks[second]]
-    if any(timm_type(block) is not Block for block in blocks):
+    if any(timm_type(block) is not Block or type(block.attn) is not Attention for block in blocks):
         return False
     shapes = [{name: tensor.shape for name, tensor in block.named_parameters()} for block in blocks]
     return shapes[0] == shapes[1] and type(blocks[0].mlp) is type(blocks[1].mlp)
@@ -467,6 +499,8 @@ def _layer_settings(block: TimmModule, widest: int, embed_dim: int) -> dict[str,
     found: dict[str, Any] = {}
     if block.attn.num_heads * block.attn.head_dim < embed_dim:
         found["num_attention_heads"] = block.attn.num_heads
+    if isinstance(block.attn, ConvolutionalAttention):
+        found["token_mixer"] = "convolution"
     if isinstance(block, FusingBlock):
         found["token_keep_rate"] = block.keep_rate
     if isinstance(block, SharedBlock):
@@ -503,11 +537,13 @@ def _block_cost(block: TimmModule, tokens: int, tokens_after: int) -> BlockCost:
         return BlockCost(Cost(), mlp_cost, node, hidden)
     attention = block.attn
     inner = attention.num_heads * attention.head_dim
-    cost = (
-        linear_cost(width, 3 * inner, tokens, bias=False)
-        + linear_cost(inner, width, tokens, bias=False)
-        + Cost(attention_macs=2 * tokens * tokens * inner)
-    )
+    cost = linear_cost(inner, width, tokens, bias=False)
+    if isinstance(attention, ConvolutionalAttention):
+        patches = tokens - attention.num_prefix_tokens
+        cost += linear_cost(width, inner, tokens, bias=False)
+        cost += Cost(weight_macs=patches * attention.conv.weight.numel())
+    else:
+        cost += linear_cost(width, 3 * inner, tokens, bias=False) + Cost(attention_macs=2 * tokens * tokens * inner)
     params = sum(num_params(block.get_submodule(n)) for n in ("norm1", "attn", "ls1") if hasattr(block, n))
     cost = Cost(cost.weight_macs, cost.attention_macs, params)
     if isinstance(block, SharedBlock):

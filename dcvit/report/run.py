@@ -133,7 +133,11 @@ def _cut(record: Record) -> str:
     names = part_names(record.values)
     for lost, blocks in (
         (f"lost their {names.mixing}", [block for block in sorted(plan.blocks) if block not in plan.pruned]),
-        (f"lost {names.nodes} and keep their {names.mixing}", plan.pruned),
+        ("have a convolution in the place of their attention", plan.convolved),
+        (
+            f"lost {names.nodes} and keep their {names.mixing}",
+            [block for block in plan.pruned if block not in plan.convolved],
+        ),
     ):
         if blocks:
             listed = ", ".join(f"{block} ({len(plan.kept_nodes[block]):,})" for block in blocks)
@@ -337,11 +341,14 @@ def _architecture(record: Record) -> Section | None:
     table = Table(
         ("block", *(f"{part} {when}" for part in (names.mixing, names.nodes) for when in ("before", "after"))),
         [
-            (str(block), _yes(old[0]), _yes(new[0]), number(old[1]), number(new[1]))
+            (
+                str(block), _yes(old[0]), "convolution" if block in record.plan.convolved else _yes(new[0]),
+                number(old[1]), number(new[1]),
+            )
             for block, (old, new) in enumerate(zip(before, after, strict=True))
         ],
         marked=frozenset(record.plan.blocks),
-    )
+    )  # fmt: skip
     figure = Figure(
         "Blocks, from the first at the top to the last",
         lambda width: block_structure(width, before, after, (names.mixing, names.pointwise, names.nodes)),
