@@ -256,8 +256,10 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 
 def report(records: Sequence[Record]) -> str:
-    """The section of a results file: how it was measured, and a table for each bed."""
+    """The section of a results file: how it was measured, a table for each bed, and those of ablations."""
     ordered = sorted(records, key=_place)
+    whole = [record for record in ordered if record.request.ablation is None]
+    ablated = [record for record in ordered if record.request.ablation is not None]
     hours = sum(record.seconds for record in records) / 3600
     codes = list(dict.fromkeys(record.code for record in records))
     lines = [
@@ -265,7 +267,7 @@ def report(records: Sequence[Record]) -> str:
         "",
         records[-1].header,
         "",
-        f"    {command(ordered)}",
+        *(f"    {command(of_kind)}" for of_kind in (whole, ablated) if of_kind),
         "",
         f"{len(records)} runs, {hours:.2f} hours of compression in all, of the code as of {', '.join(codes)}. Mean ± "
         "standard deviation over the seeds, each of which draws another few-shot set. Asked is what share of the MACs "
@@ -274,11 +276,12 @@ def report(records: Sequence[Record]) -> str:
         "original and top-1 are of held-out images, in per cent. r = ‖s − t‖² / ‖t − mean(t)‖² over their output "
         "tokens; 0 is exact.",
     ]
-    for bed in dict.fromkeys(record.request.bed for record in ordered):
-        of_bed = [record for record in ordered if record.request.bed == bed]
-        top1 = of_bed[0].original_top1
-        lines += ["", f"### {bed}" + ("" if top1 is None else f" (original: {100 * top1:.1f} % top-1)"), ""]
-        lines.append(table(of_bed))
+    for of_kind, what in ((whole, ""), (ablated, ", ablations of the published procedure")):
+        for bed in dict.fromkeys(record.request.bed for record in of_kind):
+            of_bed = [record for record in of_kind if record.request.bed == bed]
+            top1 = of_bed[0].original_top1
+            title = f"### {bed}{what}" + ("" if top1 is None else f" (original: {100 * top1:.1f} % top-1)")
+            lines += ["", title, "", table(of_bed)]
     return "\n".join(lines)
 
 
@@ -320,8 +323,9 @@ def command(records: Sequence[Record]) -> str:
 
     epochs = [value for value in all_of("epochs") if value != "None"]
     seeds = {record.request.seed for record in records}
-    parts = ["--beds", *all_of("bed"), "--methods", *all_of("method"), "--budgets", *sorted(all_of("budget"))]
-    parts += ["--seeds", str(len(seeds)), "--num-images", *all_of("num_images")]
+    ablations = [value for value in all_of("ablation") if value != "None"]
+    parts = ["--beds", *all_of("bed"), *(["--ablate", *ablations] if ablations else ["--methods", *all_of("method")])]
+    parts += ["--budgets", *sorted(all_of("budget")), "--seeds", str(len(seeds)), "--num-images", *all_of("num_images")]
     parts += ["--epochs", epochs[-1]] if epochs else []
     units = all_of("unit")
     parts += [] if units == ["macs"] else ["--unit", *units]

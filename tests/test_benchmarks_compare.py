@@ -75,6 +75,17 @@ def test_budgets_are_of_macs_or_of_parameters() -> None:
     assert Record.from_dict(before) == record()
 
 
+def test_ablations_have_a_table_of_their_own() -> None:
+    name = "class token alone mimicked"
+    text = compare.report([record(), record(ablation=name, agreement=0.5), record("cd", agreement=0.4)])
+    whole, ablated = text.split("### digits, ablations of the published procedure")
+    assert [row[2] for row in rows(whole)[2:]] == ["dcvit", "cd"]
+    assert [row[2] for row in rows(ablated)[2:]] == [f"dcvit, {name}"]
+    assert "--methods dcvit cd --budgets 0.25" in whole
+    assert f"--beds digits --ablate '{name}' --budgets 0.25" in whole
+    assert compare.report([record(ablation=name)]).count("python -m") == 1
+
+
 def test_ablations_are_of_the_published_procedure() -> None:
     options = compare._parser().parse_args(["--beds", "digits", "--budgets", "0.2", "--seeds", "1", "--ablate"])
     asked = compare._requests(options)

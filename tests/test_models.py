@@ -300,7 +300,7 @@ def test_convolutions_run_on_grids_of_other_sizes() -> None:
     assert not torch.equal(convolution(tokens), by_square)
     model.blocks[0].attn.grid = (2, 2)
     assert model(torch.randn(1, 3, 48, 48)).shape == (1, 10)
-    with pytest.raises(ValueError, match=r"8 patches are neither the grid of 2 × 2 .* nor a square: .*img_size="):
+    with pytest.raises(ValueError, match=r"8 patches are neither the grid of 2 × 2 .* nor a square, .*img_size="):
         model(torch.randn(1, 3, 32, 64))
 
 
