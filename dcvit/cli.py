@@ -890,7 +890,7 @@ def _show_compress(values: dict[str, Any]) -> str:
     elif cut_kind(values) == "dropped":
         cut = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
     else:
-        compressed = [block for block in values["blocks"] if block not in (*pruned, *convolved)]
+        compressed = [block for block in values["blocks"] if block not in values["plan"]["pruned"]]
         told = [
             f"{name} blocks (hidden nodes kept): "
             + ", ".join(f"{block} ({len(nodes[str(block)])})" for block in blocks)

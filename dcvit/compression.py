@@ -778,11 +778,8 @@ def _resolve_learning_rate(
             seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
         )  # fmt: skip
 
-    def found() -> float:
-        rate: float = store.unit("learning-rate", lambda: Unit(find())).values
-        return rate
-
-    return replace(config, recovery=config.mimicking.with_learning_rate(found))
+    kept_rate = partial(store.unit, "learning-rate", lambda: Unit(find()))
+    return replace(config, recovery=config.mimicking.with_learning_rate(lambda: kept_rate().values))
 
 
 def _step_size(

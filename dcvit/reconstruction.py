@@ -163,8 +163,13 @@ class Rows:
         """At most `FEW_ROWS` of them, drawn at random but always the same."""
         if len(self.given) <= FEW_ROWS:
             return self
-        some = _few(len(self.given)).to(self.given.device)
-        return Rows(self.given[some], self.wanted[some], self.held_out[some])
+        return Rows(*_thinned(self.given, self.wanted, self.held_out))
+
+
+def _thinned(*tensors: Tensor) -> list[Tensor]:
+    """Of tensors of equally many rows those that `_few` chooses; all where they are few."""
+    count, device = len(tensors[0]), tensors[0].device
+    return list(tensors) if count <= FEW_ROWS else [tensor[_few(count).to(device)] for tensor in tensors]
 
 
 def _few(count: int) -> Tensor:
@@ -308,17 +313,13 @@ class TeacherStates:
         Args:
             block: The block, from 0.
             given: What a student's block gets, `[R, D]` or `[R, D + K]`; what the teacher's gets if not given.
-            few: Those of `Rows.thinned`, which `given` is of already.
+            few: `given` has those of `Rows.thinned` alone, and so have the others.
         """
         wanted = self._wanted[block][:]
         held_out = self._held_out.repeat_interleave(len(wanted) // len(self._held_out))
-        if given is None:
-            rows = Rows(self._given[block][:], wanted, held_out)
-            return rows.thinned() if few else rows
-        if few and len(wanted) > FEW_ROWS:
-            some = _few(len(wanted)).to(wanted.device)
-            wanted, held_out = wanted[some], held_out[some]
-        return Rows(given, wanted, held_out)
+        if few:
+            wanted, held_out = _thinned(wanted, held_out)
+        return Rows(self._given[block][:] if given is None else given, wanted, held_out)
 
     def mlp_rows(self, block: int) -> Rows:
         """The equations of the MLP of a prunable block alone, thinned.

@@ -208,14 +208,14 @@ def _select_groups(gram: Tensor, moment: Tensor, count: int, size: int) -> Tenso
     factor = gram.new_zeros(count * size, inputs)  # rows of Lᵀ
     chosen: list[int] = []
     taken = torch.zeros(groups, dtype=torch.bool, device=gram.device)
+    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
     for step in range(count):
-        safe = own + floor * torch.eye(size, dtype=gram.dtype, device=gram.device)
-        half = torch.linalg.solve_triangular(torch.linalg.cholesky(safe), left, upper=False)
+        roots = torch.linalg.cholesky(own + floor * identity)
+        half = torch.linalg.solve_triangular(roots, left, upper=False)
         pivot = int(half.square().sum((1, 2)).masked_fill(taken, -1.0).argmax())
         index, done = places[pivot], step * size
-        root = torch.linalg.cholesky(safe[pivot])
         products = gram[index] - factor[:done, index].T @ factor[:done]
-        rows = torch.linalg.solve_triangular(root, products, upper=False)
+        rows = torch.linalg.solve_triangular(roots[pivot], products, upper=False)
         factor[done : done + size] = rows
         by_group = rows.view(size, groups, size).transpose(0, 1)
         own -= by_group.transpose(1, 2) @ by_group
@@ -223,6 +223,6 @@ def _select_groups(gram: Tensor, moment: Tensor, count: int, size: int) -> Tenso
         chosen.append(pivot)
         taken[pivot] = True
         # A chosen group is spanned: what rounding leaves of it must not stop the factorisation.
-        own[pivot] = torch.eye(size, dtype=gram.dtype, device=gram.device)
+        own[pivot] = identity
         left[pivot] = 0
     return torch.tensor(chosen, dtype=torch.int64, device=gram.device)

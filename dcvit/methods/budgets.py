@@ -7,15 +7,16 @@ structure decides is met exactly from below.
 import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from dcvit.costs import file_size
 from dcvit.errors import BudgetError
 from dcvit.models import adapter_for
-from dcvit.planning import Budget, choose_candidates
+from dcvit.planning import Budget, Plan, choose_candidates
 
-__all__ = ["candidate_groups", "fewest_blocks", "flat", "spent", "target", "widest_mlps"]
+__all__ = ["candidate_groups", "fewest_blocks", "flat", "plan_of", "spent", "target", "widest_mlps"]
 
 
 def spent(model: nn.Module, budget: Budget) -> int:
@@ -36,6 +37,39 @@ def target(model: nn.Module, budget: Budget) -> int:
     if wanted >= original:
         raise BudgetError(f"{budget.unit}={budget.value!r}: the original has only {original:,}. Ask for less.")
     return wanted
+
+
+def plan_of(
+    teacher: nn.Module,
+    student: nn.Module,
+    budget: Budget,
+    blocks: Sequence[int],
+    candidates: Sequence[int],
+    **more: Any,
+) -> Plan:
+    """The plan that a student follows, read off it.
+
+    Args:
+        teacher: The original.
+        student: The smaller model, in which blocks have the same numbers.
+        budget: What it meets.
+        blocks: Those that are not the original's, at least one.
+        candidates: Those that might have been.
+        more: Further fields of the plan.
+    """
+    adapter = adapter_for(teacher)
+    left, hidden = (sum(adapter.hidden_features(model, block) for block in blocks) for model in (student, teacher))
+    return Plan(
+        budget=budget,
+        target=target(teacher, budget),
+        num_blocks=len(blocks),
+        hidden_features=left // len(blocks),
+        drop_ratio=(hidden - left) / hidden,
+        candidates=tuple(candidates),
+        cost=adapter.cost(student).total,
+        blocks=tuple(blocks),
+        **more,
+    )
 
 
 def candidate_groups(model: nn.Module, wanted: tuple[int, ...] | None) -> list[tuple[int, ...]]:

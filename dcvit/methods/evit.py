@@ -21,11 +21,10 @@ from torch import nn
 
 from dcvit.config import MimickingConfig
 from dcvit.errors import BudgetError
-from dcvit.methods.budgets import spent, target
+from dcvit.methods.budgets import plan_of, spent, target
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
 from dcvit.models.vision_transformer import fuse_tokens
-from dcvit.planning import Plan
 from dcvit.surgery import copy_blocks
 
 __all__ = ["EVIT", "evit", "fusing_blocks"]
@@ -56,17 +55,7 @@ def evit(task: Task) -> Outcome:
                 "CompressionConfig(candidates=...)."
             )
         student = _fused(teacher, blocks, step)
-    plan = Plan(
-        budget=budget,
-        target=wanted,
-        num_blocks=len(blocks),
-        hidden_features=adapter_for(teacher).hidden_features(teacher, blocks[0]),
-        drop_ratio=0.0,
-        candidates=tuple(blocks),
-        cost=adapter_for(student).cost(student).total,
-        blocks=tuple(blocks),
-        token_keep_rates=dict.fromkeys(blocks, step / STEPS),
-    )
+    plan = plan_of(teacher, student, budget, blocks, blocks, token_keep_rates=dict.fromkeys(blocks, step / STEPS))
     return Outcome(student, plan)
 
 

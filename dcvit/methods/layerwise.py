@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcvit.errors import BudgetError, UnsupportedModelError
-from dcvit.methods.budgets import target, widest_mlps
+from dcvit.methods.budgets import plan_of, widest_mlps
 from dcvit.methods.registry import Outcome, Task
 from dcvit.models import ModelAdapter, adapter_for
-from dcvit.planning import Plan
 from dcvit.reconstruction import Reconstruction, Views, draw_views
 from dcvit.regression import NormalEquations
 from dcvit.stacks import Stack
@@ -137,19 +136,7 @@ def fit_layerwise(task: Task, fit: Fit) -> Outcome:
             passed = _pass(adapter, teacher, block, states.split(recovery.batch_size))
             students = _pass(adapter, student, block, students.split(recovery.batch_size)) if reports else passed
             states = passed
-    left, hidden = sum(counts.values()), sum(adapter.hidden_features(teacher, block) for block in counts)
-    plan = Plan(
-        budget=budget,
-        target=target(teacher, budget),
-        num_blocks=len(counts),
-        hidden_features=left // len(counts),
-        drop_ratio=(hidden - left) / hidden,
-        candidates=candidates,
-        cost=adapter.cost(student).total,
-        blocks=candidates,
-        kept_nodes=kept,
-        pruned=candidates,
-    )
+    plan = plan_of(teacher, student, budget, candidates, candidates, kept_nodes=kept, pruned=candidates)
     return Outcome(student, plan, reconstructions=tuple(reports))
 
 

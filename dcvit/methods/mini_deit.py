@@ -35,12 +35,12 @@ from torch import nn
 
 from dcvit.config import MimickingConfig
 from dcvit.errors import BudgetError, UnsupportedModelError
-from dcvit.methods.budgets import spent, target
+from dcvit.methods.budgets import plan_of, spent, target
 from dcvit.methods.mimicking import mimic
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
 from dcvit.models.vision_transformer import share_block_weights, shareable
-from dcvit.planning import Budget, Plan
+from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
 from dcvit.recovery import mimicking_loss, output_tokens
 from dcvit.surgery import copy_blocks
@@ -64,7 +64,7 @@ def mini_deit(task: Task) -> Outcome:
         UnsupportedModelError: If no two consecutive blocks can share.
     """
     teacher, budget, mimicking = task.teacher, task.budget, task.config.mimicking
-    adapter, wanted = adapter_for(teacher), target(teacher, budget)
+    wanted = target(teacher, budget)
     able = joins(teacher, task.config.candidates)
     if (least := spent(sharing(teacher, able), budget)) > wanted:
         raise BudgetError(
@@ -82,18 +82,8 @@ def mini_deit(task: Task) -> Outcome:
     attention_of, mlp_of = owners(chosen, "attention"), owners(chosen, "mlp")
     blocks = tuple(sorted({*attention_of, *mlp_of}))
     recovery = mimic(task, student, blocks)
-    plan = Plan(
-        budget=budget,
-        target=wanted,
-        num_blocks=len(blocks),
-        hidden_features=adapter.hidden_features(teacher, blocks[0]),
-        drop_ratio=0.0,
-        candidates=task.config.candidates or tuple(range(adapter.num_blocks(teacher))),
-        cost=adapter.cost(student).total,
-        blocks=blocks,
-        attention_of=attention_of,
-        mlp_of=mlp_of,
-    )
+    candidates = task.config.candidates or range(adapter_for(teacher).num_blocks(teacher))
+    plan = plan_of(teacher, student, budget, blocks, candidates, attention_of=attention_of, mlp_of=mlp_of)
     return Outcome(student, plan, learning_rate=recovery.learning_rate, steps=(recovery,))
 
 

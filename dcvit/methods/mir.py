@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from dcvit.augmentation import augment
 from dcvit.config import MimickingConfig
 from dcvit.images import FewShotImages
-from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, target
+from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, plan_of
 from dcvit.methods.practise import drop_blocks
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
 from dcvit.optimisation import warmup_cosine
-from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
 from dcvit.recovery import HELD_OUT_SHARE, Recovery
 from dcvit.seeding import derive_seed, seeded
@@ -68,16 +67,7 @@ def mir(task: Task) -> Outcome:
     with task.timer("compression"):
         seed = derive_seed(config.seed, "mir")
         recovery = mimic_features(student, teacher, task.images, mimicking, seed=seed, progress=task.progress)
-    plan = Plan(
-        budget=budget,
-        target=target(teacher, budget),
-        num_blocks=len(blocks),
-        hidden_features=0,
-        drop_ratio=1.0,
-        candidates=flat(groups),
-        cost=adapter_for(student).cost(student).total,
-        blocks=blocks,
-    )
+    plan = plan_of(teacher, student, budget, blocks, flat(groups))
     return Outcome(student, plan, learning_rate=recovery.learning_rate, steps=(recovery,))
 
 

@@ -27,10 +27,9 @@ from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.costs import Cost
 from dcvit.images import FewShotImages
 from dcvit.methods.adaptors import absorb_adaptors, adaptors, insert_adaptors
-from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, target
+from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, plan_of
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for, require_supported
-from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
 from dcvit.ranking import Trial, run_trials
 from dcvit.recovery import Recovery, find_learning_rate, mimicking_loss, output_tokens, recover
@@ -52,7 +51,6 @@ def practise(task: Task) -> Outcome:
     """
     teacher, budget, config = task.teacher, task.budget, task.config
     _ = config.mimicking  # refused now if it is not
-    wanted = target(teacher, budget)
     cost = adapter_for(teacher).cost(teacher)
     groups = candidate_groups(teacher, config.candidates)
 
@@ -71,16 +69,7 @@ def practise(task: Task) -> Outcome:
         blocks = fewest_blocks(teacher, budget, lambda count: order[:count], len(order))
     with task.timer("compression"):
         student, recovery = _drop_and_recover(teacher, task.images, blocks, config, task.progress)
-    plan = Plan(
-        budget=budget,
-        target=wanted,
-        num_blocks=len(blocks),
-        hidden_features=0,
-        drop_ratio=1.0,
-        candidates=flat(groups),
-        cost=adapter_for(student).cost(student).total,
-        blocks=blocks,
-    )
+    plan = plan_of(teacher, student, budget, blocks, flat(groups))
     return Outcome(student, plan, trials, recovery.learning_rate, steps=(recovery,))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dcvit.errors import BudgetError
-from dcvit.methods.budgets import spent, target
+from dcvit.methods.budgets import plan_of, spent, target
 from dcvit.methods.mimicking import mimic
 from dcvit.methods.registry import Outcome, Task
 from dcvit.models import adapter_for
@@ -30,7 +30,7 @@ from dcvit.models.vision_transformer import (
     num_heads,
     place_convolution,
 )
-from dcvit.planning import Budget, Plan
+from dcvit.planning import Budget
 from dcvit.surgery import copy_blocks
 
 __all__ = ["Gates", "Kind", "Space", "Structure", "Unit", "gated", "open_gates", "recovered", "scores_of"]
@@ -257,21 +257,13 @@ def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
         or block in structure.convolutions
     )  # fmt: skip
     recovery = mimic(task, student, cut)
-    left, nodes = sum(len(structure.nodes[block]) for block in cut), sum(space.nodes[block] for block in cut)
-    plan = Plan(
-        budget=task.budget,
-        target=space.require(task.budget),
-        num_blocks=len(cut),
-        hidden_features=left // len(cut),
-        drop_ratio=(nodes - left) / nodes,
-        candidates=space.blocks,
-        cost=adapter_for(student).cost(student).total,
-        blocks=cut,
+    plan = plan_of(
+        task.teacher, student, task.budget, cut, space.blocks,
         kept_nodes={block: structure.nodes[block] for block in cut},
         pruned=cut,
         kept_heads={b: structure.heads[b] for b in cut if len(structure.heads[b]) < space.heads[b]},
         convolved=tuple(b for b in cut if b in structure.convolutions),
-    )
+    )  # fmt: skip
     return Outcome(student, plan, learning_rate=recovery.learning_rate, steps=(recovery,))
 
 

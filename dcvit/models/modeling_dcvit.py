@@ -194,13 +194,9 @@ class FusingBlock(nn.Module):
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Attention `[B, N, D]`, and how the class token attends to the patches `[B, P]`, the mean over the heads."""
-        attn: TimmModule = self.attn
-        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        query, key = attn.q_norm(query), attn.k_norm(key)
-        weights = (attn.scale * query @ key.mT).softmax(dim=-1)
-        mixed = attn.norm((weights @ value).transpose(1, 2).flatten(2))
-        return attn.proj_drop(attn.proj(mixed)), weights[:, :, 0, self.num_prefix_tokens :].mean(dim=1)
+        logits, value = _logits_and_values(self.attn, x)
+        weights = logits.softmax(dim=-1)
+        return _projected(self.attn, weights, value), weights[:, :, 0, self.num_prefix_tokens :].mean(dim=1)
 
     def _num_kept(self, patches: int) -> int:
         return math.ceil(self.keep_rate * patches)
@@ -217,6 +213,21 @@ class FusingBlock(nn.Module):
         weight = weight / weight.sum(dim=1, keepdim=True)
         fused = (weight.unsqueeze(-1) * _taken(patches, rest)).sum(dim=1, keepdim=True)
         return torch.cat([prefix, _taken(patches, first), fused], dim=1)
+
+
+def _logits_and_values(attn: TimmModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a timm `Attention` puts through the softmax `[B, H, N, N]`, and its values `[B, H, N, C]`."""
+    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    query, key, value = qkv.unbind(0)
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    return attn.scale * query @ key.mT, value
+
+
+def _projected(attn: TimmModule, weights: Tensor, value: Tensor) -> Tensor:
+    """What a timm `Attention` gives `[B, N, D]`, of its weights `[B, H, N, N]` and values `[B, H, N, C]`."""
+    mixed = attn.norm((weights @ value).transpose(1, 2).flatten(2))
+    projected: Tensor = attn.proj_drop(attn.proj(mixed))
+    return projected
 
 
 def _taken(tokens: Tensor, index: Tensor) -> Tensor:
@@ -292,15 +303,11 @@ class SharedBlock(nn.Module):
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attention `[B, N, D]` with maps across the heads."""
-        attn = self.attn
-        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        query, key = attn.q_norm(query), attn.k_norm(key)
-        logits = _mixed(attn.scale * query @ key.mT, self.mix_logits)
+        logits, value = _logits_and_values(self.attn, x)
+        logits = _mixed(logits, self.mix_logits)
         logits = maybe_add_mask(logits, resolve_self_attn_mask(x.shape[1], logits, attn_mask, is_causal))
-        weights = attn.attn_drop(_mixed(logits.softmax(dim=-1), self.mix_weights))
-        mixed = attn.norm((weights @ value).transpose(1, 2).flatten(2))
-        return attn.proj_drop(attn.proj(mixed))
+        weights = self.attn.attn_drop(_mixed(logits.softmax(dim=-1), self.mix_weights))
+        return _projected(self.attn, weights, value)
 
     def look_around(self, x: Tensor) -> Tensor:
         """Add the convolution of the patches among the tokens `[B, N, D]` to them.

@@ -248,7 +248,7 @@ class ResidualCnnAdapter:
             return None
         if any(isinstance(part, SqueezeExcite) for part in module.children()):  # which weighs each filter by all
             return None
-        return partial(_with_patches, _without_activation(module), self.hidden_layer(model, block)), _LastLayer(layer)
+        return partial(_with_patches, self.block(model, block), self.hidden_layer(model, block)), _LastLayer(layer)
 
     def output_layer(self, model: TimmModule, block: int) -> OutputLayer | None:
         """See `ModelAdapter.output_layer`; `None` where more than a BatchNorm lies behind the layer."""
@@ -423,18 +423,19 @@ class _LastLayer(nn.Module):
     """The end of a block: its input and what its last layer is given `[B, D + K, H, W]`, to its output `[B, D, H, W]`.
 
     Args:
-        layer: The block's own, with the BatchNorm behind it.
+        output: The block's own, with the BatchNorm behind it.
     """
 
-    def __init__(self, layer: OutputLayer) -> None:
+    def __init__(self, output: OutputLayer) -> None:
         super().__init__()
-        self.layer, self.norm = layer.layer, layer.norm
+        assert output.norm is not None
+        self.layer, self.norm = output.layer, output.norm
 
     def forward(self, state: Tensor) -> Tensor:
         weight = self.layer.weight.flatten(1)[..., None, None]
         x, hidden = state.split([len(weight), weight.shape[1]], dim=1)
-        added = F.conv2d(hidden, weight, self.layer.bias)
-        return x + (added if self.norm is None else self.norm(added))
+        added: Tensor = self.norm(F.conv2d(hidden, weight, self.layer.bias))
+        return x + added
 
 
 def _hidden_features(block: TimmModule) -> int:

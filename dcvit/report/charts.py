@@ -139,7 +139,7 @@ def block_structure(
     width: float,
     before: Sequence[tuple[bool, int]],
     after: Sequence[tuple[bool, int]],
-    names: tuple[str, str, str] = ("attention", "MLP", "hidden nodes"),
+    names: tuple[str, str, str],
 ) -> Svg:
     """The blocks of two models side by side, the first at the top: attention, and an MLP as wide as its hidden nodes.
 
