@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import dcvit
-from dcvit import cli
 from dcvit.cli import main
+from dcvit.cli.compress import COMMAND
+from dcvit.demo.comparison import DEMO_CONFIG
 from dcvit.methods import METHODS
 from dcvit.progress import TerminalProgress
 from tests.conftest import QUICK
@@ -63,7 +64,7 @@ def test_compress_a_timm_model_from_photographs(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dcvit.cli.compress", quickly)
+    monkeypatch.setattr("dcvit.cli.compress.compress", quickly)
     out = str(tmp_path / "out")
     model = ["vit_tiny_patch16_224", "--random-weights"]
     code, text, progress = run(
@@ -135,7 +136,7 @@ def test_options_of_the_recovery(
         seen.append(args[3])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcvit.cli.compress", caught)
+    monkeypatch.setattr("dcvit.cli.compress.compress", caught)
     out = str(tmp_path / "out")
     assert (
         main(["compress", "demo", "--data", "digits", "--macs", "0.75", "--seed", "4", "--out", out, *options]) == 130
@@ -150,9 +151,9 @@ def test_demo_writes_what_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fewer = replace(
-        cli.DEMO_CONFIG.reconstruction, num_views=50, refinement_views=50, refinement_steps=200, refinement_batch=10
+        DEMO_CONFIG.reconstruction, num_views=50, refinement_views=50, refinement_steps=200, refinement_batch=10
     )
-    monkeypatch.setattr(cli, "DEMO_CONFIG", replace(cli.DEMO_CONFIG, recovery=fewer))
+    monkeypatch.setattr("dcvit.cli.demo.DEMO_CONFIG", replace(DEMO_CONFIG, recovery=fewer))
     out = tmp_path / "demo"
     code, text, _ = run(capsys, "demo", "--seeds", "2", "--epochs", "1", "--num-images", "8", "--out", str(out))
     assert code == 0
@@ -239,7 +240,7 @@ def test_options_of_the_budget(
         seen.append(args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcvit.cli.compress", caught)
+    monkeypatch.setattr("dcvit.cli.compress.compress", caught)
     asked = ["compress", "demo", "--data", "digits", "--out", str(tmp_path / "out"), "--round-to", "8"]
     asked += ["--structure", "fewest"]
     assert main([*asked, *option]) == 130
@@ -258,7 +259,7 @@ def test_a_latency_budget_is_reported(
     def timed(*args: Any, **kwargs: Any) -> dcvit.CompressionResult:
         return quickly(*args, **kwargs, stopwatch=stopwatch)
 
-    monkeypatch.setattr("dcvit.cli.compress", timed)
+    monkeypatch.setattr("dcvit.cli.compress.compress", timed)
     out = str(tmp_path / "out")
     code, text, error = run(
         capsys, "compress", "demo", "--data", "digits", "--latency", "0.7", "--out", out, "--num-images", "6", *FEW
@@ -272,7 +273,7 @@ def test_a_latency_budget_is_reported(
     assert "calibration: loss" not in error
 
     values["report"]["latency_ratio"] = 0.75
-    assert "+7.1 % from the goal, more than when planned" in cli._show_compress({**values, "out": out, "page": "page"})
+    assert "+7.1 % from the goal, more than when planned" in COMMAND.show({**values, "out": out, "page": "page"})
 
 
 def test_synthesize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,7 +425,7 @@ def test_interrupt_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcvit.cli.compress", interrupted)
+    monkeypatch.setattr("dcvit.cli.compress.compress", interrupted)
     code, _, error = run(
         capsys, "compress", "demo", "--data", "digits", "--macs", "0.75", "--out", str(tmp_path / "out")
     )

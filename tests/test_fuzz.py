@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dcvit
-from dcvit.cli import _amount
+from dcvit.cli.arguments import amount
 from dcvit.errors import DamagedUnitWarning, DcvitError, RunStoreError
 from dcvit.family import load_family
 from dcvit.report import write_report
@@ -193,6 +193,6 @@ def test_amounts_on_the_command_line(text: str) -> None:
     import argparse
 
     try:
-        _amount(text)
+        amount(text)
     except (argparse.ArgumentTypeError, DcvitError):
         return

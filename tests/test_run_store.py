@@ -326,7 +326,7 @@ def on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
             config = config.with_(recovery=SEARCHED.recovery)
         return dcvit.compress(*given, config, **kwargs)
 
-    monkeypatch.setattr("dcvit.cli.compress", quickly)
+    monkeypatch.setattr("dcvit.cli.compress.compress", quickly)
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -349,7 +349,7 @@ def test_other_methods_need_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
         seen.append(kwargs["run_dir"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcvit.cli.compress", caught)
+    monkeypatch.setattr("dcvit.cli.compress.compress", caught)
     command = ["compress", "demo", "--data", "digits", "--macs", "0.8", "--method", "fskd"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 130
     assert seen == [None]

@@ -1,0 +1,140 @@
+"""The command line, `dcvit COMMAND`: a module for each command; `dcvit --help` lists them."""
+
+import argparse
+import io
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from dcvit._version import __version__
+from dcvit.cli import (
+    compress,
+    demo,
+    evaluate,
+    export,
+    families,
+    info,
+    latency,
+    methods,
+    push,
+    report,
+    sweep,
+    synthesize,
+)
+from dcvit.cli.arguments import run_folder
+from dcvit.cli.command import Command
+from dcvit.distributed import Ranks, launched
+from dcvit.errors import DcvitError, DcvitWarning, DistributedError
+from dcvit.progress import TerminalProgress
+from dcvit.run_store import RUN_FILE
+
+__all__ = ["COMMANDS", "EXIT_BAD_INPUT", "EXIT_INTERRUPTED", "EXIT_OK", "main"]
+
+COMMANDS: tuple[Command, ...] = tuple(
+    module.COMMAND
+    for module in (
+        demo, compress, methods, families, sweep, report, synthesize, evaluate, export, push, latency, info
+    )
+)  # fmt: skip
+"""In the order of `dcvit --help`."""
+
+EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
+
+EPILOG = """\
+examples:
+  dcvit demo                                                     compress the embedded model, compare methods
+  dcvit info deit_small_patch16_224 --random-weights             what each block costs, which budgets can be met
+  dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
+  dcvit evaluate local-dir:small/ --data photos/ --teacher deit_small_patch16_224
+  dcvit export small/ --format onnx                              one file for onnxruntime, compared with the model
+  dcvit latency small/ --original                                a compressed model and its original, in turn
+
+exit codes: 0 done, 2 bad input (one sentence says what and what to do), 130 interrupted, 1 anything else
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; the process's own if `None`.
+
+    Returns:
+        The exit code.
+    """
+    arguments = _parser().parse_args(argv)
+    progress = TerminalProgress()
+    try:
+        with launched(getattr(arguments, "device", None)) as arguments.ranks, warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            if not arguments.ranks.leads:
+                progress = TerminalProgress(io.StringIO())
+            values = _run(arguments, progress)
+        if arguments.ranks.leads:
+            print(json.dumps(values, indent=2) if arguments.json is True else arguments.command.show(values))
+    except DcvitError as error:
+        progress.close()
+        print(f"dcvit: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        progress.close()
+        print(f"dcvit: interrupted. {_how_to_go_on(arguments)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    """What a command comes to."""
+    command: Command = arguments.command
+    ranks: Ranks = arguments.ranks
+    if ranks.size > 1 and not command.shared:
+        sharing = " and ".join(one.name for one in COMMANDS if one.shared)
+        raise DistributedError(f"{command.name}: only {sharing} shares its work; start one process, not {ranks.size}.")
+    return command.run(arguments, progress)
+
+
+def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    if "run_dir" in arguments and (run_folder(arguments) / RUN_FILE).is_file():
+        return f"The same command goes on from what is in {str(run_folder(arguments))!r}."
+    return "Nothing was saved."
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line; of dcvit's own without the place in the code, which tells a user nothing."""
+    place = "" if issubclass(category, DcvitWarning) else f" ({category.__name__}, {filename}:{lineno})"
+    print(f"dcvit: warning: {message}{place}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dcvit",
+        description="Make a pretrained vision transformer smaller and faster from a few unlabelled images.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dcvit {__version__}")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        one = parsers.add_parser(
+            command.name, help=command.summary, description=command.description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        if command.json_file:
+            one.add_argument(
+                "--json", nargs="?", const=True, default=False, metavar="FILE",
+                help="write the result as JSON to FILE; without FILE, print it on standard output",
+            )  # fmt: skip
+        else:
+            one.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        command.add_arguments(one)
+        one.set_defaults(command=command)
+    return parser

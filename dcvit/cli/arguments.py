@@ -1,0 +1,80 @@
+"""Arguments that several commands take."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from dcvit import ops
+
+__all__ = [
+    "DATA_HELP", "MODEL_HELP", "amount", "block_list", "device_argument", "forget_run", "impl_argument",
+    "model_arguments", "name_list", "output_arguments", "run_argument", "run_folder",
+]  # fmt: skip
+
+MODEL_HELP = "a timm name (deit_small_patch16_224), local-dir:FOLDER, hf-hub:OWNER/NAME, or demo (the embedded model)"
+DATA_HELP = "a folder of image files, searched recursively, or digits (scikit-learn's)"
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to the name")
+
+
+def run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="FOLDER",
+        help="where finished work is kept, so that the same command goes on after it was stopped; OUT.run if not "
+        "given, and then deleted in the end",
+    )  # fmt: skip
+
+
+def output_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument(
+        "--out", default=default, required=default is None, metavar="FOLDER", help="where to save; empty or new"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in that folder")
+
+
+def impl_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--impl", choices=get_args(ops.Impl), default="auto", help="implementation of the hot paths")
+
+
+def device_argument(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="where to compute")
+
+
+def amount(text: str) -> float | int:
+    """`0.75`, `4200000000`, `4.2G`, `22M` or `300K`."""
+    units = {"K": 10**3, "M": 10**6, "G": 10**9}
+    unit = units.get(text[-1:].upper())
+    try:
+        if unit is not None:
+            return round(float(text[:-1]) * unit)
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number such as 0.75, 4200000 or 4.2G") from error
+
+
+def block_list(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def run_folder(arguments: argparse.Namespace) -> Path:
+    """Where finished work is kept: beside the result, unless a folder is named."""
+    named: Path | None = arguments.run_dir
+    out = Path(arguments.out).resolve()  # `.` has no name
+    return named if named is not None else out.with_name(f"{out.name}.run")
+
+
+def forget_run(arguments: argparse.Namespace) -> None:
+    """Delete the work of a run that is done, unless its folder was named."""
+    if arguments.run_dir is None and run_folder(arguments).is_dir():
+        shutil.rmtree(run_folder(arguments))

@@ -1,0 +1,44 @@
+"""`dcvit families`: what can be compressed, and how."""
+
+import argparse
+from typing import Any
+
+from dcvit.cli.command import Command
+from dcvit.cli.methods import listed
+from dcvit.cli.text import table
+from dcvit.models import adapters
+from dcvit.progress import TerminalProgress
+
+__all__ = ["COMMAND"]
+
+
+def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    return {
+        "families": [
+            {
+                "name": adapter.family,
+                "models": adapter.models,
+                "classes": [one.__name__ for one in adapter.classes],
+                "methods": [method.name for method in listed() if adapter.family in method.families],
+                "source": adapter.source,
+            }
+            for adapter in adapters()
+        ]
+    }
+
+
+def _show(values: dict[str, Any]) -> str:
+    rows = [("name", "models", "timm's classes", "methods", "source")]
+    for family in values["families"]:
+        joined = (", ".join(family[key]) for key in ("classes", "methods"))
+        rows.append((family["name"], family["models"], *joined, family["source"]))
+    return table(rows, left=True)
+
+
+COMMAND = Command(
+    name="families",
+    summary="list the model families, and the methods that each takes",
+    description="What can be compressed, and by which of `dcvit methods`.",
+    run=_run,
+    show=_show,
+)

@@ -1,0 +1,140 @@
+"""`dcvit latency`: models timed side by side."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcvit.cli.arguments import MODEL_HELP, device_argument, name_list
+from dcvit.cli.command import Command
+from dcvit.cli.inputs import load_named_model
+from dcvit.cli.text import table
+from dcvit.errors import DcvitError
+from dcvit.latency import MODES, STOPWATCHES, compare_latency
+from dcvit.models import DEMO_MODEL
+from dcvit.progress import TerminalProgress
+from dcvit.results import check_output_file, device_name, original_name, versions
+
+__all__ = ["COMMAND"]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help=MODEL_HELP + "; a folder of a compressed model needs no local-dir:"
+    )
+    parser.add_argument(
+        "--original",
+        action="store_true",
+        help="put the originals of the compressed models first, as result.json has it",
+    )
+    parser.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to a name")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a run")
+    parser.add_argument("--runs", type=int, default=500, metavar="N", help="timed runs of each model in each mode")
+    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="runs before them that do not count")
+    parser.add_argument(
+        "--modes", type=name_list, default=("eager",), metavar="M,N,…", help="how they run, of " + ", ".join(MODES)
+    )
+    parser.add_argument(
+        "--clock",
+        choices=tuple(STOPWATCHES),
+        default="wall",
+        help="cpu reads the processor time of one thread, for a machine that others load",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's choice if not given")
+    parser.add_argument("--overwrite", action="store_true", help="replace the FILE of --json if it exists")
+    device_argument(parser)
+
+
+def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    file = Path(arguments.json) if isinstance(arguments.json, str) else None
+    if file is not None:
+        check_output_file(file, overwrite=arguments.overwrite)
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise DcvitError(f"--threads {arguments.threads}: expected 1 or more.")
+        torch.set_num_threads(arguments.threads)
+    folders = [name for name in arguments.models if _is_folder(name)]
+    if arguments.original and not folders:
+        raise DcvitError(f"--original: none of {', '.join(arguments.models)} is a folder of a compressed model.")
+    originals = [original_name(_folder(name)) for name in folders] if arguments.original else []
+    names = list(dict.fromkeys([*originals, *arguments.models]))
+    models = {}
+    for name in names:
+        folder = _is_folder(name)
+        models[name] = load_named_model(
+            f"local-dir:{_folder(name)}" if folder else name, arguments, pretrained=folder or None
+        )
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that tells memory writes to the terminal itself
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    rows = compare_latency(
+        models,
+        batch_size=arguments.batch_size,
+        runs=arguments.runs,
+        warmup=arguments.warmup,
+        modes=arguments.modes,
+        stopwatch=STOPWATCHES[arguments.clock],
+        progress=progress,
+    )
+    values = {
+        "rows": [row.to_dict() for row in rows],
+        "batch_size": arguments.batch_size,
+        "warmup": arguments.warmup,
+        "device": device_name(torch.device(arguments.device)),
+        "clock": arguments.clock,
+        "threads": torch.get_num_threads(),
+        "load": load,
+        "versions": versions(),
+    }
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return values
+
+
+def _is_folder(name: str) -> bool:
+    """Whether MODEL is a folder of a saved model; a timm name, or `demo`, is not even where a folder is called so."""
+    return name.startswith("local-dir:") or (name != DEMO_MODEL and (Path(name) / "config.json").is_file())
+
+
+def _folder(name: str) -> Path:
+    return Path(name.removeprefix("local-dir:"))
+
+
+def _show(values: dict[str, Any]) -> str:
+    rows = [("model", "mode", "mean ms", "median ms", "p95 ms", "images/s", "× first", "peak MiB")]
+    for row in values["rows"]:
+        rows.append(
+            (
+                row["model"],
+                row["mode"],
+                *(f"{row[name]:.2f}" for name in ("mean_ms", "median_ms", "p95_ms")),
+                f"{row['images_per_second']:.1f}",
+                f"{row['ratio']:.4f}",
+                f"{row['peak_bytes'] / 2**20:.1f}",
+            )
+        )
+    load = "" if values["load"] is None else f", load {values['load']:.1f} before"
+    runs = values["rows"][0]["runs"]
+    return (
+        f"{table(rows)}\n\n"
+        f"{runs} runs of batch {values['batch_size']} in turn, after {values['warmup']} to warm up; "
+        f"{values['clock']} clock; {values['device']}, {values['threads']} threads{load}. "
+        "Peak: weights and activations of one run."
+    )
+
+
+COMMAND = Command(
+    name="latency",
+    summary="time models side by side",
+    description=(
+        "Time forward passes of models that take turns, run by run, so that a change of load hits all alike. Ratios "
+        "are to the first model in the same mode, within a round."
+    ),
+    run=_run,
+    show=_show,
+    add_arguments=_add_arguments,
+    json_file=True,
+)

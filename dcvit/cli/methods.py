@@ -1,0 +1,42 @@
+"""`dcvit methods`: what `dcvit compress --method` takes."""
+
+import argparse
+from typing import Any
+
+from dcvit.cli.command import Command
+from dcvit.cli.text import table
+from dcvit.methods import METHODS, Method
+from dcvit.progress import TerminalProgress
+
+__all__ = ["COMMAND", "listed"]
+
+
+def listed() -> list[Method]:
+    """The methods, the default first."""
+    return sorted(METHODS.values(), key=lambda method: method.name != "dcvit")
+
+
+def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    return {
+        "methods": [
+            {"name": m.name, "title": m.title, "families": list(m.families), "units": list(m.units), "source": m.source}
+            for m in listed()
+        ]
+    }
+
+
+def _show(values: dict[str, Any]) -> str:
+    rows = [("name", "title", "families", "budgets of", "source")]
+    for method in values["methods"]:
+        joined = (", ".join(method[key]) for key in ("families", "units"))
+        rows.append((method["name"], method["title"], *joined, method["source"]))
+    return table(rows, left=True)
+
+
+COMMAND = Command(
+    name="methods",
+    summary="list the methods of compress",
+    description="What `dcvit compress --method` takes: dcvit's own method, and published ones to compare with.",
+    run=_run,
+    show=_show,
+)

@@ -1,0 +1,35 @@
+"""`dcvit report`: the page of a saved result again."""
+
+import argparse
+from typing import Any
+
+from dcvit.cli.command import Command
+from dcvit.progress import TerminalProgress
+from dcvit.report import write_report
+
+__all__ = ["COMMAND"]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="a folder that compress or demo saved")
+
+
+def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    return {"page": str(write_report(arguments.run_folder))}
+
+
+def _show(values: dict[str, Any]) -> str:
+    return f"Report: {values['page']}"
+
+
+COMMAND = Command(
+    name="report",
+    summary="write the report of a result again",
+    description=(
+        "Write RUN/report.html, one file that shows what was done and how it went, from the saved folder alone: no "
+        "model is run. `compress` and `demo` write it already."
+    ),
+    run=_run,
+    show=_show,
+    add_arguments=_add_arguments,
+)

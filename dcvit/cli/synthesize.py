@@ -1,0 +1,69 @@
+"""`dcvit synthesize`: the metric set of a model."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torchvision.utils import save_image
+
+from dcvit.cli.arguments import device_argument, impl_argument, model_arguments
+from dcvit.cli.command import Command
+from dcvit.cli.inputs import load_named_model
+from dcvit.compression import freeze
+from dcvit.config import SynthesisConfig
+from dcvit.errors import SaveFolderError
+from dcvit.models import preprocessing
+from dcvit.progress import TerminalProgress
+from dcvit.synthesis import synthesize
+
+__all__ = ["COMMAND"]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments(parser)
+    settings = SynthesisConfig()
+    parser.add_argument("--num-images", type=int, default=settings.num_images, metavar="N", help="in one batch")
+    parser.add_argument("--iterations", type=int, default=settings.iterations, metavar="N", help="steps of Adam")
+    parser.add_argument(
+        "--tv-exponent", type=float, default=settings.tv_exponent, metavar="β", help="0.6 for ViT, 1 for DeiT"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same images")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; empty or new")
+    impl_argument(parser)
+    device_argument(parser)
+
+
+def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SaveFolderError(f"{str(out)!r} is not empty: name a folder that is empty or does not exist.")
+    model = freeze(load_named_model(arguments.model, arguments))
+    config = SynthesisConfig(
+        num_images=arguments.num_images, iterations=arguments.iterations, tv_exponent=arguments.tv_exponent
+    )
+    metric_set = synthesize(model, config, seed=arguments.seed, impl=arguments.impl, progress=progress)
+    assert metric_set.targets is not None
+    images, targets = metric_set.images.cpu(), metric_set.targets.cpu()
+    pixels = preprocessing(model).pixels(images)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({"images": images.contiguous(), "targets": targets}, out / "metric_set.safetensors")
+    save_image(pixels if pixels.shape[1] in (1, 3) else pixels.mean(1, keepdim=True), out / "images.png", nrow=10)
+    return {"images": list(images.shape), "loss": metric_set.loss, "seed": arguments.seed, "out": str(out)}
+
+
+def _show(values: dict[str, Any]) -> str:
+    return f"{values['images'][0]} images, loss {values['loss']:.4g}; saved to {values['out']}."
+
+
+COMMAND = Command(
+    name="synthesize",
+    summary="make the metric set from a model",
+    description=(
+        "Make images that a model takes for random classes, by inverting it. Writes metric_set.safetensors "
+        "(images, targets) and images.png."
+    ),
+    run=_run,
+    show=_show,
+    add_arguments=_add_arguments,
+)
