@@ -119,11 +119,6 @@ class Record:
     seconds: float
 
     @property
-    def key(self) -> tuple[Request, str]:
-        """What the run is known by."""
-        return self.request, self.code
-
-    @property
     def summary(self) -> str:
         """What is said of it when it is finished."""
         return f"agreement {self.agreement:.1%}, r {self.error:.4f}, {self.seconds:.1f} s"

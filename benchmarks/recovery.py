@@ -116,11 +116,6 @@ class Record:
     wall: float
 
     @property
-    def key(self) -> tuple[Request, str]:
-        """What the run is known by."""
-        return self.request, self.code
-
-    @property
     def summary(self) -> str:
         """What is said of it when it is finished."""
         return f"r {self.error:.4f}, {self.seconds:.1f} s"

@@ -54,11 +54,15 @@ class AnyRequest(Protocol):
 
 
 class AnyRecord(Protocol):
-    """A finished run, a dataclass."""
+    """A finished run, a dataclass: known by its request and the version of the code."""
 
     @property
-    def key(self) -> tuple[Any, str]:
-        """What it is known by: the request, and the version of the code."""
+    def request(self) -> Any:
+        """What was asked for."""
+
+    @property
+    def code(self) -> str:
+        """Version of the code."""
 
     @property
     def summary(self) -> str:
@@ -131,7 +135,7 @@ def run_missing(
         measured: What their figures depend on, see `code_version`.
         run: Makes one with the code of a version; a `DcvitError` means that it failed.
     """
-    finished = {record.key: record for record in known}
+    finished = {(record.request, record.code): record for record in known}
     out.parent.mkdir(parents=True, exist_ok=True)
     prepared: set[str] = set()
     records, failed = [], 0

@@ -6,6 +6,7 @@ its blocks' reconstruction and, where mimicking refines it, a share of a single 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -150,7 +151,7 @@ class Family:
 
         Args:
             folder: Created if missing.
-            overwrite: Replace an earlier family in that folder. Nothing else is ever replaced.
+            overwrite: Replace an earlier family in that folder, with all of its members. Nothing else is ever replaced.
             points: What the report is to show, where figures other than the members' own are at hand.
             judged_on: The images that those figures are of.
             page: The HTML of `report.html`, from what `family.json` holds.
@@ -177,12 +178,16 @@ class Family:
             "settings": report.settings,
             "versions": versions(),
         }
+        earlier = _read_index(folder).folders if (folder / FAMILY_FILE).is_file() else ()
         with all_or_nothing(folder) as temporary:
             for member in self.members:
                 member.save(temporary / self.name(member))
             (temporary / FAMILY_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             if page is not None:
                 (temporary / REPORT_FILE).write_text(page(index), encoding="utf-8")
+        for name in set(earlier) - {self.name(member) for member in self.members}:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
         return index
 
     def points(self) -> list[FamilyPoint]:
@@ -384,8 +389,8 @@ def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
     """Refuse a folder that a family cannot be saved to, before any long work.
 
     Raises:
-        SaveFolderError: If it is a file, holds something else, or an earlier family and `overwrite` is not set, or a
-            `report.html` that dcvit did not write.
+        SaveFolderError: If it is a file, holds something else, or an earlier family and `overwrite` is not set; if that
+            family is broken, or holds a `report.html` or a member's file that dcvit did not write.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -399,6 +404,8 @@ def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
             f"{str(folder)!r} holds an earlier family: name another folder, or pass overwrite (--overwrite)."
         )
     check_report_file(folder / REPORT_FILE)
+    for name in _read_index(folder).folders:
+        check_output_folder(folder / name, overwrite=True)
 
 
 def load_family(folder: str | Path) -> Family:
@@ -410,16 +417,36 @@ def load_family(folder: str | Path) -> Family:
     Raises:
         SaveFolderError: If it holds no family, or one of its members is missing or broken.
     """
-    path = Path(folder) / FAMILY_FILE
+    index = _read_index(Path(folder))
+    return Family(index.original, [load(Path(folder) / name) for name in index.folders])
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What `family.json` holds that a family is loaded from."""
+
+    original: ModelFigures
+    folders: tuple[str, ...]
+
+
+def _read_index(folder: Path) -> _Index:
+    """The index of a family.
+
+    Raises:
+        SaveFolderError: If it is not one, or names members that are not folders beside it.
+    """
+    path = folder / FAMILY_FILE
     index = read_json(path)
     try:
         original = from_plain(ModelFigures, index["original"])
         names = [member["folder"] for member in index["members"]]
     except (KeyError, TypeError) as error:
-        raise SaveFolderError(f"{str(path)!r} is not an index of a family ({error!r}): sweep again.") from error
+        raise SaveFolderError(
+            f"{str(path)!r} is not an index of a family ({error!r}): sweep again, to another folder."
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise SaveFolderError(f"{str(path)!r} names the member {name!r}: expected a folder beside it.")
     if not names:
-        raise SaveFolderError(f"{str(path)!r} lists no members: sweep again.")
-    return Family(original, [load(Path(folder) / name) for name in names])
+        raise SaveFolderError(f"{str(path)!r} lists no members: sweep again, to another folder.")
+    return _Index(original, tuple(names))

@@ -13,7 +13,7 @@ from benchmarks import recovery
 from benchmarks.methods import GRADIENT_METHODS, METHODS, num_whole_blocks, shortened
 from benchmarks.naive import RIDGE, naive_closed_form, solve_block
 from benchmarks.recovery import Record, Request
-from benchmarks.runs import with_section
+from benchmarks.runs import run_missing, with_section
 from benchmarks.testbeds.measures import relative_error
 from dcvit.compression import freeze
 from dcvit.errors import BudgetError, DcvitError
@@ -99,8 +99,18 @@ def test_a_record_survives_the_file(tmp_path: Path) -> None:
           for change in ({"bed": "dinov2"}, {"budget": 0.3}, {"threads": 2}, {"allowance": 60.0})),
     ],
 )  # fmt: skip
-def test_other_settings_or_code_are_another_run(other: Record) -> None:
-    assert record().key == record(error=0.7, seconds=1.0).key != other.key
+def test_other_settings_or_code_are_another_run(other: Record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.runs.prepare_bed", lambda bed: None)
+    made: list[Request] = []
+
+    def run(request: Request, code: str) -> Record:
+        made.append(request)
+        return other
+
+    for wanted, missing in ((record(error=0.7, seconds=1.0), []), (other, [other.request])):
+        monkeypatch.setattr("benchmarks.runs.code_version", lambda measured, code=wanted.code: code)
+        run_missing([wanted.request], [record()], tmp_path / "out", recovery.MEASURED, run)
+        assert made == missing
 
 
 def test_an_interrupted_table_goes_on_where_it_stopped(

@@ -144,6 +144,21 @@ def test_overwriting_a_family_spares_what_is_not_its(family: dcvit.Family, tmp_p
     family.save(folder, overwrite=True)
 
 
+def test_overwriting_a_family_takes_all_of_its_members(family: dcvit.Family, tmp_path: Path) -> None:
+    folder = tmp_path / "family"
+    family.save(folder)
+    (folder / "other").mkdir()
+    fewer = dcvit.Family(family.original, family.members[:1])
+    last = folder / family.name(family.members[-1])
+    (last / "notes.txt").write_text("mine")
+    with pytest.raises(SaveFolderError, match=r"something else \(notes\.txt\)"):
+        fewer.save(folder, overwrite=True)
+    assert (last / "notes.txt").read_text() == "mine"
+    (last / "notes.txt").unlink()
+    fewer.save(folder, overwrite=True)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {family.name(family.members[0]), "other"}
+
+
 ORIGINAL = '"original": {"macs": 1, "params": 1, "latency_ms": 1.0}'
 
 

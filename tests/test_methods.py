@@ -544,8 +544,8 @@ def test_s2vite_scores_are_first_order(deep: nn.Module, images: Tensor) -> None:
     image = images[:1].double()
     space = Space(model)
     structure = space.without([Unit("head", 2, 1), Unit("node", 3, 7)])
-    scores = first_order_scores(space, structure, (image,))
     label = model(image).argmax(-1)
+    scores = first_order_scores(space, structure, [(image, label)])
 
     def loss(unit: Unit, change: float) -> float:
         gates = {key: gate.double() for key, gate in open_gates(space, torch.device("cpu")).items()}

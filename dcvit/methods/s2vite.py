@@ -18,9 +18,11 @@ As it is applied here:
   divided by the MACs that it takes.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcvit.classes import class_logits
 from dcvit.config import MimickingConfig
@@ -52,7 +54,7 @@ def s2vite(task: Task) -> Outcome:
     macs = space.savings(Budget(macs=0.5))
     structure = space.without(())
     with task.timer("ranking"):
-        batches = task.images.normalised.split(mimicking.batch_size)
+        batches = [(images, _classes(teacher, images)) for images in task.images.normalised.split(mimicking.batch_size)]
         task.progress("scores", 0, ROUNDS, None)
         for number in range(1, ROUNDS + 1):
             scores = scores_of(first_order_scores(space, structure, batches))
@@ -76,13 +78,13 @@ S2VITE = register(
 )
 
 
-def first_order_scores(space: Space, structure: Structure, batches: tuple[Tensor, ...]) -> Gates:
+def first_order_scores(space: Space, structure: Structure, batches: Sequence[tuple[Tensor, Tensor]]) -> Gates:
     """What each unit matters to the loss of the original with the units of a structure open, the others closed.
 
     Args:
         space: Of the original.
         structure: Says which gates are open.
-        batches: The images, `[B, C, H, W]` each.
+        batches: Images, `[B, C, H, W]` each, and the classes that the original names, `[B]`.
     """
     model, adapter = space.model, adapter_for(space.model)
     device = next(model.parameters()).device
@@ -90,9 +92,7 @@ def first_order_scores(space: Space, structure: Structure, batches: tuple[Tensor
     for (kind, block), gate in gates.items():
         gate[list((structure.heads if kind == "head" else structure.nodes)[block])] = 1.0
     totals = {key: torch.zeros_like(gate) for key, gate in gates.items()}
-    for images in batches:
-        with torch.no_grad():
-            classes = class_logits(model, adapter.tokens(model, images)).argmax(-1)
+    for images, classes in batches:
         own = {key: gate.expand(len(images), -1).clone().requires_grad_() for key, gate in gates.items()}
         with torch.enable_grad(), gated(model, own):
             loss = F.cross_entropy(class_logits(model, adapter.tokens(model, images)), classes, reduction="sum")
@@ -100,3 +100,9 @@ def first_order_scores(space: Space, structure: Structure, batches: tuple[Tensor
         for key, slope in zip(own, slopes, strict=True):
             totals[key] += slope.abs().sum(0)
     return totals
+
+
+def _classes(model: nn.Module, images: Tensor) -> Tensor:
+    """The class that a model names of each image, `[B]`."""
+    with torch.no_grad():
+        return class_logits(model, adapter_for(model).tokens(model, images)).argmax(-1)
