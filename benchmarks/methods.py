@@ -11,7 +11,6 @@ from torch import nn
 import dcvit
 from benchmarks.naive import naive_closed_form
 from benchmarks.testbeds import TestBed, digits, dinov2, efficientnet, photographs, resnet, swin
-from dcvit.compression import freeze, fuse
 from dcvit.config import CompressionConfig
 from dcvit.errors import BudgetError
 from dcvit.images import load_images
@@ -22,6 +21,7 @@ from dcvit.progress import Progress, silent
 from dcvit.recovery import recover
 from dcvit.surgery import compress_block, draw_kept_nodes
 from dcvit.synthesis import synthesize
+from dcvit.teacher import freeze, fuse
 
 __all__ = ["BEDS", "GRADIENT_METHODS", "METHODS", "RECOVERY_BEDS", "Info", "Options", "num_whole_blocks", "suited"]
 

@@ -20,8 +20,8 @@ from torch import nn
 import dcvit
 from benchmarks.harness import header
 from benchmarks.runs import markdown
-from dcvit.compression import HELD_OUT_VIEWS
 from dcvit.latency import example_images, time_forward
+from dcvit.methods.dcvit import HELD_OUT_VIEWS
 from dcvit.models import adapter_for
 from dcvit.reconstruction import CURVE, FEW_ROWS
 from dcvit.refinement import PILOT_SHARE, STEP_SIZES, num_steps

@@ -23,9 +23,9 @@ from benchmarks.harness import header
 from benchmarks.methods import BEDS
 from benchmarks.runs import markdown, spread
 from benchmarks.testbeds import TestBed, measure
-from dcvit.compression import HELD_OUT_VIEWS
 from dcvit.config import CompressionConfig, MetricKind, ReconstructionConfig, SynthesisConfig
 from dcvit.images import load_images
+from dcvit.methods.dcvit import HELD_OUT_VIEWS
 from dcvit.metric import Metric
 from dcvit.models import adapter_for
 from dcvit.planning import choose_candidates

@@ -16,23 +16,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dcvit.compression import (
-    Prepared,
-    compress_prepared,
-    finish,
-    freeze,
-    fuse,
-    make_metric_set,
-    open_store,
-    prepare,
-    require_finite,
-)
+from dcvit.compression import open_store
 from dcvit.config import CompressionConfig
 from dcvit.costs import MacConvention
 from dcvit.errors import BudgetError, SaveFolderError
+from dcvit.finishing import finish
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.latency import measure_latency
 from dcvit.methods import Timer
+from dcvit.methods.dcvit import Prepared, compress_prepared, make_metric_set, prepare
 from dcvit.models import load_model
 from dcvit.planning import ADDITIVE, Budget, Plan, plan
 from dcvit.progress import Progress, silent
@@ -53,6 +45,7 @@ from dcvit.results import (
 )
 from dcvit.run_store import NOTHING_KEPT, Store
 from dcvit.synthesis import MetricSet
+from dcvit.teacher import freeze, fuse, require_finite
 
 __all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
 

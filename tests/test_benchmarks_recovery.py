@@ -15,12 +15,12 @@ from benchmarks.naive import RIDGE, naive_closed_form, solve_block
 from benchmarks.recovery import Record, Request
 from benchmarks.runs import run_missing, with_section
 from benchmarks.testbeds.measures import relative_error
-from dcvit.compression import freeze
 from dcvit.errors import BudgetError, DcvitError
 from dcvit.methods.practise import drop_blocks
 from dcvit.models import adapter_for
 from dcvit.recovery import output_tokens
 from dcvit.surgery import compress_block, draw_kept_nodes
+from dcvit.teacher import freeze
 from tests.variants import VARIANTS
 
 

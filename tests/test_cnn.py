@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcvit
-from dcvit.compression import freeze
 from dcvit.errors import UnsupportedModelError
 from dcvit.methods import Task
 from dcvit.methods.adaptors import absorb_adaptors, adaptors, insert_adaptors
@@ -29,6 +28,7 @@ from dcvit.reconstruction import TeacherStates, draw_views, reconstruct_block
 from dcvit.structure import Cut
 from dcvit.surgery import drop_block
 from dcvit.synthesis import FIRST_BN_WEIGHT, bn_prior
+from dcvit.teacher import freeze
 from tests.conftest import QUICK
 from tests.without_dcvit import output_without_dcvit
 

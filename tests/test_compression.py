@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import dcvit
-from dcvit.compression import freeze, fuse
 from dcvit.models import MlpHalf, adapter_for, blocks
 from dcvit.ops import attention
 from dcvit.reconstruction import TeacherStates, draw_views, reconstruct_block
@@ -21,6 +20,7 @@ from dcvit.recovery import output_tokens
 from dcvit.regression import RIDGES
 from dcvit.structure import Cut
 from dcvit.surgery import compress_block
+from dcvit.teacher import freeze, fuse
 from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, REFINED
 from tests.variants import VARIANTS, Variant
 

@@ -15,7 +15,6 @@ import dcvit
 from benchmarks.testbeds import digits
 from dcvit import ranking as ranking_module
 from dcvit import recovery as recovery_module
-from dcvit.compression import freeze, fuse
 from dcvit.images import load_images
 from dcvit.methods.practise import block_dropping
 from dcvit.models import adapter_for
@@ -24,6 +23,7 @@ from dcvit.ranking import RUNGS, Trial, rank, run_trials
 from dcvit.recovery import Candidate, find_learning_rate, mimicking_loss, output_tokens, recover, recover_together
 from dcvit.seeding import derive_seed, seeded
 from dcvit.surgery import compress_block, draw_kept_nodes, share_parameters
+from dcvit.teacher import freeze, fuse
 from tests.conftest import PUBLISHED
 from tests.variants import VARIANTS
 

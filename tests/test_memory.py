@@ -69,7 +69,7 @@ def cramp(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
         return forward(self, x, *args, **kwargs)
 
     monkeypatch.setattr(Attention, "forward", cramped)
-    monkeypatch.setattr("dcvit.compression.FINITE_IMAGES", most)
+    monkeypatch.setattr("dcvit.teacher.FINITE_IMAGES", most)
 
 
 @pytest.mark.parametrize("config", [QUICK, REFINED, PUBLISHED], ids=["searched", "refined", "published"])

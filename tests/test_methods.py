@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import dcvit
-from dcvit.compression import freeze
 from dcvit.methods import METHODS, Task, autoformer, method
 from dcvit.methods.budgets import spent
 from dcvit.methods.cd import cd, mix
@@ -33,6 +32,7 @@ from dcvit.planning import UNITS
 from dcvit.reconstruction import draw_views
 from dcvit.regression import NormalEquations
 from dcvit.results import read_record, save_model
+from dcvit.teacher import freeze
 from tests.conftest import PUBLISHED, QUICK
 from tests.variants import VARIANTS
 from tests.without_dcvit import output_without_dcvit, run_without

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 import dcvit
 from dcvit.classes import class_logits
-from dcvit.compression import freeze
 from dcvit.metric import Metric
 from dcvit.models import adapter_for
 from dcvit.surgery import compress_block
+from dcvit.teacher import freeze
 from tests.variants import VARIANTS, Variant
 
 ROUNDING = 1e-4

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import dcvit
 from dcvit import reconstruction as module
-from dcvit.compression import freeze
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.reconstruction import (
@@ -28,6 +27,7 @@ from dcvit.reconstruction import (
 from dcvit.regression import RIDGES
 from dcvit.structure import Cut
 from dcvit.surgery import compress_block, draw_kept_nodes
+from dcvit.teacher import freeze
 from tests.variants import VARIANTS, Variant
 
 CONFIG = dcvit.ReconstructionConfig(num_views=36, num_rows=360, step_sizes=(0.03,), batch_rows=32, batch_size=5)

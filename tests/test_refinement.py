@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import dcvit
-from dcvit.compression import freeze
 from dcvit.models import adapter_for
 from dcvit.reconstruction import TeacherStates, Views, draw_views
 from dcvit.recovery import output_tokens
 from dcvit.refinement import READ_SHARE, Refinement, num_steps, refine, token_weight
 from dcvit.stacks import Stack
 from dcvit.surgery import compress_block
+from dcvit.teacher import freeze
 from tests.variants import VARIANTS, Variant
 
 CONFIG = dcvit.ReconstructionConfig(num_views=24, refinement_batch=4)

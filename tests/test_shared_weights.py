@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcvit
-from dcvit.compression import freeze
 from dcvit.costs import file_size
 from dcvit.memory import trace_activation_memory
 from dcvit.methods.budgets import spent
@@ -23,6 +22,7 @@ from dcvit.models import adapter_for, load_model
 from dcvit.models.modeling_dcvit import SharedBlock
 from dcvit.models.vision_transformer import convolution_of, place_convolution
 from dcvit.results import save_model
+from dcvit.teacher import freeze
 from tests.conftest import PUBLISHED
 from tests.variants import SMALL, VARIANTS
 from tests.without_dcvit import output_without_dcvit

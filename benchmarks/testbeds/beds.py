@@ -9,11 +9,11 @@ from benchmarks.testbeds import dinov2_weights, efficientnet_weights
 from benchmarks.testbeds.bed import TestBed, output_tokens
 from benchmarks.testbeds.cache import cached_tensors, fingerprint
 from benchmarks.testbeds.crops import HELD_OUT_SHARE, PHOTOGRAPHS, SIDE, crops, normalised
-from dcvit.compression import freeze
 from dcvit.demo import load_digits
 from dcvit.demo.comparison import DIGIT_VIEWS
 from dcvit.models import DEMO_MODEL, adapter_for, load_model
 from dcvit.seeding import derive_seed
+from dcvit.teacher import freeze
 
 __all__ = ["digits", "dinov2", "efficientnet", "photographs", "resnet", "swin"]
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from benchmarks.testbeds.bed import output_tokens
 from benchmarks.testbeds.cache import cached_tensors
 from benchmarks.testbeds.wheels import Wheel
-from dcvit.compression import freeze
 from dcvit.errors import DcvitError
+from dcvit.teacher import freeze
 
 __all__ = ["WHEEL", "backbone", "conversion_error"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.testbeds.cache import cached_tensors
 from benchmarks.testbeds.wheels import Wheel
-from dcvit.compression import freeze
 from dcvit.errors import DcvitError
+from dcvit.teacher import freeze
 
 __all__ = ["IMAGE_SIZE", "WHEEL", "classifier"]
 

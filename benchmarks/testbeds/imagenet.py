@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
 from benchmarks.testbeds.bed import TestBed
-from dcvit.compression import freeze
 from dcvit.errors import DcvitError
 from dcvit.models import load_model
 from dcvit.models.loading import preprocessing
 from dcvit.seeding import seeded
+from dcvit.teacher import freeze
 
 __all__ = ["SEEDS", "imagenet"]
 

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "../exp.h"
+#include "exp.h"
 #include "support.h"
 
 namespace dcvit::cpu {

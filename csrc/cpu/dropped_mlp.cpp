@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "../gelu.h"
+#include "gelu.h"
 #include "support.h"
 
 namespace dcvit::cpu {

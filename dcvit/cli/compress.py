@@ -23,7 +23,7 @@ from dcvit.cli.arguments import (
 from dcvit.cli.command import Command
 from dcvit.cli.inputs import digits_by_default, load_data, load_named_model
 from dcvit.cli.text import saved, table
-from dcvit.compression import compress, freeze
+from dcvit.compression import compress
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
 from dcvit.costs import MAC_CONVENTIONS
 from dcvit.errors import DcvitError
@@ -37,6 +37,7 @@ from dcvit.planning import UNITS, Budget
 from dcvit.progress import TerminalProgress
 from dcvit.report import run_page
 from dcvit.results import REPORT_FILE, CompressionResult, check_output_folder
+from dcvit.teacher import freeze
 
 __all__ = ["COMMAND", "with_top1"]
 

@@ -7,13 +7,13 @@ from dcvit.cli.arguments import DATA_HELP, MODEL_HELP, device_argument, model_ar
 from dcvit.cli.command import Command
 from dcvit.cli.inputs import load_data, load_named_model
 from dcvit.cli.text import table
-from dcvit.compression import freeze
 from dcvit.costs import MAC_CONVENTIONS
 from dcvit.errors import DcvitError
 from dcvit.evaluation import agreement, top1
 from dcvit.latency import measure_latency
 from dcvit.models import adapter_for
 from dcvit.progress import TerminalProgress
+from dcvit.teacher import freeze
 
 __all__ = ["COMMAND"]
 

@@ -24,7 +24,6 @@ from dcvit.cli.command import Command
 from dcvit.cli.compress import with_top1
 from dcvit.cli.inputs import digits_by_default, load_data, load_named_model
 from dcvit.cli.text import table
-from dcvit.compression import freeze
 from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.demo import load_digits
 from dcvit.demo.comparison import DEMO_CONFIG, PUBLISHED_DEMO_CONFIG
@@ -39,6 +38,7 @@ from dcvit.models import adapter_for, require_supported
 from dcvit.progress import TerminalProgress
 from dcvit.report import FamilyPoint, saved_family_page
 from dcvit.results import REPORT_FILE, CompressionResult
+from dcvit.teacher import freeze
 
 __all__ = ["COMMAND"]
 

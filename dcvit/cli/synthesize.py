@@ -10,12 +10,12 @@ from torchvision.utils import save_image
 from dcvit.cli.arguments import device_argument, impl_argument, model_arguments
 from dcvit.cli.command import Command
 from dcvit.cli.inputs import load_named_model
-from dcvit.compression import freeze
 from dcvit.config import SynthesisConfig
 from dcvit.errors import SaveFolderError
 from dcvit.models import preprocessing
 from dcvit.progress import TerminalProgress
 from dcvit.synthesis import synthesize
+from dcvit.teacher import freeze
 
 __all__ = ["COMMAND"]
 

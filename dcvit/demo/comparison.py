@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dcvit.compression import compress, freeze
+from dcvit.compression import compress
 from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.demo.digits import Digits
 from dcvit.evaluation import agreement, top1
@@ -19,6 +19,7 @@ from dcvit.models import adapter_for, load_model
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
 from dcvit.results import CompressionResult, ModelFigures
+from dcvit.teacher import freeze
 
 __all__ = [
     "BLOCK_DROPPING",

@@ -1,10 +1,11 @@
 """Few-shot compression methods behind one call, `dcvit.compress(..., method=NAME)`, so that they compare.
 
-`dcvit`, the default, is in `dcvit.compression`; here are the others, one module each.
+One module each; `dcvit` is the default.
 """
 
 from dcvit.methods.autoformer import AUTOFORMER
 from dcvit.methods.cd import CD
+from dcvit.methods.dcvit import DCVIT
 from dcvit.methods.evit import EVIT
 from dcvit.methods.fskd import FSKD
 from dcvit.methods.mini_deit import MINI_DEIT
@@ -16,6 +17,6 @@ from dcvit.methods.spvit import SPVIT
 from dcvit.methods.vtp import VTP
 
 __all__ = [
-    "AUTOFORMER", "CD", "EVIT", "FSKD", "METHODS", "MINI_DEIT", "MIR", "PRACTISE", "S2VITE", "SPVIT", "VTP",
+    "AUTOFORMER", "CD", "DCVIT", "EVIT", "FSKD", "METHODS", "MINI_DEIT", "MIR", "PRACTISE", "S2VITE", "SPVIT", "VTP",
     "Method", "Outcome", "Task", "Timer", "method", "register",
 ]  # fmt: skip

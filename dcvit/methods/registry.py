@@ -1,7 +1,6 @@
 """The table of methods, and what each is given and gives back.
 
-A module that holds a method registers it, `dcvit.compression` its own included: it lies above this package, which
-therefore cannot import it. After `import dcvit` the table is complete.
+A module that holds a method registers it; after `import dcvit.methods` the table is complete.
 """
 
 import time

@@ -5,15 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "portable.h"
+#include "../portable.h"
 
 namespace dcvit {
 
 // exp(x) for x in [-87, 0], to 1e-7 relative, without a branch, so that loops over it become vector code.
 DCVIT_HD float exp_nonpositive(float x) {
-#if defined(__CUDA_ARCH__)
-  return ::expf(x);
-#else
   // exp(x) = 2^n exp(r) with |r| <= log(2) / 2. Adding 1.5 * 2^23 leaves n in the low bits.
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
@@ -32,7 +29,6 @@ DCVIT_HD float exp_nonpositive(float x) {
   bits += exponent << 23;
   std::memcpy(&power, &bits, sizeof power);
   return power;
-#endif
 }
 
 DCVIT_HD double exp_nonpositive(double x) { return std::exp(x); }

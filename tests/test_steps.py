@@ -12,12 +12,12 @@ from torch.nn import functional as F
 import dcvit
 from dcvit import recovery as recovery_module
 from dcvit.classes import class_logits, num_classes
-from dcvit.compression import freeze
 from dcvit.methods.practise import block_dropping
 from dcvit.models import adapter_for, preprocessing
 from dcvit.optimisation import relative_adam, set_step_size, warmup_cosine
 from dcvit.recovery import find_learning_rate, output_tokens, recover, updated_parameters
 from dcvit.surgery import compress_block, draw_kept_nodes
+from dcvit.teacher import freeze
 from tests.conftest import PUBLISHED
 from tests.variants import VARIANTS, Variant
 

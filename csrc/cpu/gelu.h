@@ -4,8 +4,8 @@
 
 #include <cmath>
 
+#include "../portable.h"
 #include "exp.h"
-#include "portable.h"
 
 namespace dcvit {
 

@@ -1,0 +1,66 @@
+"""The original as teacher: frozen, checked, its MLPs computed by the ops."""
+
+import copy
+
+import torch
+from torch import nn
+
+from dcvit.errors import NonFiniteError
+from dcvit.images import FewShotImages
+from dcvit.models import adapter_for, require_supported
+from dcvit.ops import Impl
+from dcvit.surgery import choose_impl
+
+__all__ = ["freeze", "fuse", "require_finite"]
+
+FINITE_IMAGES = 8
+"""So many images are passed through a model to see whether its values stay finite."""
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A copy of a model as teacher: evaluation mode, no gradients, nothing shared with the caller's.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be compressed.
+    """
+    require_supported(model)
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def require_finite(model: nn.Module, images: FewShotImages) -> None:
+    """Refuse a model that has, or makes of images, values that are NaN or infinite.
+
+    Raises:
+        NonFiniteError: Naming the weight, or the first block after which they appear.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise NonFiniteError(
+                f"{bad:,} of {tensor.numel():,} values of {name} are NaN or infinite: load the model's weights again."
+            )
+    adapter = adapter_for(model)
+    state, where = adapter.embed(model, images.normalised[:FINITE_IMAGES]), "what precedes block 0"
+    for block in range(adapter.num_blocks(model)):
+        if not bool(state.isfinite().all()):
+            break
+        state, where = adapter.run_blocks(model, state, block, block + 1), f"block {block}"
+    if not bool(state.isfinite().all()):
+        raise NonFiniteError(
+            f"Of the first {min(len(images), FINITE_IMAGES)} images {where} makes values that are NaN or infinite: "
+            "check how images are normalised, and that the weights are not of a lower precision."
+        )
+
+
+def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
+    """The teacher with its blocks' MLPs computed by `dcvit.ops`; students cut from it inherit that.
+
+    On a GPU, where it is not yet measured what the ops gain, and with `impl="eager"` it is the teacher itself.
+    """
+    if impl == "eager" or next(teacher.parameters()).device.type != "cpu":
+        return teacher
+    fused = copy.deepcopy(teacher, {id(parameter): parameter for parameter in teacher.parameters()})
+    adapter_for(fused).fuse(fused)
+    choose_impl(fused, impl)
+    return fused
