@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import join
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ import dcvit
 from benchmarks.contestants import ABLATIONS, config_of, images_of
 from benchmarks.harness import ROOT, header
 from benchmarks.methods import BEDS
-from benchmarks.runs import count, json_lines, markdown, publish, run_command, run_missing, share, spread
+from benchmarks.runs import NOTHING, count, json_lines, markdown, publish, run_command, run_missing, share, spread
 from benchmarks.testbeds import TestBed, imagenet, measure
+from dcvit.config import MimickingConfig
 from dcvit.methods import METHODS
 
 RUNS = ROOT / "benchmarks" / "results" / "compare.jsonl"
@@ -76,6 +78,12 @@ class Request:
     def title(self) -> str:
         """What stands in the table."""
         return self.method if self.ablation is None else f"{self.method}, {self.ablation}"
+
+    @property
+    def epochs_read(self) -> int | None:
+        """The epochs, where there is mimicking that reads them."""
+        mimics = self.ablation is not None or METHODS[self.method].recovery is MimickingConfig
+        return self.epochs if mimics else None
 
     @property
     def label(self) -> str:
@@ -257,19 +265,22 @@ def report(records: Sequence[Record]) -> str:
     ablated = [record for record in ordered if record.request.ablation is not None]
     hours = sum(record.seconds for record in records) / 3600
     codes = list(dict.fromkeys(record.code for record in records))
+    commands: dict[tuple[bool, int | None], list[Record]] = {}
+    for record in ordered:
+        commands.setdefault((record.request.ablation is not None, record.request.epochs), []).append(record)
     lines = [
         "## Methods compared",
         "",
         records[-1].header,
         "",
-        *(f"    {command(of_kind)}" for of_kind in (whole, ablated) if of_kind),
+        *(f"    {command(of_kind)}" for of_kind in commands.values()),
         "",
         f"{len(records)} runs, {hours:.2f} hours of compression in all, of the code as of {', '.join(codes)}. Mean ± "
         "standard deviation over the seeds, each of which draws another few-shot set. Asked is what share of the MACs "
         "goes, unless it says of what. MACs, parameters and latency are shares of the original's that are left, in per "
         "cent; latency is measured in turn with the original, in one thread of a shared machine. Agreement with the "
         "original and top-1 are of held-out images, in per cent. r = ‖s − t‖² / ‖t − mean(t)‖² over their output "
-        "tokens; 0 is exact.",
+        "tokens; 0 is exact. Epochs are those of each recovery by mimicking, where a method has one.",
     ]
     for of_kind, what in ((whole, ""), (ablated, ", ablations of the published procedure")):
         for bed in dict.fromkeys(record.request.bed for record in of_kind):
@@ -282,14 +293,15 @@ def report(records: Sequence[Record]) -> str:
 
 def table(records: Sequence[Record]) -> str:
     """Method by method for each budget of one bed; the best agreement of a budget is bold."""
-    groups: dict[tuple[str, int], dict[str, list[Record]]] = {}
+    groups: dict[tuple[str, int], dict[tuple[str, int | None], list[Record]]] = {}
     for record in records:
         request = record.request
-        groups.setdefault((request.asked, request.num_images), {}).setdefault(request.title, []).append(record)
+        of_budget = groups.setdefault((request.asked, request.num_images), {})
+        of_budget.setdefault((request.title, request.epochs_read), []).append(record)
     rows = []
     for (asked, images), methods in groups.items():
-        agreements = {name: sum(run.agreement for run in runs) / len(runs) for name, runs in methods.items()}
-        for name, runs in methods.items():
+        best = max(mean(run.agreement for run in runs) for runs in methods.values())
+        for (name, epochs), runs in methods.items():
             cell = spread([100 * run.agreement for run in runs], 1)
             rows.append(
                 [
@@ -297,31 +309,31 @@ def table(records: Sequence[Record]) -> str:
                     str(images),
                     name,
                     str(len(runs)),
-                    f"**{cell}**" if agreements[name] == max(agreements.values()) else cell,
+                    f"**{cell}**" if mean(run.agreement for run in runs) == best else cell,
                     spread([None if run.top1 is None else 100 * run.top1 for run in runs], 1),
                     spread([run.error for run in runs], 4),
                     spread([100 * run.macs for run in runs], 1),
                     spread([100 * run.params for run in runs], 1),
                     spread([100 * run.latency for run in runs], 0),
                     spread([run.seconds for run in runs], 0),
+                    NOTHING if epochs is None else str(epochs),
                 ]
             )
     titles = ["asked", "images", "method", "seeds", "agreement %", "top-1 %", "r", "MACs %", "params %"]
-    return markdown([*titles, "latency %", "s"], rows)
+    return markdown([*titles, "latency %", "s", "epochs"], rows)
 
 
 def command(records: Sequence[Record]) -> str:
-    """The command that makes a table of these runs."""
+    """The command that makes a table of these runs, which must have the same epochs."""
 
     def all_of(field: str) -> list[str]:
         return [str(value) for value in dict.fromkeys(getattr(record.request, field) for record in records)]
 
-    epochs = [value for value in all_of("epochs") if value != "None"]
     seeds = {record.request.seed for record in records}
     ablations = [value for value in all_of("ablation") if value != "None"]
     parts = ["--beds", *all_of("bed"), *(["--ablate", *ablations] if ablations else ["--methods", *all_of("method")])]
     parts += ["--budgets", *sorted(all_of("budget")), "--seeds", str(len(seeds)), "--num-images", *all_of("num_images")]
-    parts += ["--epochs", epochs[-1]] if epochs else []
+    parts += [] if all_of("epochs") == ["None"] else ["--epochs", *all_of("epochs")]
     units = all_of("unit")
     parts += [] if units == ["macs"] else ["--unit", *units]
     return join(["python", "-m", "benchmarks", "compare", *parts])

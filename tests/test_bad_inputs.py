@@ -175,8 +175,8 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "method": (
         lambda at: at.compress(method="dcvitt"),
-        "method='dcvitt': expected one of autoformer, cd, evit, fskd, mini_deit, practise, mir, s2vite, vtp, spvit, "
-        "dcvit (`dcvit methods` describes them).",
+        "method='dcvitt': expected one of autoformer, cd, dcvit, evit, fskd, mini_deit, practise, mir, s2vite, vtp, "
+        "spvit (`dcvit methods` describes them).",
     ),
     "metric set method": (
         lambda at: at.compress(method="fskd", metric_set=MetricSet(IMAGES)),

@@ -48,6 +48,19 @@ def test_the_table_puts_dcvit_first_and_the_best_in_bold() -> None:
     assert "--beds digits --methods dcvit fskd --budgets 0.25 --seeds 2 --num-images 50" in text
 
 
+def test_the_table_tells_epochs_apart() -> None:
+    name = "all blocks at once"
+    runs = [
+        record(epochs=5), record(epochs=20, seed=1), record("fskd", epochs=5),
+        record("mir", epochs=5), record("mir", epochs=20), record(ablation=name, epochs=100),
+    ]  # fmt: skip
+    text = compare.report(runs)
+    assert [(row[2], row[3], row[-1]) for row in rows(text) if row[0] == "25%"] == [
+        ("dcvit", "2", "–"), ("fskd", "1", "–"), ("mir", "1", "5"), ("mir", "1", "20"), (f"dcvit, {name}", "1", "100"),
+    ]  # fmt: skip
+    assert [line.rpartition(" ")[2] for line in text.splitlines() if "python -m" in line] == ["5", "20", "100"]
+
+
 def test_a_record_survives_the_file() -> None:
     assert Record.from_dict(asdict(record(ablation="all blocks at once"))) == record(ablation="all blocks at once")
 

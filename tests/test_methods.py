@@ -478,6 +478,7 @@ def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("--method", "mir", "--paper"), "--paper: --method mir does not read it"),
         (("--method", "cd", "--recovery", "mimicking"), "reads the settings of reconstruction"),
         (("--method", "cd", "--epochs", "3"), "takes no gradient steps"),
+        (("--method", "evit", "--epochs", "3"), "--epochs: --method evit changes no weight"),
         (("--method", "mir", "--synthesis-images", "3"), "--synthesis-images: --method mir does not read it"),
     ):
         code, _, error = run(*common, str(tmp_path / "no"), *options)

@@ -177,6 +177,13 @@ def _check_method(arguments: argparse.Namespace, config: CompressionConfig) -> N
     for name in ("paper", "synthesis_iterations", "synthesis_images", "num_blocks", "structure", "run_dir"):
         if getattr(arguments, name) not in (None, False):
             raise DcvitError(f"--{name.replace('_', '-')}: --method {arguments.method} does not read it; leave it out.")
+    if find_method(arguments.method).recovery is None:
+        for name in ("recovery", "epochs", "learning_rate"):
+            if getattr(arguments, name) is not None:
+                raise DcvitError(
+                    f"--{name.replace('_', '-')}: --method {arguments.method} changes no weight; leave it out."
+                )
+        return
     kind = "mimicking" if isinstance(config.recovery, MimickingConfig) else "reconstruction"
     if arguments.recovery not in (None, kind):
         raise DcvitError(

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from dcvit.config import MimickingConfig
 from dcvit.errors import BudgetError
 from dcvit.methods.budgets import plan_of, spent, target
 from dcvit.methods.registry import Method, Outcome, Task, register
@@ -65,7 +64,7 @@ EVIT = register(
         title="tokens that the class token attends to least fused into one, in three blocks; no weight changed",
         source="EViT, arXiv 2202.07800",
         families=("vit",),
-        recovery=MimickingConfig,
+        recovery=None,
         compress=evit,
         units=("macs",),
     )

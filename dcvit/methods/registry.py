@@ -109,7 +109,8 @@ class Method:
         title: What it does, in a line.
         source: The paper.
         families: The model families that it handles, see `ModelAdapter.family`.
-        recovery: The kind of `CompressionConfig.recovery` that it reads, with its defaults where no config is given.
+        recovery: The kind of `CompressionConfig.recovery` that it reads, with its defaults where no config is given;
+            `None` if it changes no weight.
         compress: The method. It refuses what it cannot do before any long work.
         units: What the budgets that it meets are of, see `dcvit.planning.UNITS`.
         resumable: Whether it does its units through `Task.store`, so that a run that was killed goes on, and shares
@@ -120,14 +121,14 @@ class Method:
     title: str
     source: str
     families: tuple[str, ...]
-    recovery: type[ReconstructionConfig] | type[MimickingConfig]
+    recovery: type[ReconstructionConfig] | type[MimickingConfig] | None
     compress: Callable[[Task], Outcome]
     units: tuple[str, ...] = ADDITIVE
     resumable: bool = False
 
     def config(self) -> CompressionConfig:
         """The settings that it has by default."""
-        return CompressionConfig(recovery=self.recovery())
+        return CompressionConfig() if self.recovery is None else CompressionConfig(recovery=self.recovery())
 
     def require_family(self, model: nn.Module) -> None:
         """Refuse a model of a family that the method does not handle.
