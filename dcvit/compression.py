@@ -25,6 +25,7 @@ from dcvit.methods.dcvit import DCVIT
 from dcvit.models import hub_repository, load_model
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
+from dcvit.recovery import require_tokens
 from dcvit.results import CompressionResult, versions
 from dcvit.run_store import MemoryStore, Store, digest_images, digest_model, open_run
 from dcvit.synthesis import MetricSet
@@ -69,7 +70,8 @@ def compress(
         The compressed model, the plan that it follows, and a report.
 
     Raises:
-        DcvitError: If there is no such method, or it does not read what it is given.
+        DcvitError: If there is no such method, or it does not read what it is given; or if the class token is to be
+            mimicked, and the model has none.
         DistributedError: If a rank is given something else than the first.
         UnsupportedModelError: If the model cannot be compressed, or not by that method.
         ImagesError: If the images do not fit the model.
@@ -101,6 +103,8 @@ def compress(
         if devices:
             original, images = original.to(devices[0]), _moved(images, devices[0])
         chosen.require_family(original)
+        if isinstance(config.recovery, MimickingConfig):
+            require_tokens(original, config.recovery)
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
     with open_store(run_dir, original, few_shot, metric_set, config, ranks, budget=budget.to_dict()) as store:

@@ -138,7 +138,8 @@ class MimickingConfig:
         batch_size: Images a step.
         micro_batch: Of these, how many pass through a model at once; the gradients of a step's parts add up. `None`
             is all.
-        tokens: Which output tokens are mimicked: all of them, or the class token only (an ablation).
+        tokens: Which output tokens are mimicked: all of them, or the class token only (an ablation), which the model
+            must have.
         updated: Which part of the student is updated. `"front"`: the stem and every block up to one after the last
             compressed one. `"around"`: one block before the first compressed one to one after the last.
             `"all"`: everything but the head. The head, and what pools for it, is always frozen.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dcvit.augmentation import augment
 from dcvit.config import MimickingConfig
 from dcvit.distributed import ALONE, Ranks
+from dcvit.errors import DcvitError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
@@ -38,6 +39,7 @@ __all__ = [
     "output_tokens",
     "recover",
     "recover_together",
+    "require_tokens",
     "updated_parameters",
 ]
 
@@ -156,8 +158,10 @@ def recover_together(
 
     Raises:
         ValueError: If a learning rate is `"auto"`.
+        DcvitError: If the config mimics the class token, and the teacher has none.
     """
     mark = time.perf_counter()
+    require_tokens(teacher, config)
     runs = [_Run(candidate, teacher, config, ranks) for candidate in candidates]
     running = runs
     with seeded(seed, "recovery"):
@@ -444,6 +448,16 @@ def updated_parameters(student: nn.Module, blocks: Sequence[int], config: Mimick
         return adapter.body_parameters(student)
     first = 0 if config.updated == "front" else max(0, min(blocks) - 1)
     return adapter.parameters(student, first, last)
+
+
+def require_tokens(teacher: nn.Module, config: MimickingConfig) -> None:
+    """Refuse to mimic a class token where there is none.
+
+    Raises:
+        DcvitError: If that is asked for.
+    """
+    if config.tokens == "class" and not adapter_for(teacher).has_class_token(teacher):
+        raise DcvitError('tokens="class": the model has no class token; mimic all tokens with tokens="all".')
 
 
 def _token_weight(targets: Tensor, config: MimickingConfig) -> Tensor | None:

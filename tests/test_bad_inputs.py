@@ -178,6 +178,15 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         "method='dcvitt': expected one of autoformer, cd, dcvit, evit, fskd, mini_deit, practise, mir, s2vite, vtp, "
         "spvit (`dcvit methods` describes them).",
     ),
+    "class token": (
+        lambda at: at.compress(
+            model=timm.create_model("resnet10t", num_classes=4),
+            images=torch.zeros(2, 3, 32, 32),
+            method="practise",
+            config=CompressionConfig(recovery=MimickingConfig(tokens="class")),
+        ),
+        'tokens="class": the model has no class token; mimic all tokens with tokens="all".',
+    ),
     "metric set method": (
         lambda at: at.compress(method="fskd", metric_set=MetricSet(IMAGES)),
         "metric_set with method='fskd': only dcvit ranks on one, leave it out.",

@@ -153,6 +153,9 @@ class ModelAdapter(Protocol):
     def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """Class logits `[B, num_classes]` from output tokens, through the pooling and the head."""
 
+    def has_class_token(self, model: nn.Module) -> bool:
+        """Whether the first of the output tokens is a class token."""
+
     def features(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """Pooled features `[B, D]` from output tokens, the input of the head."""
 

@@ -146,6 +146,10 @@ class SwinAdapter:
         """See `ModelAdapter.logits`; pooling does not ask where a token was."""
         return model.forward_head(self.from_tokens(tokens))
 
+    def has_class_token(self, model: TimmModule) -> bool:
+        """See `ModelAdapter.has_class_token`."""
+        return False
+
     def features(self, model: TimmModule, tokens: Tensor) -> Tensor:
         """See `ModelAdapter.features`; without pooling the mean over the tokens."""
         features = model.forward_head(self.from_tokens(tokens), pre_logits=True)

@@ -161,6 +161,10 @@ class VisionTransformerAdapter:
         """See `ModelAdapter.logits`."""
         return model.forward_head(tokens)
 
+    def has_class_token(self, model: TimmModule) -> bool:
+        """See `ModelAdapter.has_class_token`."""
+        return model.cls_token is not None
+
     def features(self, model: TimmModule, tokens: Tensor) -> Tensor:
         """See `ModelAdapter.features`; without pooling (`global_pool=""`) the mean over the tokens."""
         features = model.forward_head(tokens, pre_logits=True)
