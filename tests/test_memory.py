@@ -14,6 +14,7 @@ from dcvit import compression
 from dcvit.errors import MemoryWarning
 from dcvit.latency import example_images
 from dcvit.memory import measure_peak_memory, trace_activation_memory
+from dcvit.methods import dcvit as steps
 from dcvit.surgery import choose_impl, unrecovered
 from tests.conftest import PUBLISHED, QUICK, REFINED
 from tests.variants import VARIANTS, Variant
@@ -93,7 +94,7 @@ def test_what_was_finished_before_memory_ran_out_is_kept(
     calls = Counter[str]()
 
     def counted(name: str) -> None:
-        function = getattr(compression, name)
+        function = getattr(steps, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
@@ -101,7 +102,7 @@ def test_what_was_finished_before_memory_ran_out_is_kept(
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(compression, name, call)
+        monkeypatch.setattr(steps, name, call)
 
     for name in ("synthesize", "find_step_size", "reconstruct_block"):
         counted(name)
