@@ -265,9 +265,10 @@ def report(records: Sequence[Record]) -> str:
     ablated = [record for record in ordered if record.request.ablation is not None]
     hours = sum(record.seconds for record in records) / 3600
     codes = list(dict.fromkeys(record.code for record in records))
-    commands: dict[tuple[bool, int | None], list[Record]] = {}
+    commands: dict[tuple[bool, int | None, str], list[Record]] = {}
     for record in ordered:
-        commands.setdefault((record.request.ablation is not None, record.request.epochs), []).append(record)
+        request = record.request
+        commands.setdefault((request.ablation is not None, request.epochs, request.unit), []).append(record)
     lines = [
         "## Methods compared",
         "",
@@ -324,7 +325,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def command(records: Sequence[Record]) -> str:
-    """The command that makes a table of these runs, which must have the same epochs."""
+    """The command that makes a table of these runs, which must have the same epochs and unit."""
 
     def all_of(field: str) -> list[str]:
         return [str(value) for value in dict.fromkeys(getattr(record.request, field) for record in records)]
@@ -334,8 +335,7 @@ def command(records: Sequence[Record]) -> str:
     parts = ["--beds", *all_of("bed"), *(["--ablate", *ablations] if ablations else ["--methods", *all_of("method")])]
     parts += ["--budgets", *sorted(all_of("budget")), "--seeds", str(len(seeds)), "--num-images", *all_of("num_images")]
     parts += [] if all_of("epochs") == ["None"] else ["--epochs", *all_of("epochs")]
-    units = all_of("unit")
-    parts += [] if units == ["macs"] else ["--unit", *units]
+    parts += [] if all_of("unit") == ["macs"] else ["--unit", *all_of("unit")]
     return join(["python", "-m", "benchmarks", "compare", *parts])
 
 

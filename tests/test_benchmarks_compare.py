@@ -82,7 +82,8 @@ def test_budgets_are_of_macs_or_of_parameters() -> None:
     runs = [record("evit"), record(unit="params"), record("mini_deit", unit="params", agreement=0.8)]
     text = compare.report(runs)
     assert [row[0] for row in rows(text)[2:]] == ["25%", "25% of params", "25% of params"]
-    assert "--num-images 50 --unit macs params" in text
+    assert "--methods evit --budgets 0.25 --seeds 1 --num-images 50\n" in text
+    assert "--methods dcvit mini_deit --budgets 0.25 --seeds 1 --num-images 50 --unit params\n" in text
     before = asdict(record())
     del before["request"]["unit"]  # which earlier versions did not write
     assert Record.from_dict(before) == record()
