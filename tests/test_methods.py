@@ -73,11 +73,12 @@ def test_every_entry_is_complete() -> None:
     for name, entry in METHODS.items():
         assert method(name) is entry
         assert entry.name == name
-        assert all(getattr(entry, field.name) for field in fields(entry) if field.name != "resumable")
+        assert all(getattr(entry, field.name) for field in fields(entry) if field.name not in ("resumable", "recovery"))
         assert entry.resumable == (name == "dcvit")
         assert set(entry.units) <= set(UNITS)
         assert re.search(r"arXiv \d{4}\.\d{5}$", entry.source)
-        assert isinstance(entry.config().recovery, entry.recovery)
+        assert (entry.recovery is None) == (name == "evit")
+        assert isinstance(entry.config().recovery, entry.recovery or dcvit.ReconstructionConfig)
 
 
 def test_an_unknown_name_is_refused_with_the_list(model: nn.Module, images: Tensor) -> None:
