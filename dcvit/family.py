@@ -156,7 +156,7 @@ class Family:
             SaveFolderError: If the folder holds something else, or an earlier family and `overwrite` is not set.
         """
         folder = Path(folder)
-        check_family_folder(folder, overwrite=overwrite)
+        earlier = check_family_folder(folder, overwrite=overwrite)
         for member in self.members:
             check_output_folder(folder / self.name(member), overwrite=overwrite)
         report = self.members[0].report
@@ -171,7 +171,6 @@ class Family:
             "settings": report.settings,
             "versions": versions(),
         }
-        earlier = _read_index(folder).folders if (folder / FAMILY_FILE).is_file() else ()
         with all_or_nothing(folder) as temporary:
             for member in self.members:
                 member.save(temporary / self.name(member))
@@ -378,8 +377,11 @@ def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config:
     return plans
 
 
-def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
+def check_family_folder(folder: str | Path, *, overwrite: bool) -> tuple[str, ...]:
     """Refuse a folder that a family cannot be saved to, before any long work.
+
+    Returns:
+        The folders in it of an earlier family's members, which saving replaces.
 
     Raises:
         SaveFolderError: If it is a file, holds something else, or an earlier family and `overwrite` is not set; if that
@@ -389,7 +391,7 @@ def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise SaveFolderError(f"{str(folder)!r} is a file: name a folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
-        return
+        return ()
     if not (folder / FAMILY_FILE).is_file():
         raise SaveFolderError(f"{str(folder)!r} holds something else: name a folder that is empty or does not exist.")
     if not overwrite:
@@ -397,8 +399,10 @@ def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
             f"{str(folder)!r} holds an earlier family: name another folder, or pass overwrite (--overwrite)."
         )
     check_report_file(folder / REPORT_FILE)
-    for name in _read_index(folder).folders:
+    earlier = _read_index(folder).folders
+    for name in earlier:
         check_output_folder(folder / name, overwrite=True)
+    return earlier
 
 
 def load_family(folder: str | Path) -> Family:

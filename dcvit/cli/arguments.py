@@ -11,7 +11,7 @@ from dcvit import ops
 
 __all__ = [
     "DATA_HELP", "MODEL_HELP", "amount", "block_list", "device_argument", "forget_run", "impl_argument",
-    "model_arguments", "name_list", "output_arguments", "run_argument", "run_folder",
+    "model_arguments", "name_list", "output_arguments", "random_weights_argument", "run_argument", "run_folder",
 ]  # fmt: skip
 
 MODEL_HELP = "a timm name (deit_small_patch16_224), local-dir:FOLDER, hf-hub:OWNER/NAME, or demo (the embedded model)"
@@ -20,6 +20,10 @@ DATA_HELP = "a folder of image files, searched recursively, or digits (scikit-le
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    random_weights_argument(parser)
+
+
+def random_weights_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to the name")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dcvit import ops
-from dcvit.cli.arguments import MODEL_HELP
+from dcvit.cli.arguments import MODEL_HELP, random_weights_argument
 from dcvit.cli.command import Command
 from dcvit.cli.text import span, table
 from dcvit.config import CompressionConfig
@@ -20,7 +20,7 @@ __all__ = ["COMMAND"]
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to the name")
+    random_weights_argument(parser)
 
 
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dcvit.cli.arguments import MODEL_HELP, device_argument, name_list
+from dcvit.cli.arguments import MODEL_HELP, device_argument, name_list, random_weights_argument
 from dcvit.cli.command import Command
 from dcvit.cli.inputs import load_named_model
 from dcvit.cli.text import table
@@ -30,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put the originals of the compressed models first, as result.json has it",
     )
-    parser.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to a name")
+    random_weights_argument(parser)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a run")
     parser.add_argument("--runs", type=int, default=500, metavar="N", help="timed runs of each model in each mode")
     parser.add_argument("--warmup", type=int, default=10, metavar="N", help="runs before them that do not count")
