@@ -270,13 +270,16 @@ def report(records: Sequence[Record]) -> str:
     hours = sum(record.wall for record in records) / 3600
     before = mean(record.memory_before for record in records)
     codes = list(dict.fromkeys(record.code for record in records))
+    commands: dict[float | None, list[Record]] = {}
+    for record in records:
+        commands.setdefault(_shortened(record.request), []).append(record)
     return "\n".join(
         [
             "## Recovery",
             "",
             records[-1].header,
             "",
-            f"    {command(records)}",
+            *(f"    {command(of_kind)}" for of_kind in commands.values()),
             "",
             f"{len(records)} runs, {hours:.2f} hours in all, of the code as of {', '.join(codes)}. Mean ± standard "
             "deviation over the seeds, each of which draws another few-shot set. MACs are the share taken away, asked "
@@ -301,7 +304,7 @@ def report(records: Sequence[Record]) -> str:
 
 
 def command(records: Sequence[Record]) -> str:
-    """The command that makes a table of these runs."""
+    """The command that makes a table of these runs, in which the published procedures have the same allowance."""
 
     def all_of(field: str, order: Iterable[Any] | None = None) -> list[str]:
         found = {getattr(record.request, field) for record in records}
@@ -310,10 +313,14 @@ def command(records: Sequence[Record]) -> str:
     parts = ["--beds", *all_of("bed", BEDS), "--methods", *all_of("method", METHODS)]
     parts += ["--budgets", *all_of("budget"), "--seeds", str(1 + max(record.request.seed for record in records))]
     parts += ["--threads", all_of("threads")[-1]]
-    allowed = {record.request.allowance for record in records} - {None}
-    if allowed and allowed != {3600.0}:
-        parts += ["--paper-hours", f"{max(filter(None, allowed)) / 3600:g}"]
+    if (allowance := _shortened(records[0].request)) is not None:
+        parts += ["--paper-hours", f"{allowance / 3600:g}"]
     return join(["python", "-m", "benchmarks", "recovery", *parts])
+
+
+def _shortened(request: Request) -> float | None:
+    """The allowance, where it is not the command's own."""
+    return None if request.allowance == 3600.0 else request.allowance
 
 
 def table(records: Iterable[Record]) -> str:

@@ -38,9 +38,9 @@ def trace_activation_memory(model: nn.Module, batch_size: int) -> int:
     shadow = unrecovered(model, {})
     choose_impl(shadow, "eager")
     with FakeTensorMode() as fake:
-        state: dict[str, Tensor] = {
-            name: fake.from_tensor(tensor) for name, tensor in shadow.state_dict(keep_vars=True).items()
-        }
+        # Not its `state_dict`, which leaves out buffers that are not saved.
+        tensors = [*shadow.named_parameters(), *shadow.named_buffers()]
+        state: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors}
         images = torch.empty(batch_size, *input_size(model), dtype=weight.dtype, device=weight.device)
         alive = _Alive()
         with alive:

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dcvit
-from tests.variants import VARIANTS, Variant
+from tests.variants import EVA_VARIANTS, VARIANTS, Variant
 
 SYNTHESIS = dcvit.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1)
 
@@ -54,10 +54,10 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[*VARIANTS, *EVA_VARIANTS])
 def variant(request: pytest.FixtureRequest) -> Variant:
-    """Each VisionTransformer variant in turn."""
-    return VARIANTS[request.param]
+    """Each variant of an isotropic vision transformer in turn."""
+    return (VARIANTS | EVA_VARIANTS)[request.param]
 
 
 @pytest.fixture

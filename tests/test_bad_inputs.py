@@ -203,16 +203,16 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: at.compress(model=torch.nn.Linear(2, 2)),
         (
             "Models of type torch.nn.modules.linear.Linear are not supported; timm's VisionTransformer, "
-            "VisionTransformerDistilled, SwinTransformer, SwinTransformerV2, ResNet, EfficientNet, RegNet are"
-            " (`dcvit"
+            "VisionTransformerDistilled, Eva, Beit, SwinTransformer, SwinTransformerV2, ResNet, EfficientNet, RegNet "
+            "are (`dcvit"
         ),
     ),
     "model family": (
         lambda at: at.compress(model=timm.create_model("mixer_s32_224"), images=torch.zeros(2, 3, 224, 224)),
         (
             "Models of type timm.models.mlp_mixer.MlpMixer are not supported; timm's VisionTransformer, "
-            "VisionTransformerDistilled, SwinTransformer, SwinTransformerV2, ResNet, EfficientNet, RegNet are"
-            " (`dcvit"
+            "VisionTransformerDistilled, Eva, Beit, SwinTransformer, SwinTransformerV2, ResNet, EfficientNet, RegNet "
+            "are (`dcvit"
         ),
     ),
     "model folder": (

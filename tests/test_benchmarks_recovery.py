@@ -76,6 +76,17 @@ def test_the_report_says_how_it_came_about() -> None:
     assert "700 MiB before" in text
 
 
+def test_the_report_has_a_command_for_each_allowance() -> None:
+    def allowed(seconds: float) -> Record:
+        return replace(record("paper"), request=replace(record("paper").request, allowance=seconds))
+
+    text = recovery.report([record(), record("paper"), allowed(3600.0), replace(allowed(1800.0), code="c2")])
+    commands = [line for line in text.splitlines() if line.startswith("    python -m benchmarks recovery")]
+    assert [command.partition(" --threads 1")[2] for command in commands] == ["", " --paper-hours 0.5"]
+    assert "--methods default paper " in commands[0]
+    assert "--methods paper " in commands[1]
+
+
 def test_a_results_file_keeps_what_is_not_of_this_command() -> None:
     first = with_section("# Other\n\nwords\n", "one", "kind")
     assert with_section(first + "\n## More\n", "two", "kind") == first.replace("one", "two") + "\n## More\n"

@@ -342,7 +342,7 @@ def test_families_and_their_methods(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys, "families", "--json")
     assert code == 0
     families = {family["name"]: family for family in json.loads(text)["families"]}
-    assert families.keys() == {"vit", "swin", "cnn"}
+    assert families.keys() == {"vit", "eva", "swin", "cnn"}
     assert families["vit"]["methods"] == ["dcvit", *sorted(set(METHODS) - {"dcvit"}, key=list(METHODS).index)]
     assert set(families["swin"]["methods"]) == {name for name, one in METHODS.items() if "swin" in one.families}
     assert all(family["source"].startswith("arXiv") for family in families.values())

@@ -17,6 +17,7 @@ from dcvit.models import adapter_for
 from dcvit.surgery import choose_impl
 from tests import test_cnn, test_swin
 from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, REFINED
+from tests.variants import EVA_VARIANTS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("DCVIT_TEST_GPU") != "1", reason="torch sees no GPU"
@@ -63,9 +64,17 @@ def test_every_method(name: str, model: nn.Module, images: Tensor) -> None:
     assert_met(dcvit.compress(model, images, BUDGET, config, method=name), model)
 
 
-@pytest.mark.parametrize("create", [lambda: test_swin.create(1), lambda: test_swin.create(2),
-                                    lambda: test_cnn.create("bottleneck"), lambda: test_cnn.create("mobilenet")],
-                         ids=["swin", "swinv2", "resnet", "mobilenet"])  # fmt: skip
+@pytest.mark.parametrize(
+    "create",
+    [
+        EVA_VARIANTS["dinov3"].create,
+        lambda: test_swin.create(1),
+        lambda: test_swin.create(2),
+        lambda: test_cnn.create("bottleneck"),
+        lambda: test_cnn.create("mobilenet"),
+    ],
+    ids=["eva", "swin", "swinv2", "resnet", "mobilenet"],
+)
 def test_other_families(create: Any, images: Tensor) -> None:
     original = create().to("cuda")
     assert_met(dcvit.compress(original, images, dcvit.Budget(macs=0.8), QUICK), original, 0.8)

@@ -24,7 +24,7 @@ from dcvit.models import adapter_for, hub_repository
 from dcvit.results import SAVED_FILES, save_model
 from dcvit.surgery import compress_block, draw_kept_nodes, drop_block
 from tests.conftest import CUT, QUICK
-from tests.variants import VARIANTS
+from tests.variants import EVA_VARIANTS, VARIANTS
 from tests.without_dcvit import run_without
 
 
@@ -49,7 +49,9 @@ def folder(result: dcvit.CompressionResult, tmp_path: Path) -> Path:
 # Without dcvit.
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224", "resnet18"]
+)
 def test_importing_dcvit_makes_saved_models_known_to_timm(name: str, tmp_path: Path) -> None:
     """In a process that has seen no model of the family."""
     model = timm.create_model(name)
@@ -63,8 +65,8 @@ def test_importing_dcvit_makes_saved_models_known_to_timm(name: str, tmp_path: P
 
 
 def test_every_variant_loads_without_dcvit(tmp_path: Path) -> None:
-    expected = {}
-    for name, variant in VARIANTS.items():
+    expected, variants = {}, VARIANTS | EVA_VARIANTS
+    for name, variant in variants.items():
         student = adapter_for(model := variant.create()).rebuild(cut(model)).eval()
         save_model(student, tmp_path / name)
         images = torch.randn(2, *adapter_for(student).input_size(student))
@@ -82,7 +84,7 @@ else:
     raise SystemExit("timm knows the architecture by itself: the module is not needed")
 sys.path.insert(0, "plain")
 import modeling_dcvit
-for name in {list(VARIANTS)}:
+for name in {list(variants)}:
     model = timm.create_model(f"local-dir:{{name}}", pretrained=True).eval()
     assert type(model.blocks[1]) is modeling_dcvit.CompressedBlock
     with torch.no_grad():

@@ -50,7 +50,7 @@ CD = register(
         name="cd",
         title="hidden nodes or filters pruned by L1 norm, the layer after them fitted on both networks' activations",
         source="Cross Distillation, arXiv 1911.09450",
-        families=("vit", "swin", "cnn"),
+        families=("vit", "eva", "swin", "cnn"),
         recovery=ReconstructionConfig,
         compress=cd,
     )

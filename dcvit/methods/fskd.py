@@ -46,7 +46,7 @@ FSKD = register(
         name="fskd",
         title="hidden nodes or filters pruned by L1 norm, a linear map behind them fitted to the original's",
         source="FSKD, arXiv 1812.01839",
-        families=("vit", "swin", "cnn"),
+        families=("vit", "eva", "swin", "cnn"),
         recovery=ReconstructionConfig,
         compress=fskd,
     )

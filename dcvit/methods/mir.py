@@ -76,7 +76,7 @@ MIR = register(
         name="mir",
         title="evenly spaced blocks dropped, the features before the head mimicked",
         source="MiR, arXiv 2201.02620",
-        families=("vit", "swin", "cnn"),
+        families=("vit", "eva", "swin", "cnn"),
         recovery=MimickingConfig,
         compress=mir,
     )

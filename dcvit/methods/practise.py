@@ -78,7 +78,7 @@ PRACTISE = register(
         name="practise",
         title="whole blocks dropped, those that recover best for what they save",
         source="PRACTISE, arXiv 2202.07861",
-        families=("vit", "swin", "cnn"),
+        families=("vit", "eva", "swin", "cnn"),
         recovery=MimickingConfig,
         compress=practise,
     )

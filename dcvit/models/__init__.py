@@ -6,6 +6,7 @@ by name and before any work; `adapter_for` then finds the adapter wherever one i
 
 from dcvit.models.adapter import ModelAdapter, OutputLayer, adapter_for, adapters, require_supported
 from dcvit.models.blocks import CompressedBlock, MlpHalf
+from dcvit.models.eva import EvaAdapter  # imported, adapters make saved models known to timm
 from dcvit.models.loading import (
     CONFIG_FILE,
     DEMO_MODEL,
@@ -16,7 +17,7 @@ from dcvit.models.loading import (
     preprocessing,
 )
 from dcvit.models.modeling_dcvit import DroppedBlock
-from dcvit.models.residual_cnn import ResidualCnnAdapter  # imported, these make saved models known to timm
+from dcvit.models.residual_cnn import ResidualCnnAdapter
 from dcvit.models.swin import SwinAdapter
 from dcvit.models.vision_transformer import create_vision_transformer
 
@@ -26,6 +27,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "CompressedBlock",
     "DroppedBlock",
+    "EvaAdapter",
     "MlpHalf",
     "ModelAdapter",
     "OutputLayer",

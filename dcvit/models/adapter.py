@@ -249,11 +249,12 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
 
 def adapters() -> tuple[ModelAdapter, ...]:
     """One adapter for each family."""
+    from dcvit.models.eva import EvaAdapter
     from dcvit.models.residual_cnn import ResidualCnnAdapter
     from dcvit.models.swin import SwinAdapter
     from dcvit.models.vision_transformer import VisionTransformerAdapter
 
-    return VisionTransformerAdapter(), SwinAdapter(), ResidualCnnAdapter()
+    return VisionTransformerAdapter(), EvaAdapter(), SwinAdapter(), ResidualCnnAdapter()
 
 
 def require_supported(model: nn.Module) -> ModelAdapter:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dcvit.costs import Cost, linear_cost
 from dcvit.models import modeling_dcvit
-from dcvit.models.modeling_dcvit import TimmModule
+from dcvit.models.modeling_dcvit import TimmModule, layer_scale
 from dcvit.ops import Impl, attention, dropped_mlp
 
 __all__ = ["CompressedBlock", "MlpHalf", "WholeBlock", "attention_half", "mlp_half_cost"]
@@ -26,7 +26,7 @@ class MlpHalf(modeling_dcvit.MlpHalf):
     fused; else the modules run one by one.
 
     Args:
-        block: A timm `Block` or `ResPostBlock`; its MLP branch is taken over, not copied.
+        block: A timm block, see `modeling_dcvit.MlpHalf`; its MLP branch is taken over, not copied.
     """
 
     def __init__(self, block: TimmModule) -> None:
@@ -83,7 +83,7 @@ class MlpHalf(modeling_dcvit.MlpHalf):
 class CompressedBlock(MlpHalf):
     """A transformer block without attention and with fewer hidden nodes."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
         """Tokens `[B, N, D]` to `[B, N, D]`; the attention arguments of timm's blocks have nothing to act on."""
         return self.mlp_half(x)
 
@@ -145,7 +145,7 @@ def mlp_half_cost(block: TimmModule, tokens: int) -> tuple[Cost, Cost]:
     rows = sum(layer.out_features for layer in first_layers)  # gate and value count twice per hidden node
     fc1 = linear_cost(width, rows, tokens, bias=first_layers[0].bias is not None)
     fc2 = linear_cost(hidden, width, tokens, bias=mlp.fc2.bias is not None)
-    others = [block.norm2, mlp.norm, getattr(block, "ls2", nn.Identity())]
+    others = [block.norm2, mlp.norm, layer_scale(block)]
     rest = sum(parameter.numel() for module in others for parameter in module.parameters())
     per_node = len(first_layers) if type(mlp) is SwiGLU else 2 if type(mlp) is GluMlp else 1
     node = linear_cost(width, per_node, tokens, bias=first_layers[0].bias is not None)

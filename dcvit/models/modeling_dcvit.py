@@ -10,8 +10,8 @@ installed:
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
 
 It is a module of dcvit too, which builds its models with it and only replaces the blocks' MLP by a faster one. One file
-serves all families: a vision transformer is `dcvit_vision_transformer`, a Swin `dcvit_swin_transformer`, a CNN of
-residual blocks `dcvit_residual_cnn`.
+serves all families: a vision transformer is `dcvit_vision_transformer`, an Eva or Beit `dcvit_eva`, a Swin
+`dcvit_swin_transformer`, a CNN of residual blocks `dcvit_residual_cnn`.
 """
 
 import copy
@@ -27,6 +27,7 @@ from timm.layers import (
     GluMlp,
     LayerNorm,
     LayerNormFp32,
+    LayerScale,
     Mlp,
     QuickGELU,
     RmsNorm,
@@ -40,8 +41,11 @@ from timm.layers.activations import GELU, GELUTanh
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models import build_model_with_cfg, register_model, regnet, resnet
 from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, SqueezeExcite
+from timm.models.beit import checkpoint_filter_fn as fit_beit_checkpoint
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.efficientnet import EfficientNet
+from timm.models.eva import Eva, EvaBlockPostNorm
+from timm.models.eva import checkpoint_filter_fn as fit_eva_checkpoint
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer import checkpoint_filter_fn as fit_swin_checkpoint
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
@@ -54,8 +58,10 @@ __all__ = [
     "ARCHITECTURE",
     "BLOCKS",
     "CNN_ARCHITECTURE",
+    "EVA_ARCHITECTURE",
     "MLPS",
     "NORMS",
+    "POST_NORM",
     "SWIN_ARCHITECTURE",
     "CompressedBlock",
     "ConvolutionalAttention",
@@ -67,13 +73,16 @@ __all__ = [
     "SharedBlock",
     "build",
     "build_cnn",
+    "build_eva",
     "build_swin",
     "cnn_places",
     "cnn_stages",
     "create",
     "create_cnn",
+    "create_eva",
     "create_swin",
     "cut_cnn",
+    "dcvit_eva",
     "dcvit_residual_cnn",
     "dcvit_swin_transformer",
     "dcvit_vision_transformer",
@@ -84,12 +93,16 @@ __all__ = [
     "keep_heads",
     "keep_hidden_nodes",
     "last_activation",
+    "layer_scale",
     "share_weights",
     "swin_places",
 ]
 
 ARCHITECTURE = "dcvit_vision_transformer"
 """The name under which timm's registry knows compressed vision transformers."""
+
+EVA_ARCHITECTURE = "dcvit_eva"
+"""That of compressed Evas and Beits."""
 
 SWIN_ARCHITECTURE = "dcvit_swin_transformer"
 """That of compressed Swins."""
@@ -121,6 +134,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 BLOCKS: dict[str, type[nn.Module]] = {"pre_norm": Block, "res_post_norm": ResPostBlock}
 MLPS: dict[str, Any] = {"mlp": Mlp, "swiglu": SwiGLU, "swiglu_packed": SwiGLUPacked}
 
+POST_NORM = (ResPostBlock, SwinTransformerV2Block, EvaBlockPostNorm)
+"""Blocks whose norms lie behind attention and MLP."""
+
 KERNEL = 3
 """Side of the convolutions in `SharedBlock` and `ConvolutionalAttention`."""
 
@@ -129,7 +145,8 @@ class MlpHalf(nn.Module):
     """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
 
     Args:
-        block: A timm `Block`, `ResPostBlock` or Swin block; its MLP branch is taken over, not copied.
+        block: A timm `Block`, `ResPostBlock`, or block of a Swin, an Eva or a Beit; its MLP branch is taken over, not
+            copied.
     """
 
     norm2: TimmModule
@@ -139,10 +156,10 @@ class MlpHalf(nn.Module):
 
     def __init__(self, block: TimmModule) -> None:
         super().__init__()
-        self.post_norm = isinstance(block, (ResPostBlock, SwinTransformerV2Block))
+        self.post_norm = isinstance(block, POST_NORM)
         self.norm2 = block.norm2
         self.mlp = block.mlp
-        self.ls2 = getattr(block, "ls2", nn.Identity())
+        self.ls2 = layer_scale(block)
         self.drop_path2 = block.drop_path2
 
     def mlp_half(self, x: Tensor) -> Tensor:
@@ -154,10 +171,20 @@ class MlpHalf(nn.Module):
         """A Swin tells its blocks the image size; without windows it makes no difference."""
 
 
+def layer_scale(block: TimmModule) -> nn.Module:
+    """The LayerScale behind a block's MLP, which in timm's Eva and Beit is a parameter alone."""
+    if (gamma := getattr(block, "gamma_2", None)) is None:
+        found: nn.Module = getattr(block, "ls2", nn.Identity())
+        return found
+    scale = LayerScale(len(gamma))
+    scale.gamma = gamma
+    return scale
+
+
 class CompressedBlock(MlpHalf):
     """A transformer block without attention and with fewer hidden nodes."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
         """Tokens to tokens; the attention arguments of timm's blocks have nothing to act on."""
         return self.mlp_half(x)
 
@@ -410,10 +437,10 @@ class ConvolutionalAttention(nn.Module):
         return prefix, patches.mT.unflatten(2, _grid_of(patches.shape[1], self.grid))
 
 
-class DroppedBlock(nn.Identity):
+class DroppedBlock(nn.Module):
     """What is left of a block that was dropped whole: its output is its input."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
         """Tokens, unchanged."""
         return x
 
@@ -564,6 +591,42 @@ def share_weights(
         grid=tuple(model.patch_embed.grid_size),
         num_prefix_tokens=model.num_prefix_tokens,
     )
+
+
+def build_eva(
+    *,
+    base: str,
+    base_args: Mapping[str, Any],
+    img_size: Any,
+    num_classes: int,
+    in_chans: int,
+    global_pool: str,
+    per_layer_config: Mapping[str, Mapping[str, Any]],
+    compressed_block: type[nn.Module] = CompressedBlock,
+) -> nn.Module:
+    """The Eva or Beit that the `model_args` of a `config.json` describe, freshly initialised.
+
+    Args:
+        base: The timm architecture that was compressed.
+        base_args: More arguments of it.
+        img_size: Height and width of the images, or both as one number.
+        num_classes: Classes of the head.
+        in_chans: Channels of the images.
+        global_pool: The pooling.
+        per_layer_config: As `build`'s: `skip` and `intermediate_size`.
+        compressed_block: Made of each block whose attention is skipped.
+    """
+    model: TimmModule = timm.create_model(
+        base,
+        img_size=img_size if isinstance(img_size, int) else tuple(img_size),
+        num_classes=num_classes,
+        in_chans=in_chans,
+        global_pool=global_pool,
+        **base_args,
+    )
+    model.dcvit_base = {"base": base, "base_args": dict(base_args)}
+    _compress([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config, compressed_block)
+    return model
 
 
 def build_swin(
@@ -794,6 +857,31 @@ def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     )
 
 
+def create_eva(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build an Eva or Beit the way timm builds its own, with its weights if `pretrained`; see `build_eva`."""
+    return build_model_with_cfg(
+        build_eva,
+        EVA_ARCHITECTURE,
+        pretrained,
+        pretrained_filter_fn=_fit_eva_weights,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _fit_eva_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Saved weights for a model built at another image size.
+
+    Timm resamples positions. Where no shape differs its function is left out, because of a Beit that is not square it
+    cannot tell the size that the biases are of.
+    """
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if all(shapes.get(name) == tensor.shape for name, tensor in state.items()):
+        return state
+    fitted: dict[str, Tensor] = (fit_eva_checkpoint if isinstance(model, Eva) else fit_beit_checkpoint)(state, model)
+    return fitted
+
+
 def create_swin(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a Swin the way timm builds its own, with its weights if `pretrained`; the arguments are `build_swin`'s."""
     return build_model_with_cfg(
@@ -829,6 +917,11 @@ def create_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         feature_cfg={"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": kwargs["base"].startswith("reg")},
         **kwargs,
     )
+
+
+def dcvit_eva(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's entry point for Evas and Beits that dcvit compressed; the arguments come from `config.json`."""
+    return create_eva(pretrained, **kwargs)
 
 
 def dcvit_residual_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -917,5 +1010,6 @@ def _norm_channels(norm: TimmModule, channels: Tensor) -> nn.Module:
 # As a module of dcvit, or where dcvit is imported, dcvit registers the architectures, with its own blocks.
 if not __package__ and not timm.is_model(ARCHITECTURE):
     register_model(dcvit_vision_transformer)
+    register_model(dcvit_eva)
     register_model(dcvit_swin_transformer)
     register_model(dcvit_residual_cnn)

@@ -10,7 +10,7 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import WholeBlock
-from dcvit.models.modeling_dcvit import NORMS, DroppedBlock, TimmModule
+from dcvit.models.modeling_dcvit import NORMS, TimmModule
 from dcvit.seeding import seeded
 
 __all__ = ["named_key", "norm_spec", "num_params", "preprocessing_cfg", "rebuilt", "require_same", "timm_type"]
@@ -69,7 +69,7 @@ def _signature(model: TimmModule) -> dict[str, str]:
     parts = {
         name: f"{timm_type(module).__qualname__}({module.extra_repr()})"
         for name, module in model.named_modules()
-        if not isinstance(module, _STATELESS) or isinstance(module, DroppedBlock)
+        if not isinstance(module, _STATELESS)
     }
     tensors = {name: f"Tensor{list(t.shape)}" for name, t in [*model.named_parameters(), *model.named_buffers()]}
     norms = {

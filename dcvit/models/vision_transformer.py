@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from timm.layers import (
-    AttentionPoolLatent,
     GluMlp,
     LayerScale,
     Mlp,
@@ -21,14 +20,14 @@ from timm.layers import (
 from timm.layers.attention import Attention
 from timm.models import register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
+from dcvit.costs import BlockCost, Cost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
-from dcvit.models.adapter import OutputLayer
 from dcvit.models.blocks import CompressedBlock, MlpHalf, WholeBlock, attention_half, mlp_half_cost
+from dcvit.models.isotropic import IsotropicAdapter
 from dcvit.models.modeling_dcvit import (
     ACTIVATIONS,
     ARCHITECTURE,
@@ -40,14 +39,12 @@ from dcvit.models.modeling_dcvit import (
     TimmModule,
     build,
     keep_heads,
-    keep_hidden_nodes,
     share_weights,
 )
 from dcvit.models.rebuilding import (
     named_key,
     norm_spec,
     num_params,
-    preprocessing_cfg,
     rebuilt,
     require_same,
     timm_type,
@@ -70,7 +67,7 @@ MADE_OF_BLOCKS = (FusingBlock, SharedBlock)
 """What timm's `Block` may have become, other than by a cut."""
 
 
-class VisionTransformerAdapter:
+class VisionTransformerAdapter(IsotropicAdapter):
     """timm's `VisionTransformer` and `VisionTransformerDistilled`.
 
     Modifications:
@@ -88,10 +85,6 @@ class VisionTransformerAdapter:
     models = "ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP, AIMv2, BEiT-3"
     classes: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
     source = "arXiv 2010.11929, 2012.12877"
-    removed = "attention"
-    keeps_ends = True
-    pointwise_nodes = True
-    mac_weight = 1.0
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""
@@ -108,122 +101,21 @@ class VisionTransformerAdapter:
                 "compress the original, to a smaller budget."
             )
 
-    def input_size(self, model: TimmModule) -> tuple[int, int, int]:
-        """See `ModelAdapter.input_size`."""
-        height, width = model.patch_embed.img_size
-        return model.patch_embed.proj.in_channels, height, width
-
-    def dynamic_input(self, model: TimmModule) -> bool:
-        """See `ModelAdapter.dynamic_input`."""
-        return bool(model.dynamic_img_size)
-
-    def tokens(self, model: TimmModule, images: Tensor) -> Tensor:
-        """See `ModelAdapter.tokens`."""
-        return model.forward_features(images)
-
     def embed(self, model: TimmModule, images: Tensor) -> Tensor:
         """See `ModelAdapter.embed`."""
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-
-    def prepare(self, model: TimmModule, state: Tensor, block: int) -> Tensor:
-        """See `ModelAdapter.prepare`."""
-        return state
 
     def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
         """See `ModelAdapter.run_blocks`."""
         return model.blocks[first:stop](state)
 
-    def as_tokens(self, state: Tensor) -> Tensor:
-        """See `ModelAdapter.as_tokens`."""
-        return state
-
-    def from_tokens(self, tokens: Tensor) -> Tensor:
-        """See `ModelAdapter.from_tokens`."""
-        return tokens
-
-    def num_blocks(self, model: TimmModule) -> int:
-        """See `ModelAdapter.num_blocks`."""
-        return len(model.blocks)
-
-    def groups(self, model: TimmModule) -> Sequence[tuple[int, ...]]:
-        """See `ModelAdapter.groups`; each block alone."""
-        return [(block,) for block in range(len(model.blocks))]
-
-    def final_norm(self, model: TimmModule, state: Tensor) -> Tensor:
-        """See `ModelAdapter.final_norm`."""
-        return model.norm(state)
-
-    def num_classes(self, model: TimmModule) -> int:
-        """See `ModelAdapter.num_classes`."""
-        return int(model.num_classes)
-
-    def logits(self, model: TimmModule, tokens: Tensor) -> Tensor:
-        """See `ModelAdapter.logits`."""
-        return model.forward_head(tokens)
-
-    def has_class_token(self, model: TimmModule) -> bool:
-        """See `ModelAdapter.has_class_token`."""
-        return model.cls_token is not None
-
-    def features(self, model: TimmModule, tokens: Tensor) -> Tensor:
-        """See `ModelAdapter.features`; without pooling (`global_pool=""`) the mean over the tokens."""
-        features = model.forward_head(tokens, pre_logits=True)
-        return features if features.ndim == 2 else features.mean(dim=1)
-
-    def hidden_features(self, model: TimmModule, block: int) -> int:
-        """See `ModelAdapter.hidden_features`."""
-        module = model.blocks[block]
-        return 0 if isinstance(module, DroppedBlock) else int(module.mlp.fc2.in_features)
-
-    def cost(self, model: TimmModule) -> ModelCost:
-        """See `ModelAdapter.cost`."""
+    def _block_costs(self, model: TimmModule) -> tuple[list[BlockCost], int]:
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         blocks = []
         for block in model.blocks:
             before, tokens = tokens, block.tokens_after(tokens) if isinstance(block, FusingBlock) else tokens
             blocks.append(_block_cost(block, before, tokens))
-        total = Cost(params=num_params(model))
-        for block in blocks:
-            total += Cost(
-                block.attention.weight_macs + block.mlp.weight_macs,
-                block.attention.attention_macs + block.mlp.attention_macs,
-            )
-        conv = model.patch_embed.proj
-        total += Cost(weight_macs=model.patch_embed.num_patches * conv.weight.numel())
-        for name in ("head", "head_dist"):
-            head = getattr(model, name, None)
-            if isinstance(head, nn.Linear):
-                total += Cost(weight_macs=head.weight.numel())
-        if model.attn_pool is not None:
-            total += _latent_pool_cost(
-                model.attn_pool, tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
-            )
-        return ModelCost(total=total, blocks=tuple(blocks))
-
-    def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
-        """See `ModelAdapter.compress_block`."""
-        module = model.blocks[block]
-        keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
-        model.blocks[block] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
-
-    def prune_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
-        """See `ModelAdapter.prune_block`."""
-        keep_hidden_nodes(model.blocks[block].mlp, torch.as_tensor(kept, dtype=torch.int64))
-
-    def prune_obstacle(self, model: TimmModule, block: int) -> str | None:
-        """See `ModelAdapter.prune_obstacle`."""
-        return None if self.hidden_features(model, block) else "has no hidden nodes"
-
-    def hidden_filters(self, model: TimmModule, block: int) -> Tensor:
-        """See `ModelAdapter.hidden_filters`; of a SwiGLU those of gate and value."""
-        mlp = model.blocks[block].mlp
-        if type(mlp) is SwiGLU:
-            return torch.cat([mlp.fc1_g.weight, mlp.fc1_x.weight], dim=1)
-        return torch.cat(mlp.fc1.weight.chunk(2), dim=1) if type(mlp) is GluMlp else mlp.fc1.weight
-
-    def hidden_layer(self, model: TimmModule, block: int) -> nn.Linear:
-        """See `ModelAdapter.hidden_layer`."""
-        return model.blocks[block].mlp.fc2
+        return blocks, tokens
 
     def fuse(self, model: TimmModule) -> None:
         """See `ModelAdapter.fuse`."""
@@ -231,47 +123,12 @@ class VisionTransformerAdapter:
             if type(block) is Block and not block._forward_hooks and not block._forward_pre_hooks:
                 model.blocks[i] = WholeBlock(block)
 
-    def drop_block(self, model: TimmModule, block: int) -> None:
-        """See `ModelAdapter.drop_block`."""
-        model.blocks[block] = DroppedBlock()
-
-    def block(self, model: TimmModule, block: int) -> nn.Module:
-        """See `ModelAdapter.block`."""
-        return model.blocks[block]
-
     def halves(self, model: TimmModule, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
         """See `ModelAdapter.halves`."""
         module = model.blocks[block]
         if not isinstance(module, (Block, WholeBlock)):
             return None
         return partial(attention_half, module), CompressedBlock(module)
-
-    def output_layer(self, model: TimmModule, block: int) -> OutputLayer | None:
-        """See `ModelAdapter.output_layer`; `None` where the norm lies behind the MLP."""
-        module = model.blocks[block]
-        if isinstance(module, (ResPostBlock, DroppedBlock)) or getattr(module, "post_norm", False):
-            return None
-        return OutputLayer(module.mlp.fc2, getattr(module.ls2, "gamma", None))
-
-    def absorbing_layers(self, model: TimmModule, block: int) -> tuple[None, None]:
-        """See `ModelAdapter.absorbing_layers`."""
-        return None, None
-
-    def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
-        """See `ModelAdapter.parameters`."""
-        blocks = list(model.blocks[first_block : last_block + 1].parameters())
-        return blocks if first_block > 0 else self._stem_parameters(model) + blocks
-
-    def body_parameters(self, model: TimmModule) -> list[nn.Parameter]:
-        """See `ModelAdapter.body_parameters`."""
-        return self._stem_parameters(model) + list(model.blocks.parameters()) + list(model.norm.parameters())
-
-    @staticmethod
-    def _stem_parameters(model: TimmModule) -> list[nn.Parameter]:
-        names = ("cls_token", "reg_token", "dist_token", "pos_embed")
-        loose = [getattr(model, name, None) for name in names]
-        stem = [*model.patch_embed.parameters(), *model.norm_pre.parameters()]
-        return [p for p in loose if p is not None] + stem
 
     def rebuild(self, model: TimmModule) -> nn.Module:
         """See `ModelAdapter.rebuild`."""
@@ -287,17 +144,6 @@ class VisionTransformerAdapter:
             "global_pool": args["global_pool"],
             "model_args": args,
             "pretrained_cfg": self._pretrained_cfg(model),
-        }
-
-    def _pretrained_cfg(self, model: TimmModule) -> dict[str, Any]:
-        """Preprocessing and head of a model, without where its own weights came from."""
-        return {
-            **preprocessing_cfg(model),
-            "input_size": self.input_size(model),
-            "fixed_input_size": not self.dynamic_input(model),
-            "num_classes": self.num_classes(model),
-            "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if isinstance(model, VisionTransformerDistilled) else "head",
         }
 
     def _model_args(self, model: TimmModule) -> dict[str, Any]:
@@ -567,17 +413,3 @@ def _transformation_costs(block: SharedBlock, tokens: int) -> tuple[Cost, Cost]:
         params, patches = block.local.numel(), tokens - block.num_prefix_tokens
         looking = Cost(weight_macs=params * patches, params=params - (0 if "mlp" in own else num_params(block.mlp)))
     return mixing, looking
-
-
-def _latent_pool_cost(pool: TimmModule, tokens: int) -> Cost:
-    """MACs of attention pooling with latent queries (SigLIP's head); its parameters are counted with the model's."""
-    if type(pool) is not AttentionPoolLatent:
-        raise UnsupportedModelError(
-            f"attn_pool is a {type(pool).__qualname__}; only AttentionPoolLatent is supported, whose cost is known."
-        )
-    latents, width = pool.latent_len, pool.num_heads * pool.head_dim
-    layers = [(pool.q, latents), (pool.kv, tokens), (pool.proj, latents)]
-    if pool.mlp is not None:
-        layers += [(pool.mlp.fc1, latents), (pool.mlp.fc2, latents)]
-    macs = sum(rows * layer.weight.numel() for layer, rows in layers if isinstance(layer, nn.Linear))
-    return Cost(weight_macs=macs, attention_macs=2 * latents * tokens * width)

@@ -1,0 +1,263 @@
+"""timm's `Eva` and `Beit`: EVA, EVA-02, DINOv3, Perception Encoder, ViTs with rotary positions, BEiT.
+
+Attention is told where tokens are: by a rotation of queries and keys (`rope`), or by a bias of each pair of positions.
+Timm's model hands what all blocks share to each of them; an adapter's blocks take a state alone, so here they have it
+with them (`PlacedBlock`).
+
+A model is rebuilt as the timm architecture that it was made as, with the arguments that timm recorded, and compared
+with it part by part, so that what would be lost is refused by name before any work.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.layers.attention import AttentionRope
+from timm.models import get_model_args, register_model
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from torch import Tensor, nn
+
+from dcvit.costs import BlockCost, Cost
+from dcvit.errors import UnsupportedModelError
+from dcvit.models import modeling_dcvit
+from dcvit.models.blocks import CompressedBlock, mlp_half_cost
+from dcvit.models.isotropic import IsotropicAdapter
+from dcvit.models.modeling_dcvit import EVA_ARCHITECTURE, DroppedBlock, MlpHalf, TimmModule, build_eva
+from dcvit.models.rebuilding import num_params, rebuilt, require_same
+
+__all__ = ["EvaAdapter", "PlacedBlock"]
+
+Places = dict[str, Any]
+"""What timm's model hands to a block beside its tokens."""
+
+
+class PlacedBlock(nn.Module):
+    """A block that knows where tokens are.
+
+    Args:
+        block: The block, not copied.
+        places: What it is handed beside them.
+    """
+
+    def __init__(self, block: nn.Module, places: Places) -> None:
+        super().__init__()
+        self.block = block
+        self._places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens `[B, N, D]` to `[B, N, D]`."""
+        moved: Tensor = self.block(x, **self._places)
+        return moved
+
+
+class EvaAdapter(IsotropicAdapter):
+    """timm's `Eva` and `Beit`.
+
+    Modifications:
+        - a compressed block (`CompressedBlock`) loses `norm1`, `attn` with its position biases, `gamma_1` and
+          `drop_path1`, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped; of a
+          SwiGLU both gate and value; its `gamma_2` is called `ls2.gamma`;
+        - a pruned block loses those rows and columns alone;
+        - a dropped block becomes a `DroppedBlock`;
+        - everything else, parameter names included, stays.
+    """
+
+    family = "eva"
+    models = "EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, BEiT, BEiT v2"
+    classes: tuple[type[nn.Module], ...] = (Eva, Beit)
+    source = "arXiv 2211.07636, 2303.11331, 2508.10104, 2106.08254"
+
+    def check(self, model: TimmModule) -> None:
+        """See `ModelAdapter.check`."""
+        if type(model) not in self.classes:
+            raise UnsupportedModelError(
+                f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
+                "rebuilt from its saved form."
+            )
+        if type(model.patch_embed) is not PatchEmbed or model.patch_embed.img_size is None:
+            raise UnsupportedModelError(
+                f"patch_embed is a {type(model.patch_embed).__qualname__} for images of {model.patch_embed.img_size}; "
+                "only timm's PatchEmbed for images of one size is supported."
+            )
+        for i, block in enumerate(model.blocks):
+            if type(block) not in (EvaBlock, EvaBlockPostNorm, BeitBlock) and not isinstance(
+                block, (MlpHalf, DroppedBlock)
+            ):
+                raise UnsupportedModelError(
+                    f"blocks.{i} is a {type(block).__qualname__}; supported are timm's EvaBlock, EvaBlockPostNorm and "
+                    "Beit's Block."
+                )
+            attention = getattr(block, "attn", None)
+            if attention is not None and type(attention) not in (EvaAttention, AttentionRope, BeitAttention):
+                raise UnsupportedModelError(
+                    f"blocks.{i}.attn is a {type(attention).__qualname__}; only timm's EvaAttention, AttentionRope and "
+                    "Beit's Attention, whose cost is known, are supported."
+                )
+        if not any(hasattr(block, "attn") for block in model.blocks):
+            raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
+        self._model_args(model)
+
+    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
+        """See `ModelAdapter.embed`."""
+        patches = model.patch_embed(images)
+        if isinstance(model, Eva):
+            return model.norm_pre(model._pos_embed(patches)[0])
+        tokens = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return model.pos_drop(tokens if model.pos_embed is None else tokens + model.pos_embed)
+
+    def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
+        """See `ModelAdapter.run_blocks`."""
+        places = _places(model)
+        for block in range(first, stop):
+            state = model.blocks[block](state, **places[block])
+        return state
+
+    def block(self, model: TimmModule, block: int) -> nn.Module:
+        """See `ModelAdapter.block`."""
+        with torch.no_grad():
+            return PlacedBlock(model.blocks[block], _places(model)[block])
+
+    def fuse(self, model: TimmModule) -> None:
+        """See `ModelAdapter.fuse`; attention with positions has no op of dcvit's."""
+
+    def halves(self, model: TimmModule, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+        """See `ModelAdapter.halves`; `None` where the norms lie behind attention and MLP."""
+        module = model.blocks[block]
+        if type(module) not in (EvaBlock, BeitBlock):
+            return None
+        with torch.no_grad():
+            return partial(_attention_half, module, _places(model)[block]), CompressedBlock(module)
+
+    def rebuild(self, model: TimmModule) -> nn.Module:
+        """See `ModelAdapter.rebuild`."""
+        return rebuilt(model, EVA_ARCHITECTURE, self.config(model))
+
+    def config(self, model: TimmModule) -> Mapping[str, Any]:
+        """See `ModelAdapter.config`."""
+        args = self._model_args(model)
+        return {
+            "architecture": EVA_ARCHITECTURE,
+            "num_classes": args["num_classes"],
+            "num_features": int(model.embed_dim),
+            "global_pool": args["global_pool"],
+            "model_args": args,
+            "pretrained_cfg": self._pretrained_cfg(model),
+        }
+
+    def _block_costs(self, model: TimmModule) -> tuple[list[BlockCost], int]:
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        return [_block_cost(block, tokens) for block in model.blocks], tokens
+
+    def _stem_parameters(self, model: TimmModule) -> list[nn.Parameter]:
+        shared = (getattr(model, name, None) for name in ("rope", "rel_pos_bias"))
+        positions = [parameter for module in shared if module is not None for parameter in module.parameters()]
+        return super()._stem_parameters(model) + positions
+
+    def _model_args(self, model: TimmModule) -> dict[str, Any]:
+        """The arguments of `build_eva` for a model, as values for JSON.
+
+        Raises:
+            UnsupportedModelError: Naming the first part that they would not reproduce.
+        """
+        args: dict[str, Any] = {
+            **_base(model),
+            "img_size": list(model.patch_embed.img_size),
+            "num_classes": self.num_classes(model),
+            "in_chans": model.patch_embed.proj.in_channels,
+            "global_pool": model.global_pool,
+        }
+        with torch.device("meta"):
+            whole: TimmModule = build_eva(**args, per_layer_config={})
+            args["per_layer_config"] = {
+                str(i): settings
+                for i, blocks in enumerate(zip(model.blocks, whole.blocks, strict=False))
+                if (settings := _layer_settings(*blocks)) is not None
+            }
+            twin = build_eva(**args, compressed_block=CompressedBlock)
+        require_same(model, twin, f"{args['base']} of timm", "_base in dcvit/models/eva.py")
+        return args
+
+
+def _base(model: TimmModule) -> dict[str, Any]:
+    """The timm architecture that was or will be cut, and its arguments but for those that are read off the model.
+
+    Raises:
+        UnsupportedModelError: If the model does not tell, or an argument is no value of JSON's.
+    """
+    if hasattr(model, "dcvit_base"):
+        known: dict[str, Any] = model.dcvit_base
+        return known
+    base = getattr(model, "pretrained_cfg", {}).get("architecture")
+    if base is None or not timm.is_model(base):
+        raise UnsupportedModelError(
+            f"pretrained_cfg['architecture']={base!r} of the model is none of timm's, by which it is rebuilt: create "
+            "it with timm.create_model."
+        )
+    read = ("img_size", "num_classes", "in_chans", "global_pool")
+    args = {name: value for name, value in get_model_args(model).items() if name not in read}
+    for name, value in args.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f"{name}={value!r}: the model was created with an argument that config.json cannot hold. Leave it out."
+            ) from error
+    return {"base": base, "base_args": args}
+
+
+def _places(model: TimmModule) -> list[Places]:
+    """What the model hands to each of its blocks, for images of its own size."""
+    if isinstance(model, Beit):
+        bias = None if model.rel_pos_bias is None else model.rel_pos_bias()
+        return [{"shared_rel_pos_bias": bias}] * len(model.blocks)
+    if model.rope is None:
+        return [{}] * len(model.blocks)
+    # As in timm's `_pos_embed`: the rotation of a fixed size is cached.
+    fixed = not model.dynamic_img_size and hasattr(model.rope, "feat_shape")
+    rope = model.rope.get_embed(**({} if fixed else {"shape": model.patch_embed.grid_size}))
+    return [{"rope": rope[block] if model.rope_mixed else rope} for block in range(len(model.blocks))]
+
+
+def _attention_half(block: TimmModule, places: Places, x: Tensor) -> Tensor:
+    """The first half of a block, x + gamma_1 ⊙ attn(norm1(x))."""
+    mixed: Tensor = block.attn(block.norm1(x), **places)
+    return x + block.drop_path1(mixed if block.gamma_1 is None else block.gamma_1 * mixed)
+
+
+def _layer_settings(block: TimmModule, whole: TimmModule) -> dict[str, Any] | None:
+    """What differs in a block from the whole one, in transformers' `per_layer_config` keys."""
+    if isinstance(block, DroppedBlock):
+        return {"skip": ["attention", "mlp"]}
+    if isinstance(block, CompressedBlock):
+        return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
+    if block.mlp.fc2.in_features < whole.mlp.fc2.in_features:
+        return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features)}
+    return None
+
+
+def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
+    if isinstance(block, DroppedBlock):
+        return BlockCost(Cost(), Cost(), Cost(), 0)
+    mlp, node = mlp_half_cost(block, tokens)
+    hidden = block.mlp.fc2.in_features
+    if isinstance(block, CompressedBlock):
+        return BlockCost(Cost(), mlp, node, hidden)
+    layers = [layer for layer in block.attn.modules() if isinstance(layer, nn.Linear)]
+    macs = tokens * sum(layer.weight.numel() for layer in layers)
+    params = num_params(block.norm1) + num_params(block.attn)
+    if getattr(block, "gamma_1", None) is not None:
+        params += block.gamma_1.numel()
+    return BlockCost(Cost(macs, 2 * tokens * tokens * block.attn.proj.in_features, params), mlp, node, hidden)
+
+
+@register_model
+def dcvit_eva(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's entry point for Evas and Beits that dcvit compressed; the arguments come from `config.json`."""
+    return modeling_dcvit.create_eva(pretrained, compressed_block=CompressedBlock, **kwargs)

@@ -1,0 +1,181 @@
+"""Eva and Beit, beyond what the tests of all variants say: positions, image sizes, refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.eva import Eva
+from torch import nn
+
+import dcvit
+from dcvit.errors import UnsupportedModelError
+from dcvit.export import export_model
+from dcvit.models import adapter_for, require_supported
+from dcvit.results import save_model
+from tests.test_models import cut, images_for
+from tests.variants import EVA_VARIANTS, Variant
+
+each_variant = pytest.mark.parametrize("variant", EVA_VARIANTS.values(), ids=EVA_VARIANTS)
+
+
+TIMM = [name for module in ("eva", "beit") for name in timm.list_models(module=module) if not name.startswith("dcvit")]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_every_eva_and_beit_of_timm_is_supported(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    adapter = adapter_for(model)
+    adapter.check(model)
+    cost = adapter.cost(model)
+    assert len(cost.blocks) == adapter.num_blocks(model)
+    assert cost.total.params == sum(parameter.numel() for parameter in model.parameters())
+
+
+@each_variant
+def test_a_block_is_told_where_tokens_are(variant: Variant) -> None:
+    """With the patches in another order it does something else to each."""
+    model: Any = variant.create()
+    adapter, prefix = adapter_for(model), model.num_prefix_tokens
+    tokens = torch.randn(2, prefix + 4, 48)
+    order = [*range(prefix), *(prefix + patch for patch in (3, 1, 0, 2))]
+    with torch.no_grad():
+        moved = adapter.block(model, 1)(tokens[:, order])
+        told = bool(model.rope) if isinstance(model, Eva) else True
+        assert torch.allclose(moved, adapter.block(model, 1)(tokens)[:, order], atol=1e-5) != told
+        halves = adapter.halves(model, 1)
+        if halves is not None:
+            attention, mlp = halves
+            torch.testing.assert_close(mlp(attention(tokens)), adapter.block(model, 1)(tokens), rtol=1e-4, atol=1e-5)
+
+
+@each_variant
+def test_what_positions_are_made_of_is_updated_with_the_stem(variant: Variant) -> None:
+    model: Any = variant.create()
+    adapter = adapter_for(model)
+    known = {id(parameter) for parameter in adapter.body_parameters(model)}
+    behind = [part for name in ("head", "fc_norm", "attn_pool") if (part := getattr(model, name, None)) is not None]
+    head = {id(parameter) for part in behind for parameter in part.parameters()}
+    assert known | head == {id(parameter) for parameter in model.parameters()}
+    assert not known & head
+    first = {id(parameter) for parameter in adapter.parameters(model, 0, 3)}
+    assert first == known - {id(parameter) for parameter in model.norm.parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing position biases
+@each_variant
+def test_another_image_size(variant: Variant, tmp_path: Path) -> None:
+    """A model that was resized before it was cut, and a saved one that is loaded at another size."""
+
+    def resized(rows: int, columns: int) -> Any:
+        model: Any = variant.create()
+        patch = model.patch_embed.patch_size[0]
+        model.set_input_size(img_size=(rows * patch, columns * patch))
+        return cut(model)
+
+    save_model(adapter_for(oblong := resized(3, 5)).rebuild(oblong), tmp_path / "oblong")
+    images = images_for(oblong)
+    save_model(adapter_for(square := cut(variant.create())).rebuild(square), tmp_path / "square")
+    larger = resized(3, 3)
+    with torch.no_grad():
+        loaded = timm.create_model(f"local-dir:{tmp_path / 'oblong'}", pretrained=True).eval()
+        assert torch.equal(loaded(images), oblong(images))
+        images = images_for(larger)
+        loaded = timm.create_model(f"local-dir:{tmp_path / 'square'}", pretrained=True, img_size=images.shape[2]).eval()
+        torch.testing.assert_close(loaded(images), larger(images))
+
+
+def test_a_model_of_any_image_size_stays_one(tmp_path: Path) -> None:
+    student = cut(EVA_VARIANTS["dinov3"].create())
+    save_model(adapter_for(student).rebuild(student), tmp_path / "out")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 48, 80)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), student(images))
+
+
+@pytest.mark.parametrize("method", ["practise", "mir"])
+def test_methods_that_drop_blocks(method: str, tmp_path: Path) -> None:
+    model = EVA_VARIANTS["dinov3"].create()
+    config = dcvit.CompressionConfig(recovery=dcvit.MimickingConfig(epochs=1, learning_rate=1e-3, batch_size=4))
+    result = dcvit.compress(model, images_for(model, 6), dcvit.Budget(macs=0.8), config, method=method)
+    assert result.report.student.macs <= 0.8 * result.report.teacher.macs
+    result.save(tmp_path / "small")
+    dcvit.write_report(tmp_path / "small")
+    images = images_for(model)
+    with torch.no_grad():
+        assert torch.equal(dcvit.load(tmp_path / "small").model(images), result.model(images))
+
+
+@pytest.mark.parametrize("name", ["dinov3", "eva02", "beit"])
+def test_students_compile_and_export(name: str, tmp_path: Path) -> None:
+    student = adapter_for(EVA_VARIANTS[name].create()).rebuild(cut(EVA_VARIANTS[name].create())).eval()
+    images = images_for(student)
+    with torch.no_grad():
+        compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), student(images))
+    export_model(student, tmp_path / "model.pt2", format="torch-export")  # which compares
+
+
+class Derived(Eva):
+    """A subclass."""
+
+
+def made_by_class() -> nn.Module:
+    return Eva(img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+
+
+def of_a_subclass() -> nn.Module:
+    model = EVA_VARIANTS["dinov3"].create()
+    model.__class__ = Derived
+    return model
+
+
+def with_another_block() -> nn.Module:
+    model: Any = EVA_VARIANTS["beit"].create()
+    model.blocks[1] = nn.Identity()
+    return model
+
+
+def with_another_attention() -> nn.Module:
+    model: Any = EVA_VARIANTS["beit"].create()
+    model.blocks[1].attn = nn.Identity()
+    return model
+
+
+def with_another_part() -> nn.Module:
+    model: Any = EVA_VARIANTS["eva02"].create()
+    model.blocks[2].attn.proj = nn.Sequential(model.blocks[2].attn.proj)
+    return model
+
+
+def without_attention() -> nn.Module:
+    model = EVA_VARIANTS["beit"].create()
+    for block in range(4):
+        adapter_for(model).compress_block(model, block, range(5))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("create", "message"),
+    [
+        (made_by_class, r"pretrained_cfg\['architecture'\]=None of the model is none of timm's"),
+        (of_a_subclass, "The model is a Derived, a subclass"),
+        (with_another_block, r"blocks\.1 is a Identity; supported are timm's EvaBlock"),
+        (with_another_attention, r"blocks\.1\.attn is a Identity; only timm's EvaAttention"),
+        (with_another_part, r"blocks\.2\.attn\.proj"),
+        (lambda: EVA_VARIANTS["eva02"].create(norm_layer=nn.LayerNorm), r"norm_layer=.*that config\.json cannot hold"),
+        (without_attention, "No block of the model has attention left"),
+    ],
+)
+def test_what_cannot_be_rebuilt_is_refused_by_name(create: Any, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        require_supported(create())
+
+
+def test_methods_of_another_family_are_refused() -> None:
+    model = EVA_VARIANTS["beit"].create()
+    with pytest.raises(UnsupportedModelError, match=r"'evit' handles models of the family vit, and this one is a eva"):
+        dcvit.compress(model, images_for(model), dcvit.Budget(macs=0.8), method="evit")
