@@ -59,6 +59,7 @@ __all__ = [
     "error_curve",
     "find_step_size",
     "reconstruct_block",
+    "tokens_at",
 ]
 
 HELD_OUT_EVERY = 5
@@ -100,8 +101,7 @@ class Views:
 
     def rows(self, tokens: Tensor, views: slice = slice(None)) -> Tensor:
         """The chosen tokens `[V·S, D]` of all tokens `[V, N, D]`, of all views or some."""
-        places = self.places(tokens.shape[1], views)
-        return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
+        return tokens_at(tokens, self.places(tokens.shape[1], views))
 
     def few_rows(self, tokens: Tensor, views: slice) -> Tensor:
         """Of the chosen tokens of some views those that `Rows.thinned` leaves of all, `[·, D]`."""
@@ -126,6 +126,11 @@ class Views:
             chosen.append((self.few_rows if few else self.rows)(tokens, part))
             first += len(tokens)
         return torch.cat(chosen)
+
+
+def tokens_at(tokens: Tensor, places: Tensor) -> Tensor:
+    """Some tokens `[B·S, D]` of all `[B, N, D]`, by their places `[B, S]`."""
+    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 import dcvit
@@ -214,6 +215,10 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
             "VisionTransformerDistilled, Eva, Beit, SwinTransformer, SwinTransformerV2, ResNet, EfficientNet, RegNet "
             "are (`dcvit"
         ),
+    ),
+    "torchvision model": (
+        lambda at: at.compress(model=torchvision.models.resnet18(), images=torch.zeros(2, 3, 224, 224)),
+        "Models of type torchvision.models.resnet.ResNet are not supported; timm's ",
     ),
     "model folder": (
         lambda at: at.compress(model="local-dir:/nowhere"),

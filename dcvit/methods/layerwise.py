@@ -20,7 +20,7 @@ from dcvit.errors import BudgetError, UnsupportedModelError
 from dcvit.methods.budgets import plan_of, widest_mlps
 from dcvit.methods.registry import Outcome, Task
 from dcvit.models import ModelAdapter, adapter_for
-from dcvit.reconstruction import Reconstruction, Views, draw_views
+from dcvit.reconstruction import Reconstruction, Views, draw_views, tokens_at
 from dcvit.regression import NormalEquations
 from dcvit.stacks import Stack
 
@@ -53,12 +53,12 @@ class LayerPair:
         """The layer's input at the places `[B·S, K]`, or of a convolution with h·w taps the patches `[B·S, K·h·w]`."""
         if isinstance(self.layer, nn.Conv2d):
             return _patches(self.layer, self.given, self.places)
-        return _at(self.given, self.places)
+        return tokens_at(self.given, self.places)
 
     @property
     def output(self) -> Tensor:
         """Its output at the places `[B·S, D]`."""
-        return _at(self.tokens, self.places)
+        return tokens_at(self.tokens, self.places)
 
     @property
     def held_out(self) -> Tensor:
@@ -214,11 +214,6 @@ def _pass(adapter: ModelAdapter, model: nn.Module, block: int, states: Iterable[
     """What the next block takes, from what a block takes."""
     module = adapter.block(model, block)
     return Stack(adapter.prepare(model, module(state), block + 1) for state in states)
-
-
-def _at(tokens: Tensor, places: Tensor) -> Tensor:
-    """Some of the tokens `[B, N, D]`: `[B·S, D]`."""
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
 
 
 def _patches(layer: nn.Conv2d, state: Tensor, places: Tensor) -> Tensor:
