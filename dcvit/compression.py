@@ -238,6 +238,6 @@ def open_store(
         "images": digest_images(images.normalised),
         "metric_set": None if metric_set is None else digest_images(metric_set.images),
         "device": images.normalised.device.type,
-        "versions": {name: version for name, version in versions().items() if name in ("dcvit", "torch")},
+        "versions": {name: version for name, version in versions().items() if name in ("dcvit", "torch", "timm")},
     }
     return ranks.store(run_dir, fingerprint)

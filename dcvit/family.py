@@ -219,8 +219,13 @@ class Family:
         return self.members[0].plan.budget.convention
 
     def _add(self, budget: Budget, progress: Progress) -> CompressionResult:
-        assert self._search is not None
-        member = self._search.compress(plan(self._search.original, budget, self._search.config), progress)
+        search = self._search
+        assert search is not None
+        member = search.compress(plan(search.original, budget, search.config), progress)
+        for known in self.members:
+            if _alike(known, member):
+                return known
+        (member,) = _timed(search.original, [member], search.images, self.original.latency_ms)
         self.members.append(member)
         self.members.sort(key=lambda other: other.report.student.macs, reverse=True)
         return member
@@ -263,7 +268,7 @@ class _Search:
     def compress(
         self, planned: Plan, progress: Progress, *, runs: int = TIMED_RUNS, store: Store = NOTHING_KEPT
     ) -> CompressionResult:
-        """A member, timed in so many runs."""
+        """A member, timed in so many runs, though not yet on the batch of the others."""
         timer = Timer()
         outcome = compress_prepared(
             self.prepared, planned, self.config, timer,
@@ -332,23 +337,46 @@ def sweep(
                 member = replace(member, report=replace(member.report, seconds=seconds))
             members.append(member)
             progress("sizes", len(members), len(plans), member.report.mimic_loss)
+    # Where little can be chosen, several budgets come to one structure.
+    members = [m for i, m in enumerate(members) if not any(_alike(m, other) for other in members[:i])]
     members = _timed(original, members, few_shot)
     return Family(members[0].report.teacher, members, search)
 
 
-def _timed(original: nn.Module, members: Sequence[CompressionResult], images: FewShotImages) -> list[CompressionResult]:
-    """The members with latencies that were measured in turn, so that they compare."""
+def _alike(one: CompressionResult, other: CompressionResult) -> bool:
+    """Whether two members cost the same, as those of one structure do."""
+    costs = [(member.report.student.macs, member.report.student.params) for member in (one, other)]
+    return costs[0] == costs[1]
+
+
+def _timed(
+    original: nn.Module,
+    members: Sequence[CompressionResult],
+    images: FewShotImages,
+    original_ms: float | None = None,
+) -> list[CompressionResult]:
+    """The members with latencies that were measured in turn, so that they compare.
+
+    Args:
+        original: The original.
+        members: The members.
+        images: The few-shot set.
+        original_ms: What the original took when others were measured: so that these compare with them.
+    """
     models = {"original": original, **{str(i): member.model for i, member in enumerate(members)}}
     batch = images.normalised[: members[0].plan.budget.batch_size]
     latency = measure_latency(models, batch, runs=TIMED_RUNS, warmup=1, max_seconds=MOST_SECONDS)
+    ours = latency["original"].median_ms
+    theirs = ours if original_ms is None else original_ms
     timed = []
     for i, member in enumerate(members):
         report, found = member.report, latency[str(i)]
         report = replace(
             report,
-            teacher=replace(report.teacher, latency_ms=latency["original"].median_ms),
-            student=replace(report.student, latency_ms=found.median_ms),
+            teacher=replace(report.teacher, latency_ms=theirs),
+            student=replace(report.student, latency_ms=found.median_ms * theirs / ours),
             latency_ratio=found.ratio_to(latency["original"]),
+            latency_batch=len(batch),
         )
         timed.append(replace(member, report=report))
     return timed
@@ -369,7 +397,7 @@ def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config:
         raise BudgetError(f"budgets of {wanted[0].unit}: expected one of {', '.join(ADDITIVE)}; ask the family for it.")
     plans = sorted((plan(original, budget, config) for budget in wanted), key=lambda p: p.target, reverse=True)
     for larger, smaller in pairwise(plans):
-        if larger.cost.params <= smaller.cost.params:
+        if larger.cost == smaller.cost:
             raise BudgetError(
                 f"budgets: {larger.budget.value!r} and {smaller.budget.value!r} come to the same structure; leave one "
                 "of them out."

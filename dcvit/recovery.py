@@ -40,6 +40,7 @@ __all__ = [
     "recover",
     "recover_together",
     "require_tokens",
+    "split_held_out",
     "updated_parameters",
 ]
 
@@ -419,10 +420,7 @@ def find_learning_rate(
         impl: Implementation of the ops.
         progress: Told after each epoch.
     """
-    with seeded(seed, "held out"):
-        order = torch.randperm(len(images)).tolist()
-    held_out = max(1, round(len(images) * HELD_OUT_SHARE))
-    judged, used = images.subset(order[:held_out]), images.subset(order[held_out:] or order)
+    judged, used = split_held_out(images, seed)
     target = output_tokens(teacher, judged.normalised, config.at_once)
     candidates = [Candidate(copy.deepcopy(student), tuple(blocks), rate) for rate in config.learning_rates]
     for candidate in candidates[1:]:
@@ -436,11 +434,20 @@ def find_learning_rate(
     return config.learning_rates[ranks.index(min(ranks))]
 
 
+def split_held_out(images: FewShotImages, seed: int) -> tuple[FewShotImages, FewShotImages]:
+    """The images that judge learning rates, and those that are learnt from: all of them where there is but one."""
+    with seeded(seed, "held out"):
+        order = torch.randperm(len(images)).tolist()
+    held_out = max(1, round(len(images) * HELD_OUT_SHARE))
+    return images.subset(order[:held_out]), images.subset(order[held_out:] or order)
+
+
 def updated_parameters(student: nn.Module, blocks: Sequence[int], config: MimickingConfig) -> list[nn.Parameter]:
     """The parameters that recovery updates, for the compressed blocks of a student.
 
     Published (`updated="front"`): everything up to one block after the last compressed one. The final norm and the
-    head lie behind the front and stay as they are.
+    head lie behind the front and stay as they are. What all blocks share goes with the stem: mixed rotary positions of
+    an Eva, the shared position biases of a Beit.
     """
     adapter = adapter_for(student)
     last = max(blocks) + 1

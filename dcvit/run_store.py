@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcvit.errors import DamagedUnitWarning, RunStoreError
+from dcvit.models import adapter_for
 
 try:
     import fcntl
@@ -249,9 +250,9 @@ def open_run(folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Itera
 
 
 def digest_model(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers, with their names."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    """SHA-256 of a model's configuration, and of its parameters and buffers, those too that are not saved."""
+    total = hashlib.sha256(json.dumps(adapter_for(model).config(model), sort_keys=True).encode())
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(_bytes(tensor))
     return total.hexdigest()

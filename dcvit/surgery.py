@@ -5,11 +5,12 @@ Source: DC-ViT (arXiv 2403.18708), section 3.1. Cuts return a new model and leav
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from dcvit.models import MlpHalf, adapter_for
+from dcvit.models import adapter_for
 from dcvit.ops import Impl
 from dcvit.seeding import seeded
 from dcvit.structure import Cut
@@ -64,10 +65,11 @@ def cut_block(model: nn.Module, block: int, cut: Cut, kept: Sequence[int], impl:
 
 
 def choose_impl(model: nn.Module, impl: Impl) -> None:
-    """In place: the implementation of `dcvit.ops` that a model's blocks run."""
+    """In place: the implementation of `dcvit.ops` that a model's blocks run, or will run when they are cut."""
     for module in model.modules():
-        if isinstance(module, MlpHalf):
-            module.impl = impl
+        if hasattr(module, "mlp"):
+            block: Any = module
+            block.impl = impl
 
 
 def drop_block(model: nn.Module, block: int) -> nn.Module:
@@ -84,7 +86,7 @@ def unrecovered(model: nn.Module, hidden_features: Mapping[int, int]) -> nn.Modu
         model: The original; what stays of it is shared, not copied.
         hidden_features: How many hidden nodes each compressed block keeps, by block; the first ones are taken.
     """
-    student = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    student = copy_blocks(model, ())
     for block, kept in hidden_features.items():
         adapter_for(student).compress_block(student, block, range(kept))
     return student

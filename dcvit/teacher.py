@@ -9,7 +9,7 @@ from dcvit.errors import NonFiniteError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for, require_supported
 from dcvit.ops import Impl
-from dcvit.surgery import choose_impl
+from dcvit.surgery import choose_impl, copy_blocks
 
 __all__ = ["freeze", "fuse", "require_finite"]
 
@@ -59,8 +59,9 @@ def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
     On a GPU, where it is not yet measured what the ops gain, and with `impl="eager"` it is the teacher itself.
     """
     if impl == "eager" or next(teacher.parameters()).device.type != "cpu":
+        choose_impl(teacher, impl)
         return teacher
-    fused = copy.deepcopy(teacher, {id(parameter): parameter for parameter in teacher.parameters()})
+    fused = copy_blocks(teacher, ())
     adapter_for(fused).fuse(fused)
     choose_impl(fused, impl)
     return fused

@@ -97,6 +97,14 @@ def test_whole_blocks_run_the_op_unless_someone_listens(model: nn.Module, images
     assert fuse(model, "eager") is model
 
 
+@pytest.mark.parametrize("impl", ["eager", "cpp"])
+def test_an_explicit_implementation_runs_in_halves_too(variant: Variant, impl: dcvit.ops.Impl) -> None:
+    teacher = fuse(freeze(variant.create()), impl)
+    halves = adapter_for(teacher).halves(teacher, 1)
+    if halves is not None:
+        assert halves[1].impl == impl
+
+
 def test_whole_blocks_run_the_attention_op_unless_something_is_between(model: nn.Module, images: Tensor) -> None:
     calls: list[int] = []
     model.blocks[1].attn.attn_drop.register_forward_hook(lambda *_: calls.append(1))

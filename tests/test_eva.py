@@ -65,26 +65,47 @@ def test_what_positions_are_made_of_is_updated_with_the_stem(variant: Variant) -
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing position biases
+@pytest.mark.parametrize(
+    ("made_for", "loaded_for"), [((3, 5), (3, 5)), ((2, 2), (3, 3)), ((3, 5), (5, 3)), ((2, 8), (4, 4))]
+)
 @each_variant
-def test_another_image_size(variant: Variant, tmp_path: Path) -> None:
-    """A model that was resized before it was cut, and a saved one that is loaded at another size."""
-
-    def resized(rows: int, columns: int) -> Any:
-        model: Any = variant.create()
-        patch = model.patch_embed.patch_size[0]
-        model.set_input_size(img_size=(rows * patch, columns * patch))
-        return cut(model)
-
-    save_model(adapter_for(oblong := resized(3, 5)).rebuild(oblong), tmp_path / "oblong")
-    images = images_for(oblong)
-    save_model(adapter_for(square := cut(variant.create())).rebuild(square), tmp_path / "square")
-    larger = resized(3, 3)
+def test_another_image_size(
+    variant: Variant, made_for: tuple[int, int], loaded_for: tuple[int, int], tmp_path: Path
+) -> None:
+    """A model resized before it was cut, loaded for another size, is the one that is resized when it is finished."""
+    model: Any = variant.create()
+    patch = model.patch_embed.patch_size[0]
+    made, wanted = (tuple(side * patch for side in grid) for grid in (made_for, loaded_for))
+    model.set_input_size(img_size=made)
+    student = cut(model)
+    finished: Any = adapter_for(student).rebuild(student)
+    save_model(finished, tmp_path / "out")
+    images = images_for(student)
     with torch.no_grad():
-        loaded = timm.create_model(f"local-dir:{tmp_path / 'oblong'}", pretrained=True).eval()
-        assert torch.equal(loaded(images), oblong(images))
-        images = images_for(larger)
-        loaded = timm.create_model(f"local-dir:{tmp_path / 'square'}", pretrained=True, img_size=images.shape[2]).eval()
-        torch.testing.assert_close(loaded(images), larger(images))
+        assert torch.equal(finished(images), student(images))
+    finished.set_input_size(img_size=wanted)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, img_size=wanted).eval()
+    images = images_for(finished)
+    assert images.shape[2:] == wanted
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), finished(images))
+    again = adapter_for(finished).rebuild(finished)
+    with torch.no_grad():
+        assert torch.equal(again(images), finished(images))
+
+
+def test_a_finished_model_may_get_another_head_and_patch_size() -> None:
+    student: Any = adapter_for(EVA_VARIANTS["eva02"].create()).rebuild(cut(EVA_VARIANTS["eva02"].create()))
+    student.reset_classifier(5, "token")
+    student.set_input_size(img_size=(32, 32), patch_size=(16, 16))
+    images = images_for(student)
+    again = adapter_for(student).rebuild(student)
+    with torch.no_grad():
+        assert torch.equal(again(images), student(images))
+
+
+def test_patches_dropped_in_training_are_none_of_its_structure() -> None:
+    require_supported(EVA_VARIANTS["dinov3"].create(patch_drop_rate=0.5))
 
 
 def test_a_model_of_any_image_size_stays_one(tmp_path: Path) -> None:
@@ -121,6 +142,10 @@ def test_students_compile_and_export(name: str, tmp_path: Path) -> None:
 
 class Derived(Eva):
     """A subclass."""
+
+
+def made_by_function() -> nn.Module:
+    return timm.models.eva.vit_small_patch16_rope_224(embed_dim=48, depth=2, num_heads=3, rope_temperature=10.0)
 
 
 def made_by_class() -> nn.Module:
@@ -161,7 +186,8 @@ def without_attention() -> nn.Module:
 @pytest.mark.parametrize(
     ("create", "message"),
     [
-        (made_by_class, r"pretrained_cfg\['architecture'\]=None of the model is none of timm's"),
+        (made_by_class, "create it with timm.create_model"),
+        (made_by_function, "create it with timm.create_model"),
         (of_a_subclass, "The model is a Derived, a subclass"),
         (with_another_block, r"blocks\.1 is a Identity; supported are timm's EvaBlock"),
         (with_another_attention, r"blocks\.1\.attn is a Identity; only timm's EvaAttention"),

@@ -52,6 +52,33 @@ def test_a_member_is_what_compress_gives(model: nn.Module, images: Tensor) -> No
     assert all(torch.equal(a, b) for a, b in zip(member.model.parameters(), alone.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mobilenetv2_100", "resnet18"])
+def test_sizes_of_models_whose_stages_differ(name: str) -> None:
+    """Fewer MACs may come with more parameters there."""
+    original = timm.create_model(name)
+    plans = family_module._plans(original, dcvit.family.DEFAULT_SHARES, dcvit.CompressionConfig())
+    macs = [planned.cost.macs("with_attention_products") for planned in plans]
+    assert macs == sorted(macs, reverse=True)
+    assert len(macs) == len(dcvit.family.DEFAULT_SHARES)
+
+
+def test_members_are_timed_on_one_batch(family: dcvit.Family) -> None:
+    """One that is added later, too, on the scale of the others."""
+    added = family.at(macs=0.75)
+    assert added in family.members
+    assert {member.report.latency_batch for member in family.members} == {6}
+    assert {member.report.teacher.latency_ms for member in family.members} == {family.original.latency_ms}
+    ratio = added.report.student.latency_ms / family.original.latency_ms
+    assert ratio == pytest.approx(added.report.latency_ratio, rel=0.5)
+
+
+def test_a_structure_that_is_there_already_is_not_added(family: dcvit.Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family_module, "NEAR", -1.0)  # as where only large parts can go
+    member = family.members[1]
+    assert family.at(macs=member.report.student.macs) is member
+    assert len(family.members) == len(SHARES)
+
+
 def test_what_members_share_is_done_once(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("prepare", "make_metric_set", "compress_prepared"):

@@ -10,9 +10,11 @@ from typing import Any, cast
 import pytest
 import timm
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import dcvit
+from dcvit.images import load_images
 from dcvit.methods import METHODS, Task, autoformer, method
 from dcvit.methods.budgets import spent
 from dcvit.methods.cd import cd, mix
@@ -212,6 +214,27 @@ def test_layers_are_fitted_in_every_variant(name: str, variant: Variant) -> None
     assert spent(result.model, result.plan.budget) <= result.plan.target
     assert result.report.mimic_loss == result.report.mimic_loss
     assert [one.block for one in result.report.reconstructions] == list(result.plan.blocks)
+
+
+@pytest.mark.parametrize("name", [name for name, one in METHODS.items() if one.recovery is dcvit.MimickingConfig])
+def test_fewer_images_at_once_change_rounding_alone(
+    name: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[int] = []
+    embed = PatchEmbed.forward
+    monkeypatch.setattr(PatchEmbed, "forward", lambda self, x: (passed.append(len(x)), embed(self, x))[1])
+    images = load_images(torch.randn(6, 3, 32, 32), model)
+    outputs = []
+    for micro_batch in (None, 2):
+        recovery = dcvit.MimickingConfig(epochs=2, learning_rate=1e-3, batch_size=4, micro_batch=micro_batch)
+        config = dcvit.CompressionConfig(recovery=recovery)
+        task = Task(freeze(model), images, BUDGETS.get(name, dcvit.Budget(macs=0.8)), config)
+        passed.clear()
+        student = METHODS[name].compress(task).student
+        assert max(passed) == recovery.at_once
+        with torch.no_grad():
+            outputs.append(student(images.normalised))
+    torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)
 
 
 # Pruned MLPs.
@@ -745,6 +768,13 @@ def test_autoformer_keeps_the_first_of_the_original(deep: nn.Module, images: Ten
     assert torch.equal(student.blocks[3].mlp.fc1.weight, model.blocks[3].mlp.fc1.weight[:rows])
     result = dcvit.compress(deep, images, dcvit.Budget(macs=0.7), PUBLISHED, method="autoformer")
     assert all(heads == tuple(range(len(heads))) for heads in result.plan.kept_heads.values())
+
+
+@pytest.mark.parametrize("block", [-1, 4])
+def test_evit_refuses_blocks_that_do_not_exist(block: int, model: nn.Module) -> None:
+    config = dcvit.CompressionConfig(candidates=(block,))
+    with pytest.raises(dcvit.BudgetError, match=rf"candidates=\[{block}\]: the model's blocks are 0 to 3"):
+        dcvit.compress(model, torch.randn(2, 3, 32, 32), dcvit.Budget(macs=0.8), config, method="evit")
 
 
 def test_evit_fuses_the_rest_into_its_weighted_mean() -> None:

@@ -21,6 +21,7 @@ from dcvit.cli import main
 from dcvit.errors import DamagedUnitWarning, RunStoreError
 from dcvit.run_store import Unit, digest_images, digest_model, open_run
 from tests.conftest import CUT, CUT_REFINED
+from tests.variants import EVA_VARIANTS, VARIANTS
 
 OF = {"settings": {"seed": 0}}
 
@@ -180,13 +181,15 @@ def test_digests_tell_values_shapes_names_and_dtypes_apart() -> None:
     images = torch.arange(12.0).view(1, 3, 2, 2)
     assert digest_images(images) == digest_images(images.clone())
     assert len({digest_images(x) for x in (images, images + 1, images.view(3, 1, 2, 2), images.double())}) == 4
-    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    b.load_state_dict(a.state_dict())
+    a, b = VARIANTS["plain"].create(), VARIANTS["plain"].create()
     assert digest_model(a) == digest_model(b)
-    assert digest_model(a) != digest_model(nn.Sequential(b))
     with torch.no_grad():
-        b.bias[0] += 1
+        b.blocks[0].attn.proj.bias[0] += 1  # type: ignore[index, operator, union-attr]
     assert digest_model(a) != digest_model(b)
+    # Equal in every weight: what is not saved tells them apart.
+    near, far = (EVA_VARIANTS["dinov3"].create(rope_temperature=t, rope_type="cat") for t in (10.0, 100.0))
+    assert all(torch.equal(x, y) for x, y in zip(near.parameters(), far.parameters(), strict=True))
+    assert digest_model(near) != digest_model(far)
 
 
 class Stopped(Exception):

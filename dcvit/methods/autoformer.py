@@ -56,7 +56,7 @@ def autoformer(task: Task) -> Outcome:
     space.require(task.budget)
     adapter = adapter_for(teacher)
     draw = random.Random(derive_seed(task.config.seed, "autoformer"))
-    batches = task.images.normalised[:JUDGED].split(mimicking.batch_size)
+    batches = task.images.normalised[:JUDGED].split(mimicking.at_once)
 
     @torch.no_grad()
     def loss(structure: Structure, wanted: list[Tensor]) -> float:

@@ -4,7 +4,6 @@ What a structure costs is read off a model that has it, not calculated from its 
 structure decides is met exactly from below.
 """
 
-import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from dcvit.costs import file_size
 from dcvit.errors import BudgetError
 from dcvit.models import adapter_for
 from dcvit.planning import Budget, Plan, choose_candidates
+from dcvit.surgery import copy_blocks
 
 __all__ = ["candidate_groups", "fewest_blocks", "flat", "plan_of", "spent", "target", "widest_mlps"]
 
@@ -110,7 +110,7 @@ def fewest_blocks(
     blocks: tuple[int, ...] = ()
     for count in range(1, most + 1):
         blocks = flat(choose(count))
-        smaller = _shared_copy(model)
+        smaller = copy_blocks(model, ())
         for block in blocks:
             adapter_for(smaller).drop_block(smaller, block)
         left = spent(smaller, budget)
@@ -157,11 +157,7 @@ def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], rou
 
 def _pruned(model: nn.Module, kept: Mapping[int, int]) -> nn.Module:
     """A model whose MLPs are so narrow, for what it costs."""
-    smaller = _shared_copy(model)
+    smaller = copy_blocks(model, ())
     for block, nodes in kept.items():
         adapter_for(smaller).prune_block(smaller, block, range(nodes))
     return smaller
-
-
-def _shared_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

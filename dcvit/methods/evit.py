@@ -39,12 +39,15 @@ def evit(task: Task) -> Outcome:
         task: Of its config only candidates are read: the blocks where tokens end, `fusing_blocks` if `None`.
 
     Raises:
-        BudgetError: If the budget cannot be met.
+        BudgetError: If the budget cannot be met, or a candidate is no block.
         UnsupportedModelError: If the model has no class token.
     """
     teacher, budget = task.teacher, task.budget
     wanted = target(teacher, budget)
-    blocks = task.config.candidates or fusing_blocks(adapter_for(teacher).num_blocks(teacher))
+    depth = adapter_for(teacher).num_blocks(teacher)
+    blocks = task.config.candidates or fusing_blocks(depth)
+    if not set(blocks) <= set(range(depth)):
+        raise BudgetError(f"candidates={list(blocks)}: the model's blocks are 0 to {depth - 1}.")
     with task.timer("compression"):
         step = bisect_right(range(1, STEPS), wanted, key=lambda step: spent(_fused(teacher, blocks, step), budget))
         if not step:

@@ -1,4 +1,4 @@
-"""What `s2vite`, `vtp`, `autoformer` and `mini_deit` end with: the student mimics the original's output tokens."""
+"""What methods for the whole data end with: the student mimics the original's output tokens."""
 
 from collections.abc import Sequence
 

@@ -34,7 +34,7 @@ from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
 from dcvit.optimisation import warmup_cosine
 from dcvit.progress import Progress, silent
-from dcvit.recovery import HELD_OUT_SHARE, Recovery
+from dcvit.recovery import Recovery, split_held_out
 from dcvit.seeding import derive_seed, seeded
 
 __all__ = ["MIR", "evenly_spaced", "features", "mimic_features", "mir"]
@@ -135,13 +135,15 @@ def mimic_features(
                 views = images.normalised[chosen]
                 if config.augmentation is not None:
                     views = augment(images, chosen.tolist(), config.augmentation)
-                with torch.no_grad():
-                    wanted = features(teacher, views)
-                loss = F.mse_loss(features(student, views), wanted)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                for part in views.split(config.at_once):
+                    with torch.no_grad():
+                        wanted = features(teacher, part)
+                    with torch.enable_grad():
+                        loss = F.mse_loss(features(student, part), wanted) * (len(part) / len(views))
+                    loss.backward()
+                    total += float(loss.detach()) * len(chosen)
                 optimizer.step()
-                total += float(loss.detach()) * len(chosen)
             losses.append(total / len(images))
             progress("mimicking", epoch + 1, config.epochs, losses[-1])
     student.requires_grad_(False)
@@ -158,10 +160,7 @@ def _find_learning_rate(
     progress: Progress,
 ) -> float:
     """The learning rate of `config.learning_rates` after which held-out images are mimicked best."""
-    with seeded(seed, "held out"):
-        order = torch.randperm(len(images)).tolist()
-    held_out = max(1, round(len(images) * HELD_OUT_SHARE))
-    judged, used = images.subset(order[:held_out]), images.subset(order[held_out:] or order)
+    judged, used = split_held_out(images, seed)
     errors: dict[float, float] = {}
     for rate in config.learning_rates:
         candidate, settings = copy.deepcopy(student), replace(config, learning_rate=rate)
@@ -174,6 +173,6 @@ def _find_learning_rate(
 @torch.no_grad()
 def _error(student: nn.Module, teacher: nn.Module, images: FewShotImages, config: MimickingConfig) -> float:
     """Mean squared error of the features on the unaugmented images."""
-    batches = images.normalised.split(config.batch_size)
+    batches = images.normalised.split(config.at_once)
     total = sum(float((features(student, x) - features(teacher, x)).square().mean()) * len(x) for x in batches)
     return total / len(images)

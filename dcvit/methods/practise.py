@@ -169,7 +169,7 @@ def _try_blocks(
     progress: Progress,
 ) -> tuple[Trial, ...]:
     """Each candidate dropped alone and recovered, least score first; a pair goes by the number of its last block."""
-    targets = output_tokens(teacher, images.normalised, config.mimicking.batch_size)
+    targets = output_tokens(teacher, images.normalised, config.mimicking.at_once)
     original, by_last = _macs(teacher), {group[-1]: group for group in groups}
 
     saved: dict[nn.Module, float] = {}

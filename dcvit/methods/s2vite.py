@@ -54,7 +54,7 @@ def s2vite(task: Task) -> Outcome:
     macs = space.savings(Budget(macs=0.5))
     structure = space.without(())
     with task.timer("ranking"):
-        batches = [(images, _classes(teacher, images)) for images in task.images.normalised.split(mimicking.batch_size)]
+        batches = [(images, _classes(teacher, images)) for images in task.images.normalised.split(mimicking.at_once)]
         task.progress("scores", 0, ROUNDS, None)
         for number in range(1, ROUNDS + 1):
             scores = scores_of(first_order_scores(space, structure, batches))

@@ -68,9 +68,11 @@ def spvit(task: Task) -> Outcome:
     space.require(task.budget)
     with task.timer("ranking"):
         batches = task.images.normalised.split(mimicking.batch_size)
-        fit_convolutions(teacher, space.convolutions, batches)
+        fit_convolutions(teacher, space.convolutions, task.images.normalised.split(mimicking.at_once))
         prices = space.savings(task.budget)
-        gates = learn_gates(space, batches, sparsity=SPARSITY, prices=prices, progress=task.progress)
+        gates = learn_gates(
+            space, batches, sparsity=SPARSITY, prices=prices, at_once=mimicking.at_once, progress=task.progress
+        )
         structure = space.best(scores_of(gates), task.budget)
     return recovered(task, space, structure)
 

@@ -53,7 +53,7 @@ def vtp(task: Task) -> Outcome:
     space.require(task.budget)
     with task.timer("ranking"):
         batches = task.images.normalised.split(mimicking.batch_size)
-        gates = learn_gates(space, batches, progress=task.progress)
+        gates = learn_gates(space, batches, at_once=mimicking.at_once, progress=task.progress)
         structure = space.best(scores_of(gates), task.budget)
     return recovered(task, space, structure)
 
@@ -77,6 +77,7 @@ def learn_gates(
     sparsity: float = SPARSITY,
     prices: Mapping[tuple[Kind, int], float] | None = None,
     steps: int = STEPS,
+    at_once: int | None = None,
     progress: Progress = silent,
 ) -> Gates:
     """The gates after some steps of Adam, none below 0.
@@ -87,6 +88,7 @@ def learn_gates(
         sparsity: λ.
         prices: By kind and block what a gate weighs in the mean that is penalised; all the same if `None`.
         steps: How many.
+        at_once: Images a pass; those of a batch if `None`.
         progress: Told after each step.
     """
     model, adapter = space.model, adapter_for(space.model)
@@ -97,20 +99,29 @@ def learn_gates(
     weights = {key: 1.0 if prices is None else prices.get(key, 0.0) for key in gates}
     total = sum(weights[key] * gate.numel() for key, gate in gates.items())
     with torch.no_grad():
-        wanted = [adapter.tokens(model, images) for images in batches]
+        wanted = [
+            torch.cat([adapter.tokens(model, part) for part in images.split(at_once or len(images))])
+            for images in batches
+        ]
         spreads = [(tokens - tokens.mean(dim=(0, 1))).square().mean() for tokens in wanted]
     progress("gates", 0, steps, None)
     for step in range(steps):
         number = step % len(batches)
+        images, tokens = batches[number], wanted[number]
+        passed = at_once or len(images)
+        optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad(), gated(model, gates, space.convolutions):
-            missed = (adapter.tokens(model, batches[number]) - wanted[number]).square().mean()
             penalty = torch.stack([weights[key] * gate.abs().sum() for key, gate in gates.items()]).sum() / total
-            loss = missed / spreads[number] + sparsity * penalty
-            optimizer.zero_grad(set_to_none=True)
+            loss = sparsity * penalty
             loss.backward()
+            for part, theirs in zip(images.split(passed), tokens.split(passed), strict=True):
+                missed = (adapter.tokens(model, part) - theirs).square().mean() / spreads[number]
+                missed = missed * len(part) / len(images)
+                missed.backward()
+                loss = loss.detach() + missed.detach()
         optimizer.step()
         with torch.no_grad():
             for gate in gates.values():
                 gate.clamp_(min=0)
-        progress("gates", step + 1, steps, float(loss.detach()))
+        progress("gates", step + 1, steps, float(loss))
     return {key: gate.detach() for key, gate in gates.items()}

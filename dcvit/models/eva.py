@@ -30,7 +30,7 @@ from dcvit.models import modeling_dcvit
 from dcvit.models.blocks import CompressedBlock, mlp_half_cost
 from dcvit.models.isotropic import IsotropicAdapter
 from dcvit.models.modeling_dcvit import EVA_ARCHITECTURE, DroppedBlock, MlpHalf, TimmModule, build_eva
-from dcvit.models.rebuilding import num_params, rebuilt, require_same
+from dcvit.models.rebuilding import num_params, rebuilt, require_same, timm_type
 
 __all__ = ["EvaAdapter", "PlacedBlock"]
 
@@ -76,7 +76,7 @@ class EvaAdapter(IsotropicAdapter):
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""
-        if type(model) not in self.classes:
+        if timm_type(model) not in self.classes:
             raise UnsupportedModelError(
                 f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
                 "rebuilt from its saved form."
@@ -191,17 +191,19 @@ def _base(model: TimmModule) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: If the model does not tell, or an argument is no value of JSON's.
     """
+    recorded = get_model_args(model)
     if hasattr(model, "dcvit_base"):
-        known: dict[str, Any] = model.dcvit_base
-        return known
+        # What timm records when the pooling or the patches of a finished model are changed.
+        changed = {name: recorded[name] for name in ("use_fc_norm", "patch_size") if name in recorded}
+        return {"base": model.dcvit_base["base"], "base_args": model.dcvit_base["base_args"] | changed}
     base = getattr(model, "pretrained_cfg", {}).get("architecture")
-    if base is None or not timm.is_model(base):
+    if base is None or not timm.is_model(base) or not hasattr(model, "_model_args"):
         raise UnsupportedModelError(
-            f"pretrained_cfg['architecture']={base!r} of the model is none of timm's, by which it is rebuilt: create "
-            "it with timm.create_model."
+            "The model does not tell as which of timm's architectures, and with what arguments, it is to be rebuilt: "
+            "create it with timm.create_model, which records both."
         )
     read = ("img_size", "num_classes", "in_chans", "global_pool")
-    args = {name: value for name, value in get_model_args(model).items() if name not in read}
+    args = {name: value for name, value in recorded.items() if name not in read}
     for name, value in args.items():
         try:
             json.dumps(value)

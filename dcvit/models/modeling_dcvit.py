@@ -36,12 +36,14 @@ from timm.layers import (
     SimpleNormFp32,
     SwiGLU,
     SwiGLUPacked,
+    resample_abs_pos_embed,
+    resize_rel_pos_bias_table,
 )
 from timm.layers.activations import GELU, GELUTanh
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from timm.models import build_model_with_cfg, register_model, regnet, resnet
 from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, SqueezeExcite
-from timm.models.beit import checkpoint_filter_fn as fit_beit_checkpoint
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva, EvaBlockPostNorm
@@ -65,6 +67,7 @@ __all__ = [
     "SWIN_ARCHITECTURE",
     "CompressedBlock",
     "ConvolutionalAttention",
+    "CutBeit",
     "DroppedBlock",
     "FusingBlock",
     "MlpHalf",
@@ -593,6 +596,21 @@ def share_weights(
     )
 
 
+class CutBeit(Beit):  # type: ignore[misc]
+    """timm's `Beit`, some of whose blocks may have no attention that would have to be told another image size."""
+
+    blocks: nn.ModuleList
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As of timm's."""
+        blocks = self.blocks
+        self.blocks = nn.ModuleList(block for block in blocks if hasattr(block, "attn"))
+        try:
+            super().set_input_size(*args, **kwargs)
+        finally:
+            self.blocks = blocks
+
+
 def build_eva(
     *,
     base: str,
@@ -625,6 +643,8 @@ def build_eva(
         **base_args,
     )
     model.dcvit_base = {"base": base, "base_args": dict(base_args)}
+    if isinstance(model, Beit):
+        model.__class__ = CutBeit
     _compress([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config, compressed_block)
     return model
 
@@ -869,17 +889,29 @@ def create_eva(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     )
 
 
-def _fit_eva_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Saved weights for a model built at another image size.
+def _fit_eva_weights(state: dict[str, Tensor], model: TimmModule) -> dict[str, Tensor]:
+    """Saved weights for a model built at another image size: what they say of positions is resampled.
 
-    Timm resamples positions. Where no shape differs its function is left out, because of a Beit that is not square it
-    cannot tell the size that the biases are of.
+    Timm's function for Beit tells the size that weights are of from their number, and so takes it for a square.
     """
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if all(shapes.get(name) == tensor.shape for name, tensor in state.items()):
+    if isinstance(model, Eva):
+        fitted: dict[str, Tensor] = fit_eva_checkpoint(state, model)
+        return fitted
+    patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
+    height, width = model.pretrained_model_args["img_size"]  # of the weights
+    old = height // patch[0], width // patch[1]
+    if old == tuple(grid):
         return state
-    fitted: dict[str, Tensor] = (fit_eva_checkpoint if isinstance(model, Eva) else fit_beit_checkpoint)(state, model)
-    return fitted
+
+    def resampled(name: str, tensor: Tensor) -> Tensor:
+        if name == "pos_embed":
+            return resample_abs_pos_embed(tensor, new_size=grid, old_size=old, num_prefix_tokens=1)
+        if name.endswith("relative_position_bias_table"):
+            shape = model.get_parameter(name).shape
+            return resize_rel_pos_bias_table(tensor, new_window_size=grid, new_bias_shape=shape, old_window_size=old)
+        return tensor
+
+    return {name: resampled(name, tensor) for name, tensor in state.items()}
 
 
 def create_swin(pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -4,18 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-from timm.layers import DropPath, PatchDropout
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
+from timm.models.beit import Beit
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import WholeBlock
-from dcvit.models.modeling_dcvit import NORMS, TimmModule
+from dcvit.models.modeling_dcvit import NORMS, CutBeit, TimmModule
 from dcvit.seeding import seeded
 
 __all__ = ["named_key", "norm_spec", "num_params", "preprocessing_cfg", "rebuilt", "require_same", "timm_type"]
 
-_STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout)
+_STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
 """Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
 
 
@@ -81,8 +82,9 @@ def _signature(model: TimmModule) -> dict[str, str]:
 
 
 def timm_type(module: nn.Module) -> type[nn.Module]:
-    """A module's type, as the finished model has it."""
-    return Block if isinstance(module, WholeBlock) else type(module)
+    """A module's type, as timm has it."""
+    ours: dict[type[nn.Module], type[nn.Module]] = {WholeBlock: Block, CutBeit: Beit}
+    return ours.get(type(module), type(module))
 
 
 def named_key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module]) -> str:
