@@ -22,7 +22,7 @@ from dcvit.latency import Stopwatch, time_forward
 from dcvit.methods import METHODS, Method, Task, Timer
 from dcvit.methods import method as find_method
 from dcvit.methods.dcvit import DCVIT
-from dcvit.models import hub_repository, load_model
+from dcvit.models import adapter_for, hub_repository, load_model
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
 from dcvit.recovery import require_tokens
@@ -234,7 +234,7 @@ def open_store(
     fingerprint = {
         **asked,
         "settings": config.to_dict(),
-        "model": digest_model(model),
+        "model": digest_model(model, adapter_for(model).config(model)),
         "images": digest_images(images.normalised),
         "metric_set": None if metric_set is None else digest_images(metric_set.images),
         "device": images.normalised.device.type,

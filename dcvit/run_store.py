@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcvit.errors import DamagedUnitWarning, RunStoreError
-from dcvit.models import adapter_for
 
 try:
     import fcntl
@@ -249,9 +248,9 @@ def open_run(folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Itera
         yield RunStore(folder)
 
 
-def digest_model(model: nn.Module) -> str:
-    """SHA-256 of a model's configuration, and of its parameters and buffers, those too that are not saved."""
-    total = hashlib.sha256(json.dumps(adapter_for(model).config(model), sort_keys=True).encode())
+def digest_model(model: nn.Module, config: Mapping[str, Any]) -> str:
+    """SHA-256 of a model's `config.json`, and of its parameters and buffers, those too that are not saved."""
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(_bytes(tensor))

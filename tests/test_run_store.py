@@ -182,14 +182,14 @@ def test_digests_tell_values_shapes_names_and_dtypes_apart() -> None:
     assert digest_images(images) == digest_images(images.clone())
     assert len({digest_images(x) for x in (images, images + 1, images.view(3, 1, 2, 2), images.double())}) == 4
     a, b = VARIANTS["plain"].create(), VARIANTS["plain"].create()
-    assert digest_model(a) == digest_model(b)
+    assert digest_model(a, {"depth": 4}) == digest_model(b, {"depth": 4}) != digest_model(b, {"depth": 5})
     with torch.no_grad():
         b.blocks[0].attn.proj.bias[0] += 1  # type: ignore[index, operator, union-attr]
-    assert digest_model(a) != digest_model(b)
+    assert digest_model(a, {}) != digest_model(b, {})
     # Equal in every weight: what is not saved tells them apart.
     near, far = (EVA_VARIANTS["dinov3"].create(rope_temperature=t, rope_type="cat") for t in (10.0, 100.0))
     assert all(torch.equal(x, y) for x, y in zip(near.parameters(), far.parameters(), strict=True))
-    assert digest_model(near) != digest_model(far)
+    assert digest_model(near, {}) != digest_model(far, {})
 
 
 class Stopped(Exception):
