@@ -20,7 +20,18 @@ import dcvit
 from benchmarks.contestants import ABLATIONS, config_of, images_of
 from benchmarks.harness import ROOT, header
 from benchmarks.methods import BEDS
-from benchmarks.runs import NOTHING, count, json_lines, markdown, publish, run_command, run_missing, share, spread
+from benchmarks.runs import (
+    NOTHING,
+    command_lines,
+    count,
+    json_lines,
+    markdown,
+    publish,
+    run_command,
+    run_missing,
+    share,
+    spread,
+)
 from benchmarks.testbeds import TestBed, imagenet, measure
 from dcvit.config import MimickingConfig
 from dcvit.methods import METHODS
@@ -265,16 +276,12 @@ def report(records: Sequence[Record]) -> str:
     ablated = [record for record in ordered if record.request.ablation is not None]
     hours = sum(record.seconds for record in records) / 3600
     codes = list(dict.fromkeys(record.code for record in records))
-    commands: dict[tuple[bool, int | None, str], list[Record]] = {}
-    for record in ordered:
-        request = record.request
-        commands.setdefault((request.ablation is not None, request.epochs, request.unit), []).append(record)
     lines = [
         "## Methods compared",
         "",
         records[-1].header,
         "",
-        *(f"    {command(of_kind)}" for of_kind in commands.values()),
+        *command_lines(ordered, _kind, command),
         "",
         f"{len(records)} runs, {hours:.2f} hours of compression in all, of the code as of {', '.join(codes)}. Mean ± "
         "standard deviation over the seeds, each of which draws another few-shot set. Asked is what share of the MACs "
@@ -337,6 +344,11 @@ def command(records: Sequence[Record]) -> str:
     parts += [] if all_of("epochs") == ["None"] else ["--epochs", *all_of("epochs")]
     parts += [] if all_of("unit") == ["macs"] else ["--unit", *all_of("unit")]
     return join(["python", "-m", "benchmarks", "compare", *parts])
+
+
+def _kind(record: Record) -> tuple[bool, int | None, str]:
+    """Runs of one command are alike in this."""
+    return record.request.ablation is not None, record.request.epochs, record.request.unit
 
 
 def _place(record: Record) -> tuple[Any, ...]:

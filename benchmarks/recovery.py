@@ -20,6 +20,7 @@ from benchmarks.harness import ROOT, header
 from benchmarks.methods import BEDS, GRADIENT_METHODS, METHODS, RECOVERY_BEDS, Options
 from benchmarks.runs import (
     NOTHING,
+    command_lines,
     count,
     json_lines,
     markdown,
@@ -270,16 +271,13 @@ def report(records: Sequence[Record]) -> str:
     hours = sum(record.wall for record in records) / 3600
     before = mean(record.memory_before for record in records)
     codes = list(dict.fromkeys(record.code for record in records))
-    commands: dict[float | None, list[Record]] = {}
-    for record in records:
-        commands.setdefault(_shortened(record.request), []).append(record)
     return "\n".join(
         [
             "## Recovery",
             "",
             records[-1].header,
             "",
-            *(f"    {command(of_kind)}" for of_kind in commands.values()),
+            *command_lines(records, _shortened, command),
             "",
             f"{len(records)} runs, {hours:.2f} hours in all, of the code as of {', '.join(codes)}. Mean ± standard "
             "deviation over the seeds, each of which draws another few-shot set. MACs are the share taken away, asked "
@@ -313,14 +311,14 @@ def command(records: Sequence[Record]) -> str:
     parts = ["--beds", *all_of("bed", BEDS), "--methods", *all_of("method", METHODS)]
     parts += ["--budgets", *all_of("budget"), "--seeds", str(1 + max(record.request.seed for record in records))]
     parts += ["--threads", all_of("threads")[-1]]
-    if (allowance := _shortened(records[0].request)) is not None:
+    if (allowance := _shortened(records[0])) is not None:
         parts += ["--paper-hours", f"{allowance / 3600:g}"]
     return join(["python", "-m", "benchmarks", "recovery", *parts])
 
 
-def _shortened(request: Request) -> float | None:
-    """The allowance, where it is not the command's own."""
-    return None if request.allowance == 3600.0 else request.allowance
+def _shortened(record: Record) -> float | None:
+    """The allowance, where it is not the command's own; runs of one command are alike in this."""
+    return None if record.request.allowance == 3600.0 else record.request.allowance
 
 
 def table(records: Iterable[Record]) -> str:

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,6 +20,7 @@ from dcvit.errors import DcvitError
 __all__ = [
     "NOTHING",
     "code_version",
+    "command_lines",
     "count",
     "json_lines",
     "markdown",
@@ -218,6 +219,18 @@ def code_version(measured: Sequence[str]) -> str:
     files = sorted(f for place in places for f in ([place] if place.is_file() else place.rglob("*")))
     sources = [f for f in files if f.suffix in (".py", ".cpp", ".cu", ".h")]
     return f"{commit}+{fingerprint(*[(str(f.relative_to(ROOT)), f.read_bytes()) for f in sources])}"
+
+
+def command_lines(
+    records: Sequence[RecordT],
+    kind: Callable[[RecordT], Hashable],
+    command: Callable[[Sequence[RecordT]], str],
+) -> list[str]:
+    """The commands that make a table of some runs, one for each kind of them, as a results file shows them."""
+    kinds: dict[Hashable, list[RecordT]] = {}
+    for record in records:
+        kinds.setdefault(kind(record), []).append(record)
+    return [f"    {command(alike)}" for alike in kinds.values()]
 
 
 def spread(values: Sequence[float | None], decimals: int) -> str:

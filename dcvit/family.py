@@ -265,10 +265,8 @@ class _Search:
     config: CompressionConfig
     step_sizes: Sequence[float] = STEP_SIZES
 
-    def compress(
-        self, planned: Plan, progress: Progress, *, runs: int = TIMED_RUNS, store: Store = NOTHING_KEPT
-    ) -> CompressionResult:
-        """A member, timed in so many runs, though not yet on the batch of the others."""
+    def compress(self, planned: Plan, progress: Progress, *, store: Store = NOTHING_KEPT) -> CompressionResult:
+        """A member, not yet timed with the others."""
         timer = Timer()
         outcome = compress_prepared(
             self.prepared, planned, self.config, timer,
@@ -277,7 +275,7 @@ class _Search:
         )  # fmt: skip
         if outcome.refinement is not None and outcome.refinement.step_size > 0:
             self.step_sizes = (outcome.refinement.step_size,)
-        return finish(self.model, self.original, self.images, self.metric_set, outcome, self.config, timer, runs=runs)
+        return finish(self.model, self.original, self.images, self.metric_set, outcome, self.config, timer, runs=1)
 
 
 def sweep(
@@ -331,7 +329,7 @@ def sweep(
         members: list[CompressionResult] = []
         for planned in plans:
             of_member = store.within(f"size-{len(members) + 1}")
-            member = search.compress(planned, progress, runs=1, store=of_member)
+            member = search.compress(planned, progress, store=of_member)
             if not members:  # the first bears the time that all share
                 seconds = {**timer.seconds, **member.report.seconds}
                 member = replace(member, report=replace(member.report, seconds=seconds))

@@ -16,7 +16,7 @@ from dcvit.models import adapter_for
 from dcvit.planning import Budget, Plan, choose_candidates
 from dcvit.surgery import copy_blocks
 
-__all__ = ["candidate_groups", "fewest_blocks", "flat", "plan_of", "spent", "target", "widest_mlps"]
+__all__ = ["candidate_groups", "fewest_blocks", "flat", "plan_of", "require_blocks", "spent", "target", "widest_mlps"]
 
 
 def spent(model: nn.Module, budget: Budget) -> int:
@@ -84,6 +84,17 @@ def candidate_groups(model: nn.Module, wanted: tuple[int, ...] | None) -> list[t
     """
     candidates = choose_candidates(model, wanted)
     return [group for group in adapter_for(model).groups(model) if group[0] in candidates]
+
+
+def require_blocks(model: nn.Module, candidates: Sequence[int]) -> None:
+    """Refuse candidates of which one is no block.
+
+    Raises:
+        BudgetError: If that is so.
+    """
+    depth = adapter_for(model).num_blocks(model)
+    if not set(candidates) <= set(range(depth)):
+        raise BudgetError(f"candidates={list(candidates)}: the model's blocks are 0 to {depth - 1}.")
 
 
 def flat(groups: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from dcvit.errors import BudgetError
-from dcvit.methods.budgets import plan_of, spent, target
+from dcvit.methods.budgets import plan_of, require_blocks, spent, target
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
 from dcvit.models.vision_transformer import fuse_tokens
@@ -44,10 +44,8 @@ def evit(task: Task) -> Outcome:
     """
     teacher, budget = task.teacher, task.budget
     wanted = target(teacher, budget)
-    depth = adapter_for(teacher).num_blocks(teacher)
-    blocks = task.config.candidates or fusing_blocks(depth)
-    if not set(blocks) <= set(range(depth)):
-        raise BudgetError(f"candidates={list(blocks)}: the model's blocks are 0 to {depth - 1}.")
+    blocks = task.config.candidates or fusing_blocks(adapter_for(teacher).num_blocks(teacher))
+    require_blocks(teacher, blocks)
     with task.timer("compression"):
         step = bisect_right(range(1, STEPS), wanted, key=lambda step: spent(_fused(teacher, blocks, step), budget))
         if not step:

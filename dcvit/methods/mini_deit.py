@@ -35,7 +35,7 @@ from torch import nn
 
 from dcvit.config import MimickingConfig
 from dcvit.errors import BudgetError, UnsupportedModelError
-from dcvit.methods.budgets import plan_of, spent, target
+from dcvit.methods.budgets import plan_of, require_blocks, spent, target
 from dcvit.methods.mimicking import mimic
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
@@ -109,8 +109,7 @@ def joins(model: nn.Module, candidates: Collection[int] | None = None) -> list[J
     """
     depth = adapter_for(model).num_blocks(model)
     allowed = set(range(depth) if candidates is None else candidates)
-    if not allowed <= set(range(depth)):
-        raise BudgetError(f"candidates={sorted(allowed)}: the model's blocks are 0 to {depth - 1}.")
+    require_blocks(model, sorted(allowed))
     found: list[Join] = [
         (part, block)
         for block in range(1, depth) if {block - 1, block} <= allowed and shareable(model, block - 1, block)

@@ -139,8 +139,7 @@ def mimic_features(
                 for part in views.split(config.at_once):
                     with torch.no_grad():
                         wanted = features(teacher, part)
-                    with torch.enable_grad():
-                        loss = F.mse_loss(features(student, part), wanted) * (len(part) / len(views))
+                    loss = F.mse_loss(features(student, part), wanted) * (len(part) / len(views))
                     loss.backward()
                     total += float(loss.detach()) * len(chosen)
                 optimizer.step()

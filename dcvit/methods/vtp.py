@@ -27,6 +27,7 @@ from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.methods.units import Gates, Kind, Space, gated, open_gates, recovered, scores_of
 from dcvit.models import adapter_for
 from dcvit.progress import Progress, silent
+from dcvit.recovery import output_tokens
 
 __all__ = ["LEARNING_RATE", "SPARSITY", "STEPS", "VTP", "learn_gates", "vtp"]
 
@@ -98,17 +99,13 @@ def learn_gates(
     optimizer = torch.optim.Adam(gates.values(), lr=LEARNING_RATE)
     weights = {key: 1.0 if prices is None else prices.get(key, 0.0) for key in gates}
     total = sum(weights[key] * gate.numel() for key, gate in gates.items())
-    with torch.no_grad():
-        wanted = [
-            torch.cat([adapter.tokens(model, part) for part in images.split(at_once or len(images))])
-            for images in batches
-        ]
-        spreads = [(tokens - tokens.mean(dim=(0, 1))).square().mean() for tokens in wanted]
+    passed = at_once or max(map(len, batches))
+    wanted = [output_tokens(model, images, passed) for images in batches]
+    spreads = [(tokens - tokens.mean(dim=(0, 1))).square().mean() for tokens in wanted]
     progress("gates", 0, steps, None)
     for step in range(steps):
         number = step % len(batches)
         images, tokens = batches[number], wanted[number]
-        passed = at_once or len(images)
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad(), gated(model, gates, space.convolutions):
             penalty = torch.stack([weights[key] * gate.abs().sum() for key, gate in gates.items()]).sum() / total

@@ -9,7 +9,7 @@ with it part by part, so that what would be lost is refused by name before any w
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from dcvit.models import modeling_dcvit
 from dcvit.models.blocks import CompressedBlock, mlp_half_cost
 from dcvit.models.isotropic import IsotropicAdapter
 from dcvit.models.modeling_dcvit import EVA_ARCHITECTURE, DroppedBlock, MlpHalf, TimmModule, build_eva
-from dcvit.models.rebuilding import num_params, rebuilt, require_same, timm_type
+from dcvit.models.rebuilding import layer_settings, num_params, require_same, timm_type
 
 __all__ = ["EvaAdapter", "PlacedBlock"]
 
@@ -73,6 +73,7 @@ class EvaAdapter(IsotropicAdapter):
     models = "EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, BEiT, BEiT v2"
     classes: tuple[type[nn.Module], ...] = (Eva, Beit)
     source = "arXiv 2211.07636, 2303.11331, 2508.10104, 2106.08254"
+    architecture = EVA_ARCHITECTURE
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""
@@ -135,22 +136,6 @@ class EvaAdapter(IsotropicAdapter):
         with torch.no_grad():
             return partial(_attention_half, module, _places(model)[block]), CompressedBlock(module)
 
-    def rebuild(self, model: TimmModule) -> nn.Module:
-        """See `ModelAdapter.rebuild`."""
-        return rebuilt(model, EVA_ARCHITECTURE, self.config(model))
-
-    def config(self, model: TimmModule) -> Mapping[str, Any]:
-        """See `ModelAdapter.config`."""
-        args = self._model_args(model)
-        return {
-            "architecture": EVA_ARCHITECTURE,
-            "num_classes": args["num_classes"],
-            "num_features": int(model.embed_dim),
-            "global_pool": args["global_pool"],
-            "model_args": args,
-            "pretrained_cfg": self._pretrained_cfg(model),
-        }
-
     def _block_costs(self, model: TimmModule) -> tuple[list[BlockCost], int]:
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         return [_block_cost(block, tokens) for block in model.blocks], tokens
@@ -177,8 +162,8 @@ class EvaAdapter(IsotropicAdapter):
             whole: TimmModule = build_eva(**args, per_layer_config={})
             args["per_layer_config"] = {
                 str(i): settings
-                for i, blocks in enumerate(zip(model.blocks, whole.blocks, strict=False))
-                if (settings := _layer_settings(*blocks)) is not None
+                for i, (block, original) in enumerate(zip(model.blocks, whole.blocks, strict=False))
+                if (settings := layer_settings(block, original.mlp.fc2.in_features)) is not None
             }
             twin = build_eva(**args, compressed_block=CompressedBlock)
         require_same(model, twin, f"{args['base']} of timm", "_base in dcvit/models/eva.py")
@@ -231,17 +216,6 @@ def _attention_half(block: TimmModule, places: Places, x: Tensor) -> Tensor:
     """The first half of a block, x + gamma_1 ⊙ attn(norm1(x))."""
     mixed: Tensor = block.attn(block.norm1(x), **places)
     return x + block.drop_path1(mixed if block.gamma_1 is None else block.gamma_1 * mixed)
-
-
-def _layer_settings(block: TimmModule, whole: TimmModule) -> dict[str, Any] | None:
-    """What differs in a block from the whole one, in transformers' `per_layer_config` keys."""
-    if isinstance(block, DroppedBlock):
-        return {"skip": ["attention", "mlp"]}
-    if isinstance(block, CompressedBlock):
-        return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
-    if block.mlp.fc2.in_features < whole.mlp.fc2.in_features:
-        return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features)}
-    return None
 
 
 def _block_cost(block: TimmModule, tokens: int) -> BlockCost:

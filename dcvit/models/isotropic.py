@@ -4,7 +4,7 @@ Their blocks are in `blocks`, one behind the other, and each has an attention an
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,19 @@ from dcvit.errors import UnsupportedModelError
 from dcvit.models.adapter import OutputLayer
 from dcvit.models.blocks import CompressedBlock
 from dcvit.models.modeling_dcvit import POST_NORM, DroppedBlock, TimmModule, keep_hidden_nodes, layer_scale
-from dcvit.models.rebuilding import num_params, preprocessing_cfg
+from dcvit.models.rebuilding import num_params, preprocessing_cfg, rebuilt
 
 __all__ = ["IsotropicAdapter"]
 
 
 class IsotropicAdapter(ABC):
-    """The part of `ModelAdapter` that needs only `patch_embed`, `blocks` and the names of a block's MLP."""
+    """The part of `ModelAdapter` that needs only `patch_embed`, `blocks` and the names of a block's MLP.
 
+    Attributes:
+        architecture: The name under which timm's registry knows compressed models.
+    """
+
+    architecture: str
     removed = "attention"
     keeps_ends = True
     pointwise_nodes = True
@@ -171,16 +176,36 @@ class IsotropicAdapter(ABC):
         stem = [*model.patch_embed.parameters(), *getattr(model, "norm_pre", nn.Identity()).parameters()]
         return [p for p in loose if p is not None] + stem
 
-    def _pretrained_cfg(self, model: TimmModule) -> dict[str, Any]:
-        """Preprocessing and head of a model, without where its own weights came from."""
+    def rebuild(self, model: TimmModule) -> nn.Module:
+        """See `ModelAdapter.rebuild`."""
+        return rebuilt(model, self.architecture, self.config(model))
+
+    def config(self, model: TimmModule) -> Mapping[str, Any]:
+        """See `ModelAdapter.config`."""
+        args = self._model_args(model)
         return {
-            **preprocessing_cfg(model),
-            "input_size": self.input_size(model),
-            "fixed_input_size": not self.dynamic_input(model),
-            "num_classes": self.num_classes(model),
-            "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if hasattr(model, "head_dist") else "head",
+            "architecture": self.architecture,
+            "num_classes": args["num_classes"],
+            "num_features": int(model.embed_dim),
+            "global_pool": args["global_pool"],
+            "model_args": args,
+            "pretrained_cfg": {
+                **preprocessing_cfg(model),
+                "input_size": self.input_size(model),
+                "fixed_input_size": not self.dynamic_input(model),
+                "num_classes": self.num_classes(model),
+                "first_conv": "patch_embed.proj",
+                "classifier": ["head", "head_dist"] if hasattr(model, "head_dist") else "head",
+            },
         }
+
+    @abstractmethod
+    def _model_args(self, model: TimmModule) -> dict[str, Any]:
+        """The arguments of the architecture's builder for a model, as values for JSON.
+
+        Raises:
+            UnsupportedModelError: Naming the first part that they would not reproduce.
+        """
 
 
 def _latent_pool_cost(pool: TimmModule, tokens: int) -> Cost:

@@ -596,6 +596,19 @@ def share_weights(
     )
 
 
+def _create_base(base: str, base_args: Mapping[str, Any], **read: Any) -> TimmModule:
+    """A timm architecture, whole, that says of itself how it was made.
+
+    Args:
+        base: Its name.
+        base_args: Arguments that a model does not tell.
+        read: Those that are read off it.
+    """
+    model: TimmModule = timm.create_model(base, **read, **base_args)
+    model.dcvit_base = {"base": base, "base_args": dict(base_args)}
+    return model
+
+
 class CutBeit(Beit):  # type: ignore[misc]
     """timm's `Beit`, some of whose blocks may have no attention that would have to be told another image size."""
 
@@ -634,15 +647,10 @@ def build_eva(
         per_layer_config: As `build`'s: `skip` and `intermediate_size`.
         compressed_block: Made of each block whose attention is skipped.
     """
-    model: TimmModule = timm.create_model(
-        base,
-        img_size=img_size if isinstance(img_size, int) else tuple(img_size),
-        num_classes=num_classes,
-        in_chans=in_chans,
-        global_pool=global_pool,
-        **base_args,
+    size = img_size if isinstance(img_size, int) else tuple(img_size)
+    model = _create_base(
+        base, base_args, img_size=size, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool
     )
-    model.dcvit_base = {"base": base, "base_args": dict(base_args)}
     if isinstance(model, Beit):
         model.__class__ = CutBeit
     _compress([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config, compressed_block)
@@ -713,10 +721,7 @@ def build_cnn(
         per_layer_config: As `build`'s; numbered are the residual blocks, see `cnn_places`. `skip` names `block` or
             `convolution`, or nothing where only filters went; `intermediate_size` is how many are left.
     """
-    model: TimmModule = timm.create_model(
-        base, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, **base_args
-    )
-    model.dcvit_base = {"base": base, "base_args": dict(base_args)}
+    model = _create_base(base, base_args, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool)
     cut_cnn(model, per_layer_config)
     return model
 

@@ -10,11 +10,20 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from dcvit.errors import UnsupportedModelError
-from dcvit.models.blocks import WholeBlock
-from dcvit.models.modeling_dcvit import NORMS, CutBeit, TimmModule
+from dcvit.models.blocks import CompressedBlock, WholeBlock
+from dcvit.models.modeling_dcvit import NORMS, CutBeit, DroppedBlock, TimmModule
 from dcvit.seeding import seeded
 
-__all__ = ["named_key", "norm_spec", "num_params", "preprocessing_cfg", "rebuilt", "require_same", "timm_type"]
+__all__ = [
+    "layer_settings",
+    "named_key",
+    "norm_spec",
+    "num_params",
+    "preprocessing_cfg",
+    "rebuilt",
+    "require_same",
+    "timm_type",
+]
 
 _STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
 """Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
@@ -85,6 +94,16 @@ def timm_type(module: nn.Module) -> type[nn.Module]:
     """A module's type, as timm has it."""
     ours: dict[type[nn.Module], type[nn.Module]] = {WholeBlock: Block, CutBeit: Beit}
     return ours.get(type(module), type(module))
+
+
+def layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
+    """What differs in a block from a whole one of so many hidden nodes, in transformers' `per_layer_config` keys."""
+    if isinstance(block, DroppedBlock):
+        return {"skip": ["attention", "mlp"]}
+    hidden = int(block.mlp.fc2.in_features)
+    if isinstance(block, CompressedBlock):
+        return {"skip": ["attention"], "intermediate_size": hidden}
+    return {"skip": [], "intermediate_size": hidden} if hidden < widest else None
 
 
 def named_key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module]) -> str:

@@ -30,6 +30,7 @@ from dcvit.models.modeling_dcvit import (
     swin_places,
 )
 from dcvit.models.rebuilding import (
+    layer_settings,
     named_key,
     norm_spec,
     num_params,
@@ -335,7 +336,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "per_layer_config": {
             str(i): settings
             for i, (block, widest) in enumerate(zip(blocks, made, strict=True))
-            if (settings := _layer_settings(block, widest)) is not None
+            if (settings := layer_settings(block, widest)) is not None
         },
     }
     if first:
@@ -366,17 +367,6 @@ def _ratio(stage: TimmModule, largest: int) -> float:
     """
     widths = [block.mlp.fc1.out_features for block in stage.blocks if not isinstance(block, DroppedBlock)]
     return max(widths, default=0) / _width(stage) + 0.5 / largest
-
-
-def _layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
-    """What differs in a block from a whole one of so many hidden nodes, in transformers' `per_layer_config` keys."""
-    if isinstance(block, DroppedBlock):
-        return {"skip": ["attention", "mlp"]}
-    if isinstance(block, CompressedBlock):
-        return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
-    if block.mlp.fc2.in_features < widest:
-        return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features)}
-    return None
 
 
 def _block_cost(block: TimmModule, grid: tuple[int, int]) -> BlockCost:

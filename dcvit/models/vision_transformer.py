@@ -42,10 +42,10 @@ from dcvit.models.modeling_dcvit import (
     share_weights,
 )
 from dcvit.models.rebuilding import (
+    layer_settings,
     named_key,
     norm_spec,
     num_params,
-    rebuilt,
     require_same,
     timm_type,
 )
@@ -85,6 +85,7 @@ class VisionTransformerAdapter(IsotropicAdapter):
     models = "ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP, AIMv2, BEiT-3"
     classes: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
     source = "arXiv 2010.11929, 2012.12877"
+    architecture = ARCHITECTURE
 
     def check(self, model: TimmModule) -> None:
         """See `ModelAdapter.check`."""
@@ -129,22 +130,6 @@ class VisionTransformerAdapter(IsotropicAdapter):
         if not isinstance(module, (Block, WholeBlock)):
             return None
         return partial(attention_half, module), CompressedBlock(module)
-
-    def rebuild(self, model: TimmModule) -> nn.Module:
-        """See `ModelAdapter.rebuild`."""
-        return rebuilt(model, ARCHITECTURE, self.config(model))
-
-    def config(self, model: TimmModule) -> Mapping[str, Any]:
-        """See `ModelAdapter.config`."""
-        args = self._model_args(model)
-        return {
-            "architecture": ARCHITECTURE,
-            "num_classes": args["num_classes"],
-            "num_features": args["embed_dim"],
-            "global_pool": args["global_pool"],
-            "model_args": args,
-            "pretrained_cfg": self._pretrained_cfg(model),
-        }
 
     def _model_args(self, model: TimmModule) -> dict[str, Any]:
         """The constructor arguments of a model, read off its modules, as values for JSON.
@@ -342,10 +327,9 @@ def _layer_settings(block: TimmModule, widest: int, embed_dim: int) -> dict[str,
     """What differs in a block from a whole one of so many hidden nodes and so wide an attention, in the key names of
     transformers' `per_layer_config`.
     """
-    if isinstance(block, DroppedBlock):
-        return {"skip": ["attention", "mlp"]}
-    if isinstance(block, CompressedBlock):
-        return {"skip": ["attention"], "intermediate_size": int(block.mlp.fc2.in_features)}
+    settings = layer_settings(block, widest)
+    if isinstance(block, (CompressedBlock, DroppedBlock)):
+        return settings
     found: dict[str, Any] = {}
     if block.attn.num_heads * block.attn.head_dim < embed_dim:
         found["num_attention_heads"] = block.attn.num_heads
@@ -356,9 +340,9 @@ def _layer_settings(block: TimmModule, widest: int, embed_dim: int) -> dict[str,
     if isinstance(block, SharedBlock):
         owners = {"attention_of": block.attention_of, "mlp_of": block.mlp_of}
         found |= {name: owner for name, owner in owners.items() if owner is not None}
-    if found or block.mlp.fc2.in_features < widest:
+    if found:
         return {"skip": [], "intermediate_size": int(block.mlp.fc2.in_features), **found}
-    return None
+    return settings
 
 
 def _mlp_key(mlp: TimmModule) -> str:
