@@ -38,7 +38,7 @@ ABLATIONS: dict[str, Change] = {
     "all blocks at once": lambda config: replace(config, progressive=False),
     OTHER_DOMAIN: lambda config: config,
 }
-"""Of the paper's section 5, by name."""
+"""Of the paper, by name."""
 
 
 def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: str | None = None) -> CompressionConfig:

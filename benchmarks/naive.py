@@ -40,7 +40,7 @@ def naive_closed_form(
     Args:
         teacher: The original, frozen; unchanged.
         images: The few-shot set.
-        budget: Met by METHOD's k and r_d.
+        budget: Met by the published formulas' k and r_d.
         augmentation: Of the random views.
         seed: Draws views and hidden nodes.
 

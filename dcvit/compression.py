@@ -1,21 +1,18 @@
-"""`dcvit.compress`: one call for every method, on one device or several, within the memory that there is."""
+"""`dcvit.compress`: one call for every method, on one device or several."""
 
 import copy
-import gc
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.distributed import ALONE, Ranks, on_devices
-from dcvit.errors import DcvitError, MemoryWarning
+from dcvit.errors import DcvitError
 from dcvit.finishing import finish
 from dcvit.images import FewShotImages, Images, load_images
 from dcvit.latency import Stopwatch, time_forward
@@ -23,11 +20,12 @@ from dcvit.methods import METHODS, Method, Task, Timer
 from dcvit.methods import method as find_method
 from dcvit.methods.dcvit import DCVIT
 from dcvit.models import adapter_for, hub_repository, load_model
+from dcvit.out_of_memory import within_memory
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
 from dcvit.recovery import require_tokens
 from dcvit.results import CompressionResult, versions
-from dcvit.run_store import MemoryStore, Store, digest_images, digest_model, open_run
+from dcvit.run_store import MemoryStore, Store, digest_images, digest_model
 from dcvit.synthesis import MetricSet
 from dcvit.teacher import freeze, require_finite
 
@@ -108,47 +106,16 @@ def compress(
         few_shot = load_images(images, original)
         require_finite(original, few_shot)
     with open_store(run_dir, original, few_shot, metric_set, config, ranks, budget=budget.to_dict()) as store:
-        if run_dir is None and ranks.size == 1:
-            store = MemoryStore()  # what is finished is not done again if memory runs out
         task = Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set, store, ranks)
 
-        def completed(task: Task) -> CompressionResult:
-            outcome = chosen.compress(task)
+        def completed(config: CompressionConfig) -> CompressionResult:
+            outcome = chosen.compress(replace(task, config=config))
             return finish(
-                model, original, few_shot, outcome.metric_set, outcome, task.config, timer, stopwatch,
+                model, original, few_shot, outcome.metric_set, outcome, config, timer, stopwatch,
                 method=method, ranks=ranks,
             )  # fmt: skip
 
-        return _within_memory(completed, task)
-
-
-def _within_memory(work: Callable[[Task], CompressionResult], task: Task) -> CompressionResult:
-    """What a task comes to, with fewer images at once where the device's memory does not suffice.
-
-    Raises:
-        DcvitError: If it does not suffice for one image, or for one of several ranks.
-    """
-    while True:
-        try:
-            return work(task)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            halved = task.config.halved()
-        # Outside of the handler, whose traceback holds on to tensors.
-        if halved is None or task.ranks.size > 1:
-            raise DcvitError(
-                f"The device ran out of memory ({reason}). "
-                + (f"It was rank {task.ranks.rank}'s; " if task.ranks.size > 1 else "One image is too much; ")
-                + "set batch_size and micro_batch lower, take fewer views and rows, or compress on the CPU."
-            )
-        gc.collect()
-        torch.cuda.empty_cache()
-        warnings.warn(
-            f"The device ran out of memory ({reason}): going on with {halved.at_once} images at once.",
-            MemoryWarning,
-            stacklevel=3,
-        )
-        task = replace(task, config=halved)
+        return within_memory(completed, config, ranks)
 
 
 def _require_shareable(method: Method, config: CompressionConfig, ranks: Ranks, devices: Sequence[str]) -> None:
@@ -217,7 +184,7 @@ def open_store(
     """The store of a run (`dcvit.run_store.open_run`), opened with all that its result depends on.
 
     Args:
-        run_dir: Its folder; `None` keeps nothing.
+        run_dir: Its folder; `None` keeps what is finished in memory, so that it is not done again if that runs out.
         model: The original.
         images: The few-shot set.
         metric_set: The caller's, if there is one.
@@ -230,7 +197,7 @@ def open_store(
         DistributedError: As `Ranks.store` does.
     """
     if run_dir is None and ranks.size == 1:
-        return open_run(None, {})
+        return nullcontext(MemoryStore())
     fingerprint = {
         **asked,
         "settings": config.to_dict(),

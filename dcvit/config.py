@@ -1,7 +1,7 @@
 """Every knob of the method, frozen.
 
-The defaults are meant for a few hundred images and one machine; `CompressionConfig.paper()` is the published
-procedure of DC-ViT (arXiv 2403.18708, section 4 and supplementary), at its cost of (L + k) · 2000 epochs.
+The defaults are meant for a few hundred images and one machine; `CompressionConfig.paper()` is the published procedure
+of DC-ViT (arXiv 2403.18708 and its supplementary), at its cost of (L + k) · 2000 epochs.
 """
 
 import json
@@ -127,7 +127,7 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True)
 class MimickingConfig:
-    """Token mimicking (METHOD steps 2 and 5).
+    """Token mimicking in trials and as the published recovery.
 
     Attributes:
         epochs: Passes over the few-shot images, for each trial and for each progressive step.
@@ -200,7 +200,7 @@ class MimickingConfig:
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """The metric set, made from the model itself (METHOD step 3).
+    """The metric set, made from the model itself.
 
     Attributes:
         num_images: Images synthesised.
@@ -322,7 +322,7 @@ class CompressionConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> "CompressionConfig":
-        """The published settings for ViT: DC-ViT (arXiv 2403.18708), section 4.
+        """The published settings for ViT: DC-ViT (arXiv 2403.18708).
 
         For DeiT and Swin set β to 1: `replace(config.synthesis, tv_exponent=1.0)`.
 

@@ -26,6 +26,7 @@ from dcvit.latency import measure_latency
 from dcvit.methods import Timer
 from dcvit.methods.dcvit import Prepared, compress_prepared, make_metric_set, prepare
 from dcvit.models import load_model
+from dcvit.out_of_memory import within_memory
 from dcvit.planning import ADDITIVE, Budget, Plan, plan
 from dcvit.progress import Progress, silent
 from dcvit.records import from_plain
@@ -221,7 +222,8 @@ class Family:
     def _add(self, budget: Budget, progress: Progress) -> CompressionResult:
         search = self._search
         assert search is not None
-        member = search.compress(plan(search.original, budget, search.config), progress)
+        planned = plan(search.original, budget, search.config)
+        member = within_memory(lambda config: search.compress(planned, config, progress), search.config)
         for known in self.members:
             if _alike(known, member):
                 return known
@@ -265,17 +267,19 @@ class _Search:
     config: CompressionConfig
     step_sizes: Sequence[float] = STEP_SIZES
 
-    def compress(self, planned: Plan, progress: Progress, *, store: Store = NOTHING_KEPT) -> CompressionResult:
-        """A member, not yet timed with the others."""
+    def compress(
+        self, planned: Plan, config: CompressionConfig, progress: Progress, *, store: Store = NOTHING_KEPT
+    ) -> CompressionResult:
+        """A member, not yet timed with the others; `config` is this one's, or takes fewer images at once."""
         timer = Timer()
         outcome = compress_prepared(
-            self.prepared, planned, self.config, timer,
+            self.prepared, planned, config, timer,
             refinement_steps=round(REFINEMENT_SHARE * self.prepared.refinement_steps),
             refinement_step_sizes=self.step_sizes, progress=progress, store=store,
         )  # fmt: skip
         if outcome.refinement is not None and outcome.refinement.step_size > 0:
             self.step_sizes = (outcome.refinement.step_size,)
-        return finish(self.model, self.original, self.images, self.metric_set, outcome, self.config, timer, runs=1)
+        return finish(self.model, self.original, self.images, self.metric_set, outcome, config, timer, runs=1)
 
 
 def sweep(
@@ -321,20 +325,24 @@ def sweep(
         teacher = fuse(original, config.impl)
     asked = [planned.budget.to_dict() for planned in plans]
     with open_store(run_dir, original, few_shot, metric_set, config, budgets=asked) as store:
-        with timer("metric set"):
-            if metric_set is None:
-                metric_set = make_metric_set(teacher, few_shot, config, progress, store)
-        prepared = prepare(teacher, few_shot, metric_set, plans[len(plans) // 2], config, timer, progress, store)
-        search = _Search(model, original, few_shot, metric_set, prepared, config)
-        members: list[CompressionResult] = []
-        for planned in plans:
-            of_member = store.within(f"size-{len(members) + 1}")
-            member = search.compress(planned, progress, store=of_member)
-            if not members:  # the first bears the time that all share
-                seconds = {**timer.seconds, **member.report.seconds}
-                member = replace(member, report=replace(member.report, seconds=seconds))
-            members.append(member)
-            progress("sizes", len(members), len(plans), member.report.mimic_loss)
+
+        def searched(config: CompressionConfig) -> tuple[_Search, list[CompressionResult]]:
+            with timer("metric set"):
+                ranked_on = metric_set or make_metric_set(teacher, few_shot, config, progress, store)
+            prepared = prepare(teacher, few_shot, ranked_on, plans[len(plans) // 2], config, timer, progress, store)
+            search = _Search(model, original, few_shot, ranked_on, prepared, config)
+            members: list[CompressionResult] = []
+            for planned in plans:
+                of_member = store.within(f"size-{len(members) + 1}")
+                member = search.compress(planned, config, progress, store=of_member)
+                if not members:  # the first bears the time that all share
+                    seconds = {**timer.seconds, **member.report.seconds}
+                    member = replace(member, report=replace(member.report, seconds=seconds))
+                members.append(member)
+                progress("sizes", len(members), len(plans), member.report.mimic_loss)
+            return search, members
+
+        search, members = within_memory(searched, config)
     # Where little can be chosen, several budgets come to one structure.
     members = [m for i, m in enumerate(members) if not any(_alike(m, other) for other in members[:i])]
     members = _timed(original, members, few_shot)

@@ -1,8 +1,8 @@
 """How long one forward pass takes.
 
-Latency is measured as the paper does (DC-ViT, arXiv 2403.18708, section 4): many runs at one batch size after a
-warm-up, synchronised with the device. Models take turns run by run, so that a change of the machine's load hits all
-of them, and a ratio is taken within each round, which such a change leaves alone.
+Latency is measured as the paper does (DC-ViT, arXiv 2403.18708): many runs at one batch size after a warm-up,
+synchronised with the device. Models take turns run by run, so that a change of the machine's load hits all of them, and
+a ratio is taken within each round, which such a change leaves alone.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Step 4: how far a student is from its teacher, on images that it did not learn from.
 
-Published (`"cross_entropy"`, DC-ViT, arXiv 2403.18708, section 3.3): the cross-entropy between the class distributions
-of teacher and student, on the synthesised metric set.
+Published (`"cross_entropy"`, DC-ViT, arXiv 2403.18708): the cross-entropy between the class distributions of teacher
+and student, on the synthesised metric set.
 
 Default (`"mimicking"`): the relative mimicking error over all output tokens,
 

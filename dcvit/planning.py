@@ -1,7 +1,7 @@
 """Step 1: from a budget to the structure that meets it (how many blocks, how many hidden nodes).
 
-Source: DC-ViT (arXiv 2403.18708), section 3.1; METHOD step 1. With o the cost of the original, p the target, a the
-cost of one attention and m of one MLP:
+Source: DC-ViT (arXiv 2403.18708). With o the cost of the original, p the target, a the cost of one attention and m of
+one MLP:
 
     k   = ceil((o − p) / (a + m))          blocks are compressed
     r_d from  o − p = k · (a + r_d · m)    the share of their hidden nodes that is dropped

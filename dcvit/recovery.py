@@ -1,8 +1,8 @@
 """Steps 2 and 5: token mimicking, which makes a cut student behave like its teacher again.
 
-Source: DC-ViT (arXiv 2403.18708), section 3.2. The loss is the mean squared error between all output tokens of student
-and teacher after the final norm; only the front part of the student is updated, which is both more accurate than
-updating everything and cheaper in the backward pass.
+Source: DC-ViT (arXiv 2403.18708). The loss is the mean squared error between all output tokens of student and teacher
+after the final norm; only the front part of the student is updated, which is both more accurate than updating
+everything and cheaper in the backward pass.
 
 Several students of one teacher train in lock step: they see the same batches, drawn once, and share what the teacher
 makes of them. What a student learns does not depend on the others.

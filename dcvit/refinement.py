@@ -5,9 +5,9 @@ ViT-S with a third of its MACs gone, 20 steps of 0.3 % of the weights' size each
 So the step size is found from the model: short pilot runs of several, then a full run of the best. The held-out views
 judge, and the student that comes out is the best one seen, which may be the one that went in.
 
-The loss is the mimicking loss of all output tokens (DC-ViT, arXiv 2403.18708, section 3.2). Where the head reads but a
-few of them, a class token for example, these weigh more (`READ_SHARE`). Updated are the blocks from
-the first compressed one to one after the last; what lies in front is computed once.
+The loss is the mimicking loss of all output tokens (DC-ViT, arXiv 2403.18708). Where the head reads but a few of them,
+a class token for example, these weigh more (`READ_SHARE`). Updated are the blocks from the first compressed one to one
+after the last; what lies in front is computed once.
 """
 
 import copy

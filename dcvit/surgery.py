@@ -1,6 +1,6 @@
 """Cutting a model: attention and hidden nodes out of a block, or a block out of the model.
 
-Source: DC-ViT (arXiv 2403.18708), section 3.1. Cuts return a new model and leave the given one alone.
+Source: DC-ViT (arXiv 2403.18708). Cuts return a new model and leave the given one alone.
 """
 
 import copy

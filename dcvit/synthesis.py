@@ -1,7 +1,7 @@
 """Step 3: the metric set, made from the model itself.
 
-Source: DC-ViT (arXiv 2403.18708), section 3.3, after DeepInversion (arXiv 1912.08795). Starting from Gaussian noise
-with target classes y, minimise
+Source: DC-ViT (arXiv 2403.18708), after DeepInversion (arXiv 1912.08795). Starting from Gaussian noise with target
+classes y, minimise
 
     CE(M_O(x), y) + R(x)
 

@@ -111,6 +111,34 @@ def test_what_was_finished_before_memory_ran_out_is_kept(
     assert calls == {"synthesize": 1, "find_step_size": 1, "reconstruct_block": 1 + len(found.plan.blocks)}
 
 
+def test_a_sweep_goes_on_with_fewer_images_at_once(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its second size: what came before is not done again."""
+    calls = Counter[str]()
+    synthesize, reconstruct = steps.synthesize, steps.reconstruct_blocks
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls["synthesize"] += 1
+        return synthesize(*args, **kwargs)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls["sizes"] += 1
+        if calls["sizes"] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return reconstruct(*args, **kwargs)
+
+    monkeypatch.setattr(steps, "synthesize", counted)
+    monkeypatch.setattr(steps, "reconstruct_blocks", failing)
+    with pytest.warns(MemoryWarning, match="going on with 2 images at once"):
+        family = dcvit.sweep(model, images, (0.9, 0.8), QUICK)
+    assert len(family.members) == 2
+    assert calls == {"synthesize": 1, "sizes": 4}
+    calls["sizes"] = 1
+    with pytest.warns(MemoryWarning, match="going on with one image at once"):
+        family.at(macs=0.85)
+
+
 def test_memory_that_does_not_suffice_for_one_image_is_an_error(
     model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ def test_any_budget_in_range_is_met_within_a_node_per_block(
     actual = budget.amount(adapter_for(MODEL).cost(build(MODEL, plan)).total)
     assert 0 <= plan.target - actual < plan.num_blocks * node
     assert actual == budget.amount(plan.cost)
-    # The formulas of METHOD step 1: k = ceil((o - p) / (a + m)), o - p = k (a + r_d m) before rounding.
+    # The published formulas: k = ceil((o - p) / (a + m)), o - p = k (a + r_d m) before rounding.
     excess = budget.amount(COST.total) - plan.target
     attention, hidden = budget.amount(BLOCK.attention), BLOCK.hidden_features
     mlp = budget.amount(BLOCK.mlp)

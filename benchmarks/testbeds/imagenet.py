@@ -16,7 +16,7 @@ from dcvit.teacher import freeze
 __all__ = ["SEEDS", "imagenet"]
 
 SEEDS = (2021, 2022, 2023, 2024, 2025)
-"""Which draw the few-shot sets (METHOD)."""
+"""Which draw the few-shot sets: five, as in the paper."""
 
 
 def imagenet(

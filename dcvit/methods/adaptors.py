@@ -1,7 +1,7 @@
 """PRACTISE's adaptors: linear maps of the channels on both sides of a dropped block.
 
-Source: Wang and Wu (arXiv 2202.07861), section 3.3. An adaptor is a 1×1 convolution without norm. The one in front of
-the gap follows the last convolution before it, the one behind it precedes the first convolution there, so each can be
+Source: Wang and Wu (arXiv 2202.07861). An adaptor is a 1×1 convolution without norm. The one in front of the gap
+follows the last convolution before it, the one behind it precedes the first convolution there, so each can be
 multiplied into its neighbour, and the smaller network has no layer more. Here they are parametrisations of those
 convolutions' weights from the start: A·W in front, W·A behind, which is the same map.
 """

@@ -1,9 +1,9 @@
 """AutoFormer: the sub-network of a budget that does best with the original's own weights, found by evolution.
 
 Source: Chen, Peng, Fu and Ling, "AutoFormer: Searching Transformers for Visual Recognition" (ICCV 2021, arXiv
-2107.00651), section 3. Weights are entangled: a sub-network of h heads and r hidden nodes has the first h heads and
-the first r nodes of the supernet's block, so that all sub-networks can be judged without training any. An evolutionary
-search keeps the best of a population, crosses them over and mutates them.
+2107.00651). Weights are entangled: a sub-network of h heads and r hidden nodes has the first h heads and the first r
+nodes of the supernet's block, so that all sub-networks can be judged without training any. An evolutionary search keeps
+the best of a population, crosses them over and mutates them.
 
 As it is applied here:
 

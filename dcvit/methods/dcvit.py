@@ -1,8 +1,8 @@
 """DC-ViT and beyond: attention and hidden nodes out of the blocks that recover best, so that any budget is met.
 
-Source: Zhang, Zhou and Wang, "Dense Vision Transformer Compression with Few Samples" (CVPR 2024, arXiv 2403.18708),
-section 3. Blocks are tried alone and ranked by how well they recover (`dcvit.ranking`) on images that the model itself
-synthesises (`dcvit.synthesis`); the best are cut, and the student mimics the teacher's output tokens.
+Source: Zhang, Zhou and Wang, "Dense Vision Transformer Compression with Few Samples" (CVPR 2024, arXiv 2403.18708).
+Blocks are tried alone and ranked by how well they recover (`dcvit.ranking`) on images that the model itself synthesises
+(`dcvit.synthesis`); the best are cut, and the student mimics the teacher's output tokens.
 
 There are two procedures. With a `MimickingConfig` it is the published one: a formula says how many blocks are cut, and
 they are cut one after another, with mimicking after each (`compress_blocks`). With a `ReconstructionConfig`, the

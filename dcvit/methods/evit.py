@@ -1,9 +1,9 @@
 """EViT: behind some attentions only the tokens that the class token attends to go on, the rest as one.
 
 Source: Liang, Ge, Tong, Song, Wang and Xie, "Not All Patches Are What You Need: Expediting Vision Transformers via
-Token Reorganizations" (ICLR 2022, arXiv 2202.07800), section 3. In three blocks a share of the patch tokens stays,
-those of most attention by the class token, the mean over the heads; the others become one token, their sum weighted by
-that attention.
+Token Reorganizations" (ICLR 2022, arXiv 2202.07800). In three blocks a share of the patch tokens stays, those of most
+attention by the class token, the mean over the heads; the others become one token, their sum weighted by that
+attention.
 
 As it is applied here:
 

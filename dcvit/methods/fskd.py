@@ -1,7 +1,7 @@
 """FSKD: after each pruned layer a 1×1 convolution, fitted to the teacher's features and absorbed.
 
 Source: Li, Li, Liu and Zhang, "Few Sample Knowledge Distillation for Efficient Network Compression" (CVPR 2020, arXiv
-1812.01839), section 3. The convolution Q after a layer of the student solves
+1812.01839). The convolution Q after a layer of the student solves
 
     min over Q of  Σ ‖Q s − t‖²
 

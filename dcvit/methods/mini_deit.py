@@ -1,7 +1,7 @@
 """Mini-DeiT: consecutive blocks share the weights of attention and MLP, each with a small transformation of its own.
 
 Source: Zhang, Peng, Wu, Liu, Xiao, Fu and Yuan, "MiniViT: Compressing Vision Transformers with Weight Multiplexing"
-(CVPR 2022, arXiv 2204.07154), section 3. Each block keeps its norms. Its transformation is
+(CVPR 2022, arXiv 2204.07154). Each block keeps its norms. Its transformation is
 
     of attention   linear maps across the heads, one before the softmax and one behind it, each [H, H]
     of the MLP     a depthwise convolution of the patches, added to what the MLP takes

@@ -1,8 +1,8 @@
 """MiR: let a smaller network mimic the features before the head, then put it before the original's head.
 
 Source: Wang, Liu, Ma, Yong, Chai and Wu, "Compressing Models with Few Samples: Mimicking then Replacing" (CVPR 2022,
-arXiv 2201.02620), section 3. Nothing between is compared, and no label is read: all layers before the head learn
-together that the head's input stays what it was.
+arXiv 2201.02620). Nothing between is compared, and no label is read: all layers before the head learn together that the
+head's input stays what it was.
 
 As it is applied here:
 

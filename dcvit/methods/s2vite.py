@@ -1,7 +1,7 @@
 """S2ViTE: heads and hidden nodes that matter least to the loss go, by first-order scores; they may come back.
 
 Source: Chen, Cheng, Gan, Yuan, Zhang and Wang, "Chasing Sparsity in Vision Transformers: An End-to-End Exploration"
-(NeurIPS 2021, arXiv 2106.04533), section 3.2. A head or a node is scored by
+(NeurIPS 2021, arXiv 2106.04533). A head or a node is scored by
 
     Σ over images of  |∂L / ∂g|
 

@@ -1,9 +1,9 @@
 """SPViT: some attentions become convolutions that share their weights, and hidden nodes go, by learnt gates.
 
 Source: He, Liu, Pan, Cai, Zhang, Tao and Zhuang, "Pruning Self-attentions into Convolutional Layers in Single Path"
-(arXiv 2111.11802), section 3. Value and output projections of an attention hold those of a convolution too, so that one
-path serves both and a gate chooses: g of attention, 1 − g of convolution; hidden nodes of MLPs have gates as well. The
-gates learn under
+(arXiv 2111.11802). Value and output projections of an attention hold those of a convolution too, so that one path
+serves both and a gate chooses: g of attention, 1 − g of convolution; hidden nodes of MLPs have gates as well. The gates
+learn under
 
     L + λ · cost of what is open
 

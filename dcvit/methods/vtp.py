@@ -1,7 +1,7 @@
 """VTP: learn a gate for each unit under an L1 penalty, and prune those whose gate is small.
 
-Source: Zhu, Tang and Han, "Vision Transformer Pruning" (arXiv 2104.08500), section 3. With gates a on the dimensions of
-a transformer it minimises
+Source: Zhu, Tang and Han, "Vision Transformer Pruning" (arXiv 2104.08500). With gates a on the dimensions of a
+transformer it minimises
 
     L + λ ‖a‖₁
 

@@ -1,11 +1,11 @@
 """timm's `ResNet`, `EfficientNet` and `RegNet`: CNNs of residual blocks.
 
 Numbered are the blocks that add to their input, so that they can be left out; stems, and blocks that change the shape,
-go with the numbered block behind them. DC-ViT drops such blocks whole (arXiv 2403.18708, section 4). Here they are
-compressed as densely as a transformer's: the spatial convolution goes, as attention does there, and what stays looks at
-each position alone, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden nodes as the budget leaves (`PointwiseBlock`).
-A block that is pruned keeps all its layers: its hidden nodes are filters, which go with their channels in all layers up
-to the one that takes them (`filter_path`).
+go with the numbered block behind them. DC-ViT drops such blocks whole (arXiv 2403.18708). Here they are compressed as
+densely as a transformer's: the spatial convolution goes, as attention does there, and what stays looks at each position
+alone, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden nodes as the budget leaves (`PointwiseBlock`). A block that is
+pruned keeps all its layers: its hidden nodes are filters, which go with their channels in all layers up to the one that
+takes them (`filter_path`).
 
 Where an activation follows the sum, as in a ResNet, a state is the sum before it: what a block adds is then linear in
 its last layer, and the activation belongs to what lies between two blocks.

@@ -1,8 +1,8 @@
 """timm's `SwinTransformer` and `SwinTransformerV2`.
 
 Blocks are numbered through all stages. They work in pairs, on windows and on windows shifted by half, so that
-neighbours on both sides of a window's border meet; a pair loses its attention as a whole (DC-ViT, arXiv 2403.18708,
-section 4). As in `dcvit.models.vision_transformer` a model is rebuilt from what its modules show.
+neighbours on both sides of a window's border meet; a pair loses its attention as a whole (DC-ViT, arXiv 2403.18708). As
+in `dcvit.models.vision_transformer` a model is rebuilt from what its modules show.
 """
 
 from collections.abc import Callable, Mapping, Sequence

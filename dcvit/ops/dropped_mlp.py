@@ -1,7 +1,7 @@
 """The MLP of a compressed block: d -> kept hidden nodes -> d.
 
-Source: DC-ViT (arXiv 2403.18708), section 3.1. A compressed block has lost its attention and keeps a part of its MLP,
-so with the LayerNorm in front, LayerScale and the residual this op is all that is left of the block:
+Source: DC-ViT (arXiv 2403.18708). A compressed block has lost its attention and keeps a part of its MLP, so with the
+LayerNorm in front, LayerScale and the residual this op is all that is left of the block:
 
     u = LayerNorm(x) W1[idx]^T + b1[idx],   z = GELU(u) W2[:, idx]^T + b2,   y = x + scale * z
 """

@@ -1,7 +1,7 @@
 """The token-mimicking loss of several candidates against one teacher.
 
-Source: DC-ViT (arXiv 2403.18708), section 3.2: the mean squared error between all output tokens of student and teacher.
-Candidates that are trialled together share the teacher's tokens, which a kernel then reads once for all of them.
+Source: DC-ViT (arXiv 2403.18708): the mean squared error between all output tokens of student and teacher. Candidates
+that are trialled together share the teacher's tokens, which a kernel then reads once for all of them.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """One step of the synthesis: gradient of the prior, Adam, clip to the valid pixel range.
 
-Source: DC-ViT (arXiv 2403.18708), section 3.3; Adam as in Kingma and Ba (arXiv 1412.6980), algorithm 1, with the bias
-corrections applied as `torch.optim.Adam` does.
+Source: DC-ViT (arXiv 2403.18708); Adam as in Kingma and Ba (arXiv 1412.6980), algorithm 1, with the bias corrections
+applied as `torch.optim.Adam` does.
 """
 
 from typing import Any

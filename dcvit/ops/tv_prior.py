@@ -1,6 +1,6 @@
 """The image prior of the synthesis: total variation and an L2 term.
 
-Source: DC-ViT (arXiv 2403.18708), section 3.3, after DeepInversion (arXiv 1912.08795):
+Source: DC-ViT (arXiv 2403.18708), after DeepInversion (arXiv 1912.08795):
 
     R(x) = tv_weight * sum_d ||D_d x||_2^beta + l2_weight * mean_b ||x_b||_2
 
