@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.distributed import ALONE, Ranks, on_devices
 from dcvit.errors import DcvitError
 from dcvit.finishing import finish
-from dcvit.images import FewShotImages, Images, load_images
+from dcvit.images import FewShotImages, Images, check_images, load_images
 from dcvit.latency import Stopwatch, time_forward
 from dcvit.methods import METHODS, Method, Task, Timer
 from dcvit.methods import method as find_method
@@ -27,9 +27,11 @@ from dcvit.recovery import require_tokens
 from dcvit.results import CompressionResult, versions
 from dcvit.run_store import MemoryStore, Store, digest_images, digest_model
 from dcvit.synthesis import MetricSet
-from dcvit.teacher import freeze, require_finite
+from dcvit.teacher import freeze, require_finite, require_gradients
 
 __all__ = ["compress", "open_store"]
+
+Given = TypeVar("Given")
 
 
 def compress(
@@ -91,20 +93,27 @@ def compress(
     if ranks.size > 1 or len(devices) > 1:
         _require_shareable(chosen, config, ranks, devices)
     if len(devices) > 1:
-        arguments = {"method": method, "metric_set": metric_set, "run_dir": run_dir, "stopwatch": stopwatch}
-        result = on_devices(devices, partial(_as_rank, model, images, budget, config, arguments, progress))
+        arguments = {"method": method, "run_dir": run_dir, "stopwatch": stopwatch}
+        result = on_devices(devices, partial(_as_rank, model, images, budget, config, metric_set, arguments, progress))
         assert result is not None  # the first process gives it
         return result
+    require_gradients()
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
+        home = next(original.parameters()).device
         if devices:
             original, images = original.to(devices[0]), _moved(images, devices[0])
+            metric_set = _moved(metric_set, devices[0])
         chosen.require_family(original)
         if isinstance(config.recovery, MimickingConfig):
             require_tokens(original, config.recovery)
         few_shot = load_images(images, original)
+        if metric_set is not None:
+            check_images(metric_set.images, original, "The metric set's images")
         require_finite(original, few_shot)
+        if stopwatch is not time_forward:
+            stopwatch(original, few_shot.normalised[:1])  # it may refuse
     with open_store(run_dir, original, few_shot, metric_set, config, ranks, budget=budget.to_dict()) as store:
         task = Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set, store, ranks)
 
@@ -115,7 +124,7 @@ def compress(
                 method=method, ranks=ranks,
             )  # fmt: skip
 
-        return within_memory(completed, config, ranks)
+        return within_memory(completed, config, ranks).to(home)
 
 
 def _require_shareable(method: Method, config: CompressionConfig, ranks: Ranks, devices: Sequence[str]) -> None:
@@ -146,6 +155,7 @@ def _as_rank(
     images: Images | FewShotImages,
     budget: Budget,
     config: CompressionConfig,
+    metric_set: MetricSet | None,
     arguments: Mapping[str, Any],
     progress: Progress,
     ranks: Ranks,
@@ -154,22 +164,20 @@ def _as_rank(
     """`compress` in a process that `on_devices` started; what the first found."""
     original = copy.deepcopy(load_model(model)).to(device)
     result = compress(
-        original, _moved(images, device), budget, config,
+        original, _moved(images, device), budget, config, metric_set=_moved(metric_set, device),
         ranks=ranks, progress=progress if ranks.leads else silent, **arguments,
     )  # fmt: skip
     if not ranks.leads:
         return None
-    report, made = result.report, result.metric_set
+    report = result.report
     if isinstance(model, str):
         report = replace(report, model=model, base_model=hub_repository(model))
-    if made is not None:
-        made = replace(made, images=made.images.cpu(), targets=None if made.targets is None else made.targets.cpu())
-    return replace(result, model=result.model.cpu(), report=report, metric_set=made)
+    return replace(result.to("cpu"), report=report)
 
 
-def _moved(images: Images | FewShotImages, device: str) -> Images | FewShotImages:
+def _moved(given: Given, device: str) -> Given:
     """Images on a device, where they are tensors; others follow the model."""
-    return images.to(device) if isinstance(images, Tensor | FewShotImages) else images
+    return cast(Given, given.to(device)) if isinstance(given, Tensor | FewShotImages | MetricSet) else given
 
 
 def open_store(

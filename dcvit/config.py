@@ -6,13 +6,19 @@ of DC-ViT (arXiv 2403.18708 and its supplementary), at its cost of (L + k) · 20
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from dcvit.errors import DcvitError
 from dcvit.ops import Impl
+from dcvit.records import field_types
 
-__all__ = ["AugmentationConfig", "CompressionConfig", "MimickingConfig", "ReconstructionConfig", "SynthesisConfig"]
+__all__ = [
+    "AugmentationConfig", "CompressionConfig", "MimickingConfig", "ReconstructionConfig", "SynthesisConfig",
+    "plain_numbers",
+]  # fmt: skip
 
 Tokens = Literal["all", "class"]
 Updated = Literal["front", "around", "all"]
@@ -29,6 +35,28 @@ def _check(condition: bool, name: str, value: object, expected: str) -> None:
 
 def _check_choice(name: str, value: object, literal: Any) -> None:
     _check(value in get_args(literal), name, value, "one of " + ", ".join(map(repr, get_args(literal))))
+
+
+def plain_numbers(config: Any) -> None:
+    """Make NumPy's numbers among a dataclass's fields Python's, which JSON takes."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        return tuple(map(plain, value)) if isinstance(value, tuple | list | np.ndarray) else value
+
+    for each in fields(config):
+        object.__setattr__(config, each.name, plain(getattr(config, each.name)))
+
+
+def _check_numbers(config: object) -> None:
+    """Take NumPy's numbers, and refuse floats where ints are counted."""
+    plain_numbers(config)
+    of: type = type(config)
+    for name, kind in field_types(of).items():
+        kinds, value = get_args(kind) or (kind,), getattr(config, name)
+        whole = int in kinds and float not in kinds
+        _check(not (whole and isinstance(value, float)), name, value, "an int")
 
 
 def _freeze_positive(config: object, name: str) -> None:
@@ -58,6 +86,7 @@ class AugmentationConfig:
     num_views: int | None = None
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "0 < smallest <= largest <= 1")
         _check(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "0 < smallest <= largest")
         _check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
@@ -103,6 +132,7 @@ class ReconstructionConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check(self.num_views >= 1, "num_views", self.num_views, "1 or more")
         _check(self.refinement_views >= 1, "refinement_views", self.refinement_views, "1 or more")
         _check(self.num_rows >= 1, "num_rows", self.num_rows, "1 or more")
@@ -166,6 +196,7 @@ class MimickingConfig:
     halving: bool = False
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         rate = self.learning_rate
         _check(
@@ -233,6 +264,7 @@ class SynthesisConfig:
     bn_weight: float = 0.01
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         _check(self.num_images >= 1, "num_images", self.num_images, "1 or more")
         _check(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more, or None")
         _check(self.iterations >= 1, "iterations", self.iterations, "1 or more")
@@ -296,6 +328,7 @@ class CompressionConfig:
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if self.candidates is not None:
             wanted: Iterable[int] = self.candidates
             object.__setattr__(self, "candidates", tuple(sorted(set(wanted))))

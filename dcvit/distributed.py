@@ -22,12 +22,14 @@ import base64
 import inspect
 import json
 import os
+import pickle
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -270,14 +272,18 @@ def on_devices(devices: Sequence[str], work: Callable[[Ranks, str], T]) -> T:
         min_nodes=1, max_nodes=1, nproc_per_node=len(devices), run_id=secrets.token_hex(8), rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=1,
     )  # fmt: skip
-    try:
-        outcomes = elastic_launch(config, _on_device)(work, tuple(devices), threads)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise DistributedError(
-            f"The process on {devices[rank]} died (exit code {failure.exitcode}; what it wrote is above). With "
-            "run_dir, the same call goes on from what is finished."
-        ) from error
+    with TemporaryDirectory() as folder:
+        told = Path(folder) / "error"
+        try:
+            outcomes = elastic_launch(config, _on_device)(work, tuple(devices), threads, told)
+        except ChildFailedError as error:
+            if told.is_file():  # the others died of it
+                raise pickle.loads(told.read_bytes()) from error
+            rank, failure = error.get_first_failure()
+            raise DistributedError(
+                f"The process on {devices[rank]} died (exit code {failure.exitcode}; what it wrote is above). With "
+                "run_dir, the same call goes on from what is finished."
+            ) from error
     found: T | DcvitError = outcomes[0]
     if isinstance(found, DcvitError):
         raise found
@@ -293,14 +299,16 @@ def _require_devices(devices: Sequence[str]) -> None:
             raise DistributedError(f"devices: {name!r} is not usable here ({str(error).splitlines()[0]}).") from error
 
 
-def _on_device(work: Callable[[Ranks, str], T], devices: Sequence[str], threads: int) -> T | DcvitError:
-    """One process of `on_devices`."""
+def _on_device(work: Callable[[Ranks, str], T], devices: Sequence[str], threads: int, told: Path) -> T | DcvitError:
+    """One process of `on_devices`; the first that may not go on leaves word why."""
     torch.set_num_threads(threads)
     device = devices[int(os.environ["LOCAL_RANK"])]
     try:
         with launched(device) as ranks:
             return work(ranks, device)
     except DcvitError as error:  # for the caller, who asked
+        with suppress(FileExistsError), told.open("xb") as file:
+            pickle.dump(error, file)
         return error
 
 

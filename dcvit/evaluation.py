@@ -11,8 +11,16 @@ __all__ = ["agreement", "closeness", "top1"]
 
 @torch.no_grad()
 def predictions(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """The most likely class of each image `[N, C, H, W]`, as `[N]`."""
-    return torch.cat([model(batch).argmax(-1) for batch in images.split(batch_size)])
+    """The most likely class of each image `[N, C, H, W]`, as `[N]`; where memory runs out fewer pass at once."""
+    found: list[Tensor] = []
+    while (done := sum(map(len, found))) < len(images):
+        try:
+            found.append(model(images[done : done + batch_size]).argmax(-1))
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+    return torch.cat(found)
 
 
 def top1(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 64) -> float:

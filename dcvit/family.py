@@ -21,7 +21,7 @@ from dcvit.config import CompressionConfig
 from dcvit.costs import MacConvention
 from dcvit.errors import BudgetError, SaveFolderError
 from dcvit.finishing import finish
-from dcvit.images import FewShotImages, Images, load_images
+from dcvit.images import FewShotImages, Images, check_images, load_images
 from dcvit.latency import measure_latency
 from dcvit.methods import Timer
 from dcvit.methods.dcvit import Prepared, compress_prepared, make_metric_set, prepare
@@ -46,7 +46,7 @@ from dcvit.results import (
 )
 from dcvit.run_store import NOTHING_KEPT, Store
 from dcvit.synthesis import MetricSet
-from dcvit.teacher import freeze, fuse, require_finite
+from dcvit.teacher import freeze, fuse, require_finite, require_gradients
 
 __all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
 
@@ -227,7 +227,7 @@ class Family:
         for known in self.members:
             if _alike(known, member):
                 return known
-        (member,) = _timed(search.original, [member], search.images, self.original.latency_ms)
+        (member,) = _timed(search, [member], self.original.latency_ms)
         self.members.append(member)
         self.members.sort(key=lambda other: other.report.student.macs, reverse=True)
         return member
@@ -316,11 +316,14 @@ def sweep(
     recovery = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
     fewer = max(recovery.num_views, round(REFINEMENT_SHARE * recovery.refinement_views))
     config = config.with_(recovery=replace(recovery, refinement_views=min(fewer, recovery.refinement_views)))
+    require_gradients()
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
         plans = _plans(original, budgets, config)
         few_shot = load_images(images, original)
+        if metric_set is not None:
+            check_images(metric_set.images, original, "The metric set's images")
         require_finite(original, few_shot)
         teacher = fuse(original, config.impl)
     asked = [planned.budget.to_dict() for planned in plans]
@@ -345,7 +348,7 @@ def sweep(
         search, members = within_memory(searched, config)
     # Where little can be chosen, several budgets come to one structure.
     members = [m for i, m in enumerate(members) if not any(_alike(m, other) for other in members[:i])]
-    members = _timed(original, members, few_shot)
+    members = _timed(search, members)
     return Family(members[0].report.teacher, members, search)
 
 
@@ -356,21 +359,17 @@ def _alike(one: CompressionResult, other: CompressionResult) -> bool:
 
 
 def _timed(
-    original: nn.Module,
-    members: Sequence[CompressionResult],
-    images: FewShotImages,
-    original_ms: float | None = None,
+    search: _Search, members: Sequence[CompressionResult], original_ms: float | None = None
 ) -> list[CompressionResult]:
     """The members with latencies that were measured in turn, so that they compare.
 
     Args:
-        original: The original.
+        search: What they share.
         members: The members.
-        images: The few-shot set.
         original_ms: What the original took when others were measured: so that these compare with them.
     """
-    models = {"original": original, **{str(i): member.model for i, member in enumerate(members)}}
-    batch = images.normalised[: members[0].plan.budget.batch_size]
+    models = {"original": search.original, **{str(i): member.model for i, member in enumerate(members)}}
+    batch = search.images.normalised[: min(members[0].plan.budget.batch_size, search.config.recovery.at_once)]
     latency = measure_latency(models, batch, runs=TIMED_RUNS, warmup=1, max_seconds=MOST_SECONDS)
     ours = latency["original"].median_ms
     theirs = ours if original_ms is None else original_ms

@@ -6,7 +6,7 @@ in a tensor.
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,9 +20,9 @@ from dcvit.models import adapter_for, preprocessing
 from dcvit.models.loading import Preprocessing
 from dcvit.stacks import Stack
 
-__all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "image_files", "load_images"]
+__all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "check_images", "image_files", "load_images"]
 
-Images = Tensor | Dataset[Any] | DataLoader[Any] | str | Path
+Images = Tensor | Dataset[Any] | DataLoader[Any] | str | Path | Sequence[str | Path]
 """What `compress` takes as images."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -38,12 +38,14 @@ class FewShotImages:
             file's at a size of which the smallest crop is no smaller than what the model takes.
         mean: Per channel, of the normalisation.
         std: Per channel.
+        files: What each was read from; `None` where they do not come from files.
     """
 
     normalised: Tensor
     pixels: Sequence[Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    files: tuple[Path, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.normalised)
@@ -52,12 +54,14 @@ class FewShotImages:
         """The same on another device."""
         normalised = self.normalised.to(device)
         if isinstance(self.pixels, _Pixels):
-            return FewShotImages(normalised, self.pixels.of(normalised), self.mean, self.std)
-        return FewShotImages(normalised, [picture.to(device) for picture in self.pixels], self.mean, self.std)
+            return replace(self, normalised=normalised, pixels=self.pixels.of(normalised))
+        return replace(self, normalised=normalised, pixels=[picture.to(device) for picture in self.pixels])
 
     def subset(self, indices: Sequence[int]) -> "FewShotImages":
         """Some of the images."""
-        return FewShotImages(self.normalised[list(indices)], [self.pixels[i] for i in indices], self.mean, self.std)
+        files = None if self.files is None else tuple(self.files[i] for i in indices)
+        pixels = [self.pixels[i] for i in indices]
+        return replace(self, normalised=self.normalised[list(indices)], pixels=pixels, files=files)
 
 
 def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImages:
@@ -65,7 +69,7 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
 
     Args:
         images: A normalised tensor `[N, C, H, W]`; a `Dataset` or `DataLoader` of normalised tensors `[C, H, W]`
-            or PIL images, alone or as the first of a tuple; or a folder, searched recursively.
+            or PIL images, alone or as the first of a tuple; a folder, searched recursively; or a list of files.
             PIL images and files get timm's evaluation preprocessing for the model. Files that cannot be read are left
             out, with a warning that names them.
         model: The model that will see them.
@@ -75,23 +79,25 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
 
     Raises:
         ImagesError: If there are none, or any does not fit: size, channels, dtype, device, NaN or infinite pixels; or
-            if fewer than half of a folder's files can be read.
+            if fewer than half of the files can be read.
     """
     if isinstance(images, FewShotImages):
+        check_images(images.normalised, model)
         return images
-    prep = preprocessing(model)
-    device = next(model.parameters()).device
+    prep, parameter = preprocessing(model), next(model.parameters())
+    files: list[Path] | None = None
     if isinstance(images, str | Path):
-        items: Iterable[Any] = _readable(image_files(Path(images)))
+        files = image_files(Path(images))
+    elif isinstance(images, list | tuple) and images and all(isinstance(item, str | Path) for item in images):
+        files = [Path(item) for item in images]
+    readable: list[Path] = []
+    if files is not None:
+        items: Iterable[Any] = _readable(files, readable)
     elif isinstance(images, Tensor):
-        if images.device != device:
-            raise ImagesError(
-                f"The images are on {images.device}, the model on {device}: move one to the other's device."
-            )
-        _check_batch(images, model)
+        check_images(images, model)
         return _few_shot(images.detach(), _Bytes(), prep)
     elif isinstance(images, DataLoader):
-        items = (image for batch in images for image in _first(batch))
+        items = (image for batch in images for image in _of_batch(batch))
     elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
         items = (_first(images[i]) for i in range(len(images)))
     elif isinstance(images, Iterable):
@@ -105,16 +111,18 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
     for number, item in enumerate(items):
         if isinstance(item, Image.Image):
             at_own_size.append(number, prep.to_pixels(item))
-            image = prep.transform(item)
+            image = prep.transform(item).to(parameter.dtype)
         elif isinstance(item, Tensor):
             image = item
         else:
             raise ImagesError(f"An image is a {type(item).__name__}; expected a tensor [C, H, W] or a PIL image.")
-        _check_batch(image[None], model, first=number)
-        normalised.append(image[None].to(device))
+        image = image[None].to(parameter.device)
+        check_images(image, model, first=number)
+        normalised.append(image)
     if not len(normalised):
         raise ImagesError("There are no images: pass at least one, 50 to 1000 is usual.")
-    return _few_shot(normalised.whole(), at_own_size, prep)
+    few_shot = _few_shot(normalised.whole(), at_own_size, prep)
+    return few_shot if files is None else replace(few_shot, files=tuple(readable))
 
 
 def _few_shot(normalised: Tensor, at_own_size: "_Bytes", prep: Preprocessing) -> FewShotImages:
@@ -189,8 +197,13 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _readable(files: Sequence[Path]) -> Iterator[Image.Image]:
-    """The images of files one by one; at the end it warns of those that cannot be read, or refuses if they are most."""
+def _readable(files: Sequence[Path], read: list[Path]) -> Iterator[Image.Image]:
+    """The images of files one by one; at the end it warns of those that cannot be read, or refuses if they are most.
+
+    Args:
+        files: The files.
+        read: Those that could be read are added to it.
+    """
     broken: list[str] = []
     for path in files:
         try:
@@ -199,6 +212,7 @@ def _readable(files: Sequence[Path]) -> Iterator[Image.Image]:
         except Exception as error:  # Pillow's readers raise whatever a broken file makes them
             broken.append(f"{str(path)!r} ({' '.join(str(error).split()) or type(error).__name__})")
             continue
+        read.append(path)
         yield image
     if not broken:
         return
@@ -214,30 +228,55 @@ def _first(item: Any) -> Any:
     return item[0] if isinstance(item, tuple | list) and len(item) > 0 else item
 
 
-def _check_batch(images: Tensor, model: nn.Module, first: int = 0) -> None:
-    """Refuse images `[N, C, H, W]` that do not fit, of which the first has a number among all."""
+def _of_batch(batch: Any) -> Iterator[Any]:
+    """The images of what a `DataLoader` gives: a batch, one with its labels, or a list of items."""
+    first = batch if isinstance(batch, Tensor) else _first(batch)
+    if isinstance(first, Tensor):
+        collated = first.ndim == 4
+    else:
+        collated = isinstance(first, tuple | list) and len(first) > 1 and all(map(_is_image, first))
+    yield from first if collated else map(_first, batch)
+
+
+def _is_image(item: Any) -> bool:
+    return item.ndim == 3 if isinstance(item, Tensor) else isinstance(item, Image.Image)
+
+
+def check_images(images: Tensor, model: nn.Module, name: str = "The images", first: int = 0) -> None:
+    """Refuse images that do not fit a model.
+
+    Args:
+        images: `[N, C, H, W]`.
+        model: The model.
+        name: How errors call them.
+        first: The number of the first of them, among all.
+
+    Raises:
+        ImagesError: If there are none, or size, channels, dtype or device do not fit, or pixels are NaN or infinite.
+    """
     adapter = adapter_for(model)
     channels, height, width = adapter.input_size(model)
-    dtype = next(model.parameters()).dtype
-    shape = list(images.shape)
-    if images.ndim != 4:
+    parameter, shape = next(model.parameters()), list(images.shape)
+    if images.device != parameter.device:
         raise ImagesError(
-            f"The images have shape {shape}: expected [N, C, H, W], here [N, {channels}, {height}, {width}]."
+            f"{name} are on {images.device}, the model on {parameter.device}: move one to the other's device."
         )
+    if images.ndim != 4:
+        raise ImagesError(f"{name} have shape {shape}: expected [N, C, H, W], here [N, {channels}, {height}, {width}].")
     if len(images) == 0:
         raise ImagesError("There are no images: pass at least one, 50 to 1000 is usual.")
-    if images.dtype != dtype:
+    if images.dtype != parameter.dtype:
         raise ImagesError(
-            f"The images are {images.dtype}: expected {dtype}, normalised as the model wants it "
+            f"{name} are {images.dtype}: expected {parameter.dtype}, normalised as the model wants it "
             "(timm.data.create_transform(**timm.data.resolve_model_data_config(model)))."
         )
     if shape[1] != channels:
-        raise ImagesError(f"The images have {shape[1]} channels (shape {shape}): the model takes {channels}.")
+        raise ImagesError(f"{name} have {shape[1]} channels (shape {shape}): the model takes {channels}.")
     if shape[2:] != [height, width]:
         raise ImagesError(
-            f"The images are {shape[2]}x{shape[3]}: the model takes {height}x{width}. "
+            f"{name} are {shape[2]}x{shape[3]}: the model takes {height}x{width}. "
             "Resize them, or call model.set_input_size(img_size=...)."
         )
     bad = [first + i for i, image in enumerate(images) if not torch.isfinite(image).all()]
     if bad:
-        raise ImagesError(f"The images {bad[:5]} have NaN or infinite pixels: remove or repair them.")
+        raise ImagesError(f"{name} {bad[:5]} have NaN or infinite pixels: remove or repair them.")

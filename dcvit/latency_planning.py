@@ -8,6 +8,7 @@ depends on the structure alone, so all of this is done with weights that are not
 from collections.abc import Iterable
 from statistics import mean
 
+import torch
 from torch import nn
 
 from dcvit.config import CompressionConfig
@@ -56,12 +57,33 @@ def plan_latency(
 
     Raises:
         UnsupportedModelError: If no adapter handles the model.
-        BudgetError: If no structure was found within 3 % of the target; the message says what can be met.
+        BudgetError: If no structure was found within 3 % of the target; the message says what can be met. If the device
+            has no memory for a batch.
     """
     config = config or CompressionConfig()
     if not budget.measured:
         return plan(model, budget, config)
     space = search_space(model, config)
+    _ = space.block  # says what to do where blocks differ
+    try:
+        return _measured_plan(model, budget, space, latency_model, stopwatch, progress)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+    raise BudgetError(
+        f"batch_size={budget.batch_size}: the device ran out of memory for so many images ({reason}). Give the budget "
+        "a smaller one."
+    )
+
+
+def _measured_plan(
+    model: nn.Module,
+    budget: Budget,
+    space: SearchSpace,
+    latency_model: LatencyModel | None,
+    stopwatch: Stopwatch,
+    progress: Progress,
+) -> Plan:
+    """See `plan_latency`."""
     if latency_model is None:
         latency_model = calibrate(model, space.candidates, budget.batch_size, stopwatch=stopwatch, progress=progress)
     elif latency_model.batch_size != budget.batch_size:

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import nn
 
-from dcvit.config import CompressionConfig, ReconstructionConfig
+from dcvit.config import CompressionConfig, ReconstructionConfig, plain_numbers
 from dcvit.costs import MAC_CONVENTIONS, BlockCost, Cost, MacConvention, ModelCost, file_size
 from dcvit.errors import BudgetError
 from dcvit.latency_model import PlannedLatency
@@ -102,6 +102,7 @@ class Budget:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         given = {unit: getattr(self, unit) for unit in UNITS if getattr(self, unit) is not None}
         if len(given) != 1:
             shown = ", ".join(f"{unit}={value!r}" for unit, value in given.items())
@@ -351,10 +352,12 @@ class SearchSpace:
             BudgetError: If they differ in size.
         """
         if not self.equal:
+            alone = len(self.groups) == len(self.candidates)
             raise BudgetError(
-                f"candidates={list(self.candidates)}: the blocks differ in size, so no one drop ratio fits them all. "
-                f"Ask for one of {', '.join(ADDITIVE)} with CompressionConfig(structure='searched'), or pass "
-                "candidates of one size in CompressionConfig(candidates=...)."
+                f"candidates={list(self.candidates)}: the blocks differ in size or go in pairs, so no one drop ratio "
+                f"fits them all. Ask for one of {', '.join(ADDITIVE)} with block reconstruction and a searched "
+                "structure, CompressionConfig(recovery=ReconstructionConfig(), structure='searched')"
+                + (", or pass candidates of one size in CompressionConfig(candidates=...)." if alone else ".")
             )
         return self.cost.blocks[self.candidates[0]]
 
@@ -376,6 +379,8 @@ class SearchSpace:
             of = self.cost.blocks[group[0]]
             ways = []
             for attention, profiles in ((False, compressed), (True, pruned)):
+                if attention and of.hidden_features <= self.round_to:
+                    continue  # nothing less would be a multiple
                 if group in (self.prunable if attention else self.groups) and all(b in profiles for b in group):
                     nodes = profiles[group[0]].nodes
                     weight = 1.0 if attention else LOST_ATTENTION
@@ -398,7 +403,7 @@ class SearchSpace:
         parts = self.parts_alike(amount)
         # A block that is pruned can save as little as one hidden node, which is as good as nothing.
         least = min(1 if way.attention else way.saving for part in parts for way in part.ways)
-        return least, sum(part.saving(part.smallest) for part in parts)
+        return least, sum(part.saving(part.smallest(self.round_to)) for part in parts)
 
     def cost_of(self, cuts: Mapping[int, Cut]) -> Cost:
         """What a model costs of which some blocks are cut."""
@@ -442,11 +447,16 @@ class SearchSpace:
 
     def more_blocks(self, lower: str = "go lower") -> str:
         """How to allow more blocks, if there are any."""
-        more = sum(block.compressible for block in self.cost.blocks)
-        if more <= len(self.candidates):
+        all_of_them = tuple(i for i, block in enumerate(self.cost.blocks) if block.compressible)
+        if len(all_of_them) <= len(self.candidates):
             return ""
-        everything = f"CompressionConfig(candidates=tuple(range({len(self.cost.blocks)})))"
-        return f" Allow all {more} blocks with {everything} to {lower}."
+        whole = len(all_of_them) == len(self.cost.blocks)
+        named = f"tuple(range({len(all_of_them)}))" if whole else str(all_of_them)
+        listed = ",".join(map(str, all_of_them))
+        return (
+            f" Allow all {len(all_of_them)} blocks with CompressionConfig(candidates={named}), --candidates {listed}, "
+            f"to {lower}."
+        )
 
 
 def search_space(model: nn.Module, config: CompressionConfig) -> SearchSpace:
@@ -636,6 +646,8 @@ def _out_of_range(
 
     spans = " or ".join(f"{low:,} to {high:,} ({fraction(low)} to {fraction(high)})" for low, high in merged)
     hint = space.more_blocks() if target < merged[0][0] else ""
+    if budget.value == target <= 100:
+        hint = f" An int is an absolute number: for {target} % write {target / 100:g}."
     return (
         f"{budget.unit}={budget.value!r} asks for {target:,} of {original:,} ({fraction(target)}); "
         f"{len(space.candidates)} candidate blocks can meet {spans}.{hint}"

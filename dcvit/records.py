@@ -11,7 +11,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-__all__ = ["from_plain"]
+__all__ = ["field_types", "from_plain"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,8 @@ def from_plain(kind: type[T], values: Any, where: str = "") -> T:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def field_types(kind: type) -> dict[str, Any]:
+    """The annotations of a dataclass's fields, by name."""
     return get_type_hints(kind)
 
 
@@ -95,7 +96,7 @@ def _key(kind: Any, key: str, where: str) -> Any:
 
 
 def _record(kind: type, values: Any, where: str) -> Any:
-    table, hints = _table(values, where), _hints(kind)
+    table, hints = _table(values, where), field_types(kind)
     known = {field.name: field for field in fields(kind)}
     if unknown := sorted(table.keys() - known.keys()):
         raise TypeError(f"{where} has {_shown(unknown[0])}, which it should not")

@@ -359,6 +359,7 @@ class _Views:
         return _Batch({start: torch.cat(parts) for start, parts in kept.items()}, torch.cat(outputs))
 
 
+@torch.enable_grad()
 def _step(runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl, share: float, at_once: int) -> None:
     """One gradient step of each student on the same batch; their activations are alive together.
 

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcvit._version import __version__
-from dcvit.costs import FILE_METADATA
+from dcvit.costs import FILE_METADATA, file_size
 from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
 from dcvit.model_card import model_card
 from dcvit.models import CONFIG_FILE, WEIGHTS_FILE, adapter_for, load_model, modeling_dcvit, preprocessing
@@ -80,6 +80,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 """In which weights can be stored, by name."""
 
 RESULT_FILES = (*SAVED_FILES, METRIC_SET_FILE, REPORT_FILE)
+
+EXPORTED_FILES = ("model.onnx", "model.onnx.data", "model.pt2")
+"""What `dcvit export` may have put beside them, of the result that was there then."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,11 @@ class CompressionResult:
     report: Report
     metric_set: MetricSet | None = None
 
+    def to(self, device: str | torch.device) -> "CompressionResult":
+        """The same on another device, to which the model itself is moved."""
+        made = None if self.metric_set is None else self.metric_set.to(device)
+        return replace(self, model=self.model.to(device), metric_set=made)
+
     def save(
         self,
         folder: str | Path,
@@ -202,7 +210,8 @@ class CompressionResult:
 
         Args:
             folder: Created if missing.
-            overwrite: Replace an earlier result in that folder. Nothing else is ever replaced.
+            overwrite: Replace an earlier result in that folder, and what it was exported to there. Nothing else is ever
+                replaced.
             dtype: In which the weights are stored, one of `DTYPES`; the model's own if not given. timm loads them into
                 float32 whatever it is, so that a half-precision file halves the size and rounds the weights once.
             more: Further entries of `result.json`.
@@ -217,17 +226,23 @@ class CompressionResult:
         tensors = {} if images is None else {METRIC_SET_FILE: images.to_tensors()}
         extra = self.files(dtype, more)
         if page is not None:
-            extra[REPORT_FILE] = page(Record(self.plan, self.report, images, extra[RESULT_FILE]))
+            extra[REPORT_FILE] = page(Record(self.plan, self._stored_as(dtype).report, images, extra[RESULT_FILE]))
         save_model(self.model, folder, extra=extra, tensors=tensors, dtype=dtype)
-        for stale in {METRIC_SET_FILE, REPORT_FILE} - tensors.keys() - extra.keys():
+        for stale in {METRIC_SET_FILE, REPORT_FILE, *EXPORTED_FILES} - tensors.keys() - extra.keys():
             (Path(folder) / stale).unlink(missing_ok=True)
 
     def files(self, dtype: torch.dtype | None = None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What is saved beside the model, by file name: `result.json` as values, the model card as text."""
-        values = {**self.to_dict(), **(more or {})}
+        values = {**self._stored_as(dtype).to_dict(), **(more or {})}
         stored = str(dtype or next(self.model.parameters()).dtype).removeprefix("torch.")
         card = model_card(values, adapter_for(self.model).config(self.model), dtype=stored)
         return {RESULT_FILE: values, CARD_FILE: card}
+
+    def _stored_as(self, dtype: torch.dtype | None) -> "CompressionResult":
+        """The same, with the size of a file in a dtype, or in the model's own."""
+        weights = self.model.state_dict()
+        size = file_size(weights if dtype is None else cast_weights(weights, dtype))
+        return replace(self, report=replace(self.report, student=replace(self.report.student, file_size=size)))
 
     def to_dict(self) -> dict[str, Any]:
         """`result.json`: what one looks for first at the top, everything else in `plan` and `report`."""
@@ -456,7 +471,7 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
     foreign = [
         name
         for name in present
-        if name not in RESULT_FILES or (name == REPORT_FILE and not is_report(folder / REPORT_FILE))
+        if name not in (*RESULT_FILES, *EXPORTED_FILES) or (name == REPORT_FILE and not is_report(folder / REPORT_FILE))
     ]
     if foreign or (present and RESULT_FILE not in present):
         raise SaveFolderError(

@@ -16,11 +16,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,12 +38,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+CAN_LOCK = fcntl is not None
+"""Whether this system has the locks without which no run is kept."""
+
 __all__ = [
+    "CAN_LOCK",
     "NOTHING_KEPT",
     "MemoryStore",
     "RunStore",
     "Store",
     "Unit",
+    "delete_run",
     "differences",
     "digest_images",
     "digest_model",
@@ -248,6 +254,16 @@ def open_run(folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Itera
         yield RunStore(folder)
 
 
+def delete_run(folder: str | Path) -> None:
+    """Delete a run's folder: what `open_run` made there, and it where nothing else is left."""
+    folder = Path(folder)
+    shutil.rmtree(folder / UNITS, ignore_errors=True)
+    for name in (RUN_FILE, LOCK_FILE):
+        _remove(folder / name)
+    with suppress(OSError):  # someone's file is in it
+        folder.rmdir()
+
+
 def digest_model(model: nn.Module, config: Mapping[str, Any]) -> str:
     """SHA-256 of a model's `config.json`, and of its parameters and buffers, those too that are not saved."""
     total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -363,10 +379,15 @@ def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     path = folder / RUN_FILE
     # As they come back from a file: tuples are lists there.
     wanted = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
-    if not path.is_file():
-        if any((folder / UNITS).glob("*")):
-            raise RunStoreError(f"{str(folder)!r} has units but no {RUN_FILE}: delete it, or name another folder.")
+    units = any((folder / UNITS).glob("*"))
+
+    def note() -> None:
         _replace(path, lambda partial: partial.write_text(json.dumps(wanted, indent=2) + "\n"))
+
+    if not path.is_file():
+        if units:
+            raise RunStoreError(f"{str(folder)!r} has units but no {RUN_FILE}: delete it, or name another folder.")
+        note()
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -377,7 +398,9 @@ def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
             f"{str(path)!r} cannot be read ({error}): delete the folder, or name another one."
         ) from error
     differing = list(differences(found, wanted))
-    if differing:
+    if differing and "format" in found and not units:
+        note()  # that run finished nothing; it was refused, for example
+    elif differing:
         raise RunStoreError(
             f"run_dir={str(folder)!r} holds another run: {'; '.join(differing[:3])}. Name another folder, or "
             "delete that one."

@@ -91,10 +91,9 @@ class Part:
         """Hidden nodes of each block."""
         return self.ways[0].recoverability.nodes[-1]
 
-    @property
-    def smallest(self) -> Cut:
+    def smallest(self, round_to: int = 1) -> Cut:
         """The cut that saves most."""
-        return max(self._of(range(self.hidden_features + 1)), key=self.saving)
+        return max(self._of((0, round_to)), key=self.saving)
 
     def way(self, cut: Cut) -> Way:
         """The way of a cut."""
@@ -144,12 +143,11 @@ def search_structure(
     grain = max(_unit(part.hidden_features, round_to) * way.node for part in parts for way in part.ways)
     found = _least_loss(parts, cuts, quantum, range(needed, needed - (-grain // quantum) + 1), num_blocks)
     if found is None:
-        most = sum(part.saving(part.smallest) for part in parts) // quantum
+        most = sum(part.saving(part.smallest(round_to)) for part in parts) // quantum
         found = _least_loss(parts, cuts, quantum, range(needed, most + 1), num_blocks)
-    if found is None:  # unless rounding to quanta hid that all of them together can
-        found = {i: part.smallest for i, part in enumerate(parts)}
-        all_blocks = sum(len(part.blocks) for part in parts)
-        if num_blocks not in (None, all_blocks) or _saving(parts, found) < saving:
+    if found is None:  # unless rounding to quanta hid that the smallest of all can
+        found = _most_saving(parts, num_blocks, round_to)
+        if found is None or _saving(parts, found) < saving:
             raise ValueError(f"search_structure: {num_blocks or 'all'} blocks cannot save {saving}.")
     _give_back(parts, found, _saving(parts, found) - saving, round_to)
     order = sorted(found, key=lambda i: (parts[i].loss(found[i]) / len(parts[i].blocks), i))
@@ -203,6 +201,23 @@ def _least_loss(
             count -= len(parts[i].blocks) if counted else 0
             at -= savings[i][number]
     return found
+
+
+def _most_saving(parts: Sequence[Part], num_blocks: int | None, round_to: int) -> dict[int, Cut] | None:
+    """The smallest cuts of so many blocks, or of all: those that save most and, of equals, lose least.
+
+    Returns:
+        The cut of each part that is cut, by its number; `None` if none have as many blocks.
+    """
+    best: dict[int, tuple[int, float, tuple[int, ...]]] = {0: (0, 0.0, ())}  # by cut blocks: saved, not lost, parts
+    cuts = [part.smallest(round_to) for part in parts]
+    for i, (part, cut) in enumerate(zip(parts, cuts, strict=True)):
+        for count, (saved, kept, chosen) in sorted(best.items(), reverse=True):
+            more = (saved + part.saving(cut), kept - part.loss(cut), (*chosen, i))
+            place = count + len(part.blocks)
+            best[place] = max(best.get(place, more), more)
+    found = best.get(max(best) if num_blocks is None else num_blocks)
+    return None if found is None else {i: cuts[i] for i in found[2]}
 
 
 def _unit(hidden_features: int, round_to: int) -> int:

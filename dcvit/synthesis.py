@@ -15,7 +15,7 @@ asks the view for the same (`bn_prior`).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,14 @@ class MetricSet:
     loss: float = float("nan")
     losses: tuple[float, ...] = ()
 
+    def to(self, device: str | torch.device) -> "MetricSet":
+        """The same on another device."""
+        return replace(
+            self, images=self.images.to(device), targets=None if self.targets is None else self.targets.to(device)
+        )
 
+
+@torch.enable_grad()
 def synthesize(
     model: nn.Module,
     config: SynthesisConfig | None = None,

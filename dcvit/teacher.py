@@ -5,13 +5,13 @@ import copy
 import torch
 from torch import nn
 
-from dcvit.errors import NonFiniteError
+from dcvit.errors import DcvitError, NonFiniteError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for, require_supported
 from dcvit.ops import Impl
 from dcvit.surgery import choose_impl, copy_blocks
 
-__all__ = ["freeze", "fuse", "require_finite"]
+__all__ = ["freeze", "fuse", "require_finite", "require_gradients"]
 
 FINITE_IMAGES = 8
 """So many images are passed through a model to see whether its values stay finite."""
@@ -25,6 +25,16 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     require_supported(model)
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def require_gradients() -> None:
+    """Refuse to work where nothing can learn.
+
+    Raises:
+        DcvitError: Under `torch.inference_mode()`; `torch.no_grad()` does no harm.
+    """
+    if torch.is_inference_mode_enabled():
+        raise DcvitError("Under torch.inference_mode() no gradient can be taken: call this outside of it.")
 
 
 @torch.no_grad()

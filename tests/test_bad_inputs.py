@@ -66,6 +66,21 @@ def place(saved: Path, tmp_path: Path) -> Place:
     return Place(tmp_path, tmp_path / "small", load_model("demo"))
 
 
+def refusing(model: nn.Module, images: torch.Tensor) -> float:
+    raise dcvit.DcvitError("clock='mine': not here.")
+
+
+def under_inference_mode(call: Callable[[], object]) -> object:
+    with torch.inference_mode():
+        return call()
+
+
+def classifies_each_token() -> nn.Module:
+    model = load_model("demo")
+    model.global_pool = ""
+    return model
+
+
 def broken_weights() -> nn.Module:
     model = load_model("demo")
     with torch.no_grad():
@@ -74,6 +89,34 @@ def broken_weights() -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[Place], object], str]] = {
+    "inference mode": (
+        lambda at: under_inference_mode(at.compress),
+        "Under torch.inference_mode() no gradient can be taken: call this outside of it.",
+    ),
+    "no pooling": (
+        lambda at: at.compress(model=classifies_each_token()),
+        (
+            "The model classifies each token (global_pool=''): call model.reset_classifier(0) for a backbone, or give "
+            "it a pooling."
+        ),
+    ),
+    "stopwatch": (
+        lambda at: at.compress(stopwatch=refusing),
+        "clock='mine': not here.",
+    ),
+    "latency of stages": (
+        lambda at: dcvit.plan_latency(timm.create_model("resnet18").eval(), Budget(latency=0.8, batch_size=1)),
+        (
+            "candidates=[0, 1, 2, 3, 4]: the blocks differ in size or go in pairs, so no one drop ratio fits them "
+            "all. Ask for one of macs, params, file_size with block reconstruction and a searched structure, "
+            "CompressionConfig(recovery=ReconstructionConfig(), structure='searched'), or pass candidates of one size "
+            "in CompressionConfig(candidates=...)."
+        ),
+    ),
+    "seed float": (
+        lambda at: CompressionConfig(seed=0.5),
+        "seed=0.5: expected an int.",
+    ),
     "budget none": (
         lambda at: Budget(),
         (
@@ -148,7 +191,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         (
             "macs=0.01 asks for 69,853 of 6,985,344 (0.0100); 6 candidate blocks can meet 640,128 to "
             "6,985,343 (0.0916 to 1.0000). Allow all 8 blocks with "
-            "CompressionConfig(candidates=tuple(range(8))) to go lower."
+            "CompressionConfig(candidates=tuple(range(8))), --candidates 0,1,2,3,4,5,6,7, to go lower."
         ),
     ),
     "budget more than model": (
@@ -163,7 +206,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         (
             "file_size=1000 asks for 1,000 of 1,617,504 (0.0006); 6 candidate blocks can meet 159,336 to "
             "1,617,503 (0.0985 to 1.0000). Allow all 8 blocks with "
-            "CompressionConfig(candidates=tuple(range(8))) to go"
+            "CompressionConfig(candidates=tuple(range(8))), --candidates 0,1,2,3,4,5,6,7, to go"
         ),
     ),
     "activation": (
@@ -269,7 +312,26 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "images list": (
         lambda at: at.compress(images=["a", "b"]),
-        "An image is a str; expected a tensor [C, H, W] or a PIL image.",
+        (
+            "2 of 2 files cannot be read as images: 'a' ([Errno 2] No such file or directory: 'a'), 'b' ([Errno 2] No "
+            "such file or directory: 'b'): remove or replace them."
+        ),
+    ),
+    "images of dicts": (
+        lambda at: at.compress(images=[{"image": 1}]),
+        "An image is a dict; expected a tensor [C, H, W] or a PIL image.",
+    ),
+    "budget of per cent": (
+        lambda at: at.compress(budget=Budget(macs=75)),
+        "An int is an absolute number: for 75 % write 0.75.",
+    ),
+    "impl elsewhere": (
+        lambda at: at.compress(config=CompressionConfig(impl="cuda")),
+        "impl='cuda' cannot run: ",
+    ),
+    "model is a folder": (
+        lambda at: at.compress(model=str(at.small)),
+        "There is a folder of that name: for the model in it pass local-dir:TMP/small.",
     ),
     "images file": (
         lambda at: at.compress(images=str(at.small / "config.json")),
@@ -306,6 +368,13 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         "structure='most': expected one of 'searched', 'fewest'.",
     ),
     "metric": (lambda at: CompressionConfig(metric="l1"), "metric='l1': expected one of 'mimicking', 'cross_entropy'."),
+    "metric set size": (
+        lambda at: at.compress(metric_set=MetricSet(torch.zeros(2, 1, 9, 9))),
+        (
+            "The metric set's images are 9x9: the model takes 8x8. Resize them, or call "
+            "model.set_input_size(img_size=...)."
+        ),
+    ),
     "metric_set": (
         lambda at: CompressionConfig(metric_set="noise"),
         "metric_set='noise': expected one of 'synthetic', 'images'.",

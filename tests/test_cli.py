@@ -293,13 +293,74 @@ def test_synthesize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not empty" in error
 
 
-def test_evaluate_reads_labels_from_subfolders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def digits_by_label(folder: Path, count: int) -> None:
+    """Test images in one subfolder for each class."""
     digits = dcvit.demo.load_digits()
-    for i in range(100):
+    for i in range(count):
         label = int(digits.test_labels[i])
         pixels = (digits.test_images[i, 0] * dcvit.demo.digits.STD + dcvit.demo.digits.MEAN).numpy() * 255
-        (tmp_path / str(label)).mkdir(exist_ok=True)
-        Image.fromarray(np.round(pixels).astype(np.uint8)).save(tmp_path / str(label) / f"{i}.png")
+        (folder / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(np.round(pixels).astype(np.uint8)).save(folder / str(label) / f"{i}.png")
+
+
+@pytest.mark.filterwarnings("default")  # the command line shows them
+@pytest.mark.parametrize("num_images", [[], ["--num-images", "101"]], ids=["all", "some"])
+def test_a_broken_file_among_labelled_ones(
+    num_images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is left out of the images and of the labels, and the rest keep theirs."""
+    data = tmp_path / "data"
+    data.mkdir()
+    digits_by_label(data, 100)
+    (data / "3" / "0.png").write_bytes(b"broken")  # the first of its folder
+    code, text, error = run(
+        capsys, "compress", "demo", "--data", str(data), "--macs", "0.99", "--method", "fskd", "--out",
+        str(tmp_path / "out"), *num_images, "--json",
+    )  # fmt: skip
+    assert code == 0, error
+    assert "dcvit: warning: 1 of 101 files cannot be read" in error
+    assert json.loads(text)["teacher"]["top1"] > 0.9
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "99"])
+def test_as_many_images_as_there_are(count: str, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(
+        capsys, "compress", "vit_tiny_patch16_224", "--random-weights", "--data", str(photographs), "--macs", "0.9",
+        "--num-images", count, "--out", "never",
+    )  # fmt: skip
+    assert code == 2
+    assert f"--num-images {count}: expected 1 to 5" in error
+
+
+def test_a_method_that_keeps_nothing_leaves_the_run_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder = tmp_path / "out.run"
+    run_folder.mkdir()
+    (run_folder / "run.json").write_text("{}")
+    code, _, error = run(
+        capsys, "compress", "demo", "--data", "digits", "--num-images", "5", "--macs", "0.9", "--method", "fskd",
+        "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 0, error
+    assert (run_folder / "run.json").is_file()
+
+
+def test_a_refused_budget_does_not_stop_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dcvit.cli.compress.compress", quickly)
+    for macs, wanted in (("0.01", 2), ("0.75", 0)):
+        code, _, error = run(
+            capsys, "compress", "demo", "--data", "digits", "--num-images", "6", "--macs", macs, "--out",
+            str(tmp_path / "out"), *FEW,
+        )  # fmt: skip
+        assert code == wanted, error
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_evaluate_reads_labels_from_subfolders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits_by_label(tmp_path, 100)
     code, text, _ = run(capsys, "evaluate", "demo", "--data", str(tmp_path), "--teacher", "demo", "--json")
     assert code == 0
     values = json.loads(text)

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -146,6 +147,14 @@ def test_the_callers_model_and_random_state_are_untouched(
     assert torch.equal(torch.rand(3), expected)
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@both_procedures
+def test_without_gradients_all_the_same(model: nn.Module, images: Tensor, config: dcvit.CompressionConfig) -> None:
+    with torch.no_grad():
+        found = dcvit.compress(model, images, dcvit.Budget(macs=0.8), config)
+    wanted = dcvit.compress(model, images, dcvit.Budget(macs=0.8), config)
+    assert found.report.mimic_loss == wanted.report.mimic_loss
 
 
 @both_procedures
@@ -470,6 +479,19 @@ def test_bad_configs(make: Callable[[], object], message: str) -> None:
         make()
 
 
+def test_configs_and_budgets_take_numbers_of_numpy() -> None:
+    config = dcvit.CompressionConfig(
+        seed=np.int64(1),  # type: ignore[arg-type]
+        candidates=np.arange(1, 3),  # type: ignore[arg-type]
+        recovery=dcvit.ReconstructionConfig(step_sizes=[np.float32(0.5)], epochs=np.int32(2)),  # type: ignore
+    )
+    assert config == dcvit.CompressionConfig(
+        seed=1, candidates=(1, 2), recovery=dcvit.ReconstructionConfig(step_sizes=(0.5,), epochs=2)
+    )
+    assert type(config.to_dict()["seed"]) is int
+    assert dcvit.Budget(macs=np.float32(0.5)) == dcvit.Budget(macs=0.5)  # type: ignore[arg-type]
+
+
 def test_configs_are_frozen() -> None:
     with pytest.raises(AttributeError):
         dcvit.CompressionConfig().seed = 1  # type: ignore[misc]
@@ -563,6 +585,7 @@ def test_nothing_is_overwritten(result: dcvit.CompressionResult, tmp_path: Path)
     result.save(tmp_path / "out")
     with pytest.raises(dcvit.SaveFolderError, match="earlier result"):
         result.save(tmp_path / "out")
+    (tmp_path / "out" / "model.onnx").write_bytes(b"of the earlier result")
     result.save(tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",

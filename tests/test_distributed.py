@@ -138,6 +138,13 @@ def test_what_a_process_refuses_the_caller_sees(model: nn.Module, images: Tensor
         dcvit.compress(model, images, dcvit.Budget(macs=0.01), QUICK, devices=["cpu", "cpu"])
 
 
+def test_what_the_first_process_alone_refuses_the_caller_sees(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """While the others wait for it."""
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(dcvit.RunStoreError, match=r"holds something else \(notes\.txt\)"):
+        dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu", "cpu"], run_dir=tmp_path)
+
+
 def other_settings(ranks: Ranks, device: str) -> str:
     """Each rank has settings of its own; what the first is told."""
     try:

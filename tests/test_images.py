@@ -1,5 +1,6 @@
 """The few-shot set: what is taken, and what is refused in one sentence."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def test_every_kind_of_source_gives_the_same_images(model: nn.Module, images: Te
         TensorDataset(images, labels),
         DataLoader(TensorDataset(images, labels), batch_size=4),
         DataLoader(images, batch_size=4),  # type: ignore[arg-type]
+        DataLoader(images, batch_size=4, collate_fn=list),  # type: ignore[arg-type]
+        DataLoader(TensorDataset(images, labels), batch_size=4, collate_fn=list),
+        DataLoader(
+            TensorDataset(images, labels), batch_size=4, collate_fn=lambda items: tuple(zip(*items, strict=True))
+        ),
         list(images),
     ]
     for source in sources:
@@ -55,7 +61,9 @@ def test_pil_images_and_folders_get_timms_preprocessing(model: nn.Module, tmp_pa
     (tmp_path / "notes.txt").write_text("not an image")
     transform = preprocessing(model).transform
     expected = torch.stack([transform(photographs[i][0]) for i in range(3)])
-    for source in (photographs, tmp_path, str(tmp_path)):
+    files = [tmp_path / "a" / f"{index}.png" for index in range(3)]
+    of_pictures = DataLoader(photographs, batch_size=2, collate_fn=list)
+    for source in (photographs, of_pictures, tmp_path, str(tmp_path), files, list(map(str, files))):
         few_shot = load_images(source, model)
         assert torch.equal(few_shot.normalised, expected)
         assert few_shot.pixels[0].shape == (3, 40, 50)
@@ -94,7 +102,9 @@ def test_pixels_are_the_images_in_0_1(model: nn.Module) -> None:
         (lambda x: x.to("meta"), "images are on meta, the model on cpu"),
         (lambda x: 7, "images is a int"),
         (lambda x: TensorDataset(x[:0]), "There are no images"),
-        (lambda x: ["a", "b"], "An image is a str"),
+        (lambda x: [{"image": 1}], "An image is a dict"),
+        (lambda x: ["a", "b"], "2 of 2 files cannot be read as images: 'a'"),
+        (lambda x: FewShotImages(x[:, :, :4], list(x), (0.0,), (1.0,)), "images are 4x32: the model takes 32x32"),
         (lambda x: "/nowhere/at/all", "is not a folder"),
     ],
 )
@@ -118,11 +128,18 @@ def test_files_that_cannot_be_read_are_named_and_left_out(model: nn.Module, tmp_
     for number in range(7):
         (tmp_path / f"cut{number}.png").write_bytes(whole[: 10 + 6 * number])
     with pytest.warns(ImagesWarning, match=r"7 of 15 files .*cut0\.png.*cut4\.png.* and 2 more\. They are left out"):
-        assert len(load_images(tmp_path, model)) == 8
+        few_shot = load_images(tmp_path, model)
+    assert [path.name for path in few_shot.files or ()] == [f"{number}.png" for number in range(8)]
+    assert [path.name for path in few_shot.subset([3, 1]).files or ()] == ["3.png", "1.png"]
     for number in range(2):
         (tmp_path / f"empty{number}.jpg").touch()
     with pytest.raises(dcvit.ImagesError, match="9 of 17 files cannot be read"):
         load_images(tmp_path, model)
+
+
+def test_files_for_a_model_in_double_precision(model: nn.Module, tmp_path: Path) -> None:
+    Photographs()[0][0].save(tmp_path / "a.png")
+    assert load_images(tmp_path, copy.deepcopy(model).double()).normalised.dtype == torch.float64
 
 
 def test_files_for_a_model_of_five_channels_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dcvit
 from dcvit import compression
 from dcvit.errors import MemoryWarning
+from dcvit.evaluation import top1
 from dcvit.latency import example_images
 from dcvit.memory import measure_peak_memory, trace_activation_memory
 from dcvit.methods import dcvit as steps
@@ -137,6 +138,26 @@ def test_a_sweep_goes_on_with_fewer_images_at_once(
     calls["sizes"] = 1
     with pytest.warns(MemoryWarning, match="going on with one image at once"):
         family.at(macs=0.85)
+
+
+def test_where_a_sweep_needed_fewer_images_its_end_does_not_take_more(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cramp(monkeypatch, most=2)
+    with pytest.warns(MemoryWarning, match="going on with 2 images at once"):
+        family = dcvit.sweep(model, images, (0.9,), QUICK.with_(impl="eager"))
+    (member,) = family.members
+    assert member.report.latency_batch == 2
+    assert top1(member.model, images, torch.zeros(len(images), dtype=torch.long)) >= 0
+
+
+def test_a_budget_of_more_images_than_memory_holds_is_refused(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cramp(monkeypatch, most=2)
+    budget = dcvit.Budget(latency=0.8, batch_size=16)
+    with pytest.raises(dcvit.BudgetError, match=r"batch_size=16: the device ran out of memory .* a smaller one"):
+        dcvit.compress(model, images, budget, QUICK.with_(impl="eager"))
 
 
 def test_memory_that_does_not_suffice_for_one_image_is_an_error(

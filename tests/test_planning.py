@@ -1,6 +1,7 @@
 """Budgets and the structures that meet them."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import dcvit
 from dcvit.costs import MAC_CONVENTIONS, MacConvention, file_size
 from dcvit.memory import trace_activation_memory
 from dcvit.models import adapter_for
-from dcvit.planning import Plan
+from dcvit.planning import Plan, search
 from dcvit.results import save_model
-from dcvit.surgery import compress_block, draw_kept_nodes
+from dcvit.structure import Recoverability
+from dcvit.surgery import compress_block, draw_kept_nodes, unrecovered
 from tests.variants import VARIANTS, Variant
 
 MODEL = VARIANTS["plain"].create(depth=12)
@@ -253,6 +255,31 @@ def test_what_may_be_pruned() -> None:
         assert dcvit.planning.search_space(MODEL, config).prunable == ()
     post_norm = VARIANTS["post_norm"].create()
     assert dcvit.planning.search_space(post_norm, dcvit.CompressionConfig()).prunable == ()
+
+
+def test_so_many_blocks_meet_the_least_that_they_are_said_to_meet() -> None:
+    """The search too, whatever blocks lose."""
+    config = dcvit.CompressionConfig(num_blocks=3)
+    with pytest.raises(dcvit.BudgetError, match="can meet") as refused:
+        dcvit.plan(MODEL, dcvit.Budget(macs=0.01), config)
+    found = re.search(r"can meet ([\d,]+) to", str(refused.value))
+    assert found is not None
+    lowest = int(found.group(1).replace(",", ""))
+    cost = adapter_for(MODEL).cost(MODEL)
+    for target in (lowest, lowest + 1, lowest + 4999):
+        planned = dcvit.plan(MODEL, dcvit.Budget(macs=target), config)
+        losses = {
+            block: Recoverability((0, of.hidden_features), (1.0 + block, 0.5)) for block, of in enumerate(cost.blocks)
+        }
+        chosen, cuts = search(MODEL, planned, losses, {}, config)
+        assert len(cuts) == 3
+        assert chosen.cost.macs("with_attention_products") <= target
+
+
+def test_more_blocks_are_named_where_some_have_nothing_to_remove() -> None:
+    config = dcvit.CompressionConfig(candidates=(1,))
+    with pytest.raises(dcvit.BudgetError, match=r"candidates=\(0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11\)"):
+        dcvit.plan(unrecovered(MODEL, {3: 10}), dcvit.Budget(macs=0.2), config)
 
 
 def test_bad_choices() -> None:

@@ -19,7 +19,7 @@ import dcvit
 from dcvit import run_store
 from dcvit.cli import main
 from dcvit.errors import DamagedUnitWarning, RunStoreError
-from dcvit.run_store import Unit, digest_images, digest_model, open_run
+from dcvit.run_store import Unit, delete_run, digest_images, digest_model, open_run
 from tests.conftest import CUT, CUT_REFINED
 from tests.variants import EVA_VARIANTS, VARIANTS
 
@@ -91,9 +91,23 @@ def test_what_a_killed_process_left_half_written_is_no_unit(tmp_path: Path) -> N
     assert sorted(path.name for path in (tmp_path / "units").iterdir()) == ["t.json", "t.safetensors"]
 
 
+def test_a_run_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    for name, left in (("a", False), ("b", True)):
+        with open_run(tmp_path / name, OF) as store:
+            store.keep("unit", Unit(1))
+        if left:
+            (tmp_path / name / "notes.txt").write_text("precious")
+        delete_run(tmp_path / name)
+        assert (tmp_path / name).exists() == left
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["notes.txt"]
+    delete_run(tmp_path / "never")
+
+
 def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
-    with open_run(tmp_path, {"settings": {"seed": 0, "views": (1, 2)}, "model": "a"}):
-        pass
+    with open_run(tmp_path, {"settings": {"seed": 9}, "model": "a"}):
+        pass  # nothing was finished, so the next may be another
+    with open_run(tmp_path, {"settings": {"seed": 0, "views": (1, 2)}, "model": "a"}) as store:
+        store.keep("unit", Unit(1))
     with open_run(tmp_path, {"settings": {"seed": 0, "views": [1, 2]}, "model": "a"}):
         pass
     with (
@@ -109,6 +123,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
         ({"photo.png": ""}, r"holds something else \(photo\.png\)"),
         ({"run.json": "{"}, r"run\.json' cannot be read"),
         ({"run.json": "[]"}, r"run\.json' cannot be read \(no table\)"),
+        ({"run.json": '{"name": "mine"}'}, r"holds another run"),
         ({"units/t.json": "{}"}, r"has units but no run\.json"),
     ],
 )

@@ -131,6 +131,7 @@ def test_weights_in_half_precision(dtype: torch.dtype, folder: Path, result: dcv
         assert torch.equal(loaded.state_dict()[name], weight.to(dtype).float())
     sizes = [(path / "model.safetensors").stat().st_size for path in (half, folder)]
     assert sizes[0] / sizes[1] == pytest.approx(0.5, abs=0.03)
+    assert [dcvit.load(path).report.student.file_size for path in (half, folder)] == sizes
     name = str(dtype).removeprefix("torch.")
     assert f"Weights are stored in {name}." in (half / "README.md").read_text()
     assert "Weights are stored in float32." in (folder / "README.md").read_text()

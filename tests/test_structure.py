@@ -176,7 +176,7 @@ def test_the_search_finds_the_least_loss(
         )
         parts.append(Part(tuple(range(first, first + size)), ways))
         first += size
-    saving = max(1, int(share * sum(part.saving(part.smallest) for part in parts)))
+    saving = max(1, int(share * sum(part.saving(part.smallest()) for part in parts)))
     num_blocks = sum(len(part.blocks) for part in parts) if fixed else None
     cuts = search_structure(parts, saving, num_blocks=num_blocks)
     assert saving_of(parts, cuts) >= saving
@@ -202,6 +202,31 @@ def test_the_search_gives_back_what_rounding_saved_too_much() -> None:
     rounded = search_structure(parts, 333_333, round_to=8)
     assert rounded[0].hidden_features % 8 == 0
     assert 0 <= saving_of(parts, rounded) - 333_333 < 8000
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 50, 999])
+def test_so_many_blocks_save_all_that_they_can(beyond: int) -> None:
+    """Down to the last unit, which quanta hide; those that lose least."""
+    attention, node = 100_003, 1009
+    profiles = [profile(i) for i in range(6)]
+    parts = [Part((i,), (Way(False, attention, node, of),)) for i, of in enumerate(profiles)]
+    saving = 3 * (attention + HIDDEN * node) - beyond
+    found = search_structure(parts, saving, num_blocks=3)
+    assert len(found) == 3
+    assert saving <= saving_of(parts, found) < saving + node
+    assert set(found) == set(sorted(range(6), key=lambda i: profiles[i].loss(0))[:3])
+    with pytest.raises(ValueError, match="3 blocks cannot save"):
+        search_structure(parts, 3 * (attention + HIDDEN * node) + 1, num_blocks=3)
+
+
+@pytest.mark.parametrize("round_to", [8, 12])
+def test_the_least_that_a_pruned_block_keeps_is_a_multiple_too(round_to: int) -> None:
+    way = Way(True, 0, NODE, Recoverability((0, HIDDEN), (1.0, 0.0)))
+    parts = [Part((0,), (way,)), Part((1,), (way,))]
+    most = 2 * (HIDDEN - round_to) * NODE
+    assert search_structure(parts, most, round_to=round_to) == {0: Cut(round_to, True), 1: Cut(round_to, True)}
+    with pytest.raises(ValueError, match="all blocks cannot save"):
+        search_structure(parts, most + 1, round_to=round_to)
 
 
 def test_the_search_refuses_what_cannot_be_saved() -> None:

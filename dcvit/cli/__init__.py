@@ -96,8 +96,9 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
 
 
 def _how_to_go_on(arguments: argparse.Namespace) -> str:
-    if "run_dir" in arguments and (run_folder(arguments) / RUN_FILE).is_file():
-        return f"The same command goes on from what is in {str(run_folder(arguments))!r}."
+    folder = run_folder(arguments) if "run_dir" in arguments else None
+    if folder is not None and (folder / RUN_FILE).is_file():
+        return f"The same command goes on from what is in {str(folder)!r}."
     return "Nothing was saved."
 
 

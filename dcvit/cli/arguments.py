@@ -1,13 +1,14 @@
 """Arguments that several commands take."""
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import get_args
 
 import torch
 
 from dcvit import ops
+from dcvit.methods import method as find_method
+from dcvit.run_store import CAN_LOCK, delete_run
 
 __all__ = [
     "DATA_HELP", "MODEL_HELP", "amount", "block_list", "device_argument", "forget_run", "impl_argument",
@@ -60,25 +61,33 @@ def amount(text: str) -> float | int:
             return round(float(text[:-1]) * unit)
         return float(text) if "." in text or "e" in text.lower() else int(text)
     except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number such as 0.75, 4200000 or 4.2G") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a number: 0.75 for 75 %, 4200000 or 4.2G for so many"
+        ) from error
 
 
 def block_list(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of blocks, from 0, such as 1,2,5") from error
 
 
 def name_list(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def run_folder(arguments: argparse.Namespace) -> Path:
-    """Where finished work is kept: beside the result, unless a folder is named."""
+def run_folder(arguments: argparse.Namespace) -> Path | None:
+    """Where finished work is kept: beside the result, unless a folder is named; `None` if nothing is kept."""
     named: Path | None = arguments.run_dir
+    if not find_method(getattr(arguments, "method", "dcvit")).resumable or (named is None and not CAN_LOCK):
+        return None
     out = Path(arguments.out).resolve()  # `.` has no name
     return named if named is not None else out.with_name(f"{out.name}.run")
 
 
 def forget_run(arguments: argparse.Namespace) -> None:
     """Delete the work of a run that is done, unless its folder was named."""
-    if arguments.run_dir is None and run_folder(arguments).is_dir():
-        shutil.rmtree(run_folder(arguments))
+    folder = run_folder(arguments)
+    if folder is not None and arguments.run_dir is None:
+        delete_run(folder)

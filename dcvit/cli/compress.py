@@ -109,7 +109,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     device_argument(parser)
     parser.add_argument(
         "--devices", type=name_list, default=(), metavar="D,E,…",
-        help="share the work over several of this machine: cuda:0,cuda:1 or cpu,cpu; several machines: see README",
+        help="share the work over several of this machine: cuda:0,cuda:1 or cpu,cpu; several machines: "
+        "see docs/distributed.md",
     )  # fmt: skip
 
 
@@ -139,10 +140,10 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     model = load_named_model(arguments.model, arguments)
     require_supported(model)
     images, labels = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed)
-    run_dir = run_folder(arguments) if find_method(arguments.method).resumable else None
     result = compress(
         model, images, budget, config,
-        method=arguments.method, run_dir=run_dir, ranks=arguments.ranks, devices=arguments.devices, progress=progress,
+        method=arguments.method, run_dir=run_folder(arguments), ranks=arguments.ranks, devices=arguments.devices,
+        progress=progress,
     )  # fmt: skip
     if not arguments.ranks.leads:
         return {}

@@ -20,6 +20,8 @@ from dcvit.demo.comparison import (
     compare,
 )
 from dcvit.errors import DcvitError
+from dcvit.methods.budgets import candidate_groups
+from dcvit.models import load_model
 from dcvit.progress import TerminalProgress
 from dcvit.report import write_report
 from dcvit.results import check_output_folder
@@ -49,6 +51,9 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     check_output_folder(arguments.out, overwrite=arguments.overwrite)
     if arguments.seeds < 1:
         raise DcvitError(f"--seeds {arguments.seeds}: expected 1 or more.")
+    blocks = len(candidate_groups(load_model("demo"), None))
+    if not 1 <= arguments.drop <= blocks:
+        raise DcvitError(f"--drop {arguments.drop}: expected 1 to {blocks}, the blocks that may go.")
     torch.set_num_threads(1)  # a second one saves this small model next to nothing, and costs much on a busy machine
     mimicking = replace(PUBLISHED_DEMO_CONFIG.mimicking, epochs=arguments.epochs)
     comparison: Comparison = compare(

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,12 +37,16 @@ def load_data(
             return load_images(digits.test_images.to(device), model), digits.test_labels
         return load_images(digits.few_shot(num_images, seed).to(device), model), None
     files = image_files(Path(data))
+    chosen = files
     if num_images is not None:
-        if num_images > len(files):
-            raise ImagesError(f"--num-images {num_images}: the folder {data!r} holds only {len(files)} images.")
+        if not 1 <= num_images <= len(files):
+            raise ImagesError(
+                f"--num-images {num_images}: expected 1 to {len(files)}, which the folder {data!r} holds."
+            )
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:num_images]
-        files = [files[i] for i in sorted(order.tolist())]
-    return load_images(data if num_images is None else _Files(files), model), _folder_labels(Path(data), files, model)
+        chosen = [files[i] for i in sorted(order.tolist())]
+    images = load_images(chosen, model)
+    return images, _folder_labels(Path(data), files, images.files or (), model)
 
 
 def digits_by_default(arguments: argparse.Namespace) -> int | None:
@@ -52,26 +55,18 @@ def digits_by_default(arguments: argparse.Namespace) -> int | None:
     return 50 if wanted is None and arguments.data == "digits" else wanted
 
 
-class _Files(torch.utils.data.Dataset[Any]):
-    """Some image files."""
+def _folder_labels(
+    folder: Path, files: Sequence[Path], chosen: Sequence[Path], model: nn.Module
+) -> torch.Tensor | None:
+    """Labels of chosen files from the subfolders that all files lie in, if there is one for each class."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
+    def top(file: Path) -> str | None:
+        first, *rest = file.relative_to(folder).parts
+        return first if rest else None
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Any:
-        from PIL import Image
-
-        with Image.open(self.files[index]) as image:
-            image.load()
-            return image
-
-
-def _folder_labels(folder: Path, files: Sequence[Path], model: nn.Module) -> torch.Tensor | None:
-    """Labels from subfolders, if there is one for each class."""
-    classes = sorted({file.relative_to(folder).parts[0] for file in files if len(file.relative_to(folder).parts) > 1})
-    if not classes or len(classes) != adapter_for(model).num_classes(model):
+    folders = {top(file) for file in files}
+    classes = sorted(name for name in folders if name is not None)
+    if None in folders or len(classes) != adapter_for(model).num_classes(model):
         return None
-    return torch.tensor([classes.index(file.relative_to(folder).parts[0]) for file in files])
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[name] for file in chosen if (name := top(file)) is not None])

@@ -121,7 +121,9 @@ def _dropped_points(
         models[f"without block{'s' if count > 1 else ''} {blocks}"] = dropped.model
         if adapter.cost(dropped.model).total.macs(convention) <= smallest:
             break
-    latency = measure_latency(models, images.normalised[:64], runs=50, warmup=1, max_seconds=3.0)
+    latency = measure_latency(
+        models, images.normalised[: members[0].report.latency_batch], runs=50, warmup=1, max_seconds=3.0
+    )
     points = []
     for name, model in list(models.items())[1:]:
         cost = adapter.cost(model).total

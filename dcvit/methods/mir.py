@@ -94,6 +94,7 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
     return adapter.features(model, adapter.tokens(model, images))
 
 
+@torch.enable_grad()
 def mimic_features(
     student: nn.Module,
     teacher: nn.Module,

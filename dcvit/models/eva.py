@@ -28,7 +28,7 @@ from dcvit.costs import BlockCost, Cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
 from dcvit.models.blocks import CompressedBlock, mlp_half_cost
-from dcvit.models.isotropic import IsotropicAdapter
+from dcvit.models.isotropic import IsotropicAdapter, require_one_answer
 from dcvit.models.modeling_dcvit import EVA_ARCHITECTURE, DroppedBlock, MlpHalf, TimmModule, build_eva
 from dcvit.models.rebuilding import layer_settings, num_params, require_same, timm_type
 
@@ -87,6 +87,7 @@ class EvaAdapter(IsotropicAdapter):
                 f"patch_embed is a {type(model.patch_embed).__qualname__} for images of {model.patch_embed.img_size}; "
                 "only timm's PatchEmbed for images of one size is supported."
             )
+        require_one_answer(model)
         for i, block in enumerate(model.blocks):
             if type(block) not in (EvaBlock, EvaBlockPostNorm, BeitBlock) and not isinstance(
                 block, (MlpHalf, DroppedBlock)

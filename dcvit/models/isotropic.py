@@ -208,6 +208,19 @@ class IsotropicAdapter(ABC):
         """
 
 
+def require_one_answer(model: TimmModule) -> None:
+    """Refuse a model that classifies each token.
+
+    Raises:
+        UnsupportedModelError: If it does.
+    """
+    if not model.global_pool and model.num_classes:
+        raise UnsupportedModelError(
+            "The model classifies each token (global_pool=''): call model.reset_classifier(0) for a backbone, or give "
+            "it a pooling."
+        )
+
+
 def _latent_pool_cost(pool: TimmModule, tokens: int) -> Cost:
     """MACs of attention pooling with latent queries (SigLIP's head); its parameters are counted with the model's."""
     if type(pool) is not AttentionPoolLatent:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,10 @@ def _integers(values: Any) -> Iterator[int]:
 def _why_not_loaded(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
-        similar = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        similar = get_close_matches(name.split(".")[0], timm.list_models(), n=5)
         hint = f" Similar names: {', '.join(similar)}." if similar else " `timm.list_models()` lists the names."
+        if Path(name).is_dir():
+            hint = f" There is a folder of that name: for the model in it pass local-dir:{name}."
         return f"model={name!r}: timm knows no model of that name ({reason}).{hint}"
     return (
         f"model={name!r} could not be loaded: {type(error).__name__}: {reason}. Its weights may be out of reach: "

@@ -27,7 +27,7 @@ from dcvit.costs import BlockCost, Cost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
 from dcvit.models.blocks import CompressedBlock, MlpHalf, WholeBlock, attention_half, mlp_half_cost
-from dcvit.models.isotropic import IsotropicAdapter
+from dcvit.models.isotropic import IsotropicAdapter, require_one_answer
 from dcvit.models.modeling_dcvit import (
     ACTIVATIONS,
     ARCHITECTURE,
@@ -94,6 +94,7 @@ class VisionTransformerAdapter(IsotropicAdapter):
                 f"The model is a {type(model).__qualname__}, a subclass of VisionTransformer that dcvit does not "
                 "know; it could not be rebuilt from its saved form."
             )
+        require_one_answer(model)
         self._model_args(model)
         shared = [block for block, module in enumerate(model.blocks) if isinstance(module, SharedBlock)]
         if shared:

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from dcvit.errors import DcvitError
+
 Impl = Literal["auto", "eager", "cpp", "cuda", "triton"]
 """The one spelling of the selector that every op takes as `impl=`."""
 
@@ -166,7 +168,7 @@ def select(
         The overload to call, or `None` for eager.
 
     Raises:
-        ValueError: If `impl` is unknown, or names an implementation that refuses the call.
+        DcvitError: If `impl` is unknown, or names an implementation that refuses the call.
     """
     if impl == "eager":
         return None
@@ -177,9 +179,9 @@ def select(
         return None
     if impl not in implementations:
         known = ", ".join(("auto", "eager", *implementations))
-        raise ValueError(f"{name}: impl={impl!r} is unknown. Choose one of {known}.")
+        raise DcvitError(f"{name}: impl={impl!r} is unknown. Choose one of {known}.")
     if reason := implementations[impl].refuses(tensors):
-        raise ValueError(f"{name}: impl={impl!r} cannot run: {reason}. Pass impl='auto' to take what can.")
+        raise DcvitError(f"{name}: impl={impl!r} cannot run: {reason}. Pass impl='auto' to take what can.")
     return implementations[impl].op
 
 
