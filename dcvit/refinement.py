@@ -176,7 +176,7 @@ def refine(
                 for part in index.split(config.batch_size):
                     with torch.enable_grad():
                         loss = mimic_loss(trained(given[part]), wanted[part], weight=weight, impl=impl)
-                    (share * len(part) / len(index) * loss).backward()
+                        (share * len(part) / len(index) * loss).backward()
                 optimizer.step()
                 if step + 1 in marks:
                     yield step + 1, judge()

@@ -165,7 +165,9 @@ def test_units(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) ->
 def test_run_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     place = tmp_path_factory.getbasetemp() / "run-files"
     of = {"settings": {"seed": 0, "views": [1, 2]}}
-    place.mkdir(exist_ok=True)
+    if not place.exists():
+        with open_run(place, of) as store:
+            store.keep("unit", Unit(1))  # or there would be nothing to mix with another run's
     valid = json.dumps({"format": 1, **of}).encode()
     content = data.draw(bytes_like(valid) | anything.map(lambda values: json.dumps(values).encode()))
     (place / "run.json").write_bytes(content)

@@ -18,7 +18,7 @@ LAYERS = [
     {"distributed"},
     {"config", "models"},
     {"images", "evaluation", "classes", "surgery", "teacher"},
-    {"memory"},
+    {"memory", "out_of_memory"},
     {"latency"},
     {"latency_model"},
     {"planning"},
