@@ -29,7 +29,7 @@ from dcvit.run_store import MemoryStore, Store, digest_images, digest_model
 from dcvit.synthesis import MetricSet
 from dcvit.teacher import freeze, require_finite, require_gradients
 
-__all__ = ["compress", "open_store"]
+__all__ = ["checked_images", "compress", "open_store"]
 
 Given = TypeVar("Given")
 
@@ -97,7 +97,6 @@ def compress(
         result = on_devices(devices, partial(_as_rank, model, images, budget, config, metric_set, arguments, progress))
         assert result is not None  # the first process gives it
         return result
-    require_gradients()
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
@@ -108,10 +107,7 @@ def compress(
         chosen.require_family(original)
         if isinstance(config.recovery, MimickingConfig):
             require_tokens(original, config.recovery)
-        few_shot = load_images(images, original)
-        if metric_set is not None:
-            check_images(metric_set.images, original, "The metric set's images")
-        require_finite(original, few_shot)
+        few_shot = checked_images(images, metric_set, original)
         if stopwatch is not time_forward:
             stopwatch(original, few_shot.normalised[:1])  # it may refuse
     with open_store(run_dir, original, few_shot, metric_set, config, ranks, budget=budget.to_dict()) as store:
@@ -178,6 +174,27 @@ def _as_rank(
 def _moved(given: Given, device: str) -> Given:
     """Images on a device, where they are tensors; others follow the model."""
     return cast(Given, given.to(device)) if isinstance(given, Tensor | FewShotImages | MetricSet) else given
+
+
+def checked_images(images: Images | FewShotImages, metric_set: MetricSet | None, original: nn.Module) -> FewShotImages:
+    """The few-shot set, after all that is refused before any work: of the images, of the model on them, of the caller.
+
+    Args:
+        images: The caller's.
+        metric_set: The caller's, if there is one.
+        original: The original.
+
+    Raises:
+        DcvitError: Under `torch.inference_mode()`.
+        ImagesError: If the images do not fit the model.
+        NonFiniteError: As `require_finite` does.
+    """
+    require_gradients()
+    few_shot = load_images(images, original)
+    if metric_set is not None:
+        check_images(metric_set.images, original, "The metric set's images")
+    require_finite(original, few_shot)
+    return few_shot
 
 
 def open_store(

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dcvit.compression import open_store
+from dcvit.compression import checked_images, open_store
 from dcvit.config import CompressionConfig
 from dcvit.costs import MacConvention
 from dcvit.errors import BudgetError, SaveFolderError
 from dcvit.finishing import finish
-from dcvit.images import FewShotImages, Images, check_images, load_images
+from dcvit.images import FewShotImages, Images
 from dcvit.latency import measure_latency
 from dcvit.methods import Timer
 from dcvit.methods.dcvit import Prepared, compress_prepared, make_metric_set, prepare
@@ -46,7 +46,7 @@ from dcvit.results import (
 )
 from dcvit.run_store import NOTHING_KEPT, Store
 from dcvit.synthesis import MetricSet
-from dcvit.teacher import freeze, fuse, require_finite, require_gradients
+from dcvit.teacher import freeze, fuse
 
 __all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
 
@@ -316,15 +316,11 @@ def sweep(
     recovery = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
     fewer = max(recovery.num_views, round(REFINEMENT_SHARE * recovery.refinement_views))
     config = config.with_(recovery=replace(recovery, refinement_views=min(fewer, recovery.refinement_views)))
-    require_gradients()
     timer = Timer()
     with timer("prepare"):
         original = freeze(load_model(model))
         plans = _plans(original, budgets, config)
-        few_shot = load_images(images, original)
-        if metric_set is not None:
-            check_images(metric_set.images, original, "The metric set's images")
-        require_finite(original, few_shot)
+        few_shot = checked_images(images, metric_set, original)
         teacher = fuse(original, config.impl)
     asked = [planned.budget.to_dict() for planned in plans]
     with open_store(run_dir, original, few_shot, metric_set, config, budgets=asked) as store:

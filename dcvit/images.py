@@ -230,7 +230,7 @@ def _first(item: Any) -> Any:
 
 def _of_batch(batch: Any) -> Iterator[Any]:
     """The images of what a `DataLoader` gives: a batch, one with its labels, or a list of items."""
-    first = batch if isinstance(batch, Tensor) else _first(batch)
+    first = _first(batch)
     if isinstance(first, Tensor):
         collated = first.ndim == 4
     else:

@@ -224,16 +224,17 @@ class CompressionResult:
         check_output_folder(folder, overwrite=overwrite)
         images = None if self.metric_set is None else MetricImages.of(self.metric_set, self.model)
         tensors = {} if images is None else {METRIC_SET_FILE: images.to_tensors()}
-        extra = self.files(dtype, more)
+        stored = self._stored_as(dtype)
+        extra = stored.files(dtype, more)
         if page is not None:
-            extra[REPORT_FILE] = page(Record(self.plan, self._stored_as(dtype).report, images, extra[RESULT_FILE]))
+            extra[REPORT_FILE] = page(Record(self.plan, stored.report, images, extra[RESULT_FILE]))
         save_model(self.model, folder, extra=extra, tensors=tensors, dtype=dtype)
         for stale in {METRIC_SET_FILE, REPORT_FILE, *EXPORTED_FILES} - tensors.keys() - extra.keys():
             (Path(folder) / stale).unlink(missing_ok=True)
 
     def files(self, dtype: torch.dtype | None = None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What is saved beside the model, by file name: `result.json` as values, the model card as text."""
-        values = {**self._stored_as(dtype).to_dict(), **(more or {})}
+        values = {**self.to_dict(), **(more or {})}
         stored = str(dtype or next(self.model.parameters()).dtype).removeprefix("torch.")
         card = model_card(values, adapter_for(self.model).config(self.model), dtype=stored)
         return {RESULT_FILE: values, CARD_FILE: card}

@@ -16,7 +16,7 @@ from dcvit.errors import UnsupportedModelError
 from dcvit.models.adapter import OutputLayer
 from dcvit.models.blocks import CompressedBlock
 from dcvit.models.modeling_dcvit import POST_NORM, DroppedBlock, TimmModule, keep_hidden_nodes, layer_scale
-from dcvit.models.rebuilding import num_params, preprocessing_cfg, rebuilt
+from dcvit.models.rebuilding import num_params, rebuilt, saved_config
 
 __all__ = ["IsotropicAdapter"]
 
@@ -182,22 +182,12 @@ class IsotropicAdapter(ABC):
 
     def config(self, model: TimmModule) -> Mapping[str, Any]:
         """See `ModelAdapter.config`."""
-        args = self._model_args(model)
-        return {
-            "architecture": self.architecture,
-            "num_classes": args["num_classes"],
-            "num_features": int(model.embed_dim),
-            "global_pool": args["global_pool"],
-            "model_args": args,
-            "pretrained_cfg": {
-                **preprocessing_cfg(model),
-                "input_size": self.input_size(model),
-                "fixed_input_size": not self.dynamic_input(model),
-                "num_classes": self.num_classes(model),
-                "first_conv": "patch_embed.proj",
-                "classifier": ["head", "head_dist"] if hasattr(model, "head_dist") else "head",
-            },
-        }
+        return saved_config(
+            model, self.architecture, self._model_args(model), input_size=self.input_size(model),
+            first_conv="patch_embed.proj",
+            classifier=["head", "head_dist"] if hasattr(model, "head_dist") else "head",
+            fixed_input_size=not self.dynamic_input(model),
+        )  # fmt: skip
 
     @abstractmethod
     def _model_args(self, model: TimmModule) -> dict[str, Any]:

@@ -19,9 +19,9 @@ __all__ = [
     "named_key",
     "norm_spec",
     "num_params",
-    "preprocessing_cfg",
     "rebuilt",
     "require_same",
+    "saved_config",
     "timm_type",
 ]
 
@@ -51,6 +51,44 @@ def require_same(model: nn.Module, twin: nn.Module, family: str, reader: str) ->
             )
 
 
+def saved_config(
+    model: TimmModule,
+    architecture: str,
+    args: Mapping[str, Any],
+    *,
+    input_size: tuple[int, int, int],
+    first_conv: str | None,
+    classifier: str | list[str] | None,
+    **of_input: Any,
+) -> Mapping[str, Any]:
+    """A model's `config.json`, as timm reads it.
+
+    Args:
+        model: The model.
+        architecture: The name in timm's registry that builds it.
+        args: What that takes, with `num_classes` and `global_pool`.
+        input_size: Channels, height and width of its images.
+        first_conv: The name of the layer that takes the images.
+        classifier: That of the head, or of several.
+        **of_input: What else timm records of the input.
+    """
+    return {
+        "architecture": architecture,
+        "num_classes": args["num_classes"],
+        "num_features": int(model.num_features),
+        "global_pool": args["global_pool"],
+        "model_args": args,
+        "pretrained_cfg": {
+            **_preprocessing_cfg(model),
+            "input_size": input_size,
+            **of_input,
+            "num_classes": args["num_classes"],
+            "first_conv": first_conv,
+            "classifier": classifier,
+        },
+    }
+
+
 def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> nn.Module:
     """A new timm model of an architecture with the weights of another.
 
@@ -67,7 +105,7 @@ def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> 
     return new.train(model.training)
 
 
-def preprocessing_cfg(model: TimmModule) -> dict[str, Any]:
+def _preprocessing_cfg(model: TimmModule) -> dict[str, Any]:
     """Of a model's `pretrained_cfg`: preprocessing, licence and labels, not where its own weights came from."""
     source = getattr(model, "pretrained_cfg", {})
     keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license", "label_names", "label_descriptions")

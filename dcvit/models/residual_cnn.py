@@ -45,7 +45,7 @@ from dcvit.models.modeling_dcvit import (
     keep_filters,
     last_activation,
 )
-from dcvit.models.rebuilding import num_params, preprocessing_cfg, rebuilt, require_same
+from dcvit.models.rebuilding import num_params, rebuilt, require_same, saved_config
 
 __all__ = ["ResidualCnnAdapter"]
 
@@ -297,22 +297,11 @@ class ResidualCnnAdapter:
 
     def config(self, model: TimmModule) -> Mapping[str, Any]:
         """See `ModelAdapter.config`."""
-        args = self._model_args(model)
         source = model.pretrained_cfg
-        return {
-            "architecture": CNN_ARCHITECTURE,
-            "num_classes": args["num_classes"],
-            "num_features": int(model.num_features),
-            "global_pool": args["global_pool"],
-            "model_args": args,
-            "pretrained_cfg": {
-                **preprocessing_cfg(model),
-                "input_size": self.input_size(model),
-                "num_classes": self.num_classes(model),
-                "first_conv": source.get("first_conv"),
-                "classifier": source.get("classifier"),
-            },
-        }
+        return saved_config(
+            model, CNN_ARCHITECTURE, self._model_args(model), input_size=self.input_size(model),
+            first_conv=source.get("first_conv"), classifier=source.get("classifier"),
+        )  # fmt: skip
 
     def _model_args(self, model: TimmModule) -> dict[str, Any]:
         """The arguments of `build_cnn` for a model, as values for JSON.

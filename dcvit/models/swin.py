@@ -34,9 +34,9 @@ from dcvit.models.rebuilding import (
     named_key,
     norm_spec,
     num_params,
-    preprocessing_cfg,
     rebuilt,
     require_same,
+    saved_config,
 )
 
 __all__ = ["SwinAdapter"]
@@ -259,22 +259,11 @@ class SwinAdapter:
 
     def config(self, model: TimmModule) -> Mapping[str, Any]:
         """See `ModelAdapter.config`."""
-        args = self._model_args(model)
-        return {
-            "architecture": SWIN_ARCHITECTURE,
-            "num_classes": args["num_classes"],
-            "num_features": int(model.num_features),
-            "global_pool": args["global_pool"],
-            "model_args": args,
-            "pretrained_cfg": {
-                **preprocessing_cfg(model),
-                "input_size": self.input_size(model),
-                "fixed_input_size": not self.dynamic_input(model),
-                "num_classes": self.num_classes(model),
-                "first_conv": "patch_embed.proj",
-                "classifier": "head.fc",
-            },
-        }
+        return saved_config(
+            model, SWIN_ARCHITECTURE, self._model_args(model), input_size=self.input_size(model),
+            first_conv="patch_embed.proj",
+            classifier="head.fc", fixed_input_size=not self.dynamic_input(model),
+        )  # fmt: skip
 
     def _model_args(self, model: TimmModule) -> dict[str, Any]:
         """The constructor arguments of a model, read off its modules, as values for JSON.
