@@ -121,6 +121,9 @@ def test_published_baselines_need_mimicking(model: nn.Module, images: Tensor) ->
     few_shot = dcvit.load_images(images, teacher)
     with pytest.raises(dcvit.DcvitError, match=r"ReconstructionConfig.*this needs mimicking, pass MimickingConfig\(\)"):
         block_dropping(teacher, few_shot, 1, dcvit.CompressionConfig())
+    for number in (0, 3):  # of two candidates
+        with pytest.raises(dcvit.DcvitError, match=rf"num_blocks={number}: expected 1 to 2"):
+            block_dropping(teacher, few_shot, number, PUBLISHED)
     dropped = block_dropping(teacher, few_shot, 2, PUBLISHED)
     assert dropped.blocks == tuple(trial.block for trial in dropped.trials[:2])
     assert len(dropped.recovery.losses) == 2 * PUBLISHED.mimicking.epochs

@@ -25,6 +25,7 @@ from torch import nn
 
 from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.costs import Cost
+from dcvit.errors import DcvitError
 from dcvit.images import FewShotImages
 from dcvit.methods.adaptors import absorb_adaptors, adaptors, insert_adaptors
 from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, plan_of
@@ -123,9 +124,14 @@ def block_dropping(
         config: Candidates, mimicking, seed and impl; the rest is not used.
         trials: Those of an earlier call with the same model, images and config, which need not be run again.
         progress: Told after each epoch.
+
+    Raises:
+        DcvitError: If fewer than one or more than the candidates are to go.
     """
     require_supported(teacher)
     groups = candidate_groups(teacher, config.candidates)
+    if not 1 <= num_blocks <= len(groups):
+        raise DcvitError(f"num_blocks={num_blocks}: expected 1 to {len(groups)}, the candidates that may go.")
     config = _with_learning_rate(teacher, images, groups, config, progress)
     if trials is None:
         trials = _try_blocks(teacher, images, groups, config, num_blocks, progress)
