@@ -16,7 +16,9 @@ SANITIZE := address,undefined
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.h %.cpp %.cu,$(SOURCES))
 
-.PHONY: help demo test fuzz test-gpu check check-native fix bench install clean
+FORCE:
+
+.PHONY: FORCE help demo test fuzz test-gpu check check-native fix bench install clean
 
 help:
 	@echo "demo      compress the embedded model and compare methods, over 5 few-shot sets"
@@ -33,7 +35,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
 
-$(VENV)/.torch: $(BIN)/python
+# What was asked for; it changes, and what depends on it is made again, only when TORCH does.
+$(VENV)/.wanted: $(BIN)/python FORCE
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(VENV)/.torch: $(VENV)/.wanted
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	@touch $@
 

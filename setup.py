@@ -4,6 +4,7 @@ A machine without torch, a compiler or CUDA still gets a working package: what c
 and kept in `dcvit/_C.json`, from which `dcvit info` tells it (pip shows the output of a build only with --verbose).
 """
 
+import contextlib
 import json
 import os
 import re
@@ -46,6 +47,8 @@ AGAIN = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 def problem() -> str | None:
     """Say why nothing can be compiled in this environment, if nothing can."""
+    if not sources("cpu"):
+        return "this copy of the sources lacks csrc/; take a complete one"
     if torch is None:
         return f"there was no torch to build against; install torch, setuptools, wheel and ninja, then run {AGAIN}"
     if shutil.which(compiler()[0]) is None:
@@ -78,9 +81,10 @@ def cuda_home() -> Path | None:
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         # What nvcc would run tells where it lies; it prints that to stderr.
-        told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-        if found := re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE):
-            return Path(found[1]).resolve()
+        with contextlib.suppress(OSError):  # one for another processor, for example
+            told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+            if found := re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE):
+                return Path(found[1]).resolve()
     return next((home for home in [Path("/usr/local/cuda")] if (home / "bin" / "nvcc").is_file()), None)
 
 
@@ -170,9 +174,9 @@ class BuildKernels(build_ext if cpp_extension is None else cpp_extension.BuildEx
     def attempt(self, home: Path | None) -> str | None:
         """Compile, and say why that failed if it did."""
         before = self.compiler, self.inplace
-        made = vars(extension(home))
-        vars(self.extensions[0]).update({name: value for name, value in made.items() if not name.startswith("_")})
         try:
+            made = vars(extension(home))
+            vars(self.extensions[0]).update({name: value for name, value in made.items() if not name.startswith("_")})
             super().run()
         except Exception as error:
             self.compiler, self.inplace = before

@@ -1,8 +1,8 @@
 """What the compilers say about the GPU kernels, without a GPU: `python -m benchmarks gpu-static`.
 
-Every Triton kernel is compiled ahead of time as its launcher would launch it, in every configuration of
-`dcvit/kernels/_configs.py`, and every CUDA kernel of `csrc/cuda`, for sm_80, sm_90 and the newest target of the
-compiler. The machine code then tells registers, spills and widths of memory accesses.
+Every Triton kernel is compiled ahead of time as its launcher would launch it, in the configurations that
+`dcvit/kernels/_configs.py` has for the shapes of `cases`, and every CUDA kernel of `csrc/cuda`, for sm_80, sm_90 and
+the newest target of the compiler. The machine code then tells registers, spills and the widest memory accesses.
 
 The launchers themselves say what they launch: they run on meta tensors, which have shapes and no data, and what they
 would launch is written down instead. At the size of ViT-B with batch 64 the report adds the bytes that each kernel must
@@ -709,8 +709,7 @@ def _report_cuda(archs: Sequence[int], ops: Sequence[str] | None) -> list[str]:
         print("  csrc/cuda holds none")
         return []
     if shutil.which("nvcc") is None:
-        print("  not compiled: there is no nvcc on the path")
-        return []
+        return ["the CUDA kernels were not compiled: there is no nvcc on the path. --no-cuda leaves them out."]
     print(HEADER)
     problems = []
     for source in sources:

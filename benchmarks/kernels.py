@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", help="only cases whose name contains this, in pytest's -k syntax")
     parser.add_argument("--runs", type=int, help="rounds: 500 on a GPU and 15 on a CPU if not given")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all tensors")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="of all tensors; ops that do not take it are skipped")  # fmt: skip
     parser.add_argument("--threads", type=int, help="torch.set_num_threads; all cores if not given")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile(eager)")
     options = parser.parse_args(argv)

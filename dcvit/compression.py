@@ -27,13 +27,14 @@ from dcvit.recovery import require_tokens
 from dcvit.results import CompressionResult, versions
 from dcvit.run_store import MemoryStore, Store, digest_images, digest_model
 from dcvit.synthesis import MetricSet
-from dcvit.teacher import freeze, require_finite, require_gradients
+from dcvit.teacher import freeze, full_precision, require_finite, require_gradients
 
 __all__ = ["checked_images", "compress", "open_store"]
 
 Given = TypeVar("Given")
 
 
+@full_precision()
 def compress(
     model: str | nn.Module,
     images: Images | FewShotImages,
@@ -79,7 +80,7 @@ def compress(
         NonFiniteError: If a weight is NaN or infinite, or a block of the original makes such values of the images.
         RunStoreError: If `run_dir` is in use, or holds something else, or a run of other settings, model or images; and
             later, if it cannot be written.
-        All of them before any long work.
+        All of them before any long work; `NonFiniteError` also during it, where a student's values grow too large.
     """
     chosen = find_method(method)
     chosen.require_unit(budget)

@@ -46,7 +46,7 @@ from dcvit.results import (
 )
 from dcvit.run_store import NOTHING_KEPT, Store
 from dcvit.synthesis import MetricSet
-from dcvit.teacher import freeze, fuse
+from dcvit.teacher import freeze, full_precision, fuse
 
 __all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
 
@@ -282,6 +282,7 @@ class _Search:
         return finish(self.model, self.original, self.images, self.metric_set, outcome, config, timer, runs=1)
 
 
+@full_precision()
 def sweep(
     model: str | nn.Module,
     images: Images | FewShotImages,

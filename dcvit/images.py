@@ -36,8 +36,8 @@ class FewShotImages:
         normalised: The images as the model takes them, `[N, C, H, W]`.
         pixels: The same images in [0, 1], each `[C, H', W']` at its own size, from which augmentation crops; a large
             file's at a size of which the smallest crop is no smaller than what the model takes.
-        mean: Per channel, of the normalisation.
-        std: Per channel.
+        mean: Per channel, which the normalisation takes from pixels.
+        std: Per channel, by which it divides them.
         files: What each was read from; `None` where they do not come from files.
     """
 
@@ -60,8 +60,10 @@ class FewShotImages:
     def subset(self, indices: Sequence[int]) -> "FewShotImages":
         """Some of the images."""
         files = None if self.files is None else tuple(self.files[i] for i in indices)
-        pixels = [self.pixels[i] for i in indices]
-        return replace(self, normalised=self.normalised[list(indices)], pixels=pixels, files=files)
+        normalised = self.normalised[list(indices)]
+        if isinstance(self.pixels, _Pixels):
+            return replace(self, normalised=normalised, pixels=self.pixels.of(normalised, indices), files=files)
+        return replace(self, normalised=normalised, pixels=[self.pixels[i] for i in indices], files=files)
 
 
 def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImages:
@@ -126,8 +128,27 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
 
 
 def _few_shot(normalised: Tensor, at_own_size: "_Bytes", prep: Preprocessing) -> FewShotImages:
-    pixels = _Pixels(normalised, at_own_size, prep.mean, prep.std)
-    return FewShotImages(normalised, pixels, prep.mean, prep.std)
+    mean, std = (prep.mean, prep.std) if at_own_size else _normalisation(normalised, prep)
+    return FewShotImages(normalised, _Pixels(normalised, at_own_size, mean, std), mean, std)
+
+
+ROUNDING = 1e-2
+"""So far beyond [0, 1] pixels still count as inside: interpolation and half precision take them there."""
+
+
+def _normalisation(normalised: Tensor, prep: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that make these images of pixels in [0, 1]: the model's, if those do.
+
+    A caller may have normalised in another way, as is usual of microscopy or CT. Views must not be clipped then: what
+    is [0, 1] is taken from the images, channel by channel.
+    """
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (prep.mean, prep.std))
+    ends = torch.stack([torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))]) for x in normalised.split(64)])
+    low, high = ends[:, 0].amin(0).double().cpu(), ends[:, 1].amax(0).double().cpu()
+    if bool((low * std + mean >= -ROUNDING).all() and (high * std + mean <= 1 + ROUNDING).all()):
+        return prep.mean, prep.std
+    span = (high - low).clamp_min(1e-6)
+    return tuple((-low / span).tolist()), tuple((1 / span).tolist())
 
 
 class _Bytes:
@@ -136,6 +157,9 @@ class _Bytes:
     def __init__(self) -> None:
         self._bytes = Stack()
         self._places: dict[int, tuple[int, torch.Size]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def append(self, number: int, picture: Tensor) -> None:
         self._places[number] = len(self._bytes), picture.shape
@@ -152,15 +176,22 @@ class _Pixels(Sequence[Tensor]):
     """The images in [0, 1], worked out when they are asked for: from what their files hold, or from the normalised."""
 
     def __init__(
-        self, normalised: Tensor, at_own_size: _Bytes, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        normalised: Tensor,
+        at_own_size: _Bytes,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self._normalised, self._at_own_size = normalised, at_own_size
+        self._numbers = range(len(normalised)) if numbers is None else numbers  # under which they lie at their own size
         self._given = mean, std
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1).to(normalised.device) for values in (mean, std))
 
-    def of(self, normalised: Tensor) -> "_Pixels":
-        """Those of the same images elsewhere."""
-        return _Pixels(normalised, self._at_own_size, *self._given)
+    def of(self, normalised: Tensor, indices: Sequence[int] | None = None) -> "_Pixels":
+        """Those of the same images elsewhere, or of some of them."""
+        numbers = self._numbers if indices is None else [self._numbers[i] for i in indices]
+        return _Pixels(normalised, self._at_own_size, *self._given, numbers)
 
     def __len__(self) -> int:
         return len(self._normalised)
@@ -173,7 +204,7 @@ class _Pixels(Sequence[Tensor]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         number = range(len(self))[number]
-        picture = self._at_own_size.get(number)
+        picture = self._at_own_size.get(self._numbers[number])
         if picture is not None:
             return picture.to(self._normalised.device).float() / 255
         return (self._normalised[number] * self._std + self._mean).clamp(0, 1)

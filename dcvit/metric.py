@@ -1,7 +1,8 @@
 """Step 4: how far a student is from its teacher, on images that it did not learn from.
 
 Published (`"cross_entropy"`, DC-ViT, arXiv 2403.18708): the cross-entropy between the class distributions of teacher
-and student, on the synthesised metric set.
+and student, on the synthesised metric set, less the teacher's with itself, so that 0 is perfect: the Kullback-Leibler
+divergence, which orders students alike.
 
 Default (`"mimicking"`): the relative mimicking error over all output tokens,
 
@@ -88,7 +89,7 @@ class _Judge:
             tokens = adapter.final_norm(student, adapter.run_blocks(student, tokens, first_block or 0, depth))
             found = self._answer(student, tokens)
             if self._kind == "cross_entropy":
-                total += float(-(expected.exp() * found).sum())
+                total += float((expected.exp() * (expected - found)).sum())
             else:
                 total += float((expected - found).double().square().sum())
         return total / (len(self._images) if self._kind == "cross_entropy" else max(self._spread, 1e-30))

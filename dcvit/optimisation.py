@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["relative_adam", "set_step_size", "trainable", "warmup_cosine"]
+__all__ = ["or_infinite", "relative_adam", "set_step_size", "trainable", "warmup_cosine"]
 
 SMALLEST_SIZE = 1e-3
 """The root mean square that a tensor is taken to have at least: biases often start at zero."""
@@ -33,6 +33,11 @@ def set_step_size(optimizer: torch.optim.Adam, step_size: float) -> None:
     """Change the step size of `relative_adam`."""
     for group in optimizer.param_groups:
         group["lr"] = step_size * group["size"]
+
+
+def or_infinite(loss: float) -> float:
+    """The loss, infinite where training that diverged made it NaN, which does not compare."""
+    return math.inf if math.isnan(loss) else loss
 
 
 @contextmanager

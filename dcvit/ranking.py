@@ -13,7 +13,6 @@ train as they would have without it.
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.distributed import ALONE, Ranks
 from dcvit.images import FewShotImages
 from dcvit.metric import Metric
+from dcvit.optimisation import or_infinite
 from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Reconstruction, TeacherStates, error_curve, reconstruct_block
@@ -209,7 +209,7 @@ def _halving(score: Callable[[nn.Module], float], fewest: int, config: Mimicking
         wanted = max(fewest, -(-len(students) // 2))
         if epochs not in rungs or len(students) <= wanted:
             return students
-        losses = {position: _or_infinite(score(student)) for position, student in students.items()}
+        losses = {position: or_infinite(score(student)) for position, student in students.items()}
         return sorted(students, key=losses.__getitem__)[:wanted]
 
     return selection
@@ -283,9 +283,4 @@ def _in_proportion(errors: Mapping[int, float], hidden_features: int, loss: floa
 
 
 def _best_first(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    return tuple(sorted(trials, key=lambda trial: (-trial.epochs, _or_infinite(trial.metric_loss), trial.block)))
-
-
-def _or_infinite(loss: float) -> float:
-    """The loss, infinite where a diverged recovery made it NaN, which does not compare."""
-    return math.inf if math.isnan(loss) else loss
+    return tuple(sorted(trials, key=lambda trial: (-trial.epochs, or_infinite(trial.metric_loss), trial.block)))

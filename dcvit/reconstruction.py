@@ -39,7 +39,7 @@ from dcvit.errors import NonFiniteError
 from dcvit.images import FewShotImages
 from dcvit.models import OutputLayer, adapter_for
 from dcvit.ops import Impl, mimic_loss
-from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_cosine
+from dcvit.optimisation import or_infinite, relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.regression import FIRST_RIDGE, NormalEquations, best_ridge, select_inputs
 from dcvit.seeding import seeded
@@ -187,12 +187,14 @@ def _few(count: int) -> Tensor:
 class Reconstruction:
     """What the reconstruction of one block did.
 
-    Errors are shares of what the teacher's block adds to its input that stay unexplained on the held-out images: 0 is
-    perfect, 1 is no better than leaving the block out.
+    Errors are shares of what the teacher's block adds to its input that stay unexplained on the held-out images, or on
+    all where a single image leaves none to hold out: 0 is perfect, 1 is no better than leaving the block out. They are
+    a few per cent too low: nodes are chosen on all images, and blocks in front may have learnt from the held-out ones.
 
     Attributes:
         block: The block, from 0.
-        ridge: λ of the closed form, a share of the mean squared hidden node; `None` where there was none.
+        ridge: λ of the closed form that the weights come from, a share of the mean squared hidden node; `None` where
+            there was none, or none was better than the original weights.
         error_before: With the original weights of the kept nodes.
         error_closed_form: After the closed form, from the images that are not held out, if that was better; `None`
             where there was none.
@@ -357,7 +359,7 @@ def draw_views(
         config: How they differ.
         seed: Draws views and rows.
         num_views: How many; `config.num_views` if not given.
-        held_out_every: One image of so many is held out.
+        held_out_every: One image of so many is held out, drawn at random.
     """
     count, augmentation = len(images), config.augmentation
     wanted = config.num_views if num_views is None else num_views
@@ -370,9 +372,10 @@ def draw_views(
         adapter = adapter_for(teacher)
         available = adapter.as_tokens(adapter.embed(teacher, images.normalised[:1])).shape[1]
         lots = torch.rand(len(views), available, generator=generator)
-    every = torch.arange(count).repeat(folds + 1) % held_out_every == 1
+        held_out = torch.zeros(count, dtype=torch.bool)
+        held_out[torch.randperm(count, generator=generator)[1::held_out_every]] = True
     device = images.normalised.device
-    return Views(views, every.to(device), lots.to(device), max(1, config.num_rows // len(views)))
+    return Views(views, held_out.repeat(folds + 1).to(device), lots.to(device), max(1, config.num_rows // len(views)))
 
 
 def reconstruct_block(
@@ -431,11 +434,7 @@ def reconstruct_block(
         known = _sums(module, output, rows, ranks) if sums is None else sums.of_inputs(inputs)
         ridge, error_closed_form = _fit_output_layer(output, known, on_all=refit and not steps, at_most=error_before)
         error_after = error_closed_form
-    if not math.isfinite(error_after):
-        raise NonFiniteError(
-            f"Block {block}: what is left of its error is {error_after} after the closed form. The student's values "
-            "grew too large; ask for a budget that cuts less, or pass more images."
-        )
+    _require_finite(block, error_after)
     best_epoch, errors = 0, tuple[float, ...]()
     if steps:
         best_epoch, error_after, errors = _descend(
@@ -443,8 +442,23 @@ def reconstruct_block(
         )
         if output is not None:
             found = _sums(module, output, rows, ranks)
-            _, error_after = _fit_output_layer(output, found, on_all=refit, at_most=error_after)
+            again, error_after = _fit_output_layer(output, found, on_all=refit, at_most=error_after)
+            ridge = ridge if again is None else again
+            _require_finite(block, error_after)
     return kept, Reconstruction(block, ridge, error_before, error_closed_form, error_after, best_epoch, errors)
+
+
+def _require_finite(block: int, error: float) -> None:
+    """Refuse a block that no longer knows what it is to learn.
+
+    Raises:
+        NonFiniteError: If its error is NaN or infinite.
+    """
+    if not math.isfinite(error):
+        raise NonFiniteError(
+            f"Block {block}: what is left of its error is {error} after the closed form. The student's values grew too "
+            "large; ask for a budget that cuts less, or pass more images."
+        )
 
 
 def find_step_size(
@@ -475,7 +489,7 @@ def find_step_size(
         )  # fmt: skip
         errors[step_size] = report.error_after
         progress("step sizes", done, len(config.step_sizes), report.error_after)
-    return min(errors, key=errors.__getitem__)
+    return min(errors, key=lambda size: or_infinite(errors[size]))
 
 
 def error_curve(
@@ -619,8 +633,8 @@ def _fit_output_layer(
     *,
     on_all: bool,
     at_most: float = float("inf"),
-) -> tuple[float, float]:
-    """Closed form: the layer in place, and λ and the held-out error.
+) -> tuple[float | None, float]:
+    """Closed form, in place: λ, or `None` if the layer stays as it is, and the held-out error, which may be NaN.
 
     Args:
         output: What the block ends with.
@@ -632,8 +646,8 @@ def _fit_output_layer(
     ridge, error = sums.best_ridge(anchor, constant=constant)
     equations = sums.used
     if sums.held_out is not None:
-        if error > at_most:
-            return ridge, at_most
+        if not error <= at_most:
+            return None, error if math.isnan(error) else at_most
         equations = sums.used + sums.held_out if on_all else sums.used
     output.set(equations.solve(ridge, anchor, constant=constant))
     return ridge, error

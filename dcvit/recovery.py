@@ -24,10 +24,11 @@ from dcvit.errors import DcvitError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
-from dcvit.optimisation import warmup_cosine
+from dcvit.optimisation import or_infinite, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.seeding import seeded
 from dcvit.surgery import share_parameters
+from dcvit.teacher import evaluating
 
 __all__ = [
     "Candidate",
@@ -103,10 +104,11 @@ def recover(
 ) -> Recovery:
     """Train a cut student, in place, to reproduce the teacher's output tokens.
 
-    Both stay in evaluation mode: the target is a function of the image alone, without dropout or stochastic depth.
+    Both are in evaluation mode meanwhile: the target is a function of the image alone, without dropout or stochastic
+    depth.
 
     Args:
-        student: The cut model; its weights change.
+        student: The cut model; its weights change. It comes back in evaluation mode, its parameters frozen.
         teacher: The original; untouched.
         images: The few-shot set.
         blocks: The compressed blocks of the student, which decide what is updated.
@@ -165,7 +167,7 @@ def recover_together(
     require_tokens(teacher, config)
     runs = [_Run(candidate, teacher, config, ranks) for candidate in candidates]
     running = runs
-    with seeded(seed, "recovery"):
+    with seeded(seed, "recovery"), evaluating(teacher):
         views = _Views(teacher, images, {run.start for run in runs}, config)
         weight = _token_weight(views.targets, config)
         before = [mimicking_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
@@ -221,7 +223,7 @@ class _Run:
         self._tail = ranks.parallel(Tail(self.student, self.start or None))
         self._ranks = ranks
         self._optimizer = torch.optim.AdamW(updated, lr=rate, weight_decay=config.weight_decay, fused=True)
-        self._total = 0.0
+        self._total: Tensor | float = 0.0
 
     def begin_epoch(self, share: float) -> None:
         """Train at a share of the peak learning rate."""
@@ -234,15 +236,15 @@ class _Run:
         tokens: Tensor = self._tail(batch.given[self.start])
         return tokens
 
-    def step(self, loss: float, num_images: int) -> None:
-        """Follow the gradient, which is not kept."""
+    def step(self, loss: Tensor, num_images: int) -> None:
+        """Follow the gradient, which is not kept. The loss stays on its device, which need not be waited for."""
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._total += loss * num_images
+        self._total = self._total + loss.double() * num_images
 
     def end_epoch(self, num_images: int) -> None:
         """Note the epoch's loss."""
-        total = torch.tensor([self._total], dtype=torch.float64)
+        total = torch.tensor([float(self._total)], dtype=torch.float64)
         self._ranks.sum(total)
         self.losses.append(float(total) / num_images)
 
@@ -371,14 +373,14 @@ def _step(runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl
         share: What the part counts, see `Ranks.batch`.
         at_once: Views that pass through a student at once.
     """
-    total, count = torch.zeros(len(runs)), len(batch.target)
+    total, count = batch.target.new_zeros(len(runs)), len(batch.target)
     for part in batch.split(at_once):
         tokens = torch.stack([run.tokens(part) for run in runs])
         losses = mimic_loss(tokens, part.target, weight=weight, impl=impl)
         weighs = len(part.target) / count
         losses.backward(torch.full_like(losses, share * weighs))  # each student's gradient is that of its own loss
-        total += weighs * losses.detach().cpu()
-    for run, loss in zip(runs, total.tolist(), strict=True):
+        total += weighs * losses.detach()
+    for run, loss in zip(runs, total, strict=True):
         run.step(loss, count if share > 0 else 0)
 
 
@@ -422,7 +424,8 @@ def find_learning_rate(
         progress: Told after each epoch.
     """
     judged, used = split_held_out(images, seed)
-    target = output_tokens(teacher, judged.normalised, config.at_once)
+    with evaluating(teacher):
+        target = output_tokens(teacher, judged.normalised, config.at_once)
     candidates = [Candidate(copy.deepcopy(student), tuple(blocks), rate) for rate in config.learning_rates]
     for candidate in candidates[1:]:
         updated = updated_parameters(candidate.student, blocks, config)
@@ -431,8 +434,8 @@ def find_learning_rate(
         candidates, teacher, used, config, seed=seed, impl=impl, progress=progress, stage="learning rates"
     )  # fmt: skip
     losses = [mimicking_loss(candidate.student, target, judged, config, impl=impl) for candidate in candidates]
-    ranks = [math.inf if math.isnan(loss) else loss for loss in losses]  # a diverged recovery's loss is NaN
-    return config.learning_rates[ranks.index(min(ranks))]
+    _, best = min(zip(map(or_infinite, losses), config.learning_rates, strict=True), key=lambda pair: pair[0])
+    return best
 
 
 def split_held_out(images: FewShotImages, seed: int) -> tuple[FewShotImages, FewShotImages]:

@@ -23,7 +23,7 @@ from dcvit.config import ReconstructionConfig
 from dcvit.distributed import ALONE, Ranks
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
-from dcvit.optimisation import relative_adam, set_step_size, trainable, warmup_cosine
+from dcvit.optimisation import or_infinite, relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Views
 from dcvit.recovery import Tail
@@ -52,7 +52,7 @@ on held-out images rose by 0.0 to 1.4 points, 0.5 in the mean, and the error ove
 FEWEST_STEPS = 200
 """Fewer are left out: what they gain is less than the held-out images, which reconstruction then learns from too."""
 
-HELD_OUT_EVERY = 10
+REFINEMENT_HELD_OUT_EVERY = 10
 """One image of so many is held out, with all its views: fewer than where blocks learn from them in the end.
 
 Measured on the digits, with 2600 views instead of 1000, at 80 and 70 % of the MACs, three few-shot sets each: r of
@@ -187,7 +187,7 @@ def refine(
             pilots: dict[float, float] = {}
             progress("pilot runs", 0, len(step_sizes), None)
             for size in step_sizes:
-                pilots[size] = min(found for _, found in run(size, -(-steps // PILOT_SHARE), 1))
+                pilots[size] = min(or_infinite(found) for _, found in run(size, -(-steps // PILOT_SHARE), 1))
                 progress("pilot runs", len(pilots), len(step_sizes), pilots[size])
             step_size = min(pilots, key=pilots.__getitem__)
             promise = pilots[step_size]

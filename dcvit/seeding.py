@@ -31,5 +31,7 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[torch.Generator]:
     derived = derive_seed(seed, *purpose)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derived)
+        torch.default_generator.manual_seed(derived)
+        if devices:  # else `torch.manual_seed` would leave the seed to a GPU that is first used later
+            torch.cuda.manual_seed_all(derived)
         yield torch.Generator().manual_seed(derived)

@@ -6,11 +6,12 @@ which can go while attention stays. A trial shows for each block, and for each o
 would lose at any number of nodes (`Recoverability`), and as long as losses are small those of different blocks add up.
 So the best structure is the one of smallest sum that meets the budget,
 
-    min over blocks, ways w and nodes n   Σ loss_bw(n_b)   so that   Σ (attention_bw + (H_b − n_b) · node_b) ≥ o − p,
+    min over blocks, ways w and nodes n   Σ loss_bw(n_b)   so that   Σ (attention_bw + (H_b − n_b) · node_b) ≈ o − p,
 
-where attention_bw is what the block's attention takes if it goes, else 0. Dynamic programming over the blocks finds it:
-numbers of nodes are multiples of H / 64, savings are counted in 2048ths of what must be saved, and what is left over
-after rounding is given back node by node.
+where attention_bw is what the block's attention takes if it goes, else 0; ≈ is at least that, and as near as numbers of
+nodes come. (A budget of less than one attention prunes, however little an attention would be missed.) Dynamic
+programming over the blocks finds it: numbers of nodes are multiples of H / 64, savings are counted in 2048ths of what
+must be saved, and what is left over after rounding is given back node by node.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +123,9 @@ class Part:
 def search_structure(
     parts: Sequence[Part], saving: int, *, num_blocks: int | None = None, round_to: int = 1
 ) -> dict[int, Cut]:
-    """The structure of least loss that saves enough.
+    """The structure of least loss among those that save enough, and hardly more: within a step of the numbers of nodes.
+
+    Where there are none, among all that save enough.
 
     Args:
         parts: The candidates.

@@ -1,6 +1,8 @@
 """The original as teacher: frozen, checked, its MLPs computed by the ops."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from dcvit.models import adapter_for, require_supported
 from dcvit.ops import Impl
 from dcvit.surgery import choose_impl, copy_blocks
 
-__all__ = ["freeze", "fuse", "require_finite", "require_gradients"]
+__all__ = ["evaluating", "freeze", "full_precision", "fuse", "require_finite", "require_gradients"]
 
 FINITE_IMAGES = 8
 """So many images are passed through a model to see whether its values stay finite."""
@@ -27,6 +29,18 @@ def freeze(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode for a block of code; afterwards each part of it as before."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def require_gradients() -> None:
     """Refuse to work where nothing can learn.
 
@@ -35,6 +49,24 @@ def require_gradients() -> None:
     """
     if torch.is_inference_mode_enabled():
         raise DcvitError("Under torch.inference_mode() no gradient can be taken: call this outside of it.")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products in the model's own dtype, whatever the caller chose: without autocast, and not in TF32.
+
+    Sums of squares, and what is solved from them, are worth nothing in less.
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
 
 
 @torch.no_grad()
@@ -66,7 +98,7 @@ def require_finite(model: nn.Module, images: FewShotImages) -> None:
 def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
     """The teacher with its blocks' MLPs computed by `dcvit.ops`; students cut from it inherit that.
 
-    On a GPU, where it is not yet measured what the ops gain, and with `impl="eager"` it is the teacher itself.
+    With `impl="eager"` it is the teacher itself, and on a GPU, where whole blocks have not been measured with it.
     """
     if impl == "eager" or next(teacher.parameters()).device.type != "cpu":
         choose_impl(teacher, impl)

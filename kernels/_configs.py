@@ -4,8 +4,8 @@ All choices are functions of shapes and dtypes. They are tables and not measured
 choice that a noisy measurement makes changes the order of a reduction, and so the result, from run to run.
 
 What bounds a tile: 64 Ki registers and 164 KiB (sm_80) to 228 KiB (sm_90) of shared memory per multiprocessor, and
-99 KiB per block on consumer cards. `python -m benchmarks gpu-static` compiles every row of every table and fails if one
-spills.
+99 KiB per block on consumer cards. `python -m benchmarks gpu-static` compiles the kernels for the shapes of its cases
+and fails if one spills.
 """
 
 from typing import NamedTuple

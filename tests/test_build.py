@@ -29,7 +29,7 @@ def project(tmp_path: Path) -> Path:
     (copy / "csrc" / "cpu").mkdir(parents=True)
     (copy / "csrc" / "cpu" / "probe.cpp").write_text(KERNEL)
     shutil.copy(ROOT / "csrc" / "cpu" / "torch.h", copy / "csrc" / "cpu")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("dcvit", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
@@ -128,6 +128,39 @@ def test_cuda_sources_without_a_toolkit(project: Path) -> None:
     said = sentence("CUDA kernels", printed)
     reasons = ("no nvcc was found", "is a build without CUDA", "install torch 2.10 or newer")
     assert any(reason in said for reason in reasons)
+
+
+@pytest.mark.parametrize("nvcc", ["#!/bin/sh\nexit 127\n", "\x7fELF of another processor"])
+def test_a_toolkit_that_does_not_run(project: Path, nvcc: str) -> None:
+    (project / "csrc" / "cuda").mkdir()
+    (project / "csrc" / "cuda" / "probe.cu").write_text("not compiled here")
+    found = project / "toolkit" / "bin" / "nvcc"
+    found.parent.mkdir(parents=True)
+    found.write_text(nvcc)
+    found.chmod(0o755)
+    path = f"{found.parent}{os.pathsep}{os.environ['PATH']}"
+    for variables in ({"CUDA_HOME": str(project / "toolkit")}, {"PATH": path}):
+        wheel, printed = build(project, **variables)
+        assert [name for name in wheel.namelist() if name.endswith(".so")], "the CPU kernels are built all the same"
+        assert note(wheel)["cpu"] is None
+        assert sentence("CUDA kernels", printed)
+        shutil.rmtree(project / "wheel")
+
+
+def test_a_source_distribution_is_complete(project: Path) -> None:
+    """A wheel that is made from it has the same kernels."""
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
+    subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
+    (archive,) = (project / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, project.parent / "unpacked", filter="data")
+    (unpacked,) = (project.parent / "unpacked").iterdir()
+    for name in ("csrc", "kernels", "dcvit"):
+        wanted = [file for file in (project / name).rglob("*") if file.suffix in (".py", ".cpp", ".h")]
+        assert wanted
+        assert not [file for file in wanted if not (unpacked / file.relative_to(project)).is_file()]
+    shutil.rmtree(unpacked / "csrc")
+    _, printed = build(unpacked)
+    assert "lacks csrc/" in sentence("compiled kernels", printed)
 
 
 def test_cuda_sources_that_do_not_compile(project: Path) -> None:

@@ -169,6 +169,32 @@ def test_augmentation_is_seeded_and_does_what_it_says(model: nn.Module) -> None:
     assert not torch.allclose(views(cropped), images.normalised, atol=0.05)
 
 
+def test_a_part_of_the_images_is_read_when_it_is_asked_for(model: nn.Module, tmp_path: Path) -> None:
+    for number in range(3):
+        Photographs()[number][0].save(tmp_path / f"{number}.png")
+    for few_shot in (load_images(tmp_path, model), load_images(torch.rand(3, 3, 32, 32), model)):
+        part = few_shot.subset([2, 0]).subset([1, 0])
+        assert not isinstance(part.pixels, list)
+        assert [picture.shape for picture in part.pixels] == [few_shot.pixels[i].shape for i in (0, 2)]
+        for place, number in enumerate((0, 2)):
+            assert torch.equal(part.pixels[place], few_shot.pixels[number])
+            assert torch.equal(part.normalised[place], few_shot.normalised[number])
+
+
+def test_images_normalised_in_a_way_of_their_own_are_not_clipped(model: nn.Module) -> None:
+    """Z-scores, for example: views are of all their values."""
+    images = 2 * torch.randn(4, 3, 32, 32) + torch.tensor([1.0, -3.0, 40.0]).view(3, 1, 1)
+    few_shot = load_images(images, model)
+    whole = dcvit.AugmentationConfig(scale=(1, 1), ratio=(1, 1), flip=0, color_jitter=0)
+    assert torch.allclose(augment(few_shot, range(4), whole), images, atol=1e-4)
+    pixels = torch.stack(list(few_shot.pixels))
+    assert torch.allclose(pixels.amin((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(pixels.amax((0, 2, 3)), torch.ones(3), atol=1e-5)
+    usual = preprocessing(model)
+    inside = (torch.rand(2, 3, 32, 32) - torch.tensor(usual.mean).view(3, 1, 1)) / torch.tensor(usual.std).view(3, 1, 1)
+    assert (load_images(inside, model).mean, load_images(inside, model).std) == (usual.mean, usual.std)
+
+
 def test_few_shot_images_on_another_device(model: nn.Module, tmp_path: Path) -> None:
     """The pixels follow, whether they are worked out, kept as bytes, or the caller's own."""
     Photographs()[0][0].save(tmp_path / "a.png")

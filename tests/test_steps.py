@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 import dcvit
 from dcvit import recovery as recovery_module
 from dcvit.classes import class_logits, num_classes
+from dcvit.methods.budgets import candidate_groups
 from dcvit.methods.practise import block_dropping
 from dcvit.models import adapter_for, preprocessing
-from dcvit.optimisation import relative_adam, set_step_size, warmup_cosine
+from dcvit.optimisation import or_infinite, relative_adam, set_step_size, warmup_cosine
 from dcvit.recovery import find_learning_rate, output_tokens, recover, updated_parameters
-from dcvit.surgery import compress_block, draw_kept_nodes
+from dcvit.surgery import compress_block, draw_kept_nodes, drop_block
 from dcvit.teacher import freeze
 from tests.conftest import PUBLISHED
 from tests.variants import VARIANTS, Variant
@@ -99,6 +101,35 @@ def test_the_learning_rate_is_found_on_held_out_images(model: nn.Module, images:
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     one = few_shot.subset([0])
     assert find_learning_rate(student, teacher, one, [1], replace(config, epochs=2)) in config.learning_rates
+
+
+def test_a_teacher_in_training_mode_answers_as_in_evaluation() -> None:
+    """And comes back as it was: its norms have not moved, nor its modes."""
+    sizes = {
+        "layers": (2, 2, 1, 1),
+        "channels": (16, 16, 24, 32),
+        "pretrained_cfg_overlay": {"input_size": (3, 64, 64)},
+    }
+    teacher = timm.create_model("resnet18", num_classes=3, **sizes)
+    teacher.layer1.eval()
+    before, modes = copy.deepcopy(teacher.state_dict()), [module.training for module in teacher.modules()]
+    images = dcvit.load_images(torch.rand(2, 3, 64, 64), teacher)
+    config = replace(PLAIN, epochs=1, learning_rate="auto", learning_rates=(1e-4, 1e-3))
+    (block,) = candidate_groups(teacher, None)[0]
+    student, frozen = drop_block(teacher, block), freeze(teacher)
+    rate = find_learning_rate(student, teacher, images, [block], config)
+    assert rate == find_learning_rate(student, frozen, images, [block], config)
+    settings = config.with_learning_rate(lambda: rate)
+    losses = [
+        recover(copy.deepcopy(student), original, images, [block], settings).losses for original in (teacher, frozen)
+    ]
+    assert losses[0] == losses[1]
+    assert [module.training for module in teacher.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_losses_that_are_nan_come_last() -> None:
+    assert sorted([math.nan, 2.0, 1.0], key=or_infinite)[:2] == [1.0, 2.0]
 
 
 def test_a_fixed_number_of_views(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

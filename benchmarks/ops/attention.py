@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, device, measure
+from benchmarks.harness import Case, draw, measure
 from dcvit.ops import attention
 
 SHAPES = [(25, 17, 4, 16), (64, 50, 3, 64), (64, 65, 6, 64)]
@@ -17,9 +17,8 @@ SHAPES = [(25, 17, 4, 16), (64, 50, 3, 64), (64, 65, 6, 64)]
 def test_attention(benchmark: Any, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     batch, tokens, heads, size = shape
-    qkv = torch.randn(batch, tokens, 3, heads, size, device=device(), requires_grad=True)
-    grad = torch.randn(batch, tokens, heads * size, device=device())
-    q, p = torch.randn(batch * heads, tokens, size), torch.randn(batch * heads, tokens, tokens)
+    qkv, grad = draw(batch, tokens, 3, heads, size).requires_grad_(), draw(batch, tokens, heads * size)
+    q, p = draw(batch * heads, tokens, size), draw(batch * heads, tokens, tokens)
 
     def call(function: Callable[..., Tensor]) -> object:
         return torch.autograd.grad(function(qkv), qkv, grad)

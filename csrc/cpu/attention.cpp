@@ -108,7 +108,8 @@ DCVIT_HD void softmax(T* s, int64_t rows, int64_t padded, T scale) {
         for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
           const T x = (values[lane] - largest[lane]) * scale;
           const T power = exp_nonpositive(x);
-          values[lane] = x < T(-87) ? T(0) : power;  // less than float's smallest normal number; NaN stays NaN
+          // Below -87 it is less than float's smallest normal number. Only NaN is not at most zero; it stays.
+          values[lane] = x < T(-87) ? T(0) : x <= T(0) ? power : x;
           group[lane] += values[lane];
         }
       }

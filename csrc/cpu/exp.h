@@ -9,7 +9,8 @@
 
 namespace dcvit {
 
-// exp(x) for x in [-87, 0], to 1e-7 relative, without a branch, so that loops over it become vector code.
+// exp(x) for x in [-87, 0], to 1e-7 relative, without a branch, so that loops over it become vector code. What it makes
+// of NaN may be any number.
 DCVIT_HD float exp_nonpositive(float x) {
   // exp(x) = 2^n exp(r) with |r| <= log(2) / 2. Adding 1.5 * 2^23 leaves n in the low bits.
   const float shifted = x * 1.44269504f + 12582912.0f;

@@ -124,11 +124,19 @@ View<T> view(const std::optional<Tensor>& tensor) {
   return tensor ? view<T>(*tensor) : View<T>();
 }
 
+// Under autocast torch casts what its products are given: who reads the result as another type would read past its end.
+inline Tensor of_same_type(Tensor result, const Tensor& given) {
+  STD_TORCH_CHECK(result.scalar_type() == given.scalar_type(), "a matrix product of ",
+                  torch::headeronly::toString(given.scalar_type()), " gave ",
+                  torch::headeronly::toString(result.scalar_type()), ": turn autocast off around dcvit's ops");
+  return result;
+}
+
 // Matrix products are torch's, and so cuBLAS's, whose precision the user of torch sets (TF32, sums in half precision).
 inline Tensor product(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return of_same_type(torch::stable::detail::to<Tensor>(stack[0]), a);
 }
 
 // x weight^T + bias
@@ -136,7 +144,7 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return of_same_type(torch::stable::detail::to<Tensor>(stack[0]), x);
 }
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }

@@ -217,11 +217,11 @@ __global__ __launch_bounds__(kThreads) void unpack_kernel(int64_t rows, int64_t 
 // The warps of a block share kSummedRows rows of as many columns as the vectors of a warp hold.
 
 template <class T>
-struct Strip {
+struct ColumnTile {
   static constexpr int W = kWide<T>, kOwn = kWarp * W;  // columns of a block
   int64_t rows, columns, chunk, first, column, last;
 
-  DCVIT_D Strip(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+  DCVIT_D ColumnTile(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
     const int64_t tiles = (columns + kOwn - 1) / kOwn;
     chunk = blockIdx.x / tiles;
     first = blockIdx.x % tiles * kOwn;
@@ -258,10 +258,10 @@ __global__ __launch_bounds__(kThreads) void column_sums_kernel(int64_t rows, int
                                                                View<const float> stats, View<double> plain,
                                                                View<double> normalised) {
   constexpr int W = kWide<T>;
-  DCVIT_SHARED(float, shared, kWarps* Strip<T>::kOwn);
-  const Strip<T> strip(rows, columns);
+  DCVIT_SHARED(float, shared, kWarps* ColumnTile<T>::kOwn);
+  const ColumnTile<T> tile(rows, columns);
   float own[W] = {}, products[W] = {};
-  strip.each_row([&](int64_t row, int64_t i, int64_t end) {
+  tile.each_row([&](int64_t row, int64_t i, int64_t end) {
     const Vec<T, W> terms = load_upto<W>(values, i, end, wide);
 #pragma unroll
     for (int j = 0; j < W; ++j) own[j] += static_cast<float>(terms[j]);
@@ -272,8 +272,8 @@ __global__ __launch_bounds__(kThreads) void column_sums_kernel(int64_t rows, int
     for (int j = 0; j < W; ++j)
       products[j] += static_cast<float>(terms[j]) * ((static_cast<float>(numbers[j]) - mean) * rstd);
   });
-  if (plain.given()) strip.gather(shared, own, plain);
-  if (normalised.given()) strip.gather(shared, products, normalised);
+  if (plain.given()) tile.gather(shared, own, plain);
+  if (normalised.given()) tile.gather(shared, products, normalised);
 }
 
 template <class T>
@@ -281,10 +281,10 @@ __global__ __launch_bounds__(kThreads) void hidden_gradient_kernel(int64_t rows,
                                                                    View<const T> pre, View<T> grad, View<T> activation,
                                                                    View<double> sums) {
   constexpr int W = kWide<T>;
-  DCVIT_SHARED(float, shared, kWarps* Strip<T>::kOwn);
-  const Strip<T> strip(rows, columns);
+  DCVIT_SHARED(float, shared, kWarps* ColumnTile<T>::kOwn);
+  const ColumnTile<T> tile(rows, columns);
   float own[W] = {};
-  strip.each_row([&](int64_t, int64_t i, int64_t end) {
+  tile.each_row([&](int64_t, int64_t i, int64_t end) {
     Vec<T, W> values = load_upto<W>(pre, i, end, wide), slopes = load_upto<W>(grad, i, end, wide);
 #pragma unroll
     for (int j = 0; j < W; ++j) {
@@ -296,7 +296,7 @@ __global__ __launch_bounds__(kThreads) void hidden_gradient_kernel(int64_t rows,
     store_upto(grad, i, end, wide, slopes);
     if (activation.given()) store_upto(activation, i, end, wide, values);
   });
-  if (sums.given()) strip.gather(shared, own, sums);
+  if (sums.given()) tile.gather(shared, own, sums);
 }
 
 template <class T>
@@ -317,7 +317,7 @@ int64_t blocks_of_rows(int64_t rows) { return ceil_div(rows, kWarps); }
 
 template <class T>
 int64_t strips(int64_t rows, int64_t columns) {
-  return ceil_div(rows, kSummedRows) * ceil_div(columns, Strip<T>::kOwn);
+  return ceil_div(rows, kSummedRows) * ceil_div(columns, ColumnTile<T>::kOwn);
 }
 
 // Whether rows of this width that start one behind the other, in all these memories, can be moved in vectors.

@@ -15,7 +15,6 @@ struct Images {
   DCVIT_HD int64_t planes() const { return batch * channels; }
   DCVIT_HD int64_t bands() const { return (height + kBand - 1) / kBand; }
   DCVIT_HD int64_t strips() const { return (width + kStrip - 1) / kStrip; }
-  DCVIT_HD int64_t numbers() const { return planes() * height * width; }
 };
 
 struct PriorSettings {

@@ -32,7 +32,7 @@ from dcvit.ranking import Trial, rank, rank_reconstructed
 from dcvit.reconstruction import Reconstruction, TeacherStates, Views, draw_views, find_step_size, reconstruct_block
 from dcvit.records import from_plain
 from dcvit.recovery import Recovery, find_learning_rate, recover
-from dcvit.refinement import HELD_OUT_EVERY, STEP_SIZES, Refinement, num_steps, refine
+from dcvit.refinement import REFINEMENT_HELD_OUT_EVERY, STEP_SIZES, Refinement, num_steps, refine
 from dcvit.run_store import NOTHING_KEPT, Store, Unit
 from dcvit.seeding import derive_seed
 from dcvit.stacks import Stack
@@ -271,7 +271,7 @@ def prepare(
         if steps:
             views = draw_views(
                 teacher, images, recovery, config.seed,
-                num_views=recovery.refinement_views, held_out_every=HELD_OUT_EVERY,
+                num_views=recovery.refinement_views, held_out_every=REFINEMENT_HELD_OUT_EVERY,
             )  # fmt: skip
         else:
             views = draw_views(teacher, images, recovery, config.seed)
@@ -306,7 +306,7 @@ def prepare(
         )
     with timer("step size"):
         step_size = 0.0
-        if recovery.epochs:
+        if recovery.epochs and bool(views.held_out.any()):  # which judge
             find = partial(_step_size, teacher, states, cuts, trials, orders, config, progress)
             step_size = store.unit("step-size", lambda: Unit(find())).values
     return Prepared(teacher, views, states, trials, pruning_trials, prunable_orders, step_size, steps)

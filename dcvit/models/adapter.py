@@ -261,8 +261,8 @@ def require_supported(model: nn.Module) -> ModelAdapter:
     """The adapter of a model, after looking for anything in it that cannot be handled.
 
     Raises:
-        UnsupportedModelError: Naming the part: its type, a dtype other than float32 or float64, or more than one
-            device or dtype.
+        UnsupportedModelError: Naming the part: its type, a dtype other than float32 or float64, a device that is
+            neither CPU nor CUDA, or more than one of them.
     """
     adapter = adapter_for(model)
     tensors = [*model.parameters(), *model.buffers()]
@@ -273,6 +273,10 @@ def require_supported(model: nn.Module) -> ModelAdapter:
     ((dtype, device),) = places
     if device.type == "meta":
         raise UnsupportedModelError("The model is on the meta device, without weights: load it on a CPU or a GPU.")
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedModelError(
+            f"The model is on {device}: compression runs on a CPU or a CUDA GPU, move it there."
+        )
     if dtype not in (torch.float32, torch.float64):
         raise UnsupportedModelError(
             f"The model's parameters are {dtype}: recovery needs full precision, call model.float() first "

@@ -1,7 +1,8 @@
 """The hot paths of compression: one function per op, each with interchangeable implementations.
 
 Every op takes `impl="auto" | "eager" | "cpp" | "cuda" | "triton"`. Eager is the specification, in plain torch; "auto"
-takes the first implementation that does not refuse the inputs; an explicit choice runs or raises with the reason.
+takes the first implementation that does not refuse the inputs and is faster than eager; an explicit choice runs or
+raises with the reason.
 """
 
 import importlib

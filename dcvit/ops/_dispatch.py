@@ -59,7 +59,11 @@ def define(name: str, schema: str, *, kernel: Callable[..., Any], fake: Callable
 
 
 def register_autograd(op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give `op` a derivative; `backward` and `setup_context` are those of `torch.library.register_autograd`."""
+    """Give `op` a derivative; `backward` and `setup_context` are those of `torch.library.register_autograd`.
+
+    The derivative is computed as the op was, without autocast.
+    """
+    backward = _without_autocast(backward)
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
 
     class Direct(torch.autograd.Function):
@@ -72,6 +76,24 @@ def register_autograd(op: OpOverload, backward: Callable[..., Any], setup_contex
 
     Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
     _DIRECT[op] = Direct
+
+
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    def computed(ctx: Any, *grads: Tensor | None) -> Any:
+        device = next((grad.device.type for grad in grads if grad is not None), None)
+        if device is None or not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return computed
+
+
+def no_autocast(first: Tensor) -> str | None:
+    """The `limit` of ops with matrix products."""
+    if torch.is_autocast_enabled(first.device.type):
+        return "autocast casts the inputs of matrix products, which eager code leaves to torch"
+    return None
 
 
 def call(op: OpOverload, *args: Any) -> Any:
@@ -148,8 +170,8 @@ class Implementation:
                 return f"all tensors must share a dtype, and {other} is {tensor.dtype}, {name} {dtype}"
             if tensor.device != device:
                 return f"all tensors must share a device, and {other} is on {tensor.device}, {name} on {device}"
-        if torch._C._are_functorch_transforms_active():
-            return "torch.func transforms see through eager code only"
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return "torch.func transforms and forward-mode differentiation see through eager code only"
         return self.limit(first)
 
 

@@ -132,9 +132,7 @@ def _limit(qkv: Tensor) -> str | None:
             f"{tokens} tokens have probabilities that take more memory than qkv; with heads {size} wide it takes up "
             f"to {3 * size} tokens"
         )
-    if torch.is_autocast_enabled(qkv.device.type):
-        return "autocast casts the inputs of matrix products, which eager code leaves to torch"
-    return None
+    return _dispatch.no_autocast(qkv)
 
 
 _OP = define_overload("", forward, backward)

@@ -116,6 +116,8 @@ def _check(
             )
     if idx is not None and idx.dtype != torch.int64:
         raise TypeError(f"dropped_mlp: idx is {idx.dtype}, expected torch.int64; convert it with idx.long().")
+    if idx is not None and idx.device != x.device:
+        raise ValueError(f"dropped_mlp: idx is on {idx.device}, expected {x.device}, where x is; move it.")
     if idx is not None and idx.dim() != 1:
         raise ValueError(f"dropped_mlp: idx is {list(idx.shape)}, expected [K].")
     if norm_bias is not None and norm_weight is None:
@@ -335,12 +337,6 @@ def _autograd(op_backward: OpOverload, ctx: Any, grad: Tensor | None, *_: None) 
 # Implementations, in order of preference.
 
 
-def _no_autocast(x: Tensor) -> str | None:
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast casts the inputs of matrix products, which eager code leaves to torch"
-    return None
-
-
 _HALF = (torch.float16, torch.bfloat16)
 _OP = define_overload("", forward, backward)
 _OP_TRITON = define_overload(
@@ -350,9 +346,9 @@ _OP_TRITON = define_overload(
 )
 
 IMPLEMENTATIONS = {
-    "cpp": _dispatch.cpp(_OP, torch.float32, torch.float64, *_HALF, limit=_no_autocast),
+    "cpp": _dispatch.cpp(_OP, torch.float32, torch.float64, *_HALF, limit=_dispatch.no_autocast),
     # In inference torch's own kernels around cuBLAS's products are as few and as fast.
-    "cuda": _dispatch.cuda(_OP, torch.float32, *_HALF, limit=_no_autocast, gains=_trains),
+    "cuda": _dispatch.cuda(_OP, torch.float32, *_HALF, limit=_dispatch.no_autocast, gains=_trains),
     # Its launches cost more than they save, unless the products take longer than everything else.
-    "triton": _dispatch.triton(_OP_TRITON, torch.float32, *_HALF, limit=_no_autocast, gains=lambda _: False),
+    "triton": _dispatch.triton(_OP_TRITON, torch.float32, *_HALF, limit=_dispatch.no_autocast, gains=lambda _: False),
 }

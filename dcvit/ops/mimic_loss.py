@@ -52,7 +52,7 @@ def mimic_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None = None
     if op is None:
         losses = eager(candidates, teacher, weight)
     else:
-        losses, _ = _dispatch.call(op, candidates, teacher, weight, _wants_unit(student))
+        losses, _ = _dispatch.call(op, candidates, teacher.detach(), weight, _wants_unit(student))
     return losses if student.dim() == 4 else losses.squeeze(0)
 
 
@@ -155,8 +155,8 @@ def _autograd(
     student, teacher, weight = ctx.saved_tensors
     unit, ctx.unit = ctx.unit, None
     # With create_graph the gradient must know where it comes from, to refuse a second derivative; and what a tracer
-    # sees (no plain tensor) may not be changed between forward and backward.
-    if type(unit) is not Tensor or torch.is_grad_enabled():
+    # sees (no plain tensor, or a batch of gradients) may not be changed between forward and backward.
+    if type(unit) is not Tensor or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
         return _dispatch.call(op_backward, grad, student, teacher, weight), None, None, None
     op_rescale(unit, grad)
     return unit, None, None, None

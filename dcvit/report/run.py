@@ -403,6 +403,11 @@ def _recovery(record: Record) -> Section:
             hint = "Mean squared error of the output tokens on held-out views. The best is kept."
             title = "Mimicking of the whole student, as held-out images judge it"
             items.append(_curves(title, [Curve("student", points)], "step", "held-out error", hint))
+    elif report.reconstructions:
+        text.append(
+            "Mimicking on the output tokens was left out: the settings allow too few steps for a model of so many MACs "
+            "(refinement_steps, refinement_macs), or there was no image to hold out."
+        )
     if report.steps:
         blocks = record.plan.blocks
         progressive = len(report.steps) == len(blocks)

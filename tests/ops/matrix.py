@@ -27,8 +27,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dcvit.errors import DcvitError
 from dcvit.ops import _dispatch
 
 NAMES = ("eager", "reference", "cpp", "host", "interpreted", "cuda", "triton")
@@ -227,6 +229,41 @@ class DifferentiableMatrix(OpMatrix):
             results = self.run(kernel, inputs, gradients=(name,))
             assert f"gradient of {name}" in results
             self.assert_within_budget(results, inputs)
+
+    def test_backward_under_autocast(self, kernel: str) -> None:
+        """It is the derivative of what was computed, which autocast had no part in."""
+        inputs = self.inputs("small", torch.float32, kernel)
+        first = inputs[self.gradients[0]].requires_grad_()
+        gradients = []
+        for enabled in (False, True):
+            output = self.call(kernel, inputs)["output"]
+            with torch.autocast(first.device.type, torch.bfloat16, enabled=enabled):
+                gradients += torch.autograd.grad(output.sum(), first)
+        assert torch.equal(*gradients)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # of torch's own forward mode
+    def test_forward_mode_is_left_to_eager(self, kernel: str) -> None:
+        inputs = self.inputs("small", torch.float32, kernel)
+        name = self.gradients[0]
+        tangents = []
+        with forward_ad.dual_level():
+            inputs[name] = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+            for impl in ("auto", "eager"):
+                tangents.append(forward_ad.unpack_dual(self.call(impl, inputs)["output"]).tangent)
+            with pytest.raises(DcvitError, match=rf"impl='{kernel}' cannot run: .*forward-mode"):
+                self.call(kernel, inputs)
+        assert tangents[0] is not None
+        assert torch.equal(*tangents)
+
+    def test_a_batch_of_gradients(self, kernel: str) -> None:
+        inputs = self.inputs("small", torch.float32, kernel)
+        first = inputs[self.gradients[0]].requires_grad_()
+        output = self.call(kernel, inputs)["output"]
+        grads = torch.randn(3, *output.shape, device=output.device)
+        (together,) = torch.autograd.grad(output, first, grads, retain_graph=True, is_grads_batched=True)
+        for grad, found in zip(grads, together, strict=True):
+            (alone,) = torch.autograd.grad(output, first, grad, retain_graph=True)
+            torch.testing.assert_close(found, alone)
 
     def test_double_backward_is_refused(self, kernel: str) -> None:
         inputs = self.inputs("small", torch.float32, kernel)

@@ -3,8 +3,10 @@ from typing import Any, ClassVar
 import matrix
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dcvit.errors import DcvitError
 from dcvit.ops import attention
 
 
@@ -43,6 +45,26 @@ class TestMatrix(matrix.DifferentiableMatrix):
         self.assert_within_budget(self.run(kernel, inputs), inputs)
         finite = self.run(kernel, inputs)["gradient of qkv"].isfinite().flatten(1).all(1)
         assert finite.tolist() == [True, False] + [True] * 7
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # of torch's own forward mode
+    def test_forward_mode_is_left_to_eager(self, kernel: str) -> None:
+        """Which leaves it to torch's fused attention, which does not have it."""
+        inputs = self.inputs("small", torch.float32, kernel)
+        with forward_ad.dual_level():
+            inputs["qkv"] = forward_ad.make_dual(inputs["qkv"], torch.ones_like(inputs["qkv"]))
+            with pytest.raises(NotImplementedError, match="forward AD"):
+                self.call("auto", inputs)
+            with pytest.raises(DcvitError, match=rf"impl='{kernel}' cannot run: .*forward-mode"):
+                self.call(kernel, inputs)
+
+    @pytest.mark.parametrize("part", range(3), ids=["query", "key", "value"])
+    def test_nan_of_any_payload_is_nan(self, kernel: str, part: int) -> None:
+        """What a GPU makes is not what a CPU makes."""
+        inputs = self.inputs("tokens_17", torch.float32, kernel)
+        inputs["qkv"].view(torch.int32)[1, 3, part, 0, 5] = 0x7FFFFFFF
+        expected = self.call("eager", inputs)["output"].isnan()
+        assert expected.any()
+        assert torch.equal(self.call(kernel, inputs)["output"].isnan(), expected)
 
     def test_probabilities_are_kept_only_for_a_backward(self, kernel: str) -> None:
         inputs = self.inputs("small", torch.float32, kernel)

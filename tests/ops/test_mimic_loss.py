@@ -102,6 +102,8 @@ def test_teacher_and_weights_get_no_gradient(impl: str) -> None:
     assert inputs["student"].grad is not None
     assert inputs["teacher"].grad is None
     assert inputs["weight"].grad is None
+    inputs["student"].requires_grad_(False)
+    assert not mimic_loss(**inputs, impl=impl).requires_grad
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ class TestMatrix(matrix.OpMatrix):
         "small": lambda: make(2, 3, 5, 4),
         "odd": lambda: make(3, 3, 33, 37),
         "wide": lambda: make(2, 1, 3, 257),
+        "wider_than_a_block": lambda: make(1, 1, 3, 2052),
+        "wider_and_odd": lambda: make(1, 1, 2, 2311),
         "first_step": lambda: make(2, 3, 16, 17, step=1),
         "late_step": lambda: make(2, 3, 16, 17, step=2000, beta=1.0),
         "one_row": lambda: make(2, 3, 1, 7),
