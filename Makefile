@@ -16,8 +16,6 @@ SANITIZE := address,undefined
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.h %.cpp %.cu,$(SOURCES))
 
-FORCE:
-
 .PHONY: FORCE help demo test fuzz test-gpu check check-native fix bench install clean
 
 help:
@@ -34,6 +32,8 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
+
+FORCE:
 
 # What was asked for; it changes, and what depends on it is made again, only when TORCH does.
 $(VENV)/.wanted: $(BIN)/python FORCE

@@ -82,7 +82,8 @@ def cuda_home() -> Path | None:
     if nvcc is not None:
         # What nvcc would run tells where it lies; it prints that to stderr.
         with contextlib.suppress(OSError):  # one for another processor, for example
-            told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+            command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+            told = subprocess.run(command, capture_output=True, text=True, check=False)
             if found := re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE):
                 return Path(found[1]).resolve()
     return next((home for home in [Path("/usr/local/cuda")] if (home / "bin" / "nvcc").is_file()), None)

@@ -1,13 +1,16 @@
 """What gradient steps need: learning rates over time and relative to what they change, parameters that take them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["or_infinite", "relative_adam", "set_step_size", "trainable", "warmup_cosine"]
+__all__ = ["least", "or_infinite", "relative_adam", "set_step_size", "trainable", "warmup_cosine"]
+
+Name = TypeVar("Name")
 
 SMALLEST_SIZE = 1e-3
 """The root mean square that a tensor is taken to have at least: biases often start at zero."""
@@ -38,6 +41,11 @@ def set_step_size(optimizer: torch.optim.Adam, step_size: float) -> None:
 def or_infinite(loss: float) -> float:
     """The loss, infinite where training that diverged made it NaN, which does not compare."""
     return math.inf if math.isnan(loss) else loss
+
+
+def least(losses: Mapping[Name, float]) -> Name:
+    """What has the least loss: the first of equals, and one that diverged only if all have."""
+    return min(losses, key=lambda name: or_infinite(losses[name]))
 
 
 @contextmanager

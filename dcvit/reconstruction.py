@@ -39,7 +39,7 @@ from dcvit.errors import NonFiniteError
 from dcvit.images import FewShotImages
 from dcvit.models import OutputLayer, adapter_for
 from dcvit.ops import Impl, mimic_loss
-from dcvit.optimisation import or_infinite, relative_adam, set_step_size, trainable, warmup_cosine
+from dcvit.optimisation import least, relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.regression import FIRST_RIDGE, NormalEquations, best_ridge, select_inputs
 from dcvit.seeding import seeded
@@ -489,7 +489,7 @@ def find_step_size(
         )  # fmt: skip
         errors[step_size] = report.error_after
         progress("step sizes", done, len(config.step_sizes), report.error_after)
-    return min(errors, key=lambda size: or_infinite(errors[size]))
+    return least(errors)
 
 
 def error_curve(

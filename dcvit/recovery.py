@@ -24,7 +24,7 @@ from dcvit.errors import DcvitError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
-from dcvit.optimisation import or_infinite, warmup_cosine
+from dcvit.optimisation import least, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.seeding import seeded
 from dcvit.surgery import share_parameters
@@ -433,9 +433,8 @@ def find_learning_rate(
     recover_together(
         candidates, teacher, used, config, seed=seed, impl=impl, progress=progress, stage="learning rates"
     )  # fmt: skip
-    losses = [mimicking_loss(candidate.student, target, judged, config, impl=impl) for candidate in candidates]
-    _, best = min(zip(map(or_infinite, losses), config.learning_rates, strict=True), key=lambda pair: pair[0])
-    return best
+    losses = (mimicking_loss(candidate.student, target, judged, config, impl=impl) for candidate in candidates)
+    return least(dict(zip(config.learning_rates, losses, strict=True)))
 
 
 def split_held_out(images: FewShotImages, seed: int) -> tuple[FewShotImages, FewShotImages]:

@@ -23,7 +23,7 @@ from dcvit.config import ReconstructionConfig
 from dcvit.distributed import ALONE, Ranks
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
-from dcvit.optimisation import or_infinite, relative_adam, set_step_size, trainable, warmup_cosine
+from dcvit.optimisation import least, relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Views
 from dcvit.recovery import Tail
@@ -187,9 +187,9 @@ def refine(
             pilots: dict[float, float] = {}
             progress("pilot runs", 0, len(step_sizes), None)
             for size in step_sizes:
-                pilots[size] = min(or_infinite(found) for _, found in run(size, -(-steps // PILOT_SHARE), 1))
+                pilots[size] = min(found for _, found in run(size, -(-steps // PILOT_SHARE), 1))
                 progress("pilot runs", len(pilots), len(step_sizes), pilots[size])
-            step_size = min(pilots, key=pilots.__getitem__)
+            step_size = least(pilots)
             promise = pilots[step_size]
         if promise < before:
             progress("refinement", 0, steps, None)

@@ -121,3 +121,9 @@ def test_tracked_files_name_no_machine() -> None:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".cpp", ".cu", ".h", ".json") and path.is_file():
             assert not any(mark in path.read_text() for mark in marks), name
+
+
+def test_make_alone_tells_what_there_is() -> None:
+    done = subprocess.run(["make", "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in ("demo", "test", "check", "install"):
+        assert f'echo "{target} ' in done.stdout

@@ -16,7 +16,7 @@ from dcvit.classes import class_logits, num_classes
 from dcvit.methods.budgets import candidate_groups
 from dcvit.methods.practise import block_dropping
 from dcvit.models import adapter_for, preprocessing
-from dcvit.optimisation import or_infinite, relative_adam, set_step_size, warmup_cosine
+from dcvit.optimisation import least, or_infinite, relative_adam, set_step_size, warmup_cosine
 from dcvit.recovery import find_learning_rate, output_tokens, recover, updated_parameters
 from dcvit.surgery import compress_block, draw_kept_nodes, drop_block
 from dcvit.teacher import freeze
@@ -130,6 +130,8 @@ def test_a_teacher_in_training_mode_answers_as_in_evaluation() -> None:
 
 def test_losses_that_are_nan_come_last() -> None:
     assert sorted([math.nan, 2.0, 1.0], key=or_infinite)[:2] == [1.0, 2.0]
+    assert least({"a": math.nan, "b": 2.0, "c": 1.0, "d": 1.0}) == "c"
+    assert least({"a": math.nan, "b": math.nan}) == "a"
 
 
 def test_a_fixed_number_of_views(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

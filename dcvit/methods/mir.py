@@ -32,7 +32,7 @@ from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, plan_of
 from dcvit.methods.practise import drop_blocks
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import adapter_for
-from dcvit.optimisation import warmup_cosine
+from dcvit.optimisation import least, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.recovery import Recovery, split_held_out
 from dcvit.seeding import derive_seed, seeded
@@ -166,8 +166,7 @@ def _find_learning_rate(
         candidate, settings = copy.deepcopy(student), replace(config, learning_rate=rate)
         mimic_features(candidate, teacher, used, settings, seed=seed, progress=progress)
         errors[rate] = _error(candidate, teacher, judged, config)
-    finite = {rate: error for rate, error in errors.items() if error == error}  # a diverged recovery's is NaN
-    return min(finite or errors, key=errors.__getitem__)
+    return least(errors)
 
 
 @torch.no_grad()

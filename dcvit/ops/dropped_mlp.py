@@ -336,7 +336,6 @@ def _autograd(op_backward: OpOverload, ctx: Any, grad: Tensor | None, *_: None) 
 
 # Implementations, in order of preference.
 
-
 _HALF = (torch.float16, torch.bfloat16)
 _OP = define_overload("", forward, backward)
 _OP_TRITON = define_overload(
