@@ -22,19 +22,19 @@ from dcvit.methods.dcvit import DCVIT
 from dcvit.models import adapter_for, hub_repository, load_model
 from dcvit.out_of_memory import within_memory
 from dcvit.planning import Budget
+from dcvit.precision import FULL, InPrecision, Precision
 from dcvit.progress import Progress, silent
 from dcvit.recovery import require_tokens
 from dcvit.results import CompressionResult, versions
 from dcvit.run_store import MemoryStore, Store, digest_images, digest_model
 from dcvit.synthesis import MetricSet
-from dcvit.teacher import freeze, full_precision, require_finite, require_gradients
+from dcvit.teacher import freeze, require_finite, require_gradients
 
 __all__ = ["checked_images", "compress", "open_store"]
 
 Given = TypeVar("Given")
 
 
-@full_precision()
 def compress(
     model: str | nn.Module,
     images: Images | FewShotImages,
@@ -65,7 +65,8 @@ def compress(
             `["cuda:0", "cuda:1"]` or `["cpu"] * 2`. A script must then guard what it does by
             `if __name__ == "__main__"`, and `progress` must be picklable.
         progress: Told how it goes, see `dcvit.progress`.
-        stopwatch: Times one pass, for a latency budget and for the report.
+        stopwatch: Times one pass, for a latency budget and for the report, under the caller's autocast and TF32;
+            everything else is computed in full precision.
 
     Returns:
         The compressed model, the plan that it follows, and a report.
@@ -85,6 +86,7 @@ def compress(
     chosen = find_method(method)
     chosen.require_unit(budget)
     config = config or chosen.config()
+    clock = InPrecision(stopwatch, Precision.current())
     if run_dir is not None and not chosen.resumable:
         raise DcvitError(
             f"run_dir with method={method!r}: only {_resumable()} goes on where it was stopped; leave it out."
@@ -94,34 +96,35 @@ def compress(
     if ranks.size > 1 or len(devices) > 1:
         _require_shareable(chosen, config, ranks, devices)
     if len(devices) > 1:
-        arguments = {"method": method, "run_dir": run_dir, "stopwatch": stopwatch}
+        arguments = {"method": method, "run_dir": run_dir, "stopwatch": clock}
         result = on_devices(devices, partial(_as_rank, model, images, budget, config, metric_set, arguments, progress))
         assert result is not None  # the first process gives it
-        return result
-    timer = Timer()
-    with timer("prepare"):
-        original = freeze(load_model(model))
-        home = next(original.parameters()).device
-        if devices:
-            original, images = original.to(devices[0]), _moved(images, devices[0])
-            metric_set = _moved(metric_set, devices[0])
-        chosen.require_family(original)
-        if isinstance(config.recovery, MimickingConfig):
-            require_tokens(original, config.recovery)
-        few_shot = checked_images(images, metric_set, original)
-        if stopwatch is not time_forward:
-            stopwatch(original, few_shot.normalised[:1])  # it may refuse
-    with open_store(run_dir, original, few_shot, metric_set, config, ranks, budget=budget.to_dict()) as store:
-        task = Task(original, few_shot, budget, config, timer, progress, stopwatch, metric_set, store, ranks)
+        return result if isinstance(model, str) else result.to(next(model.parameters()).device)
+    with FULL.applied():
+        timer = Timer()
+        with timer("prepare"):
+            original = freeze(load_model(model))
+            home = next(original.parameters()).device
+            if devices:
+                original, images = original.to(devices[0]), _moved(images, devices[0])
+                metric_set = _moved(metric_set, devices[0])
+            chosen.require_family(original)
+            if isinstance(config.recovery, MimickingConfig):
+                require_tokens(original, config.recovery)
+            few_shot = checked_images(images, metric_set, original)
+            if stopwatch is not time_forward:
+                clock(original, few_shot.normalised[:1])  # it may refuse
+        with open_store(run_dir, original, few_shot, metric_set, config, ranks, budget=budget.to_dict()) as store:
+            task = Task(original, few_shot, budget, config, timer, progress, clock, metric_set, store, ranks)
 
-        def completed(config: CompressionConfig) -> CompressionResult:
-            outcome = chosen.compress(replace(task, config=config))
-            return finish(
-                model, original, few_shot, outcome.metric_set, outcome, config, timer, stopwatch,
-                method=method, ranks=ranks,
-            )  # fmt: skip
+            def completed(config: CompressionConfig) -> CompressionResult:
+                outcome = chosen.compress(replace(task, config=config))
+                return finish(
+                    model, original, few_shot, outcome.metric_set, outcome, config, timer, clock,
+                    method=method, ranks=ranks,
+                )  # fmt: skip
 
-        return within_memory(completed, config, ranks).to(home)
+            return within_memory(completed, config, ranks).to(home)
 
 
 def _require_shareable(method: Method, config: CompressionConfig, ranks: Ranks, devices: Sequence[str]) -> None:

@@ -294,9 +294,14 @@ def _require_devices(devices: Sequence[str]) -> None:
     """Refuse devices that are not there, before processes start."""
     for name in devices:
         try:
-            torch.empty(0, device=name)
+            device = torch.device(name)
+            if device.type != "cuda":
+                torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise DistributedError(f"devices: {name!r} is not usable here ({str(error).splitlines()[0]}).") from error
+        # A tensor on a GPU would hold some of its memory, or all of one that serves a single process, for this one.
+        if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise DistributedError(f"devices: {name!r} is not usable here (torch finds {count} GPUs).")
 
 
 def _on_device(work: Callable[[Ranks, str], T], devices: Sequence[str], threads: int, told: Path) -> T | DcvitError:

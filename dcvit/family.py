@@ -28,6 +28,7 @@ from dcvit.methods.dcvit import Prepared, compress_prepared, make_metric_set, pr
 from dcvit.models import load_model
 from dcvit.out_of_memory import within_memory
 from dcvit.planning import ADDITIVE, Budget, Plan, plan
+from dcvit.precision import FULL
 from dcvit.progress import Progress, silent
 from dcvit.records import from_plain
 from dcvit.refinement import STEP_SIZES
@@ -46,7 +47,7 @@ from dcvit.results import (
 )
 from dcvit.run_store import NOTHING_KEPT, Store
 from dcvit.synthesis import MetricSet
-from dcvit.teacher import freeze, full_precision, fuse
+from dcvit.teacher import freeze, fuse
 
 __all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
 
@@ -267,6 +268,7 @@ class _Search:
     config: CompressionConfig
     step_sizes: Sequence[float] = STEP_SIZES
 
+    @FULL.applied()
     def compress(
         self, planned: Plan, config: CompressionConfig, progress: Progress, *, store: Store = NOTHING_KEPT
     ) -> CompressionResult:
@@ -282,7 +284,6 @@ class _Search:
         return finish(self.model, self.original, self.images, self.metric_set, outcome, config, timer, runs=1)
 
 
-@full_precision()
 def sweep(
     model: str | nn.Module,
     images: Images | FewShotImages,
@@ -317,32 +318,33 @@ def sweep(
     recovery = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
     fewer = max(recovery.num_views, round(REFINEMENT_SHARE * recovery.refinement_views))
     config = config.with_(recovery=replace(recovery, refinement_views=min(fewer, recovery.refinement_views)))
-    timer = Timer()
-    with timer("prepare"):
-        original = freeze(load_model(model))
-        plans = _plans(original, budgets, config)
-        few_shot = checked_images(images, metric_set, original)
-        teacher = fuse(original, config.impl)
-    asked = [planned.budget.to_dict() for planned in plans]
-    with open_store(run_dir, original, few_shot, metric_set, config, budgets=asked) as store:
+    with FULL.applied():
+        timer = Timer()
+        with timer("prepare"):
+            original = freeze(load_model(model))
+            plans = _plans(original, budgets, config)
+            few_shot = checked_images(images, metric_set, original)
+            teacher = fuse(original, config.impl)
+        asked = [planned.budget.to_dict() for planned in plans]
+        with open_store(run_dir, original, few_shot, metric_set, config, budgets=asked) as store:
 
-        def searched(config: CompressionConfig) -> tuple[_Search, list[CompressionResult]]:
-            with timer("metric set"):
-                ranked_on = metric_set or make_metric_set(teacher, few_shot, config, progress, store)
-            prepared = prepare(teacher, few_shot, ranked_on, plans[len(plans) // 2], config, timer, progress, store)
-            search = _Search(model, original, few_shot, ranked_on, prepared, config)
-            members: list[CompressionResult] = []
-            for planned in plans:
-                of_member = store.within(f"size-{len(members) + 1}")
-                member = search.compress(planned, config, progress, store=of_member)
-                if not members:  # the first bears the time that all share
-                    seconds = {**timer.seconds, **member.report.seconds}
-                    member = replace(member, report=replace(member.report, seconds=seconds))
-                members.append(member)
-                progress("sizes", len(members), len(plans), member.report.mimic_loss)
-            return search, members
+            def searched(config: CompressionConfig) -> tuple[_Search, list[CompressionResult]]:
+                with timer("metric set"):
+                    ranked_on = metric_set or make_metric_set(teacher, few_shot, config, progress, store)
+                prepared = prepare(teacher, few_shot, ranked_on, plans[len(plans) // 2], config, timer, progress, store)
+                search = _Search(model, original, few_shot, ranked_on, prepared, config)
+                members: list[CompressionResult] = []
+                for planned in plans:
+                    of_member = store.within(f"size-{len(members) + 1}")
+                    member = search.compress(planned, config, progress, store=of_member)
+                    if not members:  # the first bears the time that all share
+                        seconds = {**timer.seconds, **member.report.seconds}
+                        member = replace(member, report=replace(member.report, seconds=seconds))
+                    members.append(member)
+                    progress("sizes", len(members), len(plans), member.report.mimic_loss)
+                return search, members
 
-        search, members = within_memory(searched, config)
+            search, members = within_memory(searched, config)
     # Where little can be chosen, several budgets come to one structure.
     members = [m for i, m in enumerate(members) if not any(_alike(m, other) for other in members[:i])]
     members = _timed(search, members)

@@ -320,7 +320,8 @@ def _has_half(device: torch.device, dtype: torch.dtype) -> bool:
         checks = {torch.float16: native._is_mkldnn_fp16_supported, torch.bfloat16: native._is_mkldnn_bf16_supported}
         return bool(checks[dtype]())
     if device.type == "cuda" and dtype == torch.bfloat16:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.amp.is_autocast_available(device.type))
 
 

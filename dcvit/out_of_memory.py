@@ -37,8 +37,12 @@ def within_memory(work: Callable[[CompressionConfig], Found], config: Compressio
         if halved is None or ranks.size > 1:
             raise DcvitError(
                 f"The device ran out of memory ({reason}). "
-                + (f"It was rank {ranks.rank}'s; " if ranks.size > 1 else "One image is too much; ")
-                + "set batch_size and micro_batch lower, take fewer views and rows, or compress on the CPU."
+                + (
+                    f"It was rank {ranks.rank}'s; set batch_size and micro_batch lower, "
+                    if ranks.size > 1
+                    else "So it does with one image at once; "
+                )
+                + "take fewer views, rows and synthesised images, or compress on the CPU."
             )
         gc.collect()
         torch.cuda.empty_cache()

@@ -25,6 +25,7 @@ also makes good what the ones before it got wrong.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Views:
         of_each = len(rows) // len(tokens)
         if of_each * len(self.images) <= FEW_ROWS:
             return rows
-        few = _few(of_each * len(self.images)) - of_each * views.start
+        few = _few(of_each * len(self.images), FEW_ROWS) - of_each * views.start
         return rows[few[(few >= 0) & (few < len(rows))].to(rows.device)]
 
     def rows_of_all(self, batches: Iterable[Tensor], first: int = 0, *, few: bool = False) -> Tensor:
@@ -174,13 +175,14 @@ class Rows:
 def _thinned(*tensors: Tensor) -> list[Tensor]:
     """Of tensors of equally many rows those that `_few` chooses; all where they are few."""
     count, device = len(tensors[0]), tensors[0].device
-    return list(tensors) if count <= FEW_ROWS else [tensor[_few(count).to(device)] for tensor in tensors]
+    return list(tensors) if count <= FEW_ROWS else [tensor[_few(count, FEW_ROWS).to(device)] for tensor in tensors]
 
 
-def _few(count: int) -> Tensor:
-    """Which `FEW_ROWS` of more rows are enough, ascending."""
+@functools.lru_cache(maxsize=8)
+def _few(count: int, enough: int) -> Tensor:
+    """Which rows are enough of more, ascending; not to be written to."""
     # Not every n-th: that could leave out all rows that are held out.
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:FEW_ROWS].sort().values
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:enough].sort().values
 
 
 @dataclass(frozen=True)
@@ -678,9 +680,9 @@ def _descend(
     with seeded(seed, "rows"), torch.enable_grad(), trainable(module):
         trained = ranks.parallel(module)
         for epoch in range(1, epochs + 1):
-            for chosen in torch.randperm(len(given)).split(config.batch_rows):
+            for chosen in torch.randperm(len(given)).to(given.device).split(config.batch_rows):
                 set_step_size(optimizer, step_size * warmup_cosine(step, total, per_epoch // 2))
-                index, share = ranks.batch(chosen.to(given.device))
+                index, share = ranks.batch(chosen)
                 loss = share * mimic_loss(trained(given[index][None]), wanted[index][None], impl=impl) / energy
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

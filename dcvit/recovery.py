@@ -298,7 +298,8 @@ class _Batch:
 
     def of(self, chosen: Sequence[int]) -> "_Batch":
         """The chosen ones of them."""
-        return _Batch({start: values[chosen] for start, values in self.given.items()}, self.target[chosen])
+        index = torch.tensor(chosen, dtype=torch.long, device=self.target.device)
+        return _Batch({start: values[index] for start, values in self.given.items()}, self.target[index])
 
     def split(self, count: int) -> "list[_Batch]":
         """All of them in parts of so many."""

@@ -47,18 +47,18 @@ class NormalEquations:
     def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> "NormalEquations":
         """The sums over batches of inputs `[R, K]` and targets `[R, D]`, at least one batch."""
         gram = moment = None
-        energy, count = 0.0, 0
+        energy, count = torch.zeros((), dtype=torch.float64), 0
         for inputs, targets in pairs:
             for h, y in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
                 h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
                 products, moments = (h.T @ h).double(), (h.T @ y).double()
                 gram = products if gram is None else gram.add_(products)
                 moment = moments if moment is None else moment.add_(moments)
-                energy += float(y.double().square().sum())
+                energy = energy.to(y.device) + y.double().square().sum()
                 count += len(h)
         if gram is None or moment is None:
             raise ValueError("NormalEquations.of: expected at least one equation.")
-        return cls(gram, moment, energy, count)
+        return cls(gram, moment, float(energy), count)
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         return NormalEquations(

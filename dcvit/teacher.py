@@ -13,7 +13,7 @@ from dcvit.models import adapter_for, require_supported
 from dcvit.ops import Impl
 from dcvit.surgery import choose_impl, copy_blocks
 
-__all__ = ["evaluating", "freeze", "full_precision", "fuse", "require_finite", "require_gradients"]
+__all__ = ["evaluating", "freeze", "fuse", "require_finite", "require_gradients"]
 
 FINITE_IMAGES = 8
 """So many images are passed through a model to see whether its values stay finite."""
@@ -49,24 +49,6 @@ def require_gradients() -> None:
     """
     if torch.is_inference_mode_enabled():
         raise DcvitError("Under torch.inference_mode() no gradient can be taken: call this outside of it.")
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Matrix products in the model's own dtype, whatever the caller chose: without autocast, and not in TF32.
-
-    Sums of squares, and what is solved from them, are worth nothing in less.
-    """
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from dcvit.latency import (
 from dcvit.latency_model import LatencyModel, StructureTiming, calibrate, time_structures
 from dcvit.latency_planning import TOLERANCE, plan_latency
 from dcvit.planning import Plan
+from dcvit.precision import FULL, Precision
 from dcvit.surgery import unrecovered
 from tests.conftest import QUICK
 from tests.variants import VARIANTS
@@ -334,6 +335,33 @@ def test_a_latency_model_serves_several_budgets() -> None:
     with pytest.raises(dcvit.BudgetError, match="batch_size=64: the latency model was calibrated at 32"):
         plan_latency(MODEL, dcvit.Budget(latency=0.8), latency_model=latency_model, stopwatch=clock)
     assert plan_latency(MODEL, dcvit.Budget(macs=0.75)) == dcvit.plan(MODEL, dcvit.Budget(macs=0.75))
+
+
+@dataclass
+class Noting:
+    """A clock that notes whether the precision is the expected one when it is read."""
+
+    file: Path
+    expected: Precision
+
+    def __call__(self, module: nn.Module, inputs: Tensor) -> float:
+        with self.file.open("a") as file:
+            print(Precision.current() == self.expected, file=file)
+        return Clock()(module, inputs)
+
+
+@pytest.mark.parametrize("devices", [(), ("cpu", "cpu")], ids=["here", "in other processes"])
+def test_timed_in_the_callers_precision(images: Tensor, devices: tuple[str, ...], tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            stopwatch = Noting(tmp_path / "noted.txt", Precision.current())
+            dcvit.compress(MODEL, images, dcvit.Budget(latency=0.8), QUICK, devices=devices, stopwatch=stopwatch)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert stopwatch.expected != FULL
+    assert set(stopwatch.file.read_text().split()) == {"True"}
 
 
 def test_compression_to_a_latency(images: Tensor, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def mimic_features(
         for epoch in range(config.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = rate * warmup_cosine(epoch, config.epochs, config.warmup_epochs)
-            total = 0.0
+            total = torch.zeros((), dtype=torch.float64, device=images.normalised.device)
             for chosen in torch.randperm(len(images)).split(config.batch_size):
                 views = images.normalised[chosen]
                 if config.augmentation is not None:
@@ -142,9 +142,9 @@ def mimic_features(
                         wanted = features(teacher, part)
                     loss = F.mse_loss(features(student, part), wanted) * (len(part) / len(views))
                     loss.backward()
-                    total += float(loss.detach()) * len(chosen)
+                    total += loss.detach().double() * len(chosen)
                 optimizer.step()
-            losses.append(total / len(images))
+            losses.append(float(total) / len(images))
             progress("mimicking", epoch + 1, config.epochs, losses[-1])
     student.requires_grad_(False)
     after = _error(student, teacher, images, config)

@@ -40,7 +40,9 @@ class Timer:
         start = time.perf_counter()
         yield
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+            for device in range(torch.cuda.device_count()):
+                if torch.cuda.memory_allocated(device):  # else asking it would set it up
+                    torch.cuda.synchronize(device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
