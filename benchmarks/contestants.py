@@ -53,7 +53,8 @@ def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: 
     """
     config = method(name).config()
     if ablation is not None:
-        config = CompressionConfig.paper(recovery=MimickingConfig(), synthesis=SynthesisConfig())
+        beta = 1.0 if bed.name.startswith(("deit", "swin")) else 0.6  # of the total variation, as published
+        config = CompressionConfig.paper(recovery=MimickingConfig(), synthesis=SynthesisConfig(tv_exponent=beta))
     config = replace(suited(config, bed), seed=seed)
     if isinstance(config.recovery, MimickingConfig) and epochs is not None:
         config = _mimicking(epochs=epochs, warmup_epochs=epochs // 20)(config)

@@ -73,7 +73,7 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
         images: A normalised tensor `[N, C, H, W]`; a `Dataset` or `DataLoader` of normalised tensors `[C, H, W]`
             or PIL images, alone or as the first of a tuple; a folder, searched recursively; or a list of files.
             PIL images and files get timm's evaluation preprocessing for the model. Files that cannot be read are left
-            out, with a warning that names them.
+            out, with a warning that names them; there is one, too, where tensors look like pixels.
         model: The model that will see them.
 
     Returns:
@@ -128,6 +128,8 @@ def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImag
 
 
 def _few_shot(normalised: Tensor, at_own_size: "_Bytes", prep: Preprocessing) -> FewShotImages:
+    if not at_own_size:
+        _warn_of_pixels(normalised[:8], prep)
     mean, std = (prep.mean, prep.std) if at_own_size else _normalisation(normalised, prep)
     return FewShotImages(normalised, _Pixels(normalised, at_own_size, mean, std), mean, std)
 
@@ -149,6 +151,26 @@ def _normalisation(normalised: Tensor, prep: Preprocessing) -> tuple[tuple[float
         return prep.mean, prep.std
     span = (high - low).clamp_min(1e-6)
     return tuple((-low / span).tolist()), tuple((1 / span).tolist())
+
+
+def _warn_of_pixels(images: Tensor, prep: Preprocessing) -> None:
+    """Say so where images look like pixels that nobody has normalised, by their 256 levels."""
+    if set(prep.mean) == {0.0} and set(prep.std) == {1.0}:
+        return
+    for top in (1, 255):
+        levels = images * (255 / top)
+        whole = levels.round()
+        between = bool(whole.amin() >= 0) and bool(whole.amax() <= 255) and bool(whole.amax() > 1)
+        if between and bool(((levels - whole).abs() < 1e-3).all()):
+            warnings.warn(
+                f"The images look like pixels from 0 to {top} that are not normalised, and the model's configuration "
+                f"has mean {prep.mean} and std {prep.std}: normalise them "
+                "(timm.data.create_transform(**timm.data.resolve_model_data_config(model))), unless the model was "
+                "trained on such.",
+                ImagesWarning,
+                stacklevel=4,
+            )
+            return
 
 
 class _Bytes:
@@ -305,8 +327,12 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
         raise ImagesError(f"{name} have {shape[1]} channels (shape {shape}): the model takes {channels}.")
     if shape[2:] != [height, width]:
         raise ImagesError(
-            f"{name} are {shape[2]}x{shape[3]}: the model takes {height}x{width}. "
-            "Resize them, or call model.set_input_size(img_size=...)."
+            f"{name} are {shape[2]}x{shape[3]}: the model takes {height}x{width}. Resize them, or "
+            + (
+                "call model.set_input_size(img_size=...)."
+                if hasattr(model, "set_input_size")
+                else "set model.pretrained_cfg['input_size']."
+            )
         )
     bad = [first + i for i, image in enumerate(images) if not torch.isfinite(image).all()]
     if bad:

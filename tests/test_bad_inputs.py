@@ -283,6 +283,10 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: at.compress(images=torch.zeros(4, 1, 9, 9)),
         ("The images are 9x9: the model takes 8x8. Resize them, or call model.set_input_size(img_size=...)."),
     ),
+    "images size of a CNN": (
+        lambda at: at.compress(model=timm.create_model("resnet18").eval(), images=torch.zeros(4, 3, 9, 9)),
+        "The images are 9x9: the model takes 224x224. Resize them, or set model.pretrained_cfg['input_size'].",
+    ),
     "images dtype": (
         lambda at: at.compress(images=torch.zeros(4, 1, 8, 8, dtype=torch.uint8)),
         (

@@ -61,6 +61,12 @@ def test_the_table_tells_epochs_apart() -> None:
     assert [line.rpartition(" ")[2] for line in text.splitlines() if "python -m" in line] == ["5", "20", "100"]
 
 
+def test_a_few_shot_set_counts_once() -> None:
+    """Epochs that a method does not read do not make two runs of one."""
+    runs = [record(agreement=0.7), record(epochs=5), record("mir"), record("mir", epochs=5), record(seed=1)]
+    assert compare.latest(runs) == runs[1:]
+
+
 def test_a_record_survives_the_file() -> None:
     assert Record.from_dict(asdict(record(ablation="all blocks at once"))) == record(ablation="all blocks at once")
 

@@ -137,6 +137,18 @@ def test_files_that_cannot_be_read_are_named_and_left_out(model: nn.Module, tmp_
         load_images(tmp_path, model)
 
 
+@pytest.mark.parametrize("top", [1, 255])
+def test_pixels_that_nobody_normalised_are_told_of(model: nn.Module, top: int) -> None:
+    pixels = torch.randint(256, (3, 3, 32, 32)) / 255
+    with pytest.warns(ImagesWarning, match=f"like pixels from 0 to {top} that are not normalised"):
+        load_images(pixels * top, model)
+    load_images((pixels - 0.5) / 0.5, model)
+    load_images(torch.rand(3, 3, 32, 32), model)  # not of 256 levels
+    load_images(torch.zeros(3, 3, 32, 32), model)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    load_images(pixels, model)
+
+
 def test_files_for_a_model_in_double_precision(model: nn.Module, tmp_path: Path) -> None:
     Photographs()[0][0].save(tmp_path / "a.png")
     assert load_images(tmp_path, copy.deepcopy(model).double()).normalised.dtype == torch.float64

@@ -115,6 +115,14 @@ def _show_warning(
     print(f"dcvit: warning: {message}{place}", file=sys.stderr)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names the defaults, but for those that only stand for something not being asked for."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unasked = action.default is None or action.default is False or action.default == ()
+        return action.help if unasked else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dcvit",
@@ -127,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         one = parsers.add_parser(
             command.name, help=command.summary, description=command.description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )  # fmt: skip
         if command.json_file:
             one.add_argument(

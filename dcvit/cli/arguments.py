@@ -11,11 +11,13 @@ from dcvit.methods import method as find_method
 from dcvit.run_store import CAN_LOCK, delete_run
 
 __all__ = [
-    "DATA_HELP", "MODEL_HELP", "amount", "block_list", "device_argument", "forget_run", "impl_argument",
-    "model_arguments", "name_list", "output_arguments", "random_weights_argument", "run_argument", "run_folder",
+    "DATA_HELP", "MODEL_HELP", "TV_EXPONENT_HELP", "amount", "block_list", "device_argument", "forget_run",
+    "impl_argument", "model_arguments", "name_list", "output_arguments", "random_weights_argument", "run_argument",
+    "run_folder",
 ]  # fmt: skip
 
 MODEL_HELP = "a timm name (deit_small_patch16_224), local-dir:FOLDER, hf-hub:OWNER/NAME, or demo (the embedded model)"
+TV_EXPONENT_HELP = "of the prior of synthesis: 0.6 for ViT, 1 for DeiT and Swin"
 DATA_HELP = "a folder of image files, searched recursively, or digits (scikit-learn's)"
 
 

@@ -9,6 +9,7 @@ import torch
 
 from dcvit.cli.arguments import (
     DATA_HELP,
+    TV_EXPONENT_HELP,
     amount,
     block_list,
     device_argument,
@@ -24,7 +25,7 @@ from dcvit.cli.command import Command
 from dcvit.cli.inputs import digits_by_default, load_data, load_named_model
 from dcvit.cli.text import saved, table
 from dcvit.compression import compress
-from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
+from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.costs import MAC_CONVENTIONS
 from dcvit.errors import DcvitError
 from dcvit.evaluation import top1
@@ -83,21 +84,31 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="block by block (default), or by mimicking the output tokens as published (--paper's)",
     )
     parser.add_argument(
-        "--epochs", type=int, help="gradient steps: of each chosen block; mimicking, of each trial and each step"
-    )
+        "--epochs", type=int,
+        help=f"gradient steps: of each chosen block ({ReconstructionConfig().epochs}); mimicking, of each trial and "
+        f"each step ({MimickingConfig().epochs}, with --paper {CompressionConfig.paper().mimicking.epochs})",
+    )  # fmt: skip
     parser.add_argument(
         "--learning-rate", type=float, metavar="RATE", help="peak, of mimicking; found automatically if not given"
     )
-    parser.add_argument("--synthesis-iterations", type=int, metavar="N", help="for the metric set")
-    parser.add_argument("--synthesis-images", type=int, metavar="N", help="in the metric set")
+    defaults, published = SynthesisConfig(), CompressionConfig.paper().synthesis
+    parser.add_argument(
+        "--synthesis-iterations", type=int, metavar="N",
+        help=f"for the metric set ({defaults.iterations}, with --paper {published.iterations})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--synthesis-images", type=int, metavar="N",
+        help=f"in the metric set ({defaults.num_images}, with --paper {published.num_images})",
+    )  # fmt: skip
+    parser.add_argument("--tv-exponent", type=float, metavar="β", help=TV_EXPONENT_HELP)
     parser.add_argument("--candidates", type=block_list, metavar="I,J,…", help="blocks that may be compressed, from 0")
     parser.add_argument(
         "--num-blocks", type=int, metavar="K", help="take the attention of K blocks, and touch no others"
     )
     parser.add_argument(
         "--structure", choices=("searched", "fewest"),
-        help="searched: blocks keep their attention where losing nodes alone costs less; fewest: as few blocks as meet "
-        "the budget lose it",
+        help="searched (default): blocks keep their attention where losing nodes alone costs less; fewest (--paper's): "
+        "as few blocks as meet the budget lose it",
     )  # fmt: skip
     parser.add_argument(
         "--round-to", type=int, default=1, metavar="N", help="round kept hidden nodes down to a multiple"
@@ -126,7 +137,10 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     config = config.with_(
         recovery=_recovery(arguments, config),
         synthesis=_changed(
-            config.synthesis, iterations=arguments.synthesis_iterations, num_images=arguments.synthesis_images
+            config.synthesis,
+            iterations=arguments.synthesis_iterations,
+            num_images=arguments.synthesis_images,
+            tv_exponent=arguments.tv_exponent,
         ),
         candidates=arguments.candidates,
         num_blocks=arguments.num_blocks,
@@ -175,7 +189,15 @@ def _check_method(arguments: argparse.Namespace, config: CompressionConfig) -> N
     """
     if arguments.method == "dcvit":
         return
-    for name in ("paper", "synthesis_iterations", "synthesis_images", "num_blocks", "structure", "run_dir"):
+    for name in (
+        "paper",
+        "synthesis_iterations",
+        "synthesis_images",
+        "tv_exponent",
+        "num_blocks",
+        "structure",
+        "run_dir",
+    ):
         if getattr(arguments, name) not in (None, False):
             raise DcvitError(f"--{name.replace('_', '-')}: --method {arguments.method} does not read it; leave it out.")
     if find_method(arguments.method).recovery is None:

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torchvision.utils import save_image
 
-from dcvit.cli.arguments import device_argument, impl_argument, model_arguments
+from dcvit.cli.arguments import TV_EXPONENT_HELP, device_argument, impl_argument, model_arguments
 from dcvit.cli.command import Command
 from dcvit.cli.inputs import load_named_model
 from dcvit.config import SynthesisConfig
@@ -25,9 +25,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     settings = SynthesisConfig()
     parser.add_argument("--num-images", type=int, default=settings.num_images, metavar="N", help="in one batch")
     parser.add_argument("--iterations", type=int, default=settings.iterations, metavar="N", help="steps of Adam")
-    parser.add_argument(
-        "--tv-exponent", type=float, default=settings.tv_exponent, metavar="β", help="0.6 for ViT, 1 for DeiT"
-    )
+    parser.add_argument("--tv-exponent", type=float, default=settings.tv_exponent, metavar="β", help=TV_EXPONENT_HELP)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; empty or new")
     impl_argument(parser)

@@ -170,7 +170,7 @@ def compare(
             "original": (teacher, ()),
             "block dropping, not recovered": (drop_blocks(teacher, dropped.blocks), dropped.blocks),
             BLOCK_DROPPING: (dropped.model, dropped.blocks),
-            "dcvit, published procedure (DC-ViT)": (gradient_only.model, gradient_only.plan.blocks),
+            "DC-ViT as published, shortened": (gradient_only.model, gradient_only.plan.blocks),
             THIS_METHOD: (result.model, result.plan.blocks),
         }
         latency = measure_latency(
