@@ -11,7 +11,7 @@ default, each cut block is fitted to what the teacher's adds (`reconstruct_block
 first (`prepare`), so that many sizes can share it (`dcvit.family`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -476,8 +476,15 @@ def reconstruct_blocks(
         with torch.no_grad():
             return Stack(adapter.run_blocks(student, batch, at, stop) for batch in batches)
 
+    def embedded() -> Iterator[Tensor]:
+        for done, first in enumerate(firsts, 1):
+            yield adapter.embed(teacher, views.images[first : first + at_once])
+            progress("blocks in front", done, len(firsts), None)
+
+    # A stage of its own: what the first block takes says how long the others will.
+    progress("blocks in front", 0, len(firsts), None)
+    tokens, at = passed(embedded(), min(cuts)), min(cuts)
     progress("reconstruction", 0, len(cuts), None)
-    tokens = passed((adapter.embed(teacher, views.images[i : i + at_once]) for i in firsts), 0)
     for done, block in enumerate(sorted(cuts), 1):
         tokens = passed(tokens.split(at_once), block)
         at, cut = block, cuts[block]
