@@ -16,8 +16,9 @@ __all__ = ["Progress", "TerminalProgress", "silent"]
 Progress = Callable[[str, int, int, float | None], None]
 """Called as progress(stage, done, total, loss) after each step of a stage, such as `"trials"`.
 
-With `done=0` when a stage begins, so that what its first step takes is known. The loss is `None` then, and in a stage
-that has none, such as timing.
+With `done=0` when a stage begins, so that what its first step takes is known. A step that takes longer than others of
+its stage counts for more than one, so that `done / total` is about the part of the stage's time that is over. The loss
+is `None` at first, and always in a stage that has none, such as timing.
 """
 
 

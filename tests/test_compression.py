@@ -1,6 +1,7 @@
 """`dcvit.compress` as a whole."""
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -286,6 +287,25 @@ def test_all_at_once_trains_as_long(model: nn.Module, images: Tensor) -> None:
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), config)
     (step,) = result.report.steps
     assert len(step.losses) == 2 * PUBLISHED.mimicking.epochs
+
+
+def test_progress_weighs_blocks_by_the_work_they_are(images: Tensor) -> None:
+    """Twice as much for a block that loses its attention as for a pruned one, and half of that to pass a whole one."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=8, num_classes=10)
+    seen: list[tuple[int, int]] = []
+
+    def progress(stage: str, done: int, total: int, loss: float | None) -> None:
+        if stage == "reconstruction":
+            seen.append((done, total))
+
+    config = QUICK.with_(candidates=(0, 2, 3, 6))
+    plan = dcvit.compress(model, images, dcvit.Budget(macs=0.8), config, progress=progress).plan
+    blocks = sorted(plan.blocks)
+    assert 0 < len(plan.pruned) < len(blocks) <= blocks[-1] - blocks[0]
+    work = [2 if block in plan.pruned else 4 for block in blocks]
+    front = [0, *(sum(other not in blocks for other in range(a, b)) for a, b in itertools.pairwise(blocks))]
+    done = list(itertools.accumulate(map(sum, zip(work, front, strict=True)), initial=0))
+    assert seen == [(count, done[-1]) for count in done]
 
 
 def test_metric_set_can_be_swapped(model: nn.Module, images: Tensor) -> None:

@@ -14,6 +14,7 @@ first (`prepare`), so that many sizes can share it (`dcvit.family`).
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -447,9 +448,9 @@ def reconstruct_blocks(
         The student, the hidden nodes kept in each block, and how each reconstruction went.
     """
     recovery, adapter = config.reconstruction, adapter_for(teacher)
-    at_once = recovery.batch_size
+    at_once, blocks = recovery.batch_size, sorted(cuts)
     # What changes, by the refinement too, which goes one block further, is the student's own.
-    student = copy_blocks(teacher, range(min(cuts), min(max(cuts) + 2, adapter.num_blocks(teacher))))
+    student = copy_blocks(teacher, range(blocks[0], min(blocks[-1] + 2, adapter.num_blocks(teacher))))
     firsts, counts = ranks.batches(len(views.images), at_once)
     at, kept, reports = 0, {}, []
 
@@ -483,17 +484,33 @@ def reconstruct_blocks(
 
     # A stage of its own: what the first block takes says how long the others will.
     progress("blocks in front", 0, len(firsts), None)
-    tokens, at = passed(embedded(), min(cuts)), min(cuts)
-    progress("reconstruction", 0, len(cuts), None)
-    for done, block in enumerate(sorted(cuts), 1):
-        tokens = passed(tokens.split(at_once), block)
-        at, cut = block, cuts[block]
-        work = partial(reconstructed, block, cut, tokens)
-        unit = store.unit(f"block-{block}", work, partial(restore, block, cut), together=True)
+    tokens, at = passed(embedded(), blocks[0]), blocks[0]
+    work = _work(cuts)
+    done, total = 0, sum(work.values())
+    progress("reconstruction", done, total, None)
+    for block in blocks:
+        if at < block:
+            tokens, at = passed(tokens.split(at_once), block), block
+        cut = cuts[block]
+        unit = store.unit(
+            f"block-{block}", partial(reconstructed, block, cut, tokens), partial(restore, block, cut), together=True
+        )
         kept[block] = tuple(unit.values["kept"])
         reports.append(from_plain(Reconstruction, unit.values["report"]))
-        progress("reconstruction", done, len(cuts), reports[-1].error_after)
+        done += work[block]
+        progress("reconstruction", done, total, reports[-1].error_after)
     return student, kept, tuple(reports)
+
+
+def _work(cuts: Mapping[int, Cut]) -> dict[int, int]:
+    """About how long each cut takes, for the progress: 2 for a pruned block, 4 for one that loses its attention.
+
+    And 1 for each whole block between it and the cut in front, which its views are passed through. So measured on
+    ViT-B/16, where a pruned block took 18 to 32 s, another 51 to 84 s, and passing a whole one 12 to 17 s.
+    """
+    blocks = sorted(cuts)
+    between = [0, *(after - before - 1 for before, after in pairwise(blocks))]
+    return {block: (2 if cuts[block].attention else 4) + whole for block, whole in zip(blocks, between, strict=True)}
 
 
 @torch.no_grad()
