@@ -363,14 +363,15 @@ class _Shared(Store):
             restore(unit)
         return unit
 
-    def units(self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit], None]) -> dict[str, Unit]:
+    def units(
+        self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit | None], None]
+    ) -> dict[str, Unit]:
         """See `Store`."""
         found = {name: self._kept.find(name) for name in works} if self._ranks.leads else {}
         kept = {name: unit for name, unit in found.items() if unit is not None}
         names: list[str] = self._ranks.send(Unit(list(kept))).values
         units = {name: self._ranks.send(kept.get(name)) for name in names}
-        for done, name in enumerate(names, 1):
-            told(done, units[name])
+        told(len(units), None)
         left = [name for name in works if name not in units]
         queue = c10d.PrefixStore("".join(left[:1]), self._queues)  # a name that no other queue of the run has
         while (place := queue.add("next", 1) - 1) < len(left):

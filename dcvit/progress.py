@@ -16,9 +16,10 @@ __all__ = ["Progress", "TerminalProgress", "silent"]
 Progress = Callable[[str, int, int, float | None], None]
 """Called as progress(stage, done, total, loss) after each step of a stage, such as `"trials"`.
 
-With `done=0` when a stage begins, so that what its first step takes is known. A step that takes longer than others of
-its stage counts for more than one, so that `done / total` is about the part of the stage's time that is over. The loss
-is `None` at first, and always in a stage that has none, such as timing.
+Also when a stage begins, so that what its first step takes is known: with `done=0`, or with what an earlier run of the
+same has finished. A step that takes longer than others of its stage counts for more than one, so that `done / total` is
+about the part of the stage's work that is over. The loss is `None` at first, and always in a stage that has none, such
+as timing.
 """
 
 
@@ -39,6 +40,7 @@ class TerminalProgress:
         self._interval = interval
         self._stage = ""
         self._start = self._last = 0.0
+        self._first = 0
         self._bar: tqdm[None] | None = None
 
     @property
@@ -51,15 +53,17 @@ class TerminalProgress:
         shown = "" if loss is None else f"loss {loss:.4g}, "
         if stage != self._stage:
             self.close()
-            self._stage, self._start, self._last = stage, now, now
+            self._stage, self._start, self._last, self._first = stage, now, now, done
             if self._stream.isatty():
-                self._bar = tqdm(total=total, desc=stage, file=self._stream, leave=False, dynamic_ncols=True)
+                self._bar = tqdm(
+                    total=total, initial=done, desc=stage, file=self._stream, leave=False, dynamic_ncols=True
+                )
         if self._bar is not None:
             self._bar.set_postfix_str(shown.removesuffix(", "), refresh=False)
             self._bar.update(done - self._bar.n)
-        elif 0 < done < total and now - self._last >= self._interval:
+        elif self._first < done < total and now - self._last >= self._interval:
             self._last = now
-            left = (now - self._start) / done * (total - done)
+            left = (now - self._start) / (done - self._first) * (total - done)
             print(f"{stage}: {done}/{total}, {shown}{left:.0f} s left", file=self._stream, flush=True)
         if done >= total:
             self.close()

@@ -264,10 +264,9 @@ def rank_reconstructed(
         trial = Trial(block, loss, None, reconstruction, time.perf_counter() - start, profile)
         return Unit({"trial": asdict(trial), "order": order if count <= len(order) else kept})
 
-    def told(done: int, unit: Unit) -> None:
-        progress(stage, done, len(cuts), unit.values["trial"]["metric_loss"])
+    def told(done: int, unit: Unit | None) -> None:
+        progress(stage, done, len(cuts), None if unit is None else unit.values["trial"]["metric_loss"])
 
-    progress(stage, 0, len(cuts), None)
     names = {f"{stage.replace(' ', '-')}-{block}": block for block in cuts}
     units = store.units({name: partial(tried, block, cuts[block]) for name, block in names.items()}, told)
     states.give_up_mlp_rows(block for block, cut in cuts.items() if cut.attention)  # of those that others tried

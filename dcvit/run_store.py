@@ -120,18 +120,23 @@ class Store(ABC):
             restore(found)
         return found
 
-    def units(self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit], None]) -> dict[str, Unit]:
+    def units(
+        self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit | None], None]
+    ) -> dict[str, Unit]:
         """Several that do not depend on each other, each done by one process of several.
 
         Args:
             works: By name, what computes it.
-            told: Called after each with how many are finished, and it.
+            told: Called before any work with how many are finished already, and `None`; then after each that is worked
+                out with how many are, and it.
         """
-        units: dict[str, Unit] = {}
-        for name, work in works.items():
-            units[name] = self.unit(name, work)
+        units = {name: unit for name in works if (unit := self.find(name)) is not None}
+        told(len(units), None)
+        for name in [name for name in works if name not in units]:
+            units[name] = works[name]()
+            self.keep(name, units[name])
             told(len(units), units[name])
-        return units
+        return {name: units[name] for name in works}
 
 
 class _NothingKept(Store):

@@ -550,6 +550,21 @@ def test_the_time_left_counts_the_first_step(monkeypatch: pytest.MonkeyPatch) ->
     assert screen.text == "reconstruction: 1/4, loss 0.5, 21 s left\n"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_time_left_leaves_out_what_an_earlier_run_finished(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("dcvit.progress.time.monotonic", lambda: now)
+    screen = Screen(terminal)
+    progress = TerminalProgress(screen, interval=0.0)  # type: ignore[arg-type]
+    progress("trials", 6, 10, None)
+    assert ("6/10" in screen.text) == terminal
+    now += 7
+    progress("trials", 7, 10, 0.5)
+    if not terminal:
+        assert screen.text == "trials: 7/10, loss 0.5, 21 s left\n"
+    progress.close()
+
+
 def test_environment_is_not_needed() -> None:
     """No variable steers the command line unseen."""
     assert not [name for name in os.environ if name.startswith("DCVIT_") and name != "DCVIT_TEST_GPU"]

@@ -75,18 +75,25 @@ def queued(folder: Path, ranks: Ranks, device: str) -> dict[str, Any]:
         return Unit(name.upper(), {"by": torch.tensor(ranks.rank)})
 
     names = [f"u{i}" for i in range(6)]
-    told: list[int] = []
+    told: list[tuple[int, bool]] = []
+
+    def tell(count: int, unit: Unit | None) -> None:
+        told.append((count, unit is None))
+
     with ranks.store(folder, {"of": "queue"}) as store:
-        units = store.units({name: partial(work, name) for name in names}, lambda count, _: told.append(count))
-        later = store.units({"u6": partial(work, "u6")}, lambda count, _: told.append(count))
+        units = store.units({name: partial(work, name) for name in names}, tell)
+        later = store.units({"u6": partial(work, "u6")}, tell)
     with ranks.store(folder, {"of": "queue"}) as store:
-        again = store.units({name: partial(work, name) for name in names}, lambda *_: None)
+        again = store.units({name: partial(work, name) for name in names}, tell)
     mine = ranks.send(Unit(done), source=1).values
+    told_there = ranks.send(Unit(told), source=1).values
     return {
         "values": [unit.values for unit in (*units.values(), *later.values(), *again.values())],
         "of_the_slow": len(done),
         "of_the_fast": len(mine),
         "twice": len(set(done + mine)) < len(done + mine),
+        "begun": [[count for count, begins in each if begins] for each in (told, told_there)],
+        "finished": sorted(count for each in (told, told_there) for count, begins in each if not begins),
     }
 
 
@@ -96,6 +103,8 @@ def test_a_queue_gives_a_fast_rank_more(tmp_path: Path) -> None:
     assert found["of_the_slow"] + found["of_the_fast"] == 7
     assert found["of_the_fast"] > found["of_the_slow"] > 0
     assert not found["twice"]
+    assert found["begun"] == [[0, 0, 6]] * 2
+    assert found["finished"] == sorted([*range(1, 7), 1])
     assert len(list((tmp_path / "run" / "units").glob("*.json"))) == 7
 
 

@@ -48,6 +48,19 @@ def test_a_unit_is_computed_once_and_comes_back_as_it_was(tmp_path: Path) -> Non
     assert not list((tmp_path / "run" / "units").glob("*.part"))
 
 
+def test_of_several_units_those_that_are_finished_are_told_at_once_and_the_others_worked_out(tmp_path: Path) -> None:
+    calls: list[str] = []
+    told: list[tuple[int, bool]] = []
+    works = {name: counted(calls, name) for name in ("a", "b", "c")}
+    with open_run(tmp_path / "run", OF) as store:
+        store.unit("b", works["b"])
+    with open_run(tmp_path / "run", OF) as store:
+        units = store.units(works, lambda count, unit: told.append((count, unit is None)))
+    assert calls == ["b", "a", "c"]
+    assert list(units) == ["a", "b", "c"]
+    assert told == [(1, True), (2, False), (3, False)]
+
+
 def test_without_a_folder_nothing_is_kept() -> None:
     calls: list[str] = []
     with open_run(None, {}) as store:
