@@ -367,8 +367,7 @@ class _Shared(Store):
         self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit | None], None]
     ) -> dict[str, Unit]:
         """See `Store`."""
-        found = {name: self._kept.find(name) for name in works} if self._ranks.leads else {}
-        kept = {name: unit for name, unit in found.items() if unit is not None}
+        kept = self.finished(works) if self._ranks.leads else {}
         names: list[str] = self._ranks.send(Unit(list(kept))).values
         units = {name: self._ranks.send(kept.get(name)) for name in names}
         told(len(units), None)

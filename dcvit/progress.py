@@ -40,7 +40,7 @@ class TerminalProgress:
         self._interval = interval
         self._stage = ""
         self._start = self._last = 0.0
-        self._first = 0
+        self._done_before = 0
         self._bar: tqdm[None] | None = None
 
     @property
@@ -53,7 +53,7 @@ class TerminalProgress:
         shown = "" if loss is None else f"loss {loss:.4g}, "
         if stage != self._stage:
             self.close()
-            self._stage, self._start, self._last, self._first = stage, now, now, done
+            self._stage, self._start, self._last, self._done_before = stage, now, now, done
             if self._stream.isatty():
                 self._bar = tqdm(
                     total=total, initial=done, desc=stage, file=self._stream, leave=False, dynamic_ncols=True
@@ -61,9 +61,9 @@ class TerminalProgress:
         if self._bar is not None:
             self._bar.set_postfix_str(shown.removesuffix(", "), refresh=False)
             self._bar.update(done - self._bar.n)
-        elif self._first < done < total and now - self._last >= self._interval:
+        elif self._done_before < done < total and now - self._last >= self._interval:
             self._last = now
-            left = (now - self._start) / (done - self._first) * (total - done)
+            left = (now - self._start) / (done - self._done_before) * (total - done)
             print(f"{stage}: {done}/{total}, {shown}{left:.0f} s left", file=self._stream, flush=True)
         if done >= total:
             self.close()

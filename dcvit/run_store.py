@@ -20,7 +20,7 @@ import shutil
 import socket
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +120,10 @@ class Store(ABC):
             restore(found)
         return found
 
+    def finished(self, names: Iterable[str]) -> dict[str, Unit]:
+        """Those of some units that are finished, by name."""
+        return {name: unit for name in names if (unit := self.find(name)) is not None}
+
     def units(
         self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit | None], None]
     ) -> dict[str, Unit]:
@@ -130,7 +134,7 @@ class Store(ABC):
             told: Called before any work with how many are finished already, and `None`; then after each that is worked
                 out with how many are, and it.
         """
-        units = {name: unit for name in works if (unit := self.find(name)) is not None}
+        units = self.finished(works)
         told(len(units), None)
         for name in [name for name in works if name not in units]:
             units[name] = works[name]()

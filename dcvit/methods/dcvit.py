@@ -480,6 +480,7 @@ def reconstruct_blocks(
     def embedded() -> Iterator[Tensor]:
         for done, first in enumerate(firsts, 1):
             yield adapter.embed(teacher, views.images[first : first + at_once])
+            # Once the batch is through the blocks, and the next one is asked for.
             progress("blocks in front", done, len(firsts), None)
 
     # A stage of its own: what the first block takes says how long the others will.
@@ -506,7 +507,7 @@ def _work(cuts: Mapping[int, Cut]) -> dict[int, int]:
     """About how long each cut takes, for the progress: 2 for a pruned block, 4 for one that loses its attention.
 
     And 1 for each whole block between it and the cut in front, which its views are passed through. So measured on
-    ViT-B/16, where a pruned block took 18 to 32 s, another 51 to 84 s, and passing a whole one 12 to 17 s.
+    ViT-B/16, where a pruned block took 18 to 39 s, another 51 to 84 s, and passing a whole one 12 to 17 s.
     """
     blocks = sorted(cuts)
     between = [0, *(after - before - 1 for before, after in pairwise(blocks))]
