@@ -1,0 +1,325 @@
+"""Reading and writing files that strangers may have made, or may be in the way of.
+
+What is read must be a regular file of bounded size, reached by no link. What is written appears whole under its name or
+not at all, replaces no link, and has the permissions that the caller's umask gives it, or those of what it replaces.
+The functions raise `OSError` or `ValueError`; who calls them says what that means for the user.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "MOST_JSON_BYTES",
+    "UnusableFileError",
+    "create",
+    "draft_folder",
+    "exchange",
+    "file_mode",
+    "kind_of",
+    "open_regular",
+    "parse_json",
+    "probe_folder",
+    "read_table",
+    "read_text",
+    "remove_abandoned_drafts",
+    "replacing",
+    "sync",
+]
+
+MOST_JSON_BYTES = 256 << 20
+"""Of a JSON or HTML file that is read. `result.json` of the largest models has some megabytes."""
+
+DRAFT_MARK = ".dcvit-draft-"
+"""Part of the name of a file or folder that is being written: `.NAME.dcvit-draft-` and 16 hexadecimal digits."""
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # else opening a FIFO waits for a writer
+_CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+
+_KINDS = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class UnusableFileError(OSError):
+    """A path does not lead to a regular file of the size that was expected."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Return what lies at a path, without following a link: `"a regular file"`, `"a link"`, ...; `None` for nothing."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return next((name for test, name in _KINDS if test(mode)), "a regular file")
+
+
+def open_regular(path: str | os.PathLike[str], *, most: int | None = None) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Args:
+        path: The file. Its last part must not be a link.
+        most: The largest size in bytes that is accepted; any if not given.
+
+    Raises:
+        UnusableFileError: If there is something else, or the file is larger.
+        OSError: If it cannot be opened.
+    """
+    if (kind := kind_of(path)) not in (None, "a regular file"):  # opening some devices does something already
+        raise _unusable(path, f"is {kind}, not a regular file")
+    descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise _unusable(path, f"is {kind_of(path)}, not a regular file")
+        if most is not None and found.st_size > most:
+            raise _unusable(path, f"has {found.st_size:,} bytes, more than the {most:,} that are read")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_text(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> str:
+    """Read a regular file of UTF-8 text.
+
+    Raises:
+        UnusableFileError: If there is something else, or the file has more than `most` bytes.
+        OSError: If it cannot be read.
+        UnicodeDecodeError: If it is not UTF-8.
+    """
+    with open_regular(path, most=most) as file:
+        content = file.read(most + 1)  # it may grow meanwhile
+    if len(content) > most:
+        raise _unusable(path, f"has more than the {most:,} bytes that are read")
+    return content.decode("utf-8")
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON text of a stranger.
+
+    Raises:
+        ValueError: If it is not JSON, nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text, parse_int=_bounded_int)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_table(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """Read a regular file that holds a JSON object.
+
+    Raises:
+        OSError: As `read_text` does.
+        ValueError: If it holds no JSON object.
+    """
+    values = parse_json(read_text(path, most=most))
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__} instead of a table")
+    return values
+
+
+def create(path: str | os.PathLike[str]) -> BinaryIO:
+    """Create a file for writing where there is none, with the permissions of the caller's umask.
+
+    Raises:
+        FileExistsError: If there is anything of that name, a link that leads nowhere included.
+        OSError: If it cannot be created.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file that in the end takes its name in one rename, or leaves what was there as it was.
+
+    Yields:
+        The path of a new, empty file beside it to write to; it may also be replaced.
+
+    Raises:
+        UnusableFileError: If something else than a regular file has the name.
+        OSError: If the file cannot be written.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind not in (None, "a regular file"):
+        raise _unusable(path, f"is {kind}, not a regular file")
+    draft = _draft_path(path)
+    create(draft).close()
+    mode = stat.S_IMODE(os.stat(path if kind else draft).st_mode)
+    try:
+        yield draft
+        os.chmod(draft, mode)
+        sync(draft)
+        os.replace(draft, path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def draft_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a hidden folder beside another one to write to; what is still of that name in the end is deleted.
+
+    While it is written the folder is locked, so that `remove_abandoned_drafts` tells it from one that a killed process
+    left behind.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    draft = _draft_path(Path(folder))
+    os.mkdir(draft)
+    lock = _locked(draft)
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_abandoned_drafts(path: str | os.PathLike[str]) -> None:
+    """Delete what processes that died left beside a file or folder that they were writing.
+
+    Only folders are told from those that another process is writing now, by their lock; of files those that are an
+    hour old go.
+    """
+    path = Path(path)
+    pattern = re.compile(re.escape(_draft_prefix(path)) + "[0-9a-f]{16}")
+    with suppress(OSError):
+        for entry in list(os.scandir(path.parent)):
+            if not pattern.fullmatch(entry.name):
+                continue
+            with suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    lock = _locked(Path(entry.path))
+                    if lock is not None:
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                        os.close(lock)
+                elif entry.is_file(follow_symlinks=False) and _age(entry.path) > 3600:
+                    os.unlink(entry.path)
+
+
+def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Let two files or folders of one file system exchange their names, at once for everyone who looks.
+
+    Returns:
+        Whether that was done; `False` where the system or the file system cannot.
+
+    Raises:
+        OSError: If one is missing, is a mount point or the like, or the folders cannot be written.
+    """
+    names = os.fsencode(one), os.fsencode(other)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(*names, _RENAME_SWAP)
+    else:
+        return False
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(one), None, os.fspath(other))
+
+
+_AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # fcntl.h, linux/fs.h, sys/stdio.h of macOS
+
+
+def probe_folder(folder: str | os.PathLike[str]) -> None:
+    """Find out whether a file can be made in a folder, by making one and deleting it.
+
+    Raises:
+        OSError: If not; the folder's permissions do not tell that of every file system.
+    """
+    probe = _draft_path(Path(folder) / "probe")
+    with create(probe) as file:
+        try:
+            file.write(b"\0")
+            file.flush()
+        finally:
+            os.unlink(probe)
+
+
+def file_mode(folder: str | os.PathLike[str]) -> int:
+    """Return the permissions that a new file in a folder gets, as the caller's umask has it, without changing that."""
+    probe = _draft_path(Path(folder) / "mode")
+    with create(probe) as file:
+        os.unlink(probe)
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Let a file's content, or a folder's renames, outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY | _CLOSE_ON_EXEC | _NO_FOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _draft_prefix(path: Path) -> str:
+    return f".{path.name[:100]}{DRAFT_MARK}"  # a name has 255 bytes at most, a character up to two here on average
+
+
+def _draft_path(path: Path) -> Path:
+    return path.parent / f"{_draft_prefix(path)}{secrets.token_hex(8)}"
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder; the open descriptor, `None` where another process holds it or there are no locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | _CLOSE_ON_EXEC | _NO_FOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _age(path: str) -> float:
+    return time.time() - os.lstat(path).st_mtime
+
+
+def _unusable(path: str | os.PathLike[str], problem: str) -> UnusableFileError:
+    return UnusableFileError(errno.EINVAL, f"{os.fspath(path)!r} {problem}")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > 400:  # no float is longer, and Python refuses 4301 or more, at a place that depends on its version
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
