@@ -43,7 +43,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dcvit.errors import DcvitError, DistributedError
-from dcvit.run_store import NOTHING_KEPT, RunStore, Store, Unit, differences, open_run
+from dcvit.run_store import NO_CHECKS, NOTHING_KEPT, Check, RunStore, Store, Unit, differences, open_run
 from dcvit.stacks import Stack
 
 __all__ = ["ALONE", "Ranks", "launched", "on_devices"]
@@ -203,7 +203,7 @@ class Ranks:
                 yield _Shared(kept, self, queues)
         else:
             dist.barrier()  # the first has looked at the folder by then
-            yield _Shared(NOTHING_KEPT if folder is None else RunStore(Path(folder)), self, queues)
+            yield _Shared(NOTHING_KEPT if folder is None else RunStore(Path(folder).absolute()), self, queues)
 
 
 ALONE = Ranks()
@@ -329,9 +329,9 @@ class _Shared(Store):
     def __init__(self, kept: Store, ranks: Ranks, queues: c10d.Store) -> None:
         self._kept, self._ranks, self._queues = kept, ranks, queues
 
-    def find(self, name: str) -> Unit | None:
+    def find(self, name: str, check: Check | None = None) -> Unit | None:
         """See `Store`."""
-        return self._kept.find(name)
+        return self._kept.find(name, check)
 
     def keep(self, name: str, unit: Unit) -> None:
         """See `Store`."""
@@ -347,10 +347,11 @@ class _Shared(Store):
         work: Callable[[], Unit],
         restore: Callable[[Unit], object] | None = None,
         *,
+        check: Check | None = None,
         together: bool = False,
     ) -> Unit:
         """See `Store`."""
-        found = self._kept.find(name) if self._ranks.leads else None
+        found = self._kept.find(name, check) if self._ranks.leads else None
         known: bool = self._ranks.send(Unit(found is not None)).values
         if not known and (together or self._ranks.leads):
             found = work()
@@ -364,10 +365,13 @@ class _Shared(Store):
         return unit
 
     def units(
-        self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit | None], None]
+        self,
+        works: Mapping[str, Callable[[], Unit]],
+        told: Callable[[int, Unit | None], None],
+        checks: Mapping[str, Check] = NO_CHECKS,
     ) -> dict[str, Unit]:
         """See `Store`."""
-        kept = self.finished(works) if self._ranks.leads else {}
+        kept = self.finished(works, checks) if self._ranks.leads else {}
         names: list[str] = self._ranks.send(Unit(list(kept))).values
         units = {name: self._ranks.send(kept.get(name)) for name in names}
         told(len(units), None)

@@ -18,7 +18,7 @@ from dcvit.latency_model import LatencyModel, PlannedLatency, StructureTiming, c
 from dcvit.planning import Budget, Plan, SearchSpace, plan, search_space
 from dcvit.progress import Progress, silent
 
-__all__ = ["TOLERANCE", "plan_latency"]
+__all__ = ["TOLERANCE", "plan_latency", "require_planned"]
 
 TOLERANCE = 0.03
 """How far from its goal, as a share of it, a structure's latency may be."""
@@ -91,7 +91,7 @@ def _measured_plan(
             f"batch_size={budget.batch_size}: the latency model was calibrated at {latency_model.batch_size}; "
             "calibrate it anew."
         )
-    goal = budget.value if budget.unit == "latency" else budget.value / latency_model.original_ms
+    goal = _goal(budget, latency_model)
 
     def measure(*structures: tuple[int, int]) -> tuple[StructureTiming, ...]:
         return time_structures(
@@ -120,6 +120,40 @@ def _measured_plan(
             )
     ends = measure((space.counts[-1], 0), (space.counts[0], space.widths[-1]))
     raise BudgetError(_not_met(budget, goal, latency_model, space, timings, ends))
+
+
+def require_planned(found: Plan, model: nn.Module, budget: Budget, config: CompressionConfig) -> None:
+    """Refuse a plan that `plan_latency` could not have come to on any device.
+
+    Args:
+        found: The plan.
+        model: The original model.
+        budget: Of latency.
+        config: What the plan was sought with.
+
+    Raises:
+        ValueError: If that is so.
+    """
+    space, measured = search_space(model, config), found.latency
+    structure = found.num_blocks, found.hidden_features
+    if measured is None or measured.model.original_ms <= 0 or measured.model.batch_size != budget.batch_size:
+        raise ValueError("its latency was not measured as it is asked for")
+    goal = _goal(budget, measured.model)
+    within = measured.goal == goal < 1 and abs(measured.ratio / goal - 1) <= TOLERANCE
+    if not within or _mean_ratios(measured.timings).get(structure) != measured.ratio:
+        raise ValueError(f"its latency is {measured.ratio} of the original's: {goal} was asked for")
+    target = goal * measured.model.original_ms
+    if (
+        structure[0] not in space.counts
+        or structure[1] not in space.widths
+        or found != space.plan(budget, target, *structure, latency=measured)
+    ):
+        raise ValueError(f"{structure[0]} blocks with {structure[1]} hidden nodes are not what it says of them")
+
+
+def _goal(budget: Budget, model: LatencyModel) -> float:
+    """The latency that is asked for, over the original's."""
+    return float(budget.value if budget.unit == "latency" else budget.value / model.original_ms)
 
 
 def _mean_ratios(timings: Iterable[StructureTiming]) -> dict[tuple[int, int], float]:

@@ -13,6 +13,7 @@ train as they would have without it.
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,15 +26,16 @@ from dcvit.config import CompressionConfig, MimickingConfig
 from dcvit.distributed import ALONE, Ranks
 from dcvit.images import FewShotImages
 from dcvit.metric import Metric
+from dcvit.models import adapter_for
 from dcvit.optimisation import or_infinite
 from dcvit.planning import Plan
 from dcvit.progress import Progress, silent
-from dcvit.reconstruction import Reconstruction, TeacherStates, error_curve, reconstruct_block
+from dcvit.reconstruction import Reconstruction, TeacherStates, curve_nodes, error_curve, reconstruct_block
 from dcvit.records import from_plain
 from dcvit.recovery import Candidate, Recovery, Selection, recover_together, updated_parameters
-from dcvit.run_store import NOTHING_KEPT, Store, Unit
+from dcvit.run_store import NOTHING_KEPT, Store, Unit, require_alike
 from dcvit.seeding import derive_seed
-from dcvit.structure import Cut, Recoverability
+from dcvit.structure import Cut, Recoverability, require_nodes
 from dcvit.surgery import compress_block, copy_blocks, draw_kept_nodes, share_parameters
 
 __all__ = ["RUNGS", "Ranking", "Trial", "rank", "rank_reconstructed", "run_trials"]
@@ -71,6 +73,48 @@ class Trial:
     seconds: float = 0.0
     recoverability: Recoverability | None = None
     epochs: int = 0
+
+    def require_mimicked(self, config: MimickingConfig) -> None:
+        """Refuse what no trial that mimics by a config comes to.
+
+        Raises:
+            ValueError: If it says so.
+        """
+        if self.recovery is None or (self.reconstruction, self.recoverability) != (None, None):
+            raise ValueError(f"the trial of block {self.block} did not mimic")
+        self.recovery.require_run(config)
+        if self.epochs != len(self.recovery.losses) or (self.epochs < config.epochs and not config.halving):
+            raise ValueError(f"the trial of block {self.block} tells of {self.epochs} epochs")
+        # Of a student that diverged both losses are NaN.
+        if not math.isfinite(self.metric_loss) and math.isfinite(self.recovery.loss_after):
+            raise ValueError(f"the trial of block {self.block} has a metric loss of {self.metric_loss}")
+
+    def require_reconstructed(self, block: int, kept: int, hidden_features: int) -> None:
+        """Refuse what the trial of a block by reconstruction cannot have come to.
+
+        Args:
+            block: The block.
+            kept: The hidden nodes that it keeps.
+            hidden_features: Those that it has.
+
+        Raises:
+            ValueError: If it says so.
+        """
+        if self.block != block or self.reconstruction is None or self.recovery is not None or self.epochs:
+            raise ValueError(f"it holds no reconstruction of block {block}")
+        self.reconstruction.require_of(block, epochs=0)
+        if not 0 <= self.metric_loss < math.inf:
+            raise ValueError(f"it has a metric loss of {self.metric_loss}")
+        profile = self.recoverability
+        if (profile is None) != (self.reconstruction.error_closed_form is None):
+            raise ValueError("it has either a closed form or losses at other numbers of hidden nodes: expected both")
+        if profile is None:
+            return
+        if profile.nodes != curve_nodes(hidden_features) or len(profile.losses) != len(profile.nodes):
+            raise ValueError(f"its losses are not those at some numbers of {hidden_features} hidden nodes")
+        at_kept = profile.loss(kept)
+        if not all(map(math.isfinite, profile.losses)) or not math.isclose(at_kept, self.metric_loss, rel_tol=1e-6):
+            raise ValueError(f"its losses give {at_kept} at {kept} hidden nodes: expected {self.metric_loss}")
 
 
 @dataclass(frozen=True)
@@ -136,8 +180,16 @@ def rank(
         best[:] = [cut(unit.values[0]["block"])]
         best[0].load_state_dict(dict(unit.tensors))
 
-    unit = store.unit("trials", tried, restore, together=True)
-    return Ranking(tuple(from_plain(Trial, values) for values in unit.values), best[0], kept)
+    def check(unit: Unit) -> None:
+        trials = from_plain(tuple[Trial, ...], unit.values, "trials")
+        if sorted(trial.block for trial in trials) != sorted(plan.candidates) or trials != _best_first(trials):
+            raise ValueError("it does not hold a trial of each candidate, best first")
+        for trial in trials:
+            trial.require_mimicked(config.mimicking)
+        require_alike(unit.tensors, cut(trials[0].block).state_dict())
+
+    unit = store.unit("trials", tried, restore, check=check, together=True)
+    return Ranking(from_plain(tuple[Trial, ...], unit.values, "trials"), best[0], kept)
 
 
 def run_trials(
@@ -262,16 +314,44 @@ def rank_reconstructed(
         if cut.attention:
             states.give_up_mlp_rows([block])
         trial = Trial(block, loss, None, reconstruction, time.perf_counter() - start, profile)
-        return Unit({"trial": asdict(trial), "order": order if count <= len(order) else kept})
+        return Unit(asdict(_ReconstructedTrial(trial, order if count <= len(order) else kept)))
 
     def told(done: int, unit: Unit | None) -> None:
         progress(stage, done, len(cuts), None if unit is None else unit.values["trial"]["metric_loss"])
 
+    def check(block: int, cut: Cut, unit: Unit) -> None:
+        found = from_plain(_ReconstructedTrial, unit.values)
+        hidden = adapter_for(teacher).hidden_features(teacher, block)
+        found.trial.require_reconstructed(block, cut.hidden_features, hidden)
+        require_nodes(sorted(found.order), hidden)
+        ordered = hidden if recovery.nodes == "random" else curve_nodes(hidden)[-2]  # as `error_curve` does
+        if found.trial.recoverability is None or ordered < cut.hidden_features:
+            ordered = cut.hidden_features
+        if len(found.order) != ordered or unit.tensors:
+            raise ValueError(f"it orders {len(found.order)} hidden nodes: expected {ordered}")
+
     names = {f"{stage.replace(' ', '-')}-{block}": block for block in cuts}
-    units = store.units({name: partial(tried, block, cuts[block]) for name, block in names.items()}, told)
+    units = store.units(
+        {name: partial(tried, block, cuts[block]) for name, block in names.items()},
+        told,
+        {name: partial(check, block, cuts[block]) for name, block in names.items()},
+    )
     states.give_up_mlp_rows(block for block, cut in cuts.items() if cut.attention)  # of those that others tried
-    trials = _best_first(from_plain(Trial, unit.values["trial"]) for unit in units.values())
-    return trials, {block: tuple(units[name].values["order"]) for name, block in names.items()}
+    found = {block: from_plain(_ReconstructedTrial, units[name].values) for name, block in names.items()}
+    return _best_first(of.trial for of in found.values()), {block: of.order for block, of in found.items()}
+
+
+@dataclass(frozen=True)
+class _ReconstructedTrial:
+    """The values of the unit of a trial.
+
+    Attributes:
+        trial: The trial.
+        order: Hidden nodes of its block, most useful first: those that it kept, and more.
+    """
+
+    trial: Trial
+    order: tuple[int, ...]
 
 
 def _in_proportion(errors: Mapping[int, float], hidden_features: int, loss: float) -> Recoverability:

@@ -56,6 +56,7 @@ __all__ = [
     "TeacherStates",
     "Views",
     "choose_nodes",
+    "curve_nodes",
     "draw_views",
     "error_curve",
     "find_step_size",
@@ -212,6 +213,17 @@ class Reconstruction:
     error_after: float
     epochs: int
     errors: tuple[float, ...] = ()
+
+    def require_of(self, block: int, epochs: int) -> None:
+        """Refuse what the reconstruction of a block in so many epochs cannot have come to.
+
+        Raises:
+            ValueError: If it says so.
+        """
+        if self.block != block:
+            raise ValueError(f"it is of block {self.block}: expected {block}")
+        if not math.isfinite(self.error_after) or not 0 <= self.epochs <= len(self.errors) <= epochs:
+            raise ValueError(f"it tells of an error of {self.error_after} after {self.epochs} epochs")
 
 
 @dataclass(frozen=True)
@@ -516,7 +528,7 @@ def error_curve(
         return None
     hidden = output.layer.weight.shape[1]
     sums = _sums(module, output, rows)
-    counts = sorted({round(share * hidden) for share in CURVE})
+    counts = curve_nodes(hidden)
     most = max((count for count in counts if count < hidden), default=0)
     if config.nodes == "random":
         order = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))
@@ -530,6 +542,11 @@ def error_curve(
         inputs = _inputs_of(nodes, output).to(anchor.device)
         ridge, errors[count] = sums.of_inputs(inputs).best_ridge(anchor[inputs], constant=output.constant, near=ridge)
     return ErrorCurve(tuple(order.tolist()), dict(sorted(errors.items())), sums)
+
+
+def curve_nodes(hidden_features: int) -> tuple[int, ...]:
+    """The numbers of hidden nodes, of so many, at which `error_curve` looks, ascending."""
+    return tuple(sorted({round(share * hidden_features) for share in CURVE}))
 
 
 def choose_nodes(

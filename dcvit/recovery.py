@@ -71,6 +71,18 @@ class Recovery:
     learning_rate: float
     seconds: float
 
+    def require_run(self, config: MimickingConfig) -> None:
+        """Refuse what a recovery by a config cannot have done.
+
+        Raises:
+            ValueError: If it says so; the learning rate must be a number there.
+        """
+        if len(self.losses) > config.epochs or self.learning_rate != config.learning_rate:
+            raise ValueError(
+                f"it tells of {len(self.losses)} epochs at learning rate {self.learning_rate}: expected "
+                f"{config.epochs} at {config.learning_rate}"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:

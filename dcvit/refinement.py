@@ -84,6 +84,17 @@ class Refinement:
     seconds: float
     judgements: tuple[tuple[int, float], ...] = ()
 
+    def require_run(self, steps: int, step_sizes: Sequence[float]) -> None:
+        """Refuse what a refinement cannot have done, see `refine`.
+
+        Raises:
+            ValueError: If it says so.
+        """
+        if not self.error_after <= self.error_before < math.inf:
+            raise ValueError(f"it says that the error went from {self.error_before} to {self.error_after}")
+        if not 0 <= self.steps <= steps or self.step_size not in (0.0, *step_sizes):
+            raise ValueError(f"it tells of {self.steps} steps of size {self.step_size}")
+
 
 def num_steps(model: nn.Module, config: ReconstructionConfig) -> int:
     """How many steps a full run has: `refinement_steps`, or what `refinement_macs` pay for with the pilot runs.

@@ -10,28 +10,36 @@ A run's folder holds
 A unit is a metric set, a plan that was measured, a trial, a reconstructed block, a step of mimicking. Each file is
 written under a temporary name, synced and renamed, and the JSON last: a unit is there whole or not at all. What follows
 from units is computed again from the same seeds, and comes out the same.
+
+A folder may also have been made or changed by someone else. No link in it is followed, nothing is overwritten or
+deleted that no run wrote, and a unit that the work could not have come to is computed again: whoever asks for a unit
+says how to check it.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 import socket
+import stat
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from reprlib import Repr
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dcvit.errors import DamagedUnitWarning, RunStoreError
+from dcvit.errors import DamagedUnitWarning, DcvitWarning, RunStoreError
+from dcvit.files import DRAFT_MARK, kind_of, open_regular, probe_folder, read_table, replacing
+from dcvit.records import from_plain
 
 try:
     import fcntl
@@ -44,6 +52,8 @@ CAN_LOCK = fcntl is not None
 __all__ = [
     "CAN_LOCK",
     "NOTHING_KEPT",
+    "NO_CHECKS",
+    "Check",
     "MemoryStore",
     "RunStore",
     "Store",
@@ -53,12 +63,18 @@ __all__ = [
     "digest_images",
     "digest_model",
     "open_run",
+    "require_alike",
 ]
 
-RUN_FILE, LOCK_FILE, UNITS, PARTIAL = "run.json", "lock", "units", ".part"
+RUN_FILE, LOCK_FILE, UNITS = "run.json", "lock", "units"
 FORMAT = 1
 
 _NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*")
+_UNIT_FILE = re.compile(rf"{_NAME.pattern}\.(json|safetensors)")
+_UNFINISHED = re.compile(  # what a process that died was writing; older versions added `.part`
+    rf"\..+{re.escape(DRAFT_MARK)}[0-9a-f]{{16}}|({_UNIT_FILE.pattern}|{re.escape(RUN_FILE)})\.part"
+)
+_HOLDER = re.compile(r"(process [0-9]+ on [^\n]{1,255}\n)?")  # what a run writes into its lock
 
 
 @dataclass(frozen=True)
@@ -74,12 +90,18 @@ class Unit:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+Check = Callable[[Unit], object]
+"""Raises `ValueError` or `TypeError` if the work could not have come to a unit; changes nothing."""
+
+NO_CHECKS: Mapping[str, Check] = MappingProxyType({})
+
+
 class Store(ABC):
     """Where finished units go."""
 
     @abstractmethod
-    def find(self, name: str) -> Unit | None:
-        """A unit that is finished; `None` if it is not, or not kept."""
+    def find(self, name: str, check: Check | None = None) -> Unit | None:
+        """A unit that is finished; `None` if it is not, or not kept, or does not pass the check."""
 
     @abstractmethod
     def keep(self, name: str, unit: Unit) -> None:
@@ -99,6 +121,7 @@ class Store(ABC):
         work: Callable[[], Unit],
         restore: Callable[[Unit], object] | None = None,
         *,
+        check: Check | None = None,
         together: bool = False,
     ) -> Unit:
         """What the work comes to: from the store if it is done there, else now, and kept.
@@ -107,12 +130,13 @@ class Store(ABC):
             name: Lower-case letters and digits, joined by `-` or `.`; each unit of a run has its own.
             work: Computes it.
             restore: Called with a unit from the store, to do to a model what the work would have done to it.
+            check: Called with a unit from the store, before it is used.
             together: Of several processes (`dcvit.distributed`) all do the work, which tells them apart; else one does.
 
         Raises:
             RunStoreError: If the unit cannot be written.
         """
-        found = self.find(name)
+        found = self.find(name, check)
         if found is None:
             found = work()
             self.keep(name, found)
@@ -120,12 +144,15 @@ class Store(ABC):
             restore(found)
         return found
 
-    def finished(self, names: Iterable[str]) -> dict[str, Unit]:
-        """Those of some units that are finished, by name."""
-        return {name: unit for name in names if (unit := self.find(name)) is not None}
+    def finished(self, names: Iterable[str], checks: Mapping[str, Check] = NO_CHECKS) -> dict[str, Unit]:
+        """Those of some units that are finished and pass their checks, by name."""
+        return {name: unit for name in names if (unit := self.find(name, checks.get(name))) is not None}
 
     def units(
-        self, works: Mapping[str, Callable[[], Unit]], told: Callable[[int, Unit | None], None]
+        self,
+        works: Mapping[str, Callable[[], Unit]],
+        told: Callable[[int, Unit | None], None],
+        checks: Mapping[str, Check] = NO_CHECKS,
     ) -> dict[str, Unit]:
         """Several that do not depend on each other, each done by one process of several.
 
@@ -133,8 +160,9 @@ class Store(ABC):
             works: By name, what computes it.
             told: Called before any work with how many are finished already, and `None`; then after each that is worked
                 out with how many are, and it.
+            checks: By name, called with a unit from the store before it is used.
         """
-        units = self.finished(works)
+        units = self.finished(works, checks)
         told(len(units), None)
         for name in [name for name in works if name not in units]:
             units[name] = works[name]()
@@ -146,7 +174,7 @@ class Store(ABC):
 class _NothingKept(Store):
     """A store that forgets: work is done each time."""
 
-    def find(self, name: str) -> Unit | None:
+    def find(self, name: str, check: Check | None = None) -> Unit | None:
         return None
 
     def keep(self, name: str, unit: Unit) -> None:
@@ -171,8 +199,8 @@ class MemoryStore(Store):
     found: dict[str, Unit] = field(default_factory=dict)
     prefix: str = ""
 
-    def find(self, name: str) -> Unit | None:
-        """See `Store`."""
+    def find(self, name: str, check: Check | None = None) -> Unit | None:
+        """See `Store`; what this process has kept needs no check."""
         return self.found.get(self.prefix + name)
 
     def keep(self, name: str, unit: Unit) -> None:
@@ -208,22 +236,26 @@ class RunStore(Store):
         units = self.folder / UNITS
         return units / f"{name}.json", units / f"{name}.safetensors"
 
-    def find(self, name: str) -> Unit | None:
+    def find(self, name: str, check: Check | None = None) -> Unit | None:
         """See `Store`; a unit that is there but damaged is said to be."""
         values, tensors = self._paths(name)
-        if not values.is_file():
-            return None
         try:
-            kept = json.loads(values.read_text(encoding="utf-8"))
-            if kept["sha256"] != _digest(kept["unit"]):
+            if kind_of(values) is None:
+                return None
+            kept = from_plain(_Kept, read_table(values), "the file")
+            if kept.sha256 != _digest(vars(kept.unit)):
                 raise ValueError("its values were changed")
-            expected = kept["unit"]["tensors"]
-            if expected is None:
-                return Unit(kept["unit"]["values"])
-            if _digest_file(tensors) != expected:
-                raise ValueError("its tensors were changed")
-            return Unit(kept["unit"]["values"], load_file(tensors))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if kept.unit.name != self.prefix + name:
+                raise ValueError(f"it is a copy of {kept.unit.name!r}")
+            unit = Unit(kept.unit.values)
+            if kept.unit.tensors is not None:
+                if _digest_file(tensors) != kept.unit.tensors:
+                    raise ValueError("its tensors were changed")
+                unit = Unit(kept.unit.values, _load(tensors))
+            if check is not None:
+                check(unit)
+            return unit
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             warnings.warn(
                 f"{str(values)!r} is damaged ({error}): this unit is computed again.", DamagedUnitWarning, stacklevel=2
             )
@@ -236,8 +268,56 @@ class RunStore(Store):
         if unit.tensors:
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in unit.tensors.items()}
             digest = _replace(tensors, lambda path: save_file(plain, path))
-        kept = {"name": self.prefix + name, "values": unit.values, "tensors": digest}
+        kept = vars(_Entry(self.prefix + name, unit.values, digest))
         _replace(values, lambda path: path.write_text(json.dumps({"unit": kept, "sha256": _digest(kept)}) + "\n"))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A unit as its file holds it.
+
+    Attributes:
+        name: Of the unit, with its store's prefix.
+        values: Its values.
+        tensors: The SHA-256 of the file of its tensors; `None` where it has none.
+    """
+
+    name: str
+    values: Any
+    tensors: str | None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a unit's file holds.
+
+    Attributes:
+        unit: The unit.
+        sha256: Of the unit as JSON with sorted keys.
+    """
+
+    unit: _Entry
+    sha256: str
+
+
+def require_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that cannot take the place of others.
+
+    Args:
+        found: Of a unit.
+        wanted: Tensors of the names, shapes and dtypes that it must have; their values do not matter.
+
+    Raises:
+        ValueError: If they differ in that, or one that was found holds NaN or infinity.
+    """
+    if differing := sorted(found.keys() ^ wanted.keys()):
+        raise ValueError(f"its tensors are others than they should be: {_shown(differing[0])}")
+    for name, tensor in found.items():
+        of_found, of_wanted = ((x.dtype, tuple(x.shape)) for x in (tensor, wanted[name]))
+        if of_found != of_wanted:
+            raise ValueError(f"tensor {name} is {of_found[0]} {of_found[1]}: expected {of_wanted[0]} {of_wanted[1]}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"tensor {name} is not finite")
 
 
 @contextmanager
@@ -245,31 +325,63 @@ def open_run(folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Itera
     """The store of a run, locked until the end of the block.
 
     Args:
-        folder: The run's; created if missing. `None` keeps nothing.
+        folder: The run's; created if missing, and the same one to the end if the current folder changes. `None` keeps
+            nothing.
         fingerprint: Everything that the result depends on, as plain values for JSON.
 
     Raises:
-        RunStoreError: If the folder holds something else or a run of another fingerprint, cannot be written, or another
-            process works on it.
+        RunStoreError: If the folder is a link, holds something else or a run of another fingerprint, cannot be written,
+            or another process works on it.
     """
     if folder is None:
         yield NOTHING_KEPT
         return
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    _require_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _require_own(folder)
+    except (OSError, ValueError) as error:
+        raise _unwritable(folder, error) from error
     with _locked(folder):
-        for left in (folder / UNITS).glob(f"*{PARTIAL}"):  # by a process that died
-            left.unlink(missing_ok=True)
+        try:
+            _remove_unfinished(folder)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         _check_fingerprint(folder, fingerprint)
         yield RunStore(folder)
 
 
 def delete_run(folder: str | Path) -> None:
-    """Delete a run's folder: what `open_run` made there, and it where nothing else is left."""
-    folder = Path(folder)
-    shutil.rmtree(folder / UNITS, ignore_errors=True)
-    for name in (RUN_FILE, LOCK_FILE):
-        _remove(folder / name)
-    with suppress(OSError):  # someone's file is in it
+    """Delete a run's folder: what `open_run` made there, and it where nothing else is left.
+
+    A folder that is in use, or whose files are not a run's, is left as it is, with a warning.
+    """
+    folder = Path(folder).absolute()
+    if kind_of(folder) is None:
+        return
+    try:
+        _require_folder(folder)
+        with _locked(folder):
+            _delete(folder)
+    except (RunStoreError, OSError) as error:
+        warnings.warn(f"A finished run is not deleted. {error}", DcvitWarning, stacklevel=2)
+
+
+def _delete(folder: Path) -> None:
+    """See `delete_run`, with the lock held."""
+    if kind_of(folder / RUN_FILE) is not None:
+        if not _is_run(_read_run(folder)):
+            raise _foreign(folder, RUN_FILE)
+        for path in (*_regular_files(folder / UNITS, _UNIT_FILE), *_regular_files(folder / UNITS, _UNFINISHED)):
+            path.unlink()
+        with suppress(OSError):  # someone's file is in it, or it is none
+            (folder / UNITS).rmdir()
+        (folder / RUN_FILE).unlink()
+    for path in _regular_files(folder, _UNFINISHED):
+        path.unlink()
+    (folder / LOCK_FILE).unlink()
+    with suppress(OSError):
         folder.rmdir()
 
 
@@ -300,114 +412,219 @@ def _digest(values: Any) -> str:
 
 def _digest_file(path: Path) -> str:
     total = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 20):
             total.update(piece)
     return total.hexdigest()
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, AttributeError, RuntimeError) as error:  # a dtype that torch does not have
+        raise ValueError(f"its tensors cannot be read: {error}") from error
+
+
 def _replace(path: Path, write: Callable[[Path], Any]) -> str:
     """Write a file whole or not at all; its SHA-256."""
-    partial = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        digest = _digest_file(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
+        if (kind := kind_of(path.parent)) != "a folder":
+            raise OSError(f"{str(path.parent)!r} is {kind}")
+        with replacing(path) as draft:
+            write(draft)
+            return _digest_file(draft)
     except (OSError, SafetensorError) as error:
-        _remove(partial)
         raise RunStoreError(
             f"{str(path)!r} cannot be written ({error}). What was finished before is kept: make room, or make the "
             "folder writable, and run the same again."
         ) from error
-    return digest
 
 
-def _sync_folder(folder: Path) -> None:
-    """Let a rename outlive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _regular_files(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    """The regular files of some names in a folder; none where there is no folder but a link, for example."""
+    if kind_of(folder) != "a folder":
+        return []
+    return [path for path in folder.iterdir() if names.fullmatch(path.name) and kind_of(path) == "a regular file"]
+
+
+def _require_folder(folder: Path) -> None:
+    """Refuse a system without locks, and what is no folder.
+
+    Raises:
+        RunStoreError: If that is so.
+    """
+    if fcntl is None:
+        raise RunStoreError(f"run_dir={str(folder)!r}: this system has no file locks; leave run_dir out.")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        kind = kind_of(folder)
+    except (OSError, ValueError) as error:
+        raise _unwritable(folder, error) from error
+    if kind not in (None, "a folder"):
+        better = "the folder that it leads to" if kind == "a link" else "a folder that is empty or does not exist"
+        raise RunStoreError(f"run_dir={str(folder)!r} is {kind}, not a folder: name {better}.")
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"{str(path)!r} is left over and cannot be removed ({error}).", stacklevel=2)
+def _require_own(folder: Path) -> None:
+    """Refuse a folder in which something lies that no run made, or a link for example where a run has a file.
+
+    Raises:
+        RunStoreError: If that is so.
+        OSError: If it cannot be looked at.
+    """
+    kinds = {RUN_FILE: "a regular file", LOCK_FILE: "a regular file", UNITS: "a folder"}
+    foreign = []
+    for path in sorted(folder.iterdir()):
+        wanted = "a regular file" if _UNFINISHED.fullmatch(path.name) else kinds.get(path.name)
+        kind = kind_of(path)
+        if wanted is None:
+            foreign.append(path.name)
+        elif kind not in (None, wanted):  # None was deleted just now
+            foreign.append(f"{path.name} is {kind}")
+    if not foreign and (folder / UNITS).exists():
+        for path in sorted((folder / UNITS).iterdir()):
+            if _UNIT_FILE.fullmatch(path.name) and (kind := kind_of(path)) not in (None, "a regular file"):
+                foreign.append(f"{UNITS}/{path.name} is {kind}")
+    if foreign:
+        raise _foreign(folder, ", ".join(foreign[:3]))
+
+
+def _foreign(folder: Path, what: str) -> RunStoreError:
+    return RunStoreError(
+        f"run_dir={str(folder)!r} holds something else ({what}): name a folder that is empty or does not exist."
+    )
+
+
+def _unwritable(folder: Path, error: Exception) -> RunStoreError:
+    return RunStoreError(f"run_dir={str(folder)!r} cannot be written ({error}): name another folder.")
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what a process that died was writing, and find out whether more can be written.
+
+    Raises:
+        OSError: If not.
+    """
+    for path in (*_regular_files(folder, _UNFINISHED), *_regular_files(folder / UNITS, _UNFINISHED)):
+        path.unlink()
+    probe_folder(folder / UNITS if (folder / UNITS).exists() else folder)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a run's lock, which its process loses when it dies."""
-    if fcntl is None:
-        raise RunStoreError(f"run_dir={str(folder)!r}: this system has no file locks; leave run_dir out.")
-    if folder.exists() and not folder.is_dir():
-        raise RunStoreError(f"run_dir={str(folder)!r} is a file: name a folder that is empty or does not exist.")
+    """Hold a run's lock, which its process loses when it dies.
+
+    Raises:
+        RunStoreError: If another process holds it, or the file is no lock of a run, which is then left as it is.
+    """
+    path = folder / LOCK_FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        foreign = sorted({path.name for path in folder.iterdir()} - {RUN_FILE, LOCK_FILE, UNITS, RUN_FILE + PARTIAL})
-        if foreign:
-            raise RunStoreError(
-                f"run_dir={str(folder)!r} holds something else ({', '.join(foreign[:3])}): name a folder that is empty "
-                "or does not exist."
-            )
-        file = (folder / LOCK_FILE).open("a+")
+        file = _open_lock(path)
     except OSError as error:
-        raise RunStoreError(f"run_dir={str(folder)!r} cannot be written ({error}): name another folder.") from error
+        raise _unwritable(folder, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
+        except BlockingIOError as error:
             raise RunStoreError(
-                f"run_dir={str(folder)!r} is in use by {file.read().strip() or 'another process'}: wait for it, or "
-                "name another folder."
+                f"run_dir={str(folder)!r} is in use by {_holder(file) or 'another process'}: wait for it, or name "
+                "another folder."
             ) from error
-        _say_who(file)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        if not _is_at(file, path):
+            raise RunStoreError(f"run_dir={str(folder)!r} was deleted by another process just now: run the same again.")
+        if _holder(file) is None:
+            raise _foreign(folder, LOCK_FILE)
+        try:
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            raise RunStoreError(
+                f"{str(path)!r} cannot be written ({error}): make room, and run the same again."
+            ) from error
         yield
 
 
-def _say_who(file: TextIO) -> None:
-    """For the message of a process that comes later; only the lock itself counts."""
+def _open_lock(path: Path) -> BinaryIO:
+    """Open a lock, made if there is none, with its content untouched.
+
+    Raises:
+        OSError: If it cannot be opened, or is no regular file.
+    """
+    kind = kind_of(path)
+    if kind in (None, "a regular file"):  # opening a device, for example, may do something already
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "r+b", buffering=0)
+        os.close(descriptor)
+        kind = "no regular file"
+    raise OSError(f"{str(path)!r} is {kind}")
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether a path still leads to an open file, and not to none or another."""
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-    except OSError as error:
-        raise RunStoreError(f"{file.name!r} cannot be written ({error}): make room, and run the same again.") from error
+        return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
-def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Refuse to mix two runs, and note what this one is of."""
+def _holder(file: BinaryIO) -> str | None:
+    """Who a lock says holds it, which is for a message alone; `None` if the file holds something else."""
+    file.seek(0)
+    found = _HOLDER.fullmatch(file.read(1000).decode(errors="replace"))
+    return found and found.group().strip()
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """What a run's folder says that the run is of.
+
+    Raises:
+        RunStoreError: If it cannot be read.
+    """
     path = folder / RUN_FILE
-    # As they come back from a file: tuples are lists there.
-    wanted = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
-    units = any((folder / UNITS).glob("*"))
-
-    def note() -> None:
-        _replace(path, lambda partial: partial.write_text(json.dumps(wanted, indent=2) + "\n"))
-
-    if not path.is_file():
-        if units:
-            raise RunStoreError(f"{str(folder)!r} has units but no {RUN_FILE}: delete it, or name another folder.")
-        note()
-        return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no table")
+        return read_table(path)
     except (OSError, ValueError) as error:
         raise RunStoreError(
             f"{str(path)!r} cannot be read ({error}): delete the folder, or name another one."
         ) from error
+
+
+def _is_run(found: Mapping[str, Any]) -> bool:
+    """Whether a file of the name that runs use is one of theirs."""
+    return bool(found.get("format") == FORMAT)
+
+
+def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Refuse to mix two runs, and note what this one is of.
+
+    Raises:
+        RunStoreError: If the folder holds another run, or cannot be read or written.
+    """
+    path = folder / RUN_FILE
+    # As they come back from a file: tuples are lists there.
+    wanted = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
+    units = bool(_regular_files(folder / UNITS, _UNIT_FILE))
+
+    def note() -> None:
+        _replace(path, lambda draft: draft.write_text(json.dumps(wanted, indent=2) + "\n"))
+
+    if kind_of(path) is None:
+        if units:
+            raise RunStoreError(f"{str(folder)!r} has units but no {RUN_FILE}: delete it, or name another folder.")
+        note()
+        return
+    found = _read_run(folder)
     differing = list(differences(found, wanted))
-    if differing and "format" in found and not units:
+    if differing and _is_run(found) and not units:
         note()  # that run finished nothing; it was refused, for example
     elif differing:
         raise RunStoreError(
@@ -422,4 +639,14 @@ def differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
         for key in sorted(found.keys() | wanted.keys()):
             yield from differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif found != wanted and not (found != found and wanted != wanted):  # NaN is NaN
-        yield f"{name} was {found!r} there and is {wanted!r} here"
+        yield f"{name} was {_shown(found)} there and is {_shown(wanted)} here"
+
+
+def _shown(value: Any) -> str:
+    """A value of a file in an error, not too long."""
+    return _REPR.repr(value)
+
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlong = 30

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Cut", "Part", "Recoverability", "Way", "search_structure"]
+__all__ = ["Cut", "Part", "Recoverability", "Way", "require_nodes", "search_structure"]
 
 LEVELS = 64
 """Steps between no hidden node and all of them."""
@@ -56,6 +56,20 @@ class Recoverability:
     def loss(self, kept: int) -> float:
         """The metric loss at any number of hidden nodes, interpolated."""
         return float(np.interp(kept, self.nodes, self.losses))
+
+
+def require_nodes(nodes: Sequence[int], available: int) -> None:
+    """Refuse numbers that are not those of different hidden nodes of a block, ascending.
+
+    Args:
+        nodes: The numbers.
+        available: How many hidden nodes the block has.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if list(nodes) != sorted({node for node in nodes if 0 <= node < available}):
+        raise ValueError(f"it names hidden nodes that are not different ones of {available} in ascending order")
 
 
 @dataclass(frozen=True)

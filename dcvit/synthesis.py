@@ -27,9 +27,10 @@ from dcvit.models import preprocessing, require_supported
 from dcvit.ops import Impl, synthesis_step
 from dcvit.optimisation import warmup_cosine
 from dcvit.progress import Progress, silent
+from dcvit.run_store import require_alike
 from dcvit.seeding import seeded
 
-__all__ = ["FIRST_BN_WEIGHT", "MetricSet", "bn_prior", "synthesize"]
+__all__ = ["FIRST_BN_WEIGHT", "MetricSet", "bn_prior", "require_synthesized", "synthesize"]
 
 FIRST_BN_WEIGHT = 10.0
 """The first BatchNorm counts so many times as much as another (DeepInversion's code)."""
@@ -139,6 +140,31 @@ def synthesize(
                 best, best_loss = before, loss
             progress("synthesis", iteration + 1, config.iterations, loss)
     return MetricSet(best, targets, best_loss, tuple(losses))
+
+
+def require_synthesized(found: MetricSet, model: nn.Module, config: SynthesisConfig) -> None:
+    """Refuse a metric set that `synthesize` could not have made.
+
+    Args:
+        found: The metric set; its targets must be there.
+        model: The original.
+        config: Settings of the optimisation.
+
+    Raises:
+        ValueError: If that is so.
+    """
+    assert found.targets is not None
+    parameter, (channels, height, width) = next(model.parameters()), require_supported(model).input_size(model)
+    images = parameter.new_empty(config.num_images, channels, height, width, device="meta")
+    targets = torch.empty(config.num_images, dtype=torch.int64, device="meta")
+    require_alike({"images": found.images, "targets": found.targets}, {"images": images, "targets": targets})
+    low, high = (bound.to(found.images).view(-1, 1, 1) for bound in preprocessing(model).pixel_range)
+    if not bool(((low <= found.images) & (found.images <= high)).all()):
+        raise ValueError("its images have pixels that no image has")
+    if not bool(((found.targets >= 0) & (found.targets < num_classes(model))).all()):
+        raise ValueError(f"its targets are not among the model's {num_classes(model)} classes")
+    if len(found.losses) != config.iterations or found.loss not in found.losses:
+        raise ValueError(f"it tells of {len(found.losses)} iterations and a loss of {found.loss}")
 
 
 def bn_prior(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:

@@ -135,7 +135,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
     [
         ({"photo.png": ""}, r"holds something else \(photo\.png\)"),
         ({"run.json": "{"}, r"run\.json' cannot be read"),
-        ({"run.json": "[]"}, r"run\.json' cannot be read \(no table\)"),
+        ({"run.json": "[]"}, r"run\.json' cannot be read \(it holds a list instead of a table\)"),
         ({"run.json": '{"name": "mine"}'}, r"holds another run"),
         ({"units/t.json": "{}"}, r"has units but no run\.json"),
     ],
@@ -153,7 +153,7 @@ def test_a_foreign_or_broken_folder_is_refused_and_left_alone(
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(RunStoreError, match="is a file"), open_run(tmp_path / "run", OF):
+    with pytest.raises(RunStoreError, match="is a regular file, not a folder"), open_run(tmp_path / "run", OF):
         pass
     assert (tmp_path / "run").read_text() == "mine"
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
 from dcvit.distributed import ALONE, Ranks
 from dcvit.images import FewShotImages
-from dcvit.latency_planning import plan_latency
+from dcvit.latency_planning import plan_latency, require_planned
 from dcvit.methods.budgets import flat
 from dcvit.methods.registry import Method, Outcome, Task, Timer, register
 from dcvit.metric import Metric
@@ -34,12 +34,12 @@ from dcvit.reconstruction import Reconstruction, TeacherStates, Views, draw_view
 from dcvit.records import from_plain
 from dcvit.recovery import Recovery, find_learning_rate, recover
 from dcvit.refinement import REFINEMENT_HELD_OUT_EVERY, STEP_SIZES, Refinement, num_steps, refine
-from dcvit.run_store import NOTHING_KEPT, Store, Unit
+from dcvit.run_store import NOTHING_KEPT, Store, Unit, require_alike
 from dcvit.seeding import derive_seed
 from dcvit.stacks import Stack
-from dcvit.structure import Cut, Recoverability
+from dcvit.structure import Cut, Recoverability, require_nodes
 from dcvit.surgery import compress_block, copy_blocks, cut_block, draw_kept_nodes
-from dcvit.synthesis import MetricSet, synthesize
+from dcvit.synthesis import MetricSet, require_synthesized, synthesize
 from dcvit.teacher import fuse
 
 __all__ = [
@@ -87,7 +87,12 @@ def _planned(task: Task) -> Plan:
 
     if not task.budget.measured:
         return found()
-    return Plan.from_dict(task.store.unit("plan", lambda: Unit(found().to_dict())).values)
+    kept = task.store.unit(
+        "plan",
+        lambda: Unit(found().to_dict()),
+        check=lambda unit: require_planned(Plan.from_dict(unit.values), task.teacher, task.budget, task.config),
+    )
+    return Plan.from_dict(kept.values)
 
 
 DCVIT = register(
@@ -149,7 +154,8 @@ def _resolve_learning_rate(
             seed=derive_seed(config.seed, "learning rate"), impl=config.impl, progress=progress,
         )  # fmt: skip
 
-    kept_rate = partial(store.unit, "learning-rate", lambda: Unit(find()))
+    check = partial(_require_one_of, config.mimicking.learning_rates)
+    kept_rate = partial(store.unit, "learning-rate", lambda: Unit(find()), check=check)
     return replace(config, recovery=config.mimicking.with_learning_rate(lambda: kept_rate().values))
 
 
@@ -209,8 +215,12 @@ def compress_blocks(
             )  # fmt: skip
             return Unit(asdict(step), student.state_dict())
 
+        def check(student: nn.Module, unit: Unit) -> None:
+            from_plain(Recovery, unit.values).require_run(recovery)
+            require_alike(unit.tensors, student.state_dict())
+
         work = partial(recovered, student, cut, done)
-        unit = store.unit(f"step-{done}", work, partial(restore, student), together=True)
+        unit = store.unit(f"step-{done}", work, partial(restore, student), check=partial(check, student), together=True)
         steps.append(from_plain(Recovery, unit.values))
     return student, tuple(steps)
 
@@ -309,8 +319,19 @@ def prepare(
         step_size = 0.0
         if recovery.epochs and bool(views.held_out.any()):  # which judge
             find = partial(_step_size, teacher, states, cuts, trials, orders, config, progress)
-            step_size = store.unit("step-size", lambda: Unit(find())).values
+            check = partial(_require_one_of, recovery.step_sizes)
+            step_size = store.unit("step-size", lambda: Unit(find()), check=check).values
     return Prepared(teacher, views, states, trials, pruning_trials, prunable_orders, step_size, steps)
+
+
+def _require_one_of(candidates: Sequence[float], unit: Unit) -> None:
+    """Refuse a unit that holds none of the numbers among which one was sought.
+
+    Raises:
+        TypeError, ValueError: If that is so.
+    """
+    if from_plain(float, unit.values) not in candidates:
+        raise ValueError(f"it holds {unit.values!r}: expected one of {', '.join(map(str, candidates))}")
 
 
 def _step_size(
@@ -379,9 +400,14 @@ def compress_prepared(
                 )  # fmt: skip
                 return Unit(asdict(found), student.state_dict())
 
-            found = store.unit(
-                "refinement", refined, lambda unit: student.load_state_dict(dict(unit.tensors)), together=True
-            )
+            def restore(unit: Unit) -> None:
+                student.load_state_dict(dict(unit.tensors))
+
+            def check(unit: Unit) -> None:
+                from_plain(Refinement, unit.values).require_run(steps, refinement_step_sizes)
+                require_alike(unit.tensors, student.state_dict())
+
+            found = store.unit("refinement", refined, restore, check=check, together=True)
             refinement = from_plain(Refinement, found.values)
     chosen = replace(chosen, blocks=blocks, kept_nodes={block: kept[block] for block in blocks})
     return Outcome(
@@ -413,6 +439,19 @@ def _structure(prepared: Prepared, planned: Plan, config: CompressionConfig) -> 
     if closed_form:
         ordered.sort(key=lambda block: (compressed[block].loss(planned.hidden_features), block))
     return planned, dict.fromkeys(ordered[: planned.num_blocks], Cut(planned.hidden_features))
+
+
+@dataclass(frozen=True)
+class _ReconstructedBlock:
+    """The values of the unit of a block.
+
+    Attributes:
+        kept: The hidden nodes that it keeps, ascending.
+        report: How its reconstruction went.
+    """
+
+    kept: tuple[int, ...]
+    report: Reconstruction
 
 
 def reconstruct_blocks(
@@ -454,20 +493,35 @@ def reconstruct_blocks(
     firsts, counts = ranks.batches(len(views.images), at_once)
     at, kept, reports = 0, {}, []
 
+    def chosen(block: int, cut: Cut) -> tuple[int, ...] | None:
+        """The nodes that its trial chose for a pruned block, if it chose as many."""
+        order = prunable_orders[block] if cut.attention else ()
+        return order[: cut.hidden_features] if 0 < cut.hidden_features <= len(order) else None
+
     def reconstructed(block: int, cut: Cut, tokens: Stack) -> Unit:
         batches = (_given(student, batch, block, cut) for batch in tokens.split(at_once))
         # The inputs of a convolution are many: a row of them is as long as ten of a ViT's.
         few = cut.attention and not adapter.pointwise_nodes
         given = views.rows_of_all(batches, firsts[0], few=few)
         rows = states.rows(block, ranks.gather(given if counts else given[:0]), few=few)
-        order, count = prunable_orders[block] if cut.attention else (), cut.hidden_features
         nodes, report = reconstruct_block(
             student, block, cut, rows, recovery,
-            kept=order[:count] if 0 < count <= len(order) else None,
-            step_size=step_size, epochs=recovery.epochs, refit=refit,
+            kept=chosen(block, cut), step_size=step_size, epochs=recovery.epochs, refit=refit,
             seed=derive_seed(config.seed, "reconstruction", block), impl=config.impl, ranks=ranks,
         )  # fmt: skip
-        return Unit({"kept": nodes, "report": asdict(report)}, adapter.block(student, block).state_dict())
+        values = asdict(_ReconstructedBlock(nodes, report))
+        return Unit(values, adapter.block(student, block).state_dict())
+
+    def check(block: int, cut: Cut, unit: Unit) -> None:
+        found = from_plain(_ReconstructedBlock, unit.values)
+        found.report.require_of(block, recovery.epochs)
+        require_nodes(found.kept, adapter.hidden_features(student, block))
+        nodes = chosen(block, cut)
+        if len(found.kept) != cut.hidden_features or (nodes is not None and found.kept != tuple(sorted(nodes))):
+            raise ValueError("it keeps other hidden nodes than it should")
+        alike = copy_blocks(student, [block])
+        cut_block(alike, block, cut, found.kept, config.impl)
+        require_alike(unit.tensors, adapter.block(alike, block).state_dict())
 
     def restore(block: int, cut: Cut, unit: Unit) -> None:
         cut_block(student, block, cut, unit.values["kept"], config.impl)
@@ -494,10 +548,15 @@ def reconstruct_blocks(
             tokens, at = passed(tokens.split(at_once), block), block
         cut = cuts[block]
         unit = store.unit(
-            f"block-{block}", partial(reconstructed, block, cut, tokens), partial(restore, block, cut), together=True
+            f"block-{block}",
+            partial(reconstructed, block, cut, tokens),
+            partial(restore, block, cut),
+            check=partial(check, block, cut),
+            together=True,
         )
-        kept[block] = tuple(unit.values["kept"])
-        reports.append(from_plain(Reconstruction, unit.values["report"]))
+        found = from_plain(_ReconstructedBlock, unit.values)
+        kept[block] = found.kept
+        reports.append(found.report)
         done += work[block]
         progress("reconstruction", done, total, reports[-1].error_after)
     return student, kept, tuple(reports)
@@ -540,9 +599,24 @@ def make_metric_set(
     def synthesized() -> Unit:
         made = synthesize(teacher, config.synthesis, seed=config.seed, impl=config.impl, progress=progress)
         assert made.targets is not None
-        values = {"loss": made.loss, "losses": made.losses}
+        values = asdict(_Losses(made.loss, made.losses))
         return Unit(values, {"images": made.images, "targets": made.targets})
 
-    unit = store.unit("metric-set", synthesized)
-    given, targets = (unit.tensors[name].to(images.normalised.device) for name in ("images", "targets"))
-    return MetricSet(given, targets, unit.values["loss"], tuple(unit.values["losses"]))
+    def restored(unit: Unit) -> MetricSet:
+        losses = from_plain(_Losses, unit.values)
+        return MetricSet(unit.tensors["images"], unit.tensors["targets"], losses.loss, losses.losses)
+
+    def check(unit: Unit) -> None:
+        if unit.tensors.keys() != {"images", "targets"}:
+            raise ValueError("its tensors are others than they should be")
+        require_synthesized(restored(unit), teacher, config.synthesis)
+
+    return restored(store.unit("metric-set", synthesized, check=check)).to(images.normalised.device)
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """The values of the unit of a metric set, see `MetricSet`."""
+
+    loss: float
+    losses: tuple[float, ...]
