@@ -288,7 +288,7 @@ REPORTED = {
     "seconds", "loss_before", "loss_after", "losses", "ridge", "error_before", "error_closed_form", "error_after",
     "errors", "epochs", "judgements", "loss", "steps", "step_size",
 }  # fmt: skip
-"""What a unit tells of how its work went. The first three of a trial decide, but one number is as likely as another."""
+"""What a unit tells of how its work went: some of it decides, but one number is as likely as another there."""
 
 
 def forged_values(values: Any) -> Iterator[tuple[Place, str, Any]]:
