@@ -111,7 +111,7 @@ def compress(
             chosen.require_family(original)
             if isinstance(config.recovery, MimickingConfig):
                 require_tokens(original, config.recovery)
-            few_shot = checked_images(images, metric_set, original)
+            few_shot = checked_images(images, metric_set, original, progress)
             if stopwatch is not time_forward:
                 clock(original, few_shot.normalised[:1])  # it may refuse
         with open_store(run_dir, original, few_shot, metric_set, config, ranks, budget=budget.to_dict()) as store:
@@ -180,13 +180,16 @@ def _moved(given: Given, device: str) -> Given:
     return cast(Given, given.to(device)) if isinstance(given, Tensor | FewShotImages | MetricSet) else given
 
 
-def checked_images(images: Images | FewShotImages, metric_set: MetricSet | None, original: nn.Module) -> FewShotImages:
+def checked_images(
+    images: Images | FewShotImages, metric_set: MetricSet | None, original: nn.Module, progress: Progress
+) -> FewShotImages:
     """The few-shot set, after all that is refused before any work: of the images, of the model on them, of the caller.
 
     Args:
         images: The caller's.
         metric_set: The caller's, if there is one.
         original: The original.
+        progress: Told how many images are read.
 
     Raises:
         DcvitError: Under `torch.inference_mode()`.
@@ -194,7 +197,7 @@ def checked_images(images: Images | FewShotImages, metric_set: MetricSet | None,
         NonFiniteError: As `require_finite` does.
     """
     require_gradients()
-    few_shot = load_images(images, original)
+    few_shot = load_images(images, original, progress)
     if metric_set is not None:
         check_images(metric_set.images, original, "The metric set's images")
     require_finite(original, few_shot)

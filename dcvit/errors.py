@@ -76,7 +76,7 @@ class DamagedUnitWarning(DcvitWarning):
 
 
 class ImagesWarning(DcvitWarning):
-    """Some images were left out, or look as if they were not normalised."""
+    """Images were left out or scaled, are copies or of one colour, or look as if they were not normalised."""
 
 
 class MemoryWarning(DcvitWarning):

@@ -323,7 +323,7 @@ def sweep(
         with timer("prepare"):
             original = freeze(load_model(model))
             plans = _plans(original, budgets, config)
-            few_shot = checked_images(images, metric_set, original)
+            few_shot = checked_images(images, metric_set, original, progress)
             teacher = fuse(original, config.impl)
         asked = [planned.budget.to_dict() for planned in plans]
         with open_store(run_dir, original, few_shot, metric_set, config, budgets=asked) as store:

@@ -4,28 +4,77 @@ Labels are never read. On the CPU the images lie on disk once they are many (`dc
 in a tensor.
 """
 
+import hashlib
+import math
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import length_hint
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from dcvit.errors import ImagesError, ImagesWarning
+from dcvit.errors import ImagesError, ImagesWarning, UnsupportedModelError
+from dcvit.files import open_regular
 from dcvit.models import adapter_for, preprocessing
-from dcvit.models.loading import Preprocessing
+from dcvit.models.loading import Preprocessing, is_deep
+from dcvit.progress import Progress, silent
 from dcvit.stacks import Stack
 
-__all__ = ["IMAGE_SUFFIXES", "FewShotImages", "Images", "check_images", "image_files", "load_images"]
+__all__ = [
+    "IMAGE_KEYS",
+    "IMAGE_SUFFIXES",
+    "MOST_UNCOUNTED",
+    "FewShotImages",
+    "Images",
+    "check_images",
+    "image_files",
+    "is_hidden",
+    "load_images",
+    "named",
+]
 
-Images = Tensor | Dataset[Any] | DataLoader[Any] | str | Path | Sequence[str | Path]
+Images = Tensor | Dataset[Any] | DataLoader[Any] | Iterable[Any] | str | Path | Sequence[str | Path]
 """What `compress` takes as images."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+"""By content, whatever the suffix. Of Pillow's other readers one starts a program (EPS)."""
+
+UNREAD_SUFFIXES = (
+    ".gif", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".j2k", ".jxl", ".tga", ".ico", ".psd", ".svg", ".pbm",
+    ".pnm", ".exr", ".hdr", ".dcm", ".nii", ".npy", ".mha", ".nd2", ".czi", ".svs", ".raw", ".dng", ".cr2", ".nef",
+    ".arw",
+)  # fmt: skip
+"""Files of these are named when they are left out; others, such as texts, are no images."""
+
+IMAGE_KEYS = ("pixel_values", "image", "images", "img")
+"""Under which an item or a batch that is a dict has its images; the first that is there counts."""
+
+MOST_UNCOUNTED = 10_000
+"""Images that are read of a source that does not say how many it has: it may be without end."""
+
+MOST_PIXELS = 1 << 27
+"""Of an image, and of what it is resized to before it is cropped; 512 MiB."""
+
+MOST_BYTES = 1 << 30
+"""Of an image file."""
+
+CONVERT = "convert them to 8 bits, for values below 4096 by Image.fromarray((array / 16).astype('uint8'))"
+
+NEARLY_CONSTANT = 2 / 255
+"""An image of less standard deviation, in pixels from 0 to 1, is told of."""
+
+NAMED = 5
+"""So many files are named in one message."""
 
 
 @dataclass(frozen=True)
@@ -66,72 +115,120 @@ class FewShotImages:
         return replace(self, normalised=normalised, pixels=[self.pixels[i] for i in indices], files=files)
 
 
-def load_images(images: Images | FewShotImages, model: nn.Module) -> FewShotImages:
+def load_images(images: Images | FewShotImages, model: nn.Module, progress: Progress = silent) -> FewShotImages:
     """Collect and check the few-shot images for a model.
 
     Args:
-        images: A normalised tensor `[N, C, H, W]`; a `Dataset` or `DataLoader` of normalised tensors `[C, H, W]`
-            or PIL images, alone or as the first of a tuple; a folder, searched recursively; or a list of files.
-            PIL images and files get timm's evaluation preprocessing for the model. Files that cannot be read are left
-            out, with a warning that names them; there is one, too, where tensors look like pixels.
+        images: A normalised tensor `[N, C, H, W]`; a `Dataset`, `DataLoader` or other iterable of normalised tensors
+            `[C, H, W]` or PIL images, alone, as the first of a tuple, or under one of `IMAGE_KEYS` of a dict; a folder,
+            see `image_files`; or a list of files. PIL images and files get timm's evaluation preprocessing for the
+            model. Grey ones of 16 or 32 bits are first scaled by the range of the whole set, with a warning that names
+            it. Other warnings name files that are left out, copies, images of nearly one colour, and tensors that look
+            like pixels.
         model: The model that will see them.
+        progress: Told how many images are read, as the stage `"images"`; not of a tensor. Of a source without a length
+            the total is `MOST_UNCOUNTED`.
 
     Returns:
         The images on the model's device.
 
     Raises:
-        ImagesError: If there are none, or any does not fit: size, channels, dtype, device, NaN or infinite pixels; or
-            if fewer than half of the files can be read.
+        ImagesError: If there are none, or any does not fit: size, channels, dtype, device, NaN or infinite pixels; if
+            all are alike; if fewer than half of the files can be read; if only some have more than 8 bits; or if a
+            source without a length gives more than `MOST_UNCOUNTED`.
     """
     if isinstance(images, FewShotImages):
         check_images(images.normalised, model)
         return images
     prep, parameter = preprocessing(model), next(model.parameters())
-    files: list[Path] | None = None
-    if isinstance(images, str | Path):
-        files = image_files(Path(images))
-    elif isinstance(images, list | tuple) and images and all(isinstance(item, str | Path) for item in images):
-        files = [Path(item) for item in images]
-    readable: list[Path] = []
-    if files is not None:
-        items: Iterable[Any] = _readable(files, readable)
-    elif isinstance(images, Tensor):
+    if isinstance(images, Tensor):
         check_images(images, model)
-        return _few_shot(images.detach(), _Bytes(), prep)
-    elif isinstance(images, DataLoader):
-        items = (image for batch in images for image in _of_batch(batch))
-    elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
-        items = (_first(images[i]) for i in range(len(images)))
-    elif isinstance(images, Iterable):
-        items = (_first(item) for item in images)
+        images = images.detach()
+        return _few_shot(images, _Pictures(), prep, [_Looks.of(image) for image in images])
+    if isinstance(images, str | Path):
+        images = image_files(Path(images))
+    read: list[Path] | None = None
+    if isinstance(images, list | tuple) and images and all(isinstance(item, str | Path) for item in images):
+        read = []
+        items: Iterator[Any] = _readable([Path(item) for item in images], prep, read)
     else:
-        raise ImagesError(
-            f"images is a {type(images).__name__}; expected a tensor [N, C, H, W], a Dataset, a DataLoader or a folder."
-        )
+        items = _prepared(_images_of(images), prep)
 
-    normalised, at_own_size = Stack(), _Bytes()
-    for number, item in enumerate(items):
+    normalised, at_own_size = Stack(), _Pictures()
+    looks: list[_Looks] = []
+    for number, item in enumerate(_in_8_bits(_counted(items, images, progress), prep)):
         if isinstance(item, Image.Image):
-            at_own_size.append(number, prep.to_pixels(item))
+            at_own_size.append(number, pil_to_tensor(prep.shrink(item)))
             image = prep.transform(item).to(parameter.dtype)
-        elif isinstance(item, Tensor):
-            image = item
         else:
-            raise ImagesError(f"An image is a {type(item).__name__}; expected a tensor [C, H, W] or a PIL image.")
+            image = item
         image = image[None].to(parameter.device)
         check_images(image, model, first=number)
+        looks.append(_Looks.of(image[0]))
         normalised.append(image)
     if not len(normalised):
         raise ImagesError("There are no images: pass at least one, 50 to 1000 is usual.")
-    few_shot = _few_shot(normalised.whole(), at_own_size, prep)
-    return few_shot if files is None else replace(few_shot, files=tuple(readable))
+    return _few_shot(normalised.whole(), at_own_size, prep, looks, None if read is None else tuple(read))
 
 
-def _few_shot(normalised: Tensor, at_own_size: "_Bytes", prep: Preprocessing) -> FewShotImages:
+def _few_shot(
+    normalised: Tensor,
+    at_own_size: "_Pictures",
+    prep: Preprocessing,
+    looks: Sequence["_Looks"],
+    files: tuple[Path, ...] | None = None,
+) -> FewShotImages:
     if not at_own_size:
         _warn_of_pixels(normalised[:8], prep)
     mean, std = (prep.mean, prep.std) if at_own_size else _normalisation(normalised, prep)
-    return FewShotImages(normalised, _Pixels(normalised, at_own_size, mean, std), mean, std)
+    _judge_looks(looks, std, files)
+    return FewShotImages(normalised, _Pixels(normalised, at_own_size, mean, std), mean, std, files)
+
+
+def _counted(items: Iterator[Any], source: Any, progress: Progress) -> Iterator[Any]:
+    """The same items; progress is told of each, and a source without a length has a limit."""
+    known = length_hint(source.dataset if isinstance(source, DataLoader) else source)
+    done, limit = 0, max(known, MOST_UNCOUNTED)
+    progress("images", done, known or limit, None)
+    for item in items:
+        if done == limit:
+            raise ImagesError(
+                f"The images do not end: {limit:,} were read. Pass a part of them, "
+                "list(itertools.islice(images, 1000)); 50 to 1000 is usual."
+            )
+        done += 1
+        progress("images", done, max(known or limit, done + 1), None)
+        yield item
+    progress("images", done, done, None)
+
+
+def _in_8_bits(items: Iterable[Any], prep: Preprocessing) -> Iterator[Any]:
+    """The same images; those of more than 8 bits come when all are read, scaled by the range of them all."""
+    deep, low, high = _Pictures(), math.inf, -math.inf
+    for number, item in enumerate(items):
+        if isinstance(item, Image.Image) and is_deep(item):
+            values = pil_to_tensor(item)
+            low, high = min(low, float(values.amin())), max(high, float(values.amax()))
+            deep.append(number, pil_to_tensor(prep.shrink(item)))
+        else:
+            yield item
+        if len(deep) not in (0, number + 1):
+            raise ImagesError(
+                f"{len(deep)} of the first {number + 1} images have 16 or 32 bits per pixel and the others 8: no range "
+                f"fits both; {CONVERT}, or leave them out."
+            )
+    if not deep:
+        return
+    warnings.warn(
+        f"The {len(deep)} images have 16 or 32 bits per pixel. They are scaled by the range of all of them, from "
+        f"{low:g} (black) to {high:g} (white). For another range: {CONVERT}.",
+        ImagesWarning,
+        stacklevel=3,
+    )
+    scale = 255 / (high - low) if high > low else 0.0
+    for number in range(len(deep)):
+        levels = ((deep[number].double() - low) * scale).round().clamp(0, 255)  # shrinking may go beyond the range
+        yield prep.convert(to_pil_image(levels.to(torch.uint8)))
 
 
 ROUNDING = 1e-2
@@ -173,25 +270,84 @@ def _warn_of_pixels(images: Tensor, prep: Preprocessing) -> None:
             return
 
 
-class _Bytes:
-    """Pictures of different sizes, `[C, H, W]` of uint8 each, by number."""
+@dataclass(frozen=True)
+class _Looks:
+    """What tells whether an image is a copy of another, or of nearly one colour.
+
+    Attributes:
+        digest: Of its values.
+        spread: Their standard deviation, per channel.
+    """
+
+    digest: bytes
+    spread: Tensor
+
+    @classmethod
+    def of(cls, image: Tensor) -> "_Looks":
+        """Those of a normalised image `[C, H, W]`."""
+        content = image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        values = image.detach().flatten(1).float()
+        spread = (values - values.mean(1, keepdim=True)).square().mean(1).sqrt()  # in a tenth of the time of `std`
+        return cls(hashlib.sha1(content, usedforsecurity=False).digest(), spread)
+
+
+def _judge_looks(looks: Sequence[_Looks], std: tuple[float, ...], files: Sequence[Path] | None) -> None:
+    """Refuse images that are all alike, and warn of copies and of images of nearly one colour."""
+
+    def name(number: int) -> str:
+        return f"image {number}" if files is None else repr(str(files[number]))
+
+    first: dict[bytes, int] = {}
+    originals = [first.setdefault(look.digest, number) for number, look in enumerate(looks)]
+    if len(looks) > 1 and len(first) == 1:
+        raise ImagesError(
+            f"All {len(looks)} images are the same, pixel by pixel: expected different ones. Look at what prepares "
+            "them; values beyond what it expects, for example, all become white."
+        )
+    problems = []
+    copies = [f"{name(i)} (of {name(original)})" for i, original in enumerate(originals) if i != original]
+    if copies:
+        problems.append(
+            f"{len(copies)} of {len(looks)} images are copies of others: {named(copies)}. Block reconstruction "
+            "validates on some of the images, and errors are estimated too low where it has learnt from a copy: remove "
+            "the copies"
+        )
+    spread = (torch.stack([look.spread for look in looks]).cpu() * torch.tensor(std)).amax(1)
+    constant = [name(i) for i in (spread < NEARLY_CONSTANT).nonzero().flatten().tolist()]
+    if constant:
+        problems.append(
+            f"{len(constant)} of {len(looks)} images are of one colour, or nearly: {named(constant)}. There is nothing "
+            "to learn from them: check what prepares them, or remove them"
+        )
+    if problems:
+        warnings.warn(". ".join(problems) + ".", ImagesWarning, stacklevel=4)
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+class _Pictures:
+    """Pictures of different sizes, `[C, H, W]` of one dtype, by number."""
 
     def __init__(self) -> None:
-        self._bytes = Stack()
+        self._values = Stack()
         self._places: dict[int, tuple[int, torch.Size]] = {}
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def append(self, number: int, picture: Tensor) -> None:
-        self._places[number] = len(self._bytes), picture.shape
-        self._bytes.append(picture.flatten())
+    def __contains__(self, number: int) -> bool:
+        return number in self._places
 
-    def get(self, number: int) -> Tensor | None:
-        if number not in self._places:
-            return None
+    def append(self, number: int, picture: Tensor) -> None:
+        self._places[number] = len(self._values), picture.shape
+        self._values.append(picture.flatten())
+
+    def __getitem__(self, number: int) -> Tensor:
         first, shape = self._places[number]
-        return self._bytes[first : first + shape.numel()].view(shape)
+        return self._values[first : first + shape.numel()].view(shape)
 
 
 class _Pixels(Sequence[Tensor]):
@@ -200,7 +356,7 @@ class _Pixels(Sequence[Tensor]):
     def __init__(
         self,
         normalised: Tensor,
-        at_own_size: _Bytes,
+        at_own_size: _Pictures,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         numbers: Sequence[int] | None = None,
@@ -226,69 +382,208 @@ class _Pixels(Sequence[Tensor]):
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         number = range(len(self))[number]
-        picture = self._at_own_size.get(self._numbers[number])
-        if picture is not None:
-            return picture.to(self._normalised.device).float() / 255
+        own = self._numbers[number]
+        if own in self._at_own_size:
+            return self._at_own_size[own].to(self._normalised.device).float() / 255
         return (self._normalised[number] * self._std + self._mean).clamp(0, 1)
-
-
-NAMED = 5
-"""So many broken files are named."""
 
 
 def image_files(folder: Path) -> list[Path]:
     """The image files of a folder and its subfolders, sorted by path.
 
+    Links to folders are followed, each folder being read once. Names that begin with `.` or `@` are left out: folders
+    of thumbnails, checkpoints and the like. What is left out is told in a warning.
+
     Raises:
         ImagesError: If the folder does not exist or holds none.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ImagesError(f"{str(folder)!r} is not a folder: expected one with image files.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files: list[Path] = []
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+    folders, links, seen = [folder], deque[Path](), set[tuple[int, int]]()
+    while folders or links:
+        current = folders.pop() if folders else links.popleft()
+        try:
+            found = os.stat(current)
+            entries = sorted(os.scandir(current), key=lambda entry: entry.name)
+        except OSError as error:
+            left_out[f"cannot be opened ({error.strerror})"].append(str(current))
+            continue
+        if (found.st_dev, found.st_ino) in seen:
+            left_out["lead to a folder that is read already"].append(str(current))
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        for entry in entries:
+            path, is_link = Path(entry.path), entry.is_symlink()
+            is_folder = os.path.isdir(path) if is_link else entry.is_dir()
+            suffix = path.suffix.lower()
+            if is_hidden(entry.name):
+                if is_folder or suffix in IMAGE_SUFFIXES:
+                    left_out["have names that begin with '.' or '@'"].append(entry.path)
+            elif is_folder:
+                (links if is_link else folders).append(path)
+            elif suffix in IMAGE_SUFFIXES:
+                files.append(path)
+            elif suffix in UNREAD_SUFFIXES:
+                left_out["are of a format that is not read; convert them to PNG or JPEG"].append(entry.path)
+            elif is_link and not os.path.exists(path):
+                left_out["are links that lead nowhere"].append(entry.path)
+    told = "; ".join(f"{named([repr(path) for path in paths])} {why}" for why, paths in left_out.items())
     if not files:
-        raise ImagesError(f"The folder {str(folder)!r} holds no image files ({', '.join(IMAGE_SUFFIXES)}).")
-    return files
+        raise ImagesError(
+            f"The folder {str(folder)!r} holds no image files ({', '.join(IMAGE_SUFFIXES)})."
+            + (f" Left out: {told}." if told else "")
+        )
+    if told:
+        warnings.warn(f"Of the folder {str(folder)!r} these are left out: {told}.", ImagesWarning, stacklevel=2)
+    return sorted(files)
 
 
-def _readable(files: Sequence[Path], read: list[Path]) -> Iterator[Image.Image]:
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of that name is left out: thumbnails (`@eaDir`), `.ipynb_checkpoints`, ..."""
+    return name.startswith((".", "@"))
+
+
+def _readable(files: Sequence[Path], prep: Preprocessing, read: list[Path]) -> Iterator[Image.Image]:
     """The images of files one by one; at the end it warns of those that cannot be read, or refuses if they are most.
 
     Args:
         files: The files.
+        prep: What the images are prepared for.
         read: Those that could be read are added to it.
     """
     broken: list[str] = []
+    stacked: list[str] = []
     for path in files:
         try:
-            with Image.open(path) as image:
-                image.load()
+            target = os.path.realpath(path) if path.is_symlink() else path
+            with open_regular(target, most=MOST_BYTES) as file, Image.open(file, formats=FORMATS) as opened:
+                several = opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1  # MPO: a camera's JPEG
+                image = _picture(opened, prep)
+        except UnsupportedModelError:
+            raise
         except Exception as error:  # Pillow's readers raise whatever a broken file makes them
-            broken.append(f"{str(path)!r} ({' '.join(str(error).split()) or type(error).__name__})")
+            broken.append(f"{str(path)!r} ({_reason(error)})")
             continue
+        if several:
+            stacked.append(repr(str(path)))
         read.append(path)
         yield image
-    if not broken:
-        return
-    listed = ", ".join(broken[:NAMED]) + (f" and {len(broken) - NAMED} more" if len(broken) > NAMED else "")
-    problem = f"{len(broken)} of {len(files)} files cannot be read as images: {listed}"
+    problem = f"{len(broken)} of {len(files)} files cannot be read as images: {named(broken)}"
     if 2 * len(broken) > len(files):
         raise ImagesError(f"{problem}: remove or replace them.")
-    warnings.warn(f"{problem}. They are left out.", ImagesWarning, stacklevel=3)
+    if broken:
+        warnings.warn(f"{problem}. They are left out.", ImagesWarning, stacklevel=3)
+    if stacked:
+        warnings.warn(
+            f"{len(stacked)} of {len(files)} files hold several images, and only the first of each is read: "
+            f"{named(stacked)}. Save the others as files of their own if they are wanted.",
+            ImagesWarning,
+            stacklevel=3,
+        )
 
 
-def _first(item: Any) -> Any:
-    """The image of an (image, label) pair, or of an item that is the image alone."""
-    return item[0] if isinstance(item, tuple | list) and len(item) > 0 else item
+def _prepared(items: Iterable[Any], prep: Preprocessing) -> Iterator[Tensor | Image.Image]:
+    """The images of a caller's source: tensors as they are, and pictures as `_picture` gives them."""
+    for number, item in enumerate(items):
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Image.Image):
+            try:
+                image = _picture(item, prep)
+            except UnsupportedModelError:
+                raise
+            except Exception as error:  # Pillow reads a file only now
+                raise ImagesError(f"Image {number} cannot be used: {_reason(error)}.") from error
+            yield image
+        else:
+            hint = ". Convert arrays with PIL.Image.fromarray(array)" if hasattr(item, "__array__") else ""
+            raise ImagesError(f"An image is a {type(item).__name__}; expected a tensor [C, H, W] or a PIL image{hint}.")
 
 
-def _of_batch(batch: Any) -> Iterator[Any]:
-    """The images of what a `DataLoader` gives: a batch, one with its labels, or a list of items."""
-    first = _first(batch)
-    if isinstance(first, Tensor):
-        collated = first.ndim == 4
+def _picture(image: Image.Image, prep: Preprocessing) -> Image.Image:
+    """An image in memory and in the model's channels; one of more than 8 bits in Pillow's mode F.
+
+    Raises:
+        ImagesError: If it is too large, also once it is resized for the model, or has NaN or infinite pixels.
+    """
+    width, height = image.size
+    if not width or not height:
+        raise ImagesError(f"it is {width} x {height} pixels")
+    growth = max(1.0, prep.resized[0] / height, prep.resized[1] / width)
+    if width * height * growth**2 > MOST_PIXELS:
+        raise ImagesError(
+            f"it is {width:,} x {height:,} pixels, and {width * growth:,.0f} x {height * growth:,.0f} once its shorter "
+            f"side fits the model, more than {MOST_PIXELS:,} in all; crop it or scale it down"
+        )
+    image.load()
+    if not is_deep(image):
+        return prep.convert(image)
+    image = image.convert("F")
+    if not pil_to_tensor(image).isfinite().all():
+        raise ImagesError("it has NaN or infinite pixels")
+    return image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"its content is none of {', '.join(FORMATS)}, or not as Pillow reads it"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _images_of(source: Any) -> Iterator[Any]:
+    """The images of a `Dataset`, a `DataLoader` or another iterable, one by one."""
+    if isinstance(source, DataLoader):
+        collates = source.batch_sampler is not None
+        for batch in source:
+            yield from _of_batch(batch) if collates else _of_item(batch)
+        return
+    if hasattr(source, "__iter__") or (hasattr(source, "__getitem__") and not hasattr(source, "__len__")):
+        items = iter(source)  # without `__iter__`, by index up to an IndexError
+    elif hasattr(source, "__getitem__"):
+        items = (source[i] for i in range(len(source)))
     else:
-        collated = isinstance(first, tuple | list) and len(first) > 1 and all(map(_is_image, first))
-    yield from first if collated else map(_first, batch)
+        raise ImagesError(
+            f"images is a {type(source).__name__}; expected a tensor [N, C, H, W], a Dataset, a DataLoader or a folder."
+        )
+    for item in items:
+        yield from _of_item(item)
+
+
+def _of_item(item: Any) -> Iterable[Any]:
+    """The image of an item of a data set, or the images if it is a batch."""
+    image = _image_of(item)
+    return list(image) if _is_batch(image) else [image]
+
+
+def _of_batch(batch: Any) -> Iterable[Any]:
+    """The images of what a `DataLoader` collates: a batch, one with its labels, a dict of them, or a list of items."""
+    first = _image_of(batch)
+    if isinstance(batch, Mapping):
+        return list(first) if _is_batch(first) or isinstance(first, list | tuple) else [first]
+    if _is_batch(first) or (isinstance(first, tuple | list) and len(first) > 1 and all(map(_is_image, first))):
+        return list(first)
+    return map(_image_of, batch)
+
+
+def _image_of(item: Any) -> Any:
+    """The image of an item: the item, the first of a tuple, or what either has under one of `IMAGE_KEYS` if a dict."""
+    if isinstance(item, Mapping):
+        found = next((key for key in IMAGE_KEYS if key in item), None)
+        if found is None:
+            raise ImagesError(
+                f"An item is a dict with the keys {named([repr(key) for key in item])}: expected the image under one "
+                f"of {', '.join(map(repr, IMAGE_KEYS))}. Rename the key, or pass the images alone."
+            )
+        return item[found]
+    if isinstance(item, tuple | list) and len(item) > 0:
+        return _image_of(item[0]) if isinstance(item[0], Mapping) else item[0]
+    return item
+
+
+def _is_batch(images: Any) -> bool:
+    return isinstance(images, Tensor) and images.ndim == 4
 
 
 def _is_image(item: Any) -> bool:

@@ -33,7 +33,7 @@ class Stack:
     def __init__(self, parts: Iterable[Tensor] = ()) -> None:
         self._parts: list[Tensor] = []
         self._file = -1
-        self._length = self._on_disk = 0
+        self._length = self._on_disk = self._held_bytes = 0
         self._like = torch.empty(0)
         for part in parts:
             self.append(part)
@@ -57,10 +57,12 @@ class Stack:
             raise ValueError(
                 f"A part is {part.dtype} {list(part.shape)}, the others are like {list(self._like.shape)}."
             )
-        self._like = part[:0].detach().clone()
+        if not self._length:
+            self._like = part[:0].detach().clone()
         self._length += len(part)
         self._parts.append(part.detach())
-        if FILES and part.device.type == "cpu" and sum(held.nbytes for held in self._parts) > IN_MEMORY:
+        self._held_bytes += part.nbytes
+        if FILES and part.device.type == "cpu" and self._held_bytes > IN_MEMORY:
             self._write()
 
     def __len__(self) -> int:
@@ -135,7 +137,7 @@ class Stack:
                         "room, or set TMPDIR to a folder on a larger disk."
                     ) from error
             self._on_disk += len(part)
-        self._parts = []
+        self._parts, self._held_bytes = [], 0
 
     def _read(self, first: int, stop: int) -> Tensor:
         found = self._like.new_empty(stop - first, *self._like.shape[1:])

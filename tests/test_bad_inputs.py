@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import dcvit
@@ -20,7 +22,7 @@ from dcvit.models import load_model
 from dcvit.synthesis import MetricSet
 from tests.conftest import CUT
 
-IMAGES = torch.zeros(4, 1, 8, 8)
+IMAGES = torch.arange(4.0 * 64).view(4, 1, 8, 8) / 100
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,39 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "images of dicts": (
         lambda at: at.compress(images=[{"image": 1}]),
-        "An image is a dict; expected a tensor [C, H, W] or a PIL image.",
+        "An image is a int; expected a tensor [C, H, W] or a PIL image.",
+    ),
+    "images of dicts without any": (
+        lambda at: at.compress(images=[{"picture": 1, "label": 2}]),
+        (
+            "An item is a dict with the keys 'picture', 'label': expected the image under one of 'pixel_values', "
+            "'image', 'images', 'img'. Rename the key, or pass the images alone."
+        ),
+    ),
+    "images all alike": (
+        lambda at: at.compress(images=torch.zeros(4, 1, 8, 8)),
+        (
+            "All 4 images are the same, pixel by pixel: expected different ones. Look at what prepares them; values "
+            "beyond what it expects, for example, all become white."
+        ),
+    ),
+    "images of NaN pixels": (
+        lambda at: at.compress(images=[Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32))]),
+        "Image 0 cannot be used: it has NaN or infinite pixels.",
+    ),
+    "images far too long": (
+        lambda at: at.compress(images=[Image.new("L", (1, 4_000_000))]),
+        (
+            "Image 0 cannot be used: it is 1 x 4,000,000 pixels, and 8 x 32,000,000 once its shorter side fits the "
+            "model, more than 134,217,728 in all; crop it or scale it down."
+        ),
+    ),
+    "images as arrays": (
+        lambda at: at.compress(images=np.zeros((4, 8, 8), dtype=np.uint8)),
+        (
+            "An image is a ndarray; expected a tensor [C, H, W] or a PIL image. Convert arrays with "
+            "PIL.Image.fromarray(array)."
+        ),
     ),
     "budget of per cent": (
         lambda at: at.compress(budget=Budget(macs=75)),

@@ -74,11 +74,12 @@ def test_pixels_of_files_are_theirs_and_no_larger_than_crops_need(model: nn.Modu
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     Image.fromarray(np.full((300, 400, 3), (255, 0, 51), dtype=np.uint8)).save(tmp_path / "b.png")
-    small, large = load_images(tmp_path, model).pixels
+    with pytest.warns(ImagesWarning, match=r"1 of 2 images are of one colour, or nearly: '.*b\.png'"):
+        small, large = load_images(tmp_path, model).pixels
     assert torch.equal(small, torch.from_numpy(noise).permute(2, 0, 1) / 255)
     assert large.shape == (3, 116, 155)
     assert torch.equal(large.flatten(1).amax(1), torch.tensor([1.0, 0.0, 0.2]))
-    mixed = load_images([Image.fromarray(noise), torch.zeros(3, 32, 32)], model).pixels  # type: ignore[arg-type]
+    mixed = load_images([Image.fromarray(noise), torch.randn(3, 32, 32)], model).pixels
     assert [picture.shape[-1] for picture in mixed[:]] == [50, 32]
 
 
@@ -102,7 +103,7 @@ def test_pixels_are_the_images_in_0_1(model: nn.Module) -> None:
         (lambda x: x.to("meta"), "images are on meta, the model on cpu"),
         (lambda x: 7, "images is a int"),
         (lambda x: TensorDataset(x[:0]), "There are no images"),
-        (lambda x: [{"image": 1}], "An image is a dict"),
+        (lambda x: [{"image": 1}], "An image is a int"),
         (lambda x: ["a", "b"], "2 of 2 files cannot be read as images: 'a'"),
         (lambda x: FewShotImages(x[:, :, :4], list(x), (0.0,), (1.0,)), "images are 4x32: the model takes 32x32"),
         (lambda x: "/nowhere/at/all", "is not a folder"),
@@ -123,7 +124,7 @@ def test_bad_folders(model: nn.Module, tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_are_named_and_left_out(model: nn.Module, tmp_path: Path) -> None:
     for number in range(8):
-        Image.new("RGB", (40, 40), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        Photographs()[number][0].save(tmp_path / f"{number}.png")
     whole = (tmp_path / "0.png").read_bytes()
     for number in range(7):
         (tmp_path / f"cut{number}.png").write_bytes(whole[: 10 + 6 * number])
@@ -144,7 +145,8 @@ def test_pixels_that_nobody_normalised_are_told_of(model: nn.Module, top: int) -
         load_images(pixels * top, model)
     load_images((pixels - 0.5) / 0.5, model)
     load_images(torch.rand(3, 3, 32, 32), model)  # not of 256 levels
-    load_images(torch.zeros(3, 3, 32, 32), model)
+    with pytest.warns(ImagesWarning, match="of one colour"):
+        load_images(torch.zeros(1, 3, 32, 32), model)  # which may be normalised
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     load_images(pixels, model)
 

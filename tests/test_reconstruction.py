@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dcvit
 from dcvit import reconstruction as module
+from dcvit.errors import ImagesWarning
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.models.modeling_dcvit import POST_NORM
@@ -97,7 +98,8 @@ def state(student: nn.Module) -> list[Tensor]:
 def test_views_are_the_images_and_whole_rounds_of_views_of_them(model: nn.Module, images: Tensor) -> None:
     """Images of one colour each, and views that keep it, show whose views are held out."""
     colours = torch.linspace(-0.9, 0.9, 11)[:, None, None, None].expand(-1, 3, 32, 32)
-    few_shot = dcvit.load_images(colours, model)
+    with pytest.warns(ImagesWarning, match="11 of 11 images are of one colour"):
+        few_shot = dcvit.load_images(colours, model)
     cropped = dcvit.AugmentationConfig(color_jitter=0)
     for every, held_out in ((5, 2), (10, 1)):
         config = replace(CONFIG, num_views=99, augmentation=cropped)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,19 @@ def test_a_full_disk_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(DcvitError, match=r"No space left on device\): make room, or set TMPDIR"):
         Stack([torch.zeros(2, 3)])
+
+
+def test_the_time_grows_with_the_number_of_parts() -> None:
+    """Quadratically, eight times as many would take sixty times as long."""
+
+    def seconds(count: int) -> float:
+        start = time.process_time()
+        Stack(part for _ in range(count))
+        return time.process_time() - start
+
+    part = torch.zeros(1, 4)
+    seconds(100)
+    assert seconds(20_000) < 24 * seconds(2_500)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -153,7 +153,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         arguments.device = "cpu"  # each process moves its own
     model = load_named_model(arguments.model, arguments)
     require_supported(model)
-    images, labels = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed)
+    images, labels, _ = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed, progress)
     result = compress(
         model, images, budget, config,
         method=arguments.method, run_dir=run_folder(arguments), ranks=arguments.ranks, devices=arguments.devices,

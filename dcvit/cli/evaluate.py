@@ -27,7 +27,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
     model = freeze(load_named_model(arguments.model, arguments))
-    images, labels = load_data(arguments.data, model)
+    images, labels, unlabelled = load_data(arguments.data, model, progress=progress)
     cost = adapter_for(model).cost(model).total
     values: dict[str, Any] = {
         "model": arguments.model,
@@ -38,6 +38,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
             "model"
         ].median_ms,
         "top1": None if labels is None else top1(model, images.normalised, labels),
+        "unlabelled": unlabelled,
         "agreement": None,
     }
     if arguments.teacher is not None:
@@ -58,7 +59,8 @@ def _show(values: dict[str, Any]) -> str:
     ]
     if values["agreement"] is not None:
         rows.append(("agreement %", f"{100 * values['agreement']:.2f}"))
-    return table([("", values["model"]), *rows])
+    shown = table([("", values["model"]), *rows])
+    return shown if values["unlabelled"] is None else f"{shown}\n\nThe data has no labels: {values['unlabelled']}"
 
 
 COMMAND = Command(

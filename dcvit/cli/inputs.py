@@ -3,17 +3,19 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from dcvit.demo import load_digits
 from dcvit.errors import DcvitError, ImagesError
-from dcvit.images import FewShotImages, image_files, load_images
+from dcvit.images import FewShotImages, image_files, is_hidden, load_images, named
 from dcvit.models import adapter_for, load_model
+from dcvit.progress import Progress, silent
 from dcvit.seeding import seeded
 
-__all__ = ["digits_by_default", "load_data", "load_named_model"]
+__all__ = ["Data", "digits_by_default", "load_data", "load_named_model"]
 
 
 def load_named_model(name: str, arguments: argparse.Namespace, *, pretrained: bool | None = None) -> nn.Module:
@@ -26,16 +28,30 @@ def load_named_model(name: str, arguments: argparse.Namespace, *, pretrained: bo
         raise DcvitError(f"--device {arguments.device}: not usable here ({str(error).splitlines()[0]}).") from error
 
 
+class Data(NamedTuple):
+    """Images that an argument names.
+
+    Attributes:
+        images: The images.
+        labels: Their classes `[N]`, where the data has them for the model.
+        unlabelled: Why there are no labels; `None` if there are.
+    """
+
+    images: FewShotImages
+    labels: torch.Tensor | None
+    unlabelled: str | None
+
+
 def load_data(
-    data: str, model: nn.Module, num_images: int | None = None, seed: int = 0
-) -> tuple[FewShotImages, torch.Tensor | None]:
+    data: str, model: nn.Module, num_images: int | None = None, seed: int = 0, progress: Progress = silent
+) -> Data:
     """Images, and labels where the data has them for this model."""
     device = next(model.parameters()).device
     if data == "digits":
         digits = load_digits()
         if num_images is None:
-            return load_images(digits.test_images.to(device), model), digits.test_labels
-        return load_images(digits.few_shot(num_images, seed).to(device), model), None
+            return Data(load_images(digits.test_images.to(device), model), digits.test_labels, None)
+        return Data(load_images(digits.few_shot(num_images, seed).to(device), model), None, "they are few-shot images")
     files = image_files(Path(data))
     chosen = files
     if num_images is not None:
@@ -45,8 +61,12 @@ def load_data(
             )
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:num_images]
         chosen = [files[i] for i in sorted(order.tolist())]
-    images = load_images(chosen, model)
-    return images, _folder_labels(Path(data), files, images.files or (), model)
+    images = load_images(chosen, model, progress)
+    classes, unlabelled = _classes(Path(data), files, adapter_for(model).num_classes(model))
+    if unlabelled is not None:
+        return Data(images, None, unlabelled)
+    labels = torch.tensor([classes.index(_top(Path(data), file)) for file in images.files or ()])
+    return Data(images, labels, None)
 
 
 def digits_by_default(arguments: argparse.Namespace) -> int | None:
@@ -55,18 +75,27 @@ def digits_by_default(arguments: argparse.Namespace) -> int | None:
     return 50 if wanted is None and arguments.data == "digits" else wanted
 
 
-def _folder_labels(
-    folder: Path, files: Sequence[Path], chosen: Sequence[Path], model: nn.Module
-) -> torch.Tensor | None:
-    """Labels of chosen files from the subfolders that all files lie in, if there is one for each class."""
+def _classes(folder: Path, files: Sequence[Path], expected: int) -> tuple[list[str], str | None]:
+    """The names of a folder's subfolders, and why these are not the model's classes, if they are not.
 
-    def top(file: Path) -> str | None:
-        first, *rest = file.relative_to(folder).parts
-        return first if rest else None
+    A subfolder without images counts too: without it each class after it would take the number of another.
+    """
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    filled = {_top(folder, file) for file in files}
+    empty = [repr(name) for name in names if name not in filled]
+    without = f" Without images: {named(empty)}." if empty else ""
+    if stray := [repr(file.name) for file in files if file.parent == folder]:
+        return names, f"there are images outside of its subfolders, one for each class: {named(stray)}."
+    if len(names) != expected:
+        hidden = [repr(entry.name) for entry in folder.iterdir() if is_hidden(entry.name)]
+        left_out = f" Hidden: {named(sorted(hidden))}." if hidden else ""
+        return names, (
+            f"it has {len(names)} subfolders, and the model {expected} classes: expected one for each, in alphabetical "
+            f"order.{without}{left_out}"
+        )
+    return names, None
 
-    folders = {top(file) for file in files}
-    classes = sorted(name for name in folders if name is not None)
-    if None in folders or len(classes) != adapter_for(model).num_classes(model):
-        return None
-    number = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([number[name] for file in chosen if (name := top(file)) is not None])
+
+def _top(folder: Path, file: Path) -> str:
+    """The first part of a file's path in a folder."""
+    return file.relative_to(folder).parts[0]

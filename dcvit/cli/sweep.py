@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     config = DEMO_CONFIG if arguments.data == "digits" else CompressionConfig()
     model = load_named_model(arguments.model, arguments)
     require_supported(model)
-    images, _ = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed)
+    images = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed, progress).images
     config = config.with_(seed=arguments.seed, impl=arguments.impl)
     family = sweep(model, images, arguments.macs, config, run_dir=run_folder(arguments), progress=progress)
     seconds = sum(sum(member.report.seconds.values()) for member in family.members)

@@ -13,11 +13,10 @@ import timm
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import DEFAULT_CROP_PCT, create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torchvision.transforms import functional as F
 
-from dcvit.errors import UnsupportedModelError
+from dcvit.errors import ImagesError, UnsupportedModelError
 from dcvit.models.adapter import adapter_for
 
 __all__ = [
@@ -27,6 +26,7 @@ __all__ = [
     "Preprocessing",
     "hub_repository",
     "input_size",
+    "is_deep",
     "load_model",
     "preprocessing",
 ]
@@ -55,15 +55,19 @@ class Preprocessing:
         input_size: Channels, height, width.
         mean: Per channel, in [0, 1] pixels.
         std: Per channel.
+        resized: Height and width that the transform resizes an image to cover before it crops.
+        convert: From a PIL image to one of 8 bits in the model's channels. It refuses images of more than 8 bits.
+        shrink: From a PIL image to the same, or to one of `LARGEST` times the model's size if it is larger.
         transform: timm's evaluation transform, from a PIL image to a normalised tensor `[C, H, W]`.
-        to_pixels: From a PIL image to a tensor `[C, H, W]` of bytes, at its own size, or `LARGEST` times the model's.
     """
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    transform: Callable[[Any], Tensor]
-    to_pixels: Callable[[Any], Tensor]
+    resized: tuple[int, int]
+    convert: Callable[[Image.Image], Image.Image]
+    shrink: Callable[[Image.Image], Image.Image]
+    transform: Callable[[Image.Image], Tensor]
 
     @property
     def pixel_range(self) -> tuple[Tensor, Tensor]:
@@ -197,6 +201,11 @@ def _at_most(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an image is grey of 16 or 32 bits per pixel."""
+    return image.mode.startswith(("I", "F"))
+
+
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model takes, of any family of timm's.
 
@@ -238,26 +247,36 @@ def _preprocessing(model: nn.Module) -> Preprocessing:
         raise ValueError(f"mean={mean}, std={std}")
     mode = {1: "L", 3: "RGB"}.get(channels)
 
-    def convert(image: Any) -> Any:
+    def convert(image: Image.Image) -> Image.Image:
         if mode is None:
             raise UnsupportedModelError(
                 f"The model takes {channels} channels, but an image file has 1 or 3. Pass the images as a tensor."
             )
-        return image.convert(mode)
+        if is_deep(image):  # Pillow would make all that is above 255 white
+            raise ImagesError(
+                f"The image has mode {image.mode!r}, more than 8 bits per pixel: scale its values to 0 to 255 and "
+                "convert it to mode 'L'."
+            )
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # without this step Pillow warns
+        return image if image.mode == mode else image.convert(mode)
 
+    crop_share = config["crop_pct"] or DEFAULT_CROP_PCT
     evaluate = create_transform(
         input_size=(channels, height, width),
         is_training=False,
         mean=mean,
         std=std,
         interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
+        crop_pct=crop_share,
         crop_mode=config["crop_mode"],
     )
     return Preprocessing(
         input_size=(channels, height, width),
         mean=mean,
         std=std,
+        resized=(math.ceil(height / crop_share), math.ceil(width / crop_share)),
+        convert=convert,
+        shrink=lambda image: _at_most(image, math.ceil(LARGEST * max(height, width))),
         transform=lambda image: evaluate(convert(image)),
-        to_pixels=lambda image: F.pil_to_tensor(_at_most(convert(image), math.ceil(LARGEST * max(height, width)))),
     )
