@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "costs", "seeding", "optimisation", "precision", "regression", "progress", "structure"},
+    {"errors", "costs", "files", "seeding", "optimisation", "precision", "regression", "progress", "structure"},
     {"_version", "ops", "stacks"},
     {"model_card", "run_store", "records"},
     {"distributed"},

@@ -49,7 +49,7 @@ examples:
   dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
   dcvit evaluate local-dir:small/ --data photos/ --teacher deit_small_patch16_224
   dcvit export small/ --format onnx                              one file for onnxruntime, compared with the model
-  dcvit latency small/ --original                                a compressed model and its original, in turn
+  dcvit latency small/ --original deit_small_patch16_224         a compressed model and its original, in turn
 
 exit codes: 0 done, 2 bad input (one sentence says what and what to do), 130 interrupted, 1 anything else
 """

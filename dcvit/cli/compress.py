@@ -291,7 +291,9 @@ def _latency_met(values: dict[str, Any]) -> str:
     off = finished / planned["goal"] - 1
     verdict = f"{100 * off:+.1f} % from the goal"
     if abs(off) > TOLERANCE:
-        verdict += ", more than when planned: measure again with `dcvit latency OUT --original` on an idle machine"
+        verdict += (
+            ", more than when planned: measure again with `dcvit latency OUT --original MODEL` on an idle machine"
+        )
     return (
         f"Latency over the original's at batch {planned['model']['batch_size']}: asked {planned['goal']:.4f}, planned "
         f"structure {planned['ratio']:.4f}, finished model {finished:.4f} ({verdict}).\n"

@@ -27,8 +27,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--original",
-        action="store_true",
-        help="put the originals of the compressed models first, as result.json has it",
+        nargs="?",
+        const=True,
+        metavar="MODEL",
+        help="put the original of the compressed models first; its name is needed unless it is demo",
     )
     random_weights_argument(parser)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a run")
@@ -56,11 +58,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         if arguments.threads < 1:
             raise DcvitError(f"--threads {arguments.threads}: expected 1 or more.")
         torch.set_num_threads(arguments.threads)
-    folders = [name for name in arguments.models if _is_folder(name)]
-    if arguments.original and not folders:
-        raise DcvitError(f"--original: none of {', '.join(arguments.models)} is a folder of a compressed model.")
-    originals = [original_name(_folder(name)) for name in folders] if arguments.original else []
-    names = list(dict.fromkeys([*originals, *arguments.models]))
+    names = list(dict.fromkeys([*_originals(arguments.original, arguments.models), *arguments.models]))
     models = {}
     for name in names:
         folder = _is_folder(name)
@@ -92,6 +90,27 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return values
+
+
+def _originals(original: str | bool | None, models: list[str]) -> list[str]:
+    """The originals to put first: the one that the user names, else those that are embedded in dcvit.
+
+    A name that a folder holds is never looked up: it may lead anywhere.
+    """
+    if original is None:
+        return []
+    folders = [name for name in models if _is_folder(name)]
+    if not folders:
+        raise DcvitError(f"--original: none of {', '.join(models)} is a folder of a compressed model.")
+    if isinstance(original, str):
+        return [original]
+    for folder in folders:
+        if (name := original_name(_folder(folder))) != DEMO_MODEL:
+            raise DcvitError(
+                f"--original: {folder} says that it was compressed from {name!r}, which may be a download: if you "
+                "trust that name, pass it, as --original MODEL."
+            )
+    return [DEMO_MODEL]
 
 
 def _is_folder(name: str) -> bool:

@@ -29,8 +29,15 @@ from dcvit.errors import UnsupportedModelError
 from dcvit.models import modeling_dcvit
 from dcvit.models.blocks import CompressedBlock, mlp_half_cost
 from dcvit.models.isotropic import IsotropicAdapter, require_one_answer
-from dcvit.models.modeling_dcvit import EVA_ARCHITECTURE, DroppedBlock, MlpHalf, TimmModule, build_eva
-from dcvit.models.rebuilding import layer_settings, num_params, require_same, timm_type
+from dcvit.models.modeling_dcvit import (
+    EVA_ARCHITECTURE,
+    EVA_FILES,
+    DroppedBlock,
+    MlpHalf,
+    TimmModule,
+    build_eva,
+)
+from dcvit.models.rebuilding import base_of, layer_settings, num_params, require_same, timm_type
 
 __all__ = ["EvaAdapter", "PlacedBlock"]
 
@@ -197,7 +204,7 @@ def _base(model: TimmModule) -> dict[str, Any]:
             raise UnsupportedModelError(
                 f"{name}={value!r}: the model was created with an argument that config.json cannot hold. Leave it out."
             ) from error
-    return {"base": base, "base_args": args}
+    return base_of(base, args, EVA_FILES)
 
 
 def _places(model: TimmModule) -> list[Places]:

@@ -1,9 +1,8 @@
 """From a model's name to the model, and from a model to its preprocessing."""
 
-import json
+import errno
 import math
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,11 +12,33 @@ import timm
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.data import DEFAULT_CROP_PCT, create_transform, resolve_model_data_config
+from timm.models._hub import _parse_model_cfg
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dcvit.errors import ImagesError, UnsupportedModelError
+from dcvit.files import UnusableFileError, kind_of, open_regular, read_table
 from dcvit.models.adapter import adapter_for
+from dcvit.models.building import Building, TooLargeError
+from dcvit.models.modeling_dcvit import (
+    ARCHITECTURE,
+    CNN_ARCHITECTURE,
+    CNN_FILES,
+    EVA_ARCHITECTURE,
+    EVA_FILES,
+    SWIN_ARCHITECTURE,
+    build,
+    build_cnn,
+    build_eva,
+    build_swin,
+    parameter_names,
+    require_arguments,
+    shape_arguments,
+)
 
 __all__ = [
     "CONFIG_FILE",
@@ -43,8 +64,51 @@ LARGEST_NUMBER = 1 << 16
 LARGEST = 3.6
 """Times the model's input that an image's shorter side need have: a crop of 8 % of its area is then no smaller."""
 
-MOST_TIMES = 4
-"""A model may have so many times the values of its file: tables that are computed are not stored."""
+MOST_CONFIG_BYTES = 4 << 20
+"""Of a model's config. The names of 21,841 classes take 2 MB."""
+
+MOST_HEADER_BYTES = 4 << 20
+"""Of the names and sizes in a file of weights. Those of timm's largest models take 0.5 MB."""
+
+MOST_WEIGHT_BYTES = 64 << 30
+"""Of a file of weights. Those of timm's largest model, of 7 billion values, take 27 GB."""
+
+SMALL_BYTES = 256 << 20
+"""A model of so many bytes is built whatever its file holds: what was dropped or is computed is not stored."""
+
+MOST_TIMES = 16
+"""A larger one may make so many times the values that its file holds, as float32."""
+
+LARGEST_SIDE = 512
+"""Of the images of a model of a family that dcvit does not know, unless timm's own takes larger ones: some of them loop
+over all pairs of patches in Python."""
+
+_RATES = {"drop_path_rate", "drop_rate"}
+"""Arguments that do not shape a model, and that any of timm's takes."""
+
+_ARGUMENTS = {
+    ARCHITECTURE: parameter_names([build, VisionTransformer]),
+    EVA_ARCHITECTURE: parameter_names([build_eva]) | _RATES,
+    SWIN_ARCHITECTURE: parameter_names([build_swin, SwinTransformer, SwinTransformerV2]),
+    CNN_ARCHITECTURE: parameter_names([build_cnn]) | _RATES,
+}
+"""Those that the models take which dcvit saves, by the name of their architecture."""
+
+_ARGUMENTS_OF_ALL = {"global_pool", "img_size", "in_chans", "num_classes"} | _RATES
+"""Those that a model of a family that dcvit does not know may be stored with."""
+
+_TABLES = ("base_args", "embed_norm_layer", "norm_layer", "per_layer_config")
+"""Of these arguments, those that are tables. Who takes them looks at their entries."""
+
+_FILES = (
+    *EVA_FILES,
+    *CNN_FILES,
+    *(f"timm.models.{name}" for name in ("deit", "swin_transformer", "swin_transformer_v2", "vision_transformer")),
+)
+"""Where timm has the families that dcvit knows."""
+
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
+"""What a `pretrained_cfg` says of where weights lie. A folder's own lie in the folder."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +170,9 @@ def load_model(model: str | nn.Module, *, pretrained: bool = True) -> nn.Module:
     name = f"local-dir:{_demo_folder()}" if model == DEMO_MODEL else model
     try:
         if name.startswith("local-dir:"):
-            _check_folder(Path(name.removeprefix("local-dir:")))
-        loaded: nn.Module = timm.create_model(name, pretrained=pretrained)
+            loaded = _load_folder(Path(name.removeprefix("local-dir:")), pretrained=pretrained)
+        else:
+            loaded = timm.create_model(name, pretrained=pretrained)
     except UnsupportedModelError:
         raise
     except Exception as error:  # timm raises whatever its hub, registry or file reader raises
@@ -129,41 +194,135 @@ def _demo_folder() -> Path:
     return Path(__file__).parent.parent / "demo"
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder without a model, or whose config asks for another than its weights are of.
+def _load_folder(folder: Path, *, pretrained: bool) -> nn.Module:
+    """The model of a folder, which a stranger may have made.
 
-    timm builds what a config says before it looks at the weights, and a forged number would take all memory.
+    Its two files are read here, and timm gets only what was found harmless: it builds a model, and has nothing to
+    read, download or cache. What building takes is found out on the meta device first.
     """
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise UnsupportedModelError(
-                f"local-dir:{folder}: there is no {file} in that folder; expected a folder that dcvit or timm saved."
-            )
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-            names = weights.keys()
-            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        config = read_table(_own_file(folder, CONFIG_FILE), most=MOST_CONFIG_BYTES)
+        weights_file = _own_file(folder, WEIGHTS_FILE)
+        stored = _stored_shapes(weights_file)
+    except FileNotFoundError as error:
+        raise UnsupportedModelError(
+            f"local-dir:{folder}: there is no {Path(error.filename).name} in that folder; expected a folder that dcvit "
+            "or timm saved."
+        ) from error
+    except UnusableFileError as error:
+        raise UnsupportedModelError(f"local-dir:{folder}: {error}: copy the model's own file to there.") from error
+    except (OSError, ValueError, SafetensorError) as error:
         raise UnsupportedModelError(
             f"local-dir:{folder} is damaged ({type(error).__name__}: {error}): save or download it again."
         ) from error
-    most = max(LARGEST_NUMBER, len(shapes), *(size for shape in shapes.values() for size in shape), 0)
+    _require_numbers(folder, config, stored)
+    build = _builder(folder, config)
+    _require_one_model(folder, build, stored)
+    if not pretrained:
+        return build()
+    with torch.device("cpu"), Building():
+        model = build()
+    model.load_state_dict(load_file(weights_file))
+    return model
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """Where a file of a model folder lies: in the folder itself, or in the `blobs` of a hub cache's `snapshots`.
+
+    Raises:
+        UnusableFileError: If it is a link to elsewhere.
+    """
+    place, home = folder / name, folder.resolve()
+    if kind_of(place) != "a link":
+        return place
+    target = place.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if target.parent not in homes:
+        raise UnusableFileError(errno.EINVAL, f"{name} is a link to outside of the folder")
+    return target
+
+
+def _stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name."""
+    with open_regular(file, most=MOST_WEIGHT_BYTES) as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    if header > MOST_HEADER_BYTES:
+        raise ValueError(f"the header of {file.name} has {header:,} bytes, more than {MOST_HEADER_BYTES:,}")
+    with safe_open(file, framework="pt") as weights:
+        return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+
+def _require_numbers(folder: Path, config: dict[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a config with a number that is no size of a model whose weights these are."""
+    sizes = [size for shape in stored.values() if 0 not in shape for size in shape]  # an empty tensor has any sizes
+    most = max(LARGEST_NUMBER, *sizes, 0)
     too_large = next((number for number in _integers(config) if abs(number) > most), None)
     if too_large is not None:
         raise UnsupportedModelError(
             f"local-dir:{folder}: {CONFIG_FILE} holds the number {too_large}, and no size of the weights is above "
             f"{most}: the two are not of one model; save or download it again."
         )
-    found, stored = 0, sum(math.prod(shape) for shape in shapes.values())
-    with suppress(NotImplementedError), torch.device("meta"):  # which a few of timm's models cannot be built on
-        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-        found = sum(tensor.numel() for tensor in model.state_dict().values())
-    if found > MOST_TIMES * stored + LARGEST_NUMBER:
+
+
+def _builder(folder: Path, config: dict[str, Any]) -> Callable[[], nn.Module]:
+    """What builds the model of a config, as timm reads it, from values that can lead to nothing else."""
+    cfg, architecture, args = _parse_model_cfg(config, {})
+    if not (isinstance(architecture, str) and architecture.isidentifier() and timm.is_model(architecture)):
         raise UnsupportedModelError(
-            f"local-dir:{folder}: {CONFIG_FILE} describes a model of {found:,} values, {WEIGHTS_FILE} holds "
-            f"{stored:,}: the two are not of one model; save or download it again."
+            f"local-dir:{folder}: {CONFIG_FILE} names the architecture {architecture!r}; expected a name that "
+            "timm.list_models() has, or one of dcvit's."
         )
+    values: Mapping[str, Any] = args
+    names: Collection[str]
+    if architecture in _ARGUMENTS:
+        names = _ARGUMENTS[architecture]
+        values = {name: value for name, value in args.items() if name not in _TABLES}
+    elif timm.model_entrypoint(architecture).__module__ in _FILES:
+        names = shape_arguments(architecture)
+    else:
+        names = _ARGUMENTS_OF_ALL
+        _require_small_images(folder, architecture, [args.get("img_size"), cfg.get("input_size")])
+    require_arguments("model_args", values, names)
+    own = {"source": "local-dir", "file": str(folder)}  # as timm has it, and pretrained_model_args likewise
+    cfg = {name: value for name, value in cfg.items() if name not in _SOURCES} | own
+    recorded = {"pretrained_model_args": dict(args)} if args else {}
+    return lambda: timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **args, **recorded)
+
+
+def _require_small_images(folder: Path, architecture: str, sizes: list[Any]) -> None:
+    """Refuse images of which a model could be built only in a very long time."""
+    own = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    most = max(LARGEST_SIDE, *(own.input_size if own is not None else ()))
+    side = next((number for number in _integers(sizes) if number > most), None)
+    if side is not None:
+        raise UnsupportedModelError(
+            f"local-dir:{folder}: {CONFIG_FILE} holds an image side of {side} for {architecture}; at most {most} is "
+            "loaded from a folder: create the model with timm.create_model, and pass that."
+        )
+
+
+def _require_one_model(folder: Path, build: Callable[[], nn.Module], stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a model that is larger than the weights let expect, or has others."""
+    values = sum(map(math.prod, stored.values()))
+    try:
+        with torch.device("meta"), Building(max(SMALL_BYTES, MOST_TIMES * 4 * values)):
+            described = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    except TooLargeError as error:
+        raise UnsupportedModelError(
+            f"local-dir:{folder}: {CONFIG_FILE} describes a model whose building takes {error}, and {WEIGHTS_FILE} "
+            f"holds {values:,} values: the two are not of one model; save or download it again."
+        ) from error
+    for name in sorted(described.keys() | stored.keys()):
+        if described.get(name) != stored.get(name):
+            raise UnsupportedModelError(
+                f"local-dir:{folder}: {name} is {_shape(stored.get(name))} in {WEIGHTS_FILE} and "
+                f"{_shape(described.get(name))} in the model of {CONFIG_FILE}: the two are not of one model; save or "
+                "download it again."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else f"of shape {list(shape)}"
 
 
 def _integers(values: Any) -> Iterator[int]:
@@ -186,6 +345,11 @@ def _why_not_loaded(name: str, error: Exception) -> str:
         if Path(name).is_dir():
             hint = f" There is a folder of that name: for the model in it pass local-dir:{name}."
         return f"model={name!r}: timm knows no model of that name ({reason}).{hint}"
+    if name.startswith("local-dir:"):
+        return (
+            f"model={name!r} could not be loaded: {type(error).__name__}: {reason.removesuffix('.')}. Save or download "
+            "the folder again, or create the model yourself, with timm.create_model, and pass that."
+        )
     return (
         f"model={name!r} could not be loaded: {type(error).__name__}: {reason}. Its weights may be out of reach: "
         "pass a model object, local-dir:FOLDER, or pretrained=False (--random-weights) for random ones."

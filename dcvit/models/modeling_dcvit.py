@@ -15,8 +15,10 @@ serves all families: a vision transformer is `dcvit_vision_transformer`, an Eva 
 """
 
 import copy
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -60,7 +62,9 @@ __all__ = [
     "ARCHITECTURE",
     "BLOCKS",
     "CNN_ARCHITECTURE",
+    "CNN_FILES",
     "EVA_ARCHITECTURE",
+    "EVA_FILES",
     "MLPS",
     "NORMS",
     "POST_NORM",
@@ -97,6 +101,10 @@ __all__ = [
     "keep_hidden_nodes",
     "last_activation",
     "layer_scale",
+    "parameter_names",
+    "require_arguments",
+    "require_base",
+    "shape_arguments",
     "share_weights",
     "swin_places",
 ]
@@ -112,6 +120,15 @@ SWIN_ARCHITECTURE = "dcvit_swin_transformer"
 
 CNN_ARCHITECTURE = "dcvit_residual_cnn"
 """That of compressed CNNs."""
+
+EVA_FILES = ("timm.models.eva", "timm.models.beit")
+"""Where timm has the architectures that a compressed Eva or Beit may be of."""
+
+CNN_FILES = ("timm.models.resnet", "timm.models.efficientnet", "timm.models.regnet")
+"""Likewise of a compressed CNN."""
+
+LARGEST_ARGUMENT = 1 << 16
+"""No size of timm's architectures is above it."""
 
 TimmModule: TypeAlias = Any
 """A module of timm's, whose attributes its type does not tell."""
@@ -596,15 +613,88 @@ def share_weights(
     )
 
 
-def _create_base(base: str, base_args: Mapping[str, Any], **read: Any) -> TimmModule:
+def require_base(base: Any, base_args: Any, files: Collection[str]) -> None:
+    """Refuse what a `config.json` says of a timm architecture, unless building it is all that this can lead to.
+
+    `timm.create_model` would also take a folder or a repository for a name, and arguments that read, download or
+    cache files.
+
+    Args:
+        base: The name of the architecture.
+        base_args: Arguments of it.
+        files: The modules of timm that it may be of.
+
+    Raises:
+        ValueError: If it is not of these modules, or an argument does not shape a model.
+    """
+    name = base if isinstance(base, str) and base.isidentifier() and timm.is_model(base) else None
+    if name is None or timm.model_entrypoint(name).__module__ not in files:
+        raise ValueError(
+            f"base={base!r}: expected the name of an architecture of {', '.join(files)}, as timm.list_models() has it."
+        )
+    require_arguments("base_args", base_args, shape_arguments(name))
+
+
+def shape_arguments(architecture: str) -> set[str]:
+    """The arguments of a timm architecture that shape it: those of the classes of modules in its file.
+
+    What `timm.create_model` itself takes, such as where to find weights and where to put them, is not among them.
+    """
+    file = sys.modules[timm.model_entrypoint(architecture).__module__]
+    classes = [value for value in vars(file).values() if isinstance(value, type) and issubclass(value, nn.Module)]
+    return parameter_names(base for value in classes for base in value.__mro__ if "timm.models" in base.__module__)
+
+
+def parameter_names(makers: Iterable[Callable[..., Any]]) -> set[str]:
+    """The names of the arguments that functions or classes take, but for where and how numbers are stored."""
+    return {name for maker in makers for name in inspect.signature(maker).parameters} - {"device", "dtype"}
+
+
+def require_arguments(where: str, args: Any, names: Collection[str]) -> None:
+    """Refuse arguments from a file that could do more than shape a model.
+
+    Args:
+        where: What the file calls them.
+        args: By name.
+        names: Those that may be there.
+
+    Raises:
+        ValueError: Naming the first that may not, or whose value is neither a number, a word nor a list of these.
+    """
+    if not isinstance(args, Mapping):
+        raise ValueError(f"{where}={args!r}: expected a table of arguments.")
+    for name, value in args.items():
+        if name not in names:
+            raise ValueError(f"{where} has {name!r}, which is not among the arguments that shape a model of its kind.")
+        if not _is_plain(value):
+            raise ValueError(
+                f"{where} has {name}={value!r}: expected a word, a number of at most {LARGEST_ARGUMENT}, or a list of "
+                "these."
+            )
+
+
+def _is_plain(value: Any, nested: int = 2) -> bool:
+    if isinstance(value, (list, tuple)):
+        return nested > 0 and all(_is_plain(item, nested - 1) for item in value)
+    if isinstance(value, (int, float)):
+        return abs(value) <= LARGEST_ARGUMENT  # which NaN is not
+    return value is None or value == "" or (isinstance(value, str) and value.isidentifier())
+
+
+def _create_base(
+    base: str, base_args: Mapping[str, Any], files: Collection[str], more: Mapping[str, Any], **read: Any
+) -> TimmModule:
     """A timm architecture, whole, that says of itself how it was made.
 
     Args:
         base: Its name.
         base_args: Arguments that a model does not tell.
+        files: The modules of timm that it may be of.
+        more: Arguments that are not its own, but of this use of it: drop rates.
         read: Those that are read off it.
     """
-    model: TimmModule = timm.create_model(base, **read, **base_args)
+    require_base(base, {**base_args, **more}, files)
+    model: TimmModule = timm.create_model(base, pretrained=False, **read, **base_args, **more)
     model.dcvit_base = {"base": base, "base_args": dict(base_args)}
     return model
 
@@ -634,6 +724,7 @@ def build_eva(
     global_pool: str,
     per_layer_config: Mapping[str, Mapping[str, Any]],
     compressed_block: type[nn.Module] = CompressedBlock,
+    **kwargs: Any,
 ) -> nn.Module:
     """The Eva or Beit that the `model_args` of a `config.json` describe, freshly initialised.
 
@@ -646,10 +737,18 @@ def build_eva(
         global_pool: The pooling.
         per_layer_config: As `build`'s: `skip` and `intermediate_size`.
         compressed_block: Made of each block whose attention is skipped.
+        kwargs: Drop rates, which timm's scripts pass.
     """
     size = img_size if isinstance(img_size, int) else tuple(img_size)
     model = _create_base(
-        base, base_args, img_size=size, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool
+        base,
+        base_args,
+        EVA_FILES,
+        kwargs,
+        img_size=size,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        global_pool=global_pool,
     )
     if isinstance(model, Beit):
         model.__class__ = CutBeit
@@ -709,6 +808,7 @@ def build_cnn(
     in_chans: int,
     global_pool: str,
     per_layer_config: Mapping[str, Mapping[str, Any]],
+    **kwargs: Any,
 ) -> nn.Module:
     """The CNN that the `model_args` of a `config.json` describe, freshly initialised.
 
@@ -720,8 +820,11 @@ def build_cnn(
         global_pool: The pooling.
         per_layer_config: As `build`'s; numbered are the residual blocks, see `cnn_places`. `skip` names `block` or
             `convolution`, or nothing where only filters went; `intermediate_size` is how many are left.
+        kwargs: Drop rates, which timm's scripts pass.
     """
-    model = _create_base(base, base_args, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool)
+    model = _create_base(
+        base, base_args, CNN_FILES, kwargs, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool
+    )
     cut_cnn(model, per_layer_config)
     return model
 

@@ -1,6 +1,6 @@
 """What adapters share to rebuild a model from its saved form, and to refuse what that would lose."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import timm
@@ -11,10 +11,11 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import CompressedBlock, WholeBlock
-from dcvit.models.modeling_dcvit import NORMS, CutBeit, DroppedBlock, TimmModule
-from dcvit.seeding import seeded
+from dcvit.models.building import Building
+from dcvit.models.modeling_dcvit import NORMS, CutBeit, DroppedBlock, TimmModule, require_base
 
 __all__ = [
+    "base_of",
     "layer_settings",
     "named_key",
     "norm_spec",
@@ -89,6 +90,22 @@ def saved_config(
     }
 
 
+def base_of(base: Any, args: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """What `config.json` says of the timm architecture that was or will be cut, and its arguments.
+
+    Raises:
+        UnsupportedModelError: If they could not be read from there again.
+    """
+    try:
+        require_base(base, args, files)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"The model could not be rebuilt from its saved form: {error} Create it with timm.create_model, by that "
+            "name and with such arguments."
+        ) from error
+    return {"base": base, "base_args": args}
+
+
 def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> nn.Module:
     """A new timm model of an architecture with the weights of another.
 
@@ -99,7 +116,7 @@ def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> 
     """
     weight = next(model.parameters())
     pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
-    with seeded(0):  # what is initialised here is overwritten; the caller's random state is not its business
+    with Building():  # what is initialised here is overwritten
         new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
     new.to(device=weight.device, dtype=weight.dtype).load_state_dict(model.state_dict())
     return new.train(model.training)

@@ -32,6 +32,7 @@ from dcvit.models import modeling_dcvit
 from dcvit.models.adapter import OutputLayer
 from dcvit.models.modeling_dcvit import (
     CNN_ARCHITECTURE,
+    CNN_FILES,
     DroppedBlock,
     PointwiseBlock,
     TimmModule,
@@ -45,7 +46,7 @@ from dcvit.models.modeling_dcvit import (
     keep_filters,
     last_activation,
 )
-from dcvit.models.rebuilding import num_params, rebuilt, require_same, saved_config
+from dcvit.models.rebuilding import base_of, num_params, rebuilt, require_same, saved_config
 
 __all__ = ["ResidualCnnAdapter"]
 
@@ -334,7 +335,7 @@ def _base(model: TimmModule) -> dict[str, Any]:
         return known
     base = model.pretrained_cfg.get("architecture")
     if not isinstance(model, ResNet):
-        return {"base": base, "base_args": {}}
+        return base_of(base, {}, CNN_FILES)
     stages = cnn_stages(model)
     first = [getattr(stage, next(iter(stage._modules))) for stage in stages]
     channels = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in first]
@@ -342,7 +343,7 @@ def _base(model: TimmModule) -> dict[str, Any]:
         "layers": [len(stage) for stage in stages],
         "channels": [width // type(block).expansion for width, block in zip(channels, first, strict=True)],
     }
-    return {"base": base, "base_args": sizes}
+    return base_of(base, sizes, CNN_FILES)
 
 
 def _at(model: TimmModule, block: int) -> TimmModule:
