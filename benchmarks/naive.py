@@ -17,7 +17,7 @@ from dcvit.errors import DcvitError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.planning import Budget, plan
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 from dcvit.surgery import draw_kept_nodes
 
 __all__ = ["naive_closed_form", "solve_block"]
@@ -48,9 +48,9 @@ def naive_closed_form(
         The compressed model, and the compressed blocks, best first.
     """
     adapter, planned = adapter_for(teacher), plan(teacher, budget)
-    with seeded(seed, "naive views"):
-        every = range(len(images))
-        views = torch.cat([images.normalised, *(augment(images, every, augmentation) for _ in range(NUM_VIEWS))])
+    drawing, every = generator(seed, "naive views"), range(len(images))
+    drawn = [augment(images, every, augmentation, drawing) for _ in range(NUM_VIEWS)]
+    views = torch.cat([images.normalised, *drawn])
     tokens = torch.cat([adapter.embed(teacher, batch) for batch in views.split(BATCH_SIZE)])
     kept = {block: draw_kept_nodes(teacher, block, planned.hidden_features, seed) for block in planned.candidates}
     depth = len(adapter.cost(teacher).blocks)

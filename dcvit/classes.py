@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcvit.models import adapter_for
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 
 __all__ = ["class_logits", "num_classes"]
 
@@ -50,6 +50,8 @@ def class_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def _rotation(width: int) -> Tensor:
     """The orthogonal matrix Q of that width, the same in every process."""
-    with seeded(0, "random head", width) as generator:
-        rotation: Tensor = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
-        return rotation
+    drawing = generator(0, "random head", width)
+    with torch.inference_mode(False):  # it outlives the call
+        square = torch.randn(width, width, generator=drawing, dtype=torch.float64, device="cpu")
+        rotation: Tensor = torch.linalg.qr(square).Q
+    return rotation

@@ -22,13 +22,14 @@ from dcvit.methods.dcvit import DCVIT
 from dcvit.models import adapter_for, hub_repository, load_model
 from dcvit.out_of_memory import within_memory
 from dcvit.planning import Budget
-from dcvit.precision import FULL, InPrecision, Precision
+from dcvit.precision import InPrecision, Precision
+from dcvit.process_state import own_state
 from dcvit.progress import Progress, silent
 from dcvit.recovery import require_tokens
 from dcvit.results import CompressionResult, versions
 from dcvit.run_store import MemoryStore, Store, digest_images, digest_model
 from dcvit.synthesis import MetricSet
-from dcvit.teacher import freeze, require_finite, require_gradients
+from dcvit.teacher import freeze, require_finite
 
 __all__ = ["checked_images", "compress", "open_store"]
 
@@ -86,7 +87,7 @@ def compress(
     chosen = find_method(method)
     chosen.require_unit(budget)
     config = config or chosen.config()
-    clock = InPrecision(stopwatch, Precision.current())
+    clock = InPrecision(stopwatch, Precision.of_caller())
     if run_dir is not None and not chosen.resumable:
         raise DcvitError(
             f"run_dir with method={method!r}: only {_resumable()} goes on where it was stopped; leave it out."
@@ -100,7 +101,7 @@ def compress(
         result = on_devices(devices, partial(_as_rank, model, images, budget, config, metric_set, arguments, progress))
         assert result is not None  # the first process gives it
         return result if isinstance(model, str) else result.to(next(model.parameters()).device)
-    with FULL.applied():
+    with own_state():
         timer = Timer()
         with timer("prepare"):
             original = freeze(load_model(model))
@@ -183,7 +184,7 @@ def _moved(given: Given, device: str) -> Given:
 def checked_images(
     images: Images | FewShotImages, metric_set: MetricSet | None, original: nn.Module, progress: Progress
 ) -> FewShotImages:
-    """The few-shot set, after all that is refused before any work: of the images, of the model on them, of the caller.
+    """The few-shot set, after all that is refused before any work: of the images, and of the model on them.
 
     Args:
         images: The caller's.
@@ -192,11 +193,9 @@ def checked_images(
         progress: Told how many images are read.
 
     Raises:
-        DcvitError: Under `torch.inference_mode()`.
         ImagesError: If the images do not fit the model.
         NonFiniteError: As `require_finite` does.
     """
-    require_gradients()
     few_shot = load_images(images, original, progress)
     if metric_set is not None:
         check_images(metric_set.images, original, "The metric set's images")

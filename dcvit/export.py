@@ -21,7 +21,7 @@ from dcvit._version import __version__
 from dcvit.errors import DtypeError, ExportError, SaveFolderError
 from dcvit.models import adapter_for, preprocessing
 from dcvit.results import DTYPES, cast_weights, check_output_file
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 from dcvit.surgery import choose_impl
 
 __all__ = ["SUFFIXES", "TOLERANCES", "ExportFormat", "Exported", "compare_rounded", "export_model"]
@@ -172,8 +172,8 @@ def _images(model: nn.Module, count: int) -> Tensor:
     """Random images `[count, C, H, W]` of the pixel range that the model is made for, always the same."""
     prep = preprocessing(model)
     low, high = (bound.view(-1, 1, 1) for bound in prep.pixel_range)
-    with seeded(0, "export", count) as generator:
-        return low + (high - low) * torch.rand(count, *prep.input_size, generator=generator)
+    drawing = generator(0, "export", count)
+    return low + (high - low) * torch.rand(count, *prep.input_size, generator=drawing, dtype=low.dtype, device="cpu")
 
 
 def _trace(model: nn.Module) -> torch.export.ExportedProgram:

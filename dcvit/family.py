@@ -22,13 +22,14 @@ from dcvit.costs import MacConvention
 from dcvit.errors import BudgetError, SaveFolderError
 from dcvit.finishing import finish
 from dcvit.images import FewShotImages, Images
-from dcvit.latency import measure_latency
+from dcvit.latency import measure_latency, time_forward
 from dcvit.methods import Timer
 from dcvit.methods.dcvit import Prepared, compress_prepared, make_metric_set, prepare
 from dcvit.models import load_model
 from dcvit.out_of_memory import within_memory
 from dcvit.planning import ADDITIVE, Budget, Plan, plan
-from dcvit.precision import FULL
+from dcvit.precision import InPrecision, Precision
+from dcvit.process_state import own_state
 from dcvit.progress import Progress, silent
 from dcvit.records import from_plain
 from dcvit.refinement import STEP_SIZES
@@ -268,7 +269,7 @@ class _Search:
     config: CompressionConfig
     step_sizes: Sequence[float] = STEP_SIZES
 
-    @FULL.applied()
+    @own_state()
     def compress(
         self, planned: Plan, config: CompressionConfig, progress: Progress, *, store: Store = NOTHING_KEPT
     ) -> CompressionResult:
@@ -318,7 +319,7 @@ def sweep(
     recovery = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
     fewer = max(recovery.num_views, round(REFINEMENT_SHARE * recovery.refinement_views))
     config = config.with_(recovery=replace(recovery, refinement_views=min(fewer, recovery.refinement_views)))
-    with FULL.applied():
+    with own_state():
         timer = Timer()
         with timer("prepare"):
             original = freeze(load_model(model))
@@ -369,7 +370,8 @@ def _timed(
     """
     models = {"original": search.original, **{str(i): member.model for i, member in enumerate(members)}}
     batch = search.images.normalised[: min(members[0].plan.budget.batch_size, search.config.recovery.at_once)]
-    latency = measure_latency(models, batch, runs=TIMED_RUNS, warmup=1, max_seconds=MOST_SECONDS)
+    clock = InPrecision(time_forward, Precision.of_caller())
+    latency = measure_latency(models, batch, runs=TIMED_RUNS, warmup=1, max_seconds=MOST_SECONDS, stopwatch=clock)
     ours = latency["original"].median_ms
     theirs = ours if original_ms is None else original_ms
     timed = []

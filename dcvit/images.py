@@ -364,7 +364,9 @@ class _Pixels(Sequence[Tensor]):
         self._normalised, self._at_own_size = normalised, at_own_size
         self._numbers = range(len(normalised)) if numbers is None else numbers  # under which they lie at their own size
         self._given = mean, std
-        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1).to(normalised.device) for values in (mean, std))
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).to(normalised.device) for values in (mean, std)
+        )
 
     def of(self, normalised: Tensor, indices: Sequence[int] | None = None) -> "_Pixels":
         """Those of the same images elsewhere, or of some of them."""

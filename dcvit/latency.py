@@ -288,8 +288,9 @@ def in_mode(model: nn.Module, mode: Mode) -> nn.Module:
 def example_images(model: nn.Module, batch_size: int) -> Tensor:
     """A batch of Gaussian noise `[B, C, H, W]` of the size, device and dtype that a model takes; the same each time."""
     weight = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch_size, *input_size(model), generator=generator).to(weight.device, weight.dtype)
+    drawing = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(batch_size, *input_size(model), generator=drawing, dtype=torch.float32, device="cpu")
+    return noise.to(weight.device, weight.dtype)
 
 
 _HALF: dict[Mode, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -29,6 +29,7 @@ from dcvit.metric import Metric
 from dcvit.models import adapter_for
 from dcvit.optimisation import or_infinite
 from dcvit.planning import Plan
+from dcvit.process_state import own_state
 from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Reconstruction, TeacherStates, curve_nodes, error_curve, reconstruct_block
 from dcvit.records import from_plain
@@ -138,6 +139,7 @@ class Ranking:
         return tuple(trial.block for trial in self.trials)
 
 
+@own_state()
 def rank(
     teacher: nn.Module,
     images: FewShotImages,

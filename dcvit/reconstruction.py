@@ -43,7 +43,7 @@ from dcvit.ops import Impl, mimic_loss
 from dcvit.optimisation import least, relative_adam, set_step_size, trainable, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.regression import FIRST_RIDGE, NormalEquations, best_ridge, select_inputs
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 from dcvit.stacks import Stack
 from dcvit.structure import Cut
 from dcvit.surgery import copy_blocks, cut_block, draw_kept_nodes
@@ -378,16 +378,18 @@ def draw_views(
     count, augmentation = len(images), config.augmentation
     wanted = config.num_views if num_views is None else num_views
     folds = 0 if augmentation is None else max(0, wanted // count - 1)
-    with seeded(seed, "views") as generator, torch.no_grad():
+    # Two of one seed, so that a seed still gives what it gave when torch's global generator drew the views.
+    of_views, of_rows = generator(seed, "views"), generator(seed, "views")
+    with torch.no_grad():
         views = Stack([images.normalised])
         if augmentation is not None:
             for _ in range(folds):
-                views.append(augment(images, range(count), augmentation))
+                views.append(augment(images, range(count), augmentation, of_views))
         adapter = adapter_for(teacher)
         available = adapter.as_tokens(adapter.embed(teacher, images.normalised[:1])).shape[1]
-        lots = torch.rand(len(views), available, generator=generator)
+        lots = torch.rand(len(views), available, generator=of_rows, dtype=torch.float32)
         held_out = torch.zeros(count, dtype=torch.bool)
-        held_out[torch.randperm(count, generator=generator)[1::held_out_every]] = True
+        held_out[torch.randperm(count, generator=of_rows)[1::held_out_every]] = True
     device = images.normalised.device
     return Views(views, held_out.repeat(folds + 1).to(device), lots.to(device), max(1, config.num_rows // len(views)))
 
@@ -694,10 +696,11 @@ def _descend(
     per_epoch = -(-len(given) // config.batch_rows)
     total, step = epochs * per_epoch, 0
     errors: list[float] = []
-    with seeded(seed, "rows"), torch.enable_grad(), trainable(module):
+    drawing = generator(seed, "rows")
+    with torch.enable_grad(), trainable(module):
         trained = ranks.parallel(module)
         for epoch in range(1, epochs + 1):
-            for chosen in torch.randperm(len(given)).to(given.device).split(config.batch_rows):
+            for chosen in torch.randperm(len(given), generator=drawing).to(given.device).split(config.batch_rows):
                 set_step_size(optimizer, step_size * warmup_cosine(step, total, per_epoch // 2))
                 index, share = ranks.batch(chosen)
                 loss = share * mimic_loss(trained(given[index][None]), wanted[index][None], impl=impl) / energy

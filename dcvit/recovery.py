@@ -25,8 +25,9 @@ from dcvit.images import FewShotImages
 from dcvit.models import adapter_for
 from dcvit.ops import Impl, mimic_loss
 from dcvit.optimisation import least, warmup_cosine
+from dcvit.process_state import own_state
 from dcvit.progress import Progress, silent
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 from dcvit.surgery import share_parameters
 from dcvit.teacher import evaluating
 
@@ -141,6 +142,7 @@ def recover(
     return recovery
 
 
+@own_state()
 def recover_together(
     candidates: Sequence[Candidate],
     teacher: nn.Module,
@@ -179,15 +181,16 @@ def recover_together(
     require_tokens(teacher, config)
     runs = [_Run(candidate, teacher, config, ranks) for candidate in candidates]
     running = runs
-    with seeded(seed, "recovery"), evaluating(teacher):
-        views = _Views(teacher, images, {run.start for run in runs}, config)
+    drawing = generator(seed, "recovery")
+    with evaluating(teacher):
+        views = _Views(teacher, images, {run.start for run in runs}, config, drawing)
         weight = _token_weight(views.targets, config)
         before = [mimicking_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
         progress(stage, 0, config.epochs, None)
         for epoch in range(config.epochs):
             for run in running:
                 run.begin_epoch(warmup_cosine(epoch, config.epochs, config.warmup_epochs))
-            for indices in torch.randperm(len(images)).split(config.batch_size):
+            for indices in torch.randperm(len(images), generator=drawing).split(config.batch_size):
                 mine, share = ranks.batch(torch.arange(len(indices)))
                 batch = views.of(epoch, indices.tolist(), mine.tolist())
                 for first in range(0, len(running), config.lock_step):
@@ -330,15 +333,22 @@ class _Views:
         images: The few-shot set.
         starts: The blocks from which students are computed.
         config: How.
+        drawing: Draws the views.
 
     Attributes:
         targets: The teacher's output tokens for the unaugmented images, `[N, T, D]`.
     """
 
     def __init__(
-        self, teacher: nn.Module, images: FewShotImages, starts: Collection[int], config: MimickingConfig
+        self,
+        teacher: nn.Module,
+        images: FewShotImages,
+        starts: Collection[int],
+        config: MimickingConfig,
+        drawing: torch.Generator,
     ) -> None:
         self._teacher, self._images, self._starts, self._config = teacher, images, sorted(starts), config
+        self._drawing = drawing
         augmentation = config.augmentation
         everyone = range(len(images))
         self._fixed: list[_Batch] | None = None
@@ -349,14 +359,14 @@ class _Views:
         self.targets = output_tokens(teacher, images.normalised, config.at_once)
         if augmentation.num_views is not None:
             count = min(augmentation.num_views, config.epochs)
-            self._fixed = [self._see(augment(images, everyone, augmentation)) for _ in range(count)]
+            self._fixed = [self._see(augment(images, everyone, augmentation, drawing)) for _ in range(count)]
 
     def of(self, epoch: int, chosen: Sequence[int], mine: Sequence[int]) -> _Batch:
         """Views of chosen images, of which only some are looked at: all are drawn, so that ranks draw alike."""
         if self._fixed is not None:
             return self._fixed[epoch % len(self._fixed)].of([chosen[place] for place in mine])
         assert self._config.augmentation is not None
-        return self._see(augment(self._images, chosen, self._config.augmentation)[mine])
+        return self._see(augment(self._images, chosen, self._config.augmentation, self._drawing)[mine])
 
     @torch.no_grad()
     def _see(self, views: Tensor) -> _Batch:
@@ -452,8 +462,7 @@ def find_learning_rate(
 
 def split_held_out(images: FewShotImages, seed: int) -> tuple[FewShotImages, FewShotImages]:
     """The images that judge learning rates, and those that are learnt from: all of them where there is but one."""
-    with seeded(seed, "held out"):
-        order = torch.randperm(len(images)).tolist()
+    order = torch.randperm(len(images), generator=generator(seed, "held out"), device="cpu").tolist()
     held_out = max(1, round(len(images) * HELD_OUT_SHARE))
     return images.subset(order[:held_out]), images.subset(order[held_out:] or order)
 

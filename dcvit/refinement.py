@@ -27,7 +27,7 @@ from dcvit.optimisation import least, relative_adam, set_step_size, trainable, w
 from dcvit.progress import Progress, silent
 from dcvit.reconstruction import Views
 from dcvit.recovery import Tail
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 from dcvit.stacks import Stack
 
 __all__ = ["Refinement", "num_steps", "refine", "token_weight"]
@@ -177,20 +177,20 @@ def refine(
         trained = ranks.parallel(tail)
         order: list[Tensor] = []
         marks = {length * (i + 1) // judgements for i in range(judgements)}
-        with seeded(seed, "refinement"):
-            for step in range(length):
-                if not order:
-                    order = [*used[torch.randperm(len(used)).to(used.device)].split(batch)]
-                index, share = ranks.batch(order.pop())
-                set_step_size(optimizer, step_size * warmup_cosine(step, length, length // 20))
-                optimizer.zero_grad(set_to_none=True)
-                for part in index.split(config.batch_size):
-                    with torch.enable_grad():
-                        loss = mimic_loss(trained(given[part]), wanted[part], weight=weight, impl=impl)
-                        (share * len(part) / len(index) * loss).backward()
-                optimizer.step()
-                if step + 1 in marks:
-                    yield step + 1, judge()
+        drawing = generator(seed, "refinement")
+        for step in range(length):
+            if not order:
+                order = [*used[torch.randperm(len(used), generator=drawing).to(used.device)].split(batch)]
+            index, share = ranks.batch(order.pop())
+            set_step_size(optimizer, step_size * warmup_cosine(step, length, length // 20))
+            optimizer.zero_grad(set_to_none=True)
+            for part in index.split(config.batch_size):
+                with torch.enable_grad():
+                    loss = mimic_loss(trained(given[part]), wanted[part], weight=weight, impl=impl)
+                    (share * len(part) / len(index) * loss).backward()
+            optimizer.step()
+            if step + 1 in marks:
+                yield step + 1, judge()
 
     with trainable(module):
         step_size, promise = step_sizes[0], 0.0

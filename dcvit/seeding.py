@@ -1,5 +1,6 @@
-"""One seed for everything, and no trace in the caller's random state."""
+"""Random numbers from one seed, of generators of one's own: no other thread disturbs them or sees anything of them."""
 
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "seeded"]
+__all__ = ["derive_seed", "generator", "seeded"]
+
+_GLOBAL_STATE = threading.RLock()
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -21,17 +24,27 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
 
 
-@contextmanager
-def seeded(seed: int, *purpose: str | int) -> Iterator[torch.Generator]:
-    """Seed torch for a block of code and restore the caller's state after it.
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A new generator of random numbers for one purpose, on the CPU, so that a seed means the same on every device.
 
-    Yields:
-        A CPU generator with the same seed.
+    Args:
+        seed: The user's seed.
+        *purpose: See `derive_seed`.
+    """
+    return torch.Generator("cpu").manual_seed(derive_seed(seed, *purpose))
+
+
+@contextmanager
+def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
+    """Seed torch's global generators for a block of code, one thread at a time; then restore the caller's state.
+
+    For what draws from them and takes no generator, as the initialisation of a model does. Another thread that draws
+    from them meanwhile does disturb it: use `generator` for everything else.
     """
     derived = derive_seed(seed, *purpose)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with _GLOBAL_STATE, torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(derived)
         if devices:  # else `torch.manual_seed` would leave the seed to a GPU that is first used later
             torch.cuda.manual_seed_all(derived)
-        yield torch.Generator().manual_seed(derived)
+        yield

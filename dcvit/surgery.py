@@ -12,7 +12,7 @@ from torch import nn
 
 from dcvit.models import adapter_for
 from dcvit.ops import Impl
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 from dcvit.structure import Cut
 
 __all__ = [
@@ -37,8 +37,7 @@ def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: in
         seed: The same seed and block draw the same nodes.
     """
     available = adapter_for(model).hidden_features(model, block)
-    with seeded(seed, "kept nodes", block) as generator:
-        kept = torch.randperm(available, generator=generator)[:hidden_features]
+    kept = torch.randperm(available, generator=generator(seed, "kept nodes", block), device="cpu")[:hidden_features]
     return tuple(sorted(kept.tolist()))
 
 

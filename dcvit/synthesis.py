@@ -26,9 +26,11 @@ from dcvit.config import SynthesisConfig
 from dcvit.models import preprocessing, require_supported
 from dcvit.ops import Impl, synthesis_step
 from dcvit.optimisation import warmup_cosine
+from dcvit.process_state import own_state
 from dcvit.progress import Progress, silent
 from dcvit.run_store import require_alike
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
+from dcvit.surgery import copy_blocks
 
 __all__ = ["FIRST_BN_WEIGHT", "MetricSet", "bn_prior", "require_synthesized", "synthesize"]
 
@@ -59,7 +61,7 @@ class MetricSet:
         )
 
 
-@torch.enable_grad()
+@own_state()
 def synthesize(
     model: nn.Module,
     config: SynthesisConfig | None = None,
@@ -89,22 +91,24 @@ def synthesize(
     low, high = (bound.to(parameter) for bound in preprocessing(model).pixel_range)
     rolls = round(config.jitter * height), round(config.jitter * width)
 
+    model = copy_blocks(model, ())  # it gets hooks, which are the caller's only if the model is
     has_bn = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     at_once = config.num_images if has_bn else config.at_once
 
-    with seeded(seed, "synthesis") as generator, _bn_inputs(model) as bn_inputs:
+    drawing = generator(seed, "synthesis")
+    with _bn_inputs(model) as bn_inputs:
         shape = (config.num_images, channels, height, width)
         # Drawn on the CPU, so that a seed means the same images on every device.
-        images = torch.randn(shape, generator=generator).to(parameter)
+        images = torch.randn(shape, generator=drawing, dtype=torch.float32).to(parameter)
         images.clamp_(low.view(-1, 1, 1), high.view(-1, 1, 1))
-        targets = torch.randint(num_classes(model), (config.num_images,), generator=generator).to(parameter.device)
+        targets = torch.randint(num_classes(model), (config.num_images,), generator=drawing).to(parameter.device)
         exp_avg, exp_avg_sq = torch.zeros_like(images), torch.zeros_like(images)
         best, best_loss = images.clone(), float("inf")
         losses: list[float] = []
         progress("synthesis", 0, config.iterations, None)
         for iteration in range(config.iterations):
-            shifts = tuple(int(torch.randint(-roll, roll + 1, (), generator=generator)) for roll in rolls)
-            mirrored = float(torch.rand((), generator=generator)) < config.flip
+            shifts = tuple(int(torch.randint(-roll, roll + 1, (), generator=drawing)) for roll in rolls)
+            mirrored = float(torch.rand((), generator=drawing, dtype=torch.float32)) < config.flip
             gradients, of_views = [], 0.0
             for part, wanted in zip(images.split(at_once), targets.split(at_once), strict=True):
                 seen = part.detach().requires_grad_(True)

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dcvit.errors import DcvitError, NonFiniteError
+from dcvit.errors import NonFiniteError
 from dcvit.images import FewShotImages
 from dcvit.models import adapter_for, require_supported
 from dcvit.ops import Impl
 from dcvit.surgery import choose_impl, copy_blocks
 
-__all__ = ["evaluating", "freeze", "fuse", "require_finite", "require_gradients"]
+__all__ = ["evaluating", "freeze", "fuse", "require_finite"]
 
 FINITE_IMAGES = 8
 """So many images are passed through a model to see whether its values stay finite."""
@@ -39,16 +39,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def require_gradients() -> None:
-    """Refuse to work where nothing can learn.
-
-    Raises:
-        DcvitError: Under `torch.inference_mode()`; `torch.no_grad()` does no harm.
-    """
-    if torch.is_inference_mode_enabled():
-        raise DcvitError("Under torch.inference_mode() no gradient can be taken: call this outside of it.")
 
 
 @torch.no_grad()

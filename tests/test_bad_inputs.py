@@ -72,11 +72,6 @@ def refusing(model: nn.Module, images: torch.Tensor) -> float:
     raise dcvit.DcvitError("clock='mine': not here.")
 
 
-def under_inference_mode(call: Callable[[], object]) -> object:
-    with torch.inference_mode():
-        return call()
-
-
 def classifies_each_token() -> nn.Module:
     model = load_model("demo")
     model.global_pool = ""
@@ -91,10 +86,6 @@ def broken_weights() -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[Place], object], str]] = {
-    "inference mode": (
-        lambda at: under_inference_mode(at.compress),
-        "Under torch.inference_mode() no gradient can be taken: call this outside of it.",
-    ),
     "no pooling": (
         lambda at: at.compress(model=classifies_each_token()),
         (

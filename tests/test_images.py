@@ -16,7 +16,7 @@ from dcvit.augmentation import augment
 from dcvit.errors import ImagesWarning
 from dcvit.images import FewShotImages, load_images
 from dcvit.models import preprocessing
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 from tests.variants import VARIANTS
 
 
@@ -166,8 +166,7 @@ def test_augmentation_is_seeded_and_does_what_it_says(model: nn.Module) -> None:
     images = load_images(torch.rand(4, 3, 32, 32) - 0.5, model)
 
     def views(config: dcvit.AugmentationConfig, seed: int = 0) -> Tensor:
-        with seeded(seed):
-            return augment(images, [0, 1, 2, 3], config)
+        return augment(images, [0, 1, 2, 3], config, generator(seed))
 
     full = dcvit.AugmentationConfig()
     assert torch.equal(views(full), views(full))
@@ -200,7 +199,7 @@ def test_images_normalised_in_a_way_of_their_own_are_not_clipped(model: nn.Modul
     images = 2 * torch.randn(4, 3, 32, 32) + torch.tensor([1.0, -3.0, 40.0]).view(3, 1, 1)
     few_shot = load_images(images, model)
     whole = dcvit.AugmentationConfig(scale=(1, 1), ratio=(1, 1), flip=0, color_jitter=0)
-    assert torch.allclose(augment(few_shot, range(4), whole), images, atol=1e-4)
+    assert torch.allclose(augment(few_shot, range(4), whole, generator(0)), images, atol=1e-4)
     pixels = torch.stack(list(few_shot.pixels))
     assert torch.allclose(pixels.amin((0, 2, 3)), torch.zeros(3), atol=1e-5)
     assert torch.allclose(pixels.amax((0, 2, 3)), torch.ones(3), atol=1e-5)

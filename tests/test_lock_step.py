@@ -21,7 +21,7 @@ from dcvit.models import adapter_for
 from dcvit.optimisation import warmup_cosine
 from dcvit.ranking import RUNGS, Trial, rank, run_trials
 from dcvit.recovery import Candidate, find_learning_rate, mimicking_loss, output_tokens, recover, recover_together
-from dcvit.seeding import derive_seed, seeded
+from dcvit.seeding import derive_seed, generator
 from dcvit.surgery import compress_block, draw_kept_nodes, share_parameters
 from dcvit.teacher import freeze, fuse
 from tests.conftest import PUBLISHED
@@ -99,15 +99,15 @@ def test_training_is_plain_adamw_on_the_mimicking_loss(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
-    with seeded(5, "recovery"):
-        for epoch in range(config.epochs):
-            optimizer.param_groups[0]["lr"] = 1e-3 * warmup_cosine(epoch, config.epochs, config.warmup_epochs)
-            for chosen in torch.randperm(len(few_shot)).split(config.batch_size):
-                views = few_shot.normalised[chosen]
-                difference = expected.forward_features(views) - teacher.forward_features(views)
-                optimizer.zero_grad()
-                difference.square().mean().backward()
-                optimizer.step()
+    drawing = generator(5, "recovery")
+    for epoch in range(config.epochs):
+        optimizer.param_groups[0]["lr"] = 1e-3 * warmup_cosine(epoch, config.epochs, config.warmup_epochs)
+        for chosen in torch.randperm(len(few_shot), generator=drawing).split(config.batch_size):
+            views = few_shot.normalised[chosen]
+            difference = expected.forward_features(views) - teacher.forward_features(views)
+            optimizer.zero_grad()
+            difference.square().mean().backward()
+            optimizer.step()
     for name, value in student.state_dict().items():
         # Adam divides by the gradient's size: where it is near zero, rounding decides the sign of a step of 1e-3.
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=2e-4, msg=lambda m, n=name: n + m)
@@ -178,8 +178,7 @@ def test_a_diverging_student_leaves_the_others_alone(teacher: nn.Module, few_sho
 def test_learning_rates_are_compared_as_if_alone(teacher: nn.Module, few_shot: dcvit.FewShotImages) -> None:
     config = replace(QUICK, learning_rates=(1e-6, 3e-3, 1e-3, 1e-2), augmentation=None)
     student = cut(teacher, 2)
-    with seeded(7, "held out"):
-        order = torch.randperm(len(few_shot)).tolist()
+    order = torch.randperm(len(few_shot), generator=generator(7, "held out")).tolist()
     judged, used = few_shot.subset(order[:1]), few_shot.subset(order[1:])
     targets, losses = output_tokens(teacher, judged.normalised, 4), []
     for rate in config.learning_rates:

@@ -89,8 +89,8 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
         updated.append((list(blocks), {name for name, p in student.named_parameters() if id(p) in wanted}))
         return chosen
 
-    def augment(images: Any, indices: Any, settings: Any) -> Tensor:
-        views.append(real_augment(images, indices, settings))
+    def augment(images: Any, indices: Any, settings: Any, generator: torch.Generator) -> Tensor:
+        views.append(real_augment(images, indices, settings, generator))
         return views[-1]
 
     def mimic_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None, impl: Any) -> Tensor:

@@ -14,7 +14,7 @@ MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
     {"errors", "costs", "files", "seeding", "optimisation", "precision", "regression", "progress", "structure"},
-    {"_version", "ops", "stacks"},
+    {"_version", "ops", "process_state", "stacks"},
     {"model_card", "run_store", "records"},
     {"distributed"},
     {"config", "models"},

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcvit.errors import DcvitError
 from dcvit.models.loading import preprocessing
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 
 __all__ = ["COLOUR", "GREY", "PHOTOGRAPHS", "Crops", "Region", "crops", "load_photograph", "normalised"]
 
@@ -73,10 +73,10 @@ def crops(photographs: Sequence[str], region: Region, count: int, size: int, see
     """
     if count < 1:
         raise DcvitError(f"num_images={count}: expected at least 1, 50 is usual.")
-    with seeded(seed, "crops", region) as generator:
-        rounds = -(-count // len(photographs))
-        order = torch.cat([torch.randperm(len(photographs), generator=generator) for _ in range(rounds)])
-        draws = torch.rand(count, 3, generator=generator, dtype=torch.float64).tolist()
+    drawing = generator(seed, "crops", region)
+    rounds = -(-count // len(photographs))
+    order = torch.cat([torch.randperm(len(photographs), generator=drawing) for _ in range(rounds)])
+    draws = torch.rand(count, 3, generator=drawing, dtype=torch.float64).tolist()
     labels = order[:count]
     images = [load_photograph(photographs[label]) for label in labels.tolist()]
     boxes = [_box(*image.size, region, *draw) for image, draw in zip(images, draws, strict=True)]

@@ -10,7 +10,7 @@ from benchmarks.testbeds.bed import TestBed
 from dcvit.errors import DcvitError
 from dcvit.models import load_model
 from dcvit.models.loading import preprocessing
-from dcvit.seeding import seeded
+from dcvit.seeding import generator
 from dcvit.teacher import freeze
 
 __all__ = ["SEEDS", "imagenet"]
@@ -51,7 +51,6 @@ def imagenet(
 
 def _drawn(data: ImageFolder, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """So many images `[N, C, H, W]` and their classes `[N]`, drawn without replacement."""
-    with seeded(seed, "imagenet") as generator:
-        chosen = torch.randperm(len(data), generator=generator)[:count].tolist()
+    chosen = torch.randperm(len(data), generator=generator(seed, "imagenet"))[:count].tolist()
     images, labels = zip(*(data[index] for index in chosen), strict=True)
     return torch.stack(images), torch.tensor(labels)

@@ -35,7 +35,7 @@ from dcvit.models import adapter_for
 from dcvit.optimisation import least, warmup_cosine
 from dcvit.progress import Progress, silent
 from dcvit.recovery import Recovery, split_held_out
-from dcvit.seeding import derive_seed, seeded
+from dcvit.seeding import derive_seed, generator
 
 __all__ = ["MIR", "evenly_spaced", "features", "mimic_features", "mir"]
 
@@ -127,25 +127,25 @@ def mimic_features(
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay, fused=True)
     before, losses = _error(student, teacher, images, config), []
     progress("mimicking", 0, config.epochs, None)
-    with seeded(seed, "recovery"):
-        for epoch in range(config.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * warmup_cosine(epoch, config.epochs, config.warmup_epochs)
-            total = torch.zeros((), dtype=torch.float64, device=images.normalised.device)
-            for chosen in torch.randperm(len(images)).split(config.batch_size):
-                views = images.normalised[chosen]
-                if config.augmentation is not None:
-                    views = augment(images, chosen.tolist(), config.augmentation)
-                optimizer.zero_grad(set_to_none=True)
-                for part in views.split(config.at_once):
-                    with torch.no_grad():
-                        wanted = features(teacher, part)
-                    loss = F.mse_loss(features(student, part), wanted) * (len(part) / len(views))
-                    loss.backward()
-                    total += loss.detach().double() * len(chosen)
-                optimizer.step()
-            losses.append(float(total) / len(images))
-            progress("mimicking", epoch + 1, config.epochs, losses[-1])
+    drawing = generator(seed, "recovery")
+    for epoch in range(config.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warmup_cosine(epoch, config.epochs, config.warmup_epochs)
+        total = torch.zeros((), dtype=torch.float64, device=images.normalised.device)
+        for chosen in torch.randperm(len(images), generator=drawing).split(config.batch_size):
+            views = images.normalised[chosen]
+            if config.augmentation is not None:
+                views = augment(images, chosen.tolist(), config.augmentation, drawing)
+            optimizer.zero_grad(set_to_none=True)
+            for part in views.split(config.at_once):
+                with torch.no_grad():
+                    wanted = features(teacher, part)
+                loss = F.mse_loss(features(student, part), wanted) * (len(part) / len(views))
+                loss.backward()
+                total += loss.detach().double() * len(chosen)
+            optimizer.step()
+        losses.append(float(total) / len(images))
+        progress("mimicking", epoch + 1, config.epochs, losses[-1])
     student.requires_grad_(False)
     after = _error(student, teacher, images, config)
     return Recovery(before, after, tuple(losses), rate, time.perf_counter() - start)

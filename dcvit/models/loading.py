@@ -136,7 +136,7 @@ class Preprocessing:
     @property
     def pixel_range(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest normalised value of each channel, two tensors `[C]`."""
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))
         return (0 - mean) / std, (1 - mean) / std
 
     def normalised(self, pixels: Tensor) -> Tensor:

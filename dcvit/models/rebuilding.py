@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import timm
+import torch
 from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
 from timm.models.beit import Beit
 from timm.models.vision_transformer import Block
@@ -11,7 +12,6 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import CompressedBlock, WholeBlock
-from dcvit.models.building import Building
 from dcvit.models.modeling_dcvit import NORMS, CutBeit, DroppedBlock, TimmModule, require_base
 
 __all__ = [
@@ -116,9 +116,12 @@ def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> 
     """
     weight = next(model.parameters())
     pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
-    with Building():  # what is initialised here is overwritten
+    with torch.device("meta"):  # what is initialised there draws no random numbers
         new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
-    new.to(device=weight.device, dtype=weight.dtype).load_state_dict(model.state_dict())
+    new.to(weight.dtype).to_empty(device=weight.device).load_state_dict(model.state_dict())
+    buffers = dict(model.named_buffers())
+    for name, buffer in new.named_buffers():  # `state_dict` leaves out those that are not saved
+        buffer.copy_(buffers[name])
     return new.train(model.training)
 
 

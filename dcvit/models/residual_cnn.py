@@ -24,7 +24,8 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.regnet import RegNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
@@ -185,23 +186,27 @@ class ResidualCnnAdapter:
         memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in model.buffers()}
         memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
         twin = copy.deepcopy(model, memo).eval()
-        sizes: dict[nn.Module, int] = {}
         blocks = [_at(twin, block) for block in range(self.num_blocks(twin))]
-        handles = [
-            block.register_forward_hook(lambda module, _, out: sizes.__setitem__(module, out.shape[2] * out.shape[3]))
-            for block in blocks
-        ]
+        sizes: dict[nn.Module, int] = {}
+        macs: dict[nn.Module, int] = {}
+        counter = _MacCounter()
+
+        def begin(block: nn.Module, _: object) -> None:
+            macs[block] = -counter.macs
+
+        def end(block: nn.Module, _: object, output: Tensor) -> None:
+            macs[block] += counter.macs
+            sizes[block] = output.shape[2] * output.shape[3]
+
+        for block in blocks:
+            block.register_forward_pre_hook(begin)
+            block.register_forward_hook(end)
         weight = next(model.parameters())
         images = torch.empty(1, *self.input_size(model), device="meta", dtype=weight.dtype)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), counter:
             twin(images)
-        for handle in handles:
-            handle.remove()
-        by_name = counter.get_flop_counts()
-        names = {module: f"{type(twin).__name__}.{name}" for name, module in twin.named_modules()}
-        macs = [sum(by_name.get(names[block], {}).values()) // 2 for block in blocks]
-        costs = tuple(_block_cost(block, total, sizes[block]) for block, total in zip(blocks, macs, strict=True))
-        return ModelCost(total=Cost(counter.get_total_flops() // 2, 0, num_params(model)), blocks=costs)
+        costs = tuple(_block_cost(block, macs[block], sizes[block]) for block in blocks)
+        return ModelCost(total=Cost(counter.macs, 0, num_params(model)), blocks=costs)
 
     def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
         """See `ModelAdapter.compress_block`."""
@@ -326,6 +331,25 @@ class ResidualCnnAdapter:
             cut_cnn(twin, args["per_layer_config"])
         require_same(model, twin, f"{args['base']} of timm", "_base in dcvit/models/residual_cnn.py")
         return args
+
+
+class _MacCounter(TorchDispatchMode):
+    """The multiply-accumulates of this thread; torch's `FlopCounterMode` hooks the modules of all threads.
+
+    Attributes:
+        macs: So far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        flops = flop_registry.get(func._overloadpacket)
+        if flops is not None:
+            self.macs += flops(*args, **(kwargs or {}), out_val=output) // 2
+        return output
 
 
 def _base(model: TimmModule) -> dict[str, Any]:
