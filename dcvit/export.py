@@ -1,15 +1,21 @@
 """A model as one file that other runtimes read: an ONNX model, or a program of `torch.export`.
 
 Both take any batch size, and neither needs dcvit or timm. A file is written beside its place, read back by the runtime
-that it is for and compared with the model; only one that computes the same gets there.
+that it is for and compared with the model; only one that computes the same gets there, in one rename.
 """
 
 import copy
+import errno
 import importlib.util
+import io
 import json
 import os
-import tempfile
+import re
+import secrets
+import stat
+import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +25,7 @@ from torch import Tensor, nn
 
 from dcvit._version import __version__
 from dcvit.errors import DtypeError, ExportError, SaveFolderError
+from dcvit.files import create, draft_folder, kind_of, open_regular, remove_abandoned_drafts, sync
 from dcvit.models import adapter_for, preprocessing
 from dcvit.results import DTYPES, cast_weights, check_output_file
 from dcvit.seeding import generator
@@ -49,6 +56,9 @@ BATCH_SIZES = (1, 3)
 
 SINGLE_FILE_BYTES = 1_500_000_000
 """Of weights. Protocol buffers, which ONNX is stored as, end at 2 GiB; beyond this weights get a file of their own."""
+
+MOST_ONNX_BYTES = 2 << 30
+"""Of a protocol buffer."""
 
 _NEEDED: dict[ExportFormat, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
 
@@ -96,14 +106,15 @@ def export_model(
         path: The file; its folder is created if missing.
         format: For which runtime.
         dtype: One of `dcvit.results.DTYPES`, of weights, input and output; ONNX takes no bfloat16.
-        overwrite: Replace an earlier file.
+        overwrite: Replace an earlier export of that format. Nothing else is ever replaced.
 
     Returns:
         Where it is, its size and its errors.
 
     Raises:
         UnsupportedModelError: If the model's family is not supported.
-        SaveFolderError: If the path is a folder, ends otherwise than `SUFFIXES`, or exists and `overwrite` is not set.
+        SaveFolderError: If the path is a folder, ends otherwise than `SUFFIXES`, or exists and `overwrite` is not set
+            or it is no export; or if it cannot be written, and then what was there stays.
         DtypeError: If the dtype cannot hold a weight, or the format not the dtype.
         ExportError: If a package is missing, or the file does not compute what the model does; it is then removed.
     """
@@ -113,16 +124,63 @@ def export_model(
     reference = _plain(model, torch.float32)
     subject = _plain(model, dtype)
     write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_program, _read_program)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        draft = Path(folder) / path.name
-        write(subject, _trace(subject), draft)
-        errors = _compare(reference, read(draft, dtype), dtype, f"The {format} file")
-        files = sorted(Path(folder).iterdir(), reverse=True)  # weights of their own before the file that names them
-        num_bytes = sum(file.stat().st_size for file in files)
-        for file in files:
-            os.replace(file, path.parent / file.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_drafts(path)
+        with draft_folder(path) as folder:
+            # A file of weights is called after this name, so that no other export's file names it.
+            draft = folder / f"{path.stem}-{secrets.token_hex(8)}{path.suffix}"
+            write(subject, _trace(subject), draft)
+            errors = _compare(reference, read(draft, dtype), dtype, f"The {format} file")
+            num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+            _put(draft, path)
+    except OSError as error:
+        raise SaveFolderError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}): make room, or name another file."
+        ) from error
     return Exported(path, format, dtype, num_bytes, errors, TOLERANCES[dtype])
+
+
+def _put(draft: Path, path: Path) -> None:
+    """Give an export its name, after its file of weights, if it has one; delete those of earlier exports."""
+    os.chmod(draft, stat.S_IMODE(os.stat(path if path.exists() else draft).st_mode))
+    weights = draft.with_name(f"{draft.name}.data")
+    placed = path.with_name(weights.name)
+    try:
+        if weights.exists():
+            sync(weights)
+            os.replace(weights, placed)
+        sync(draft)
+        os.replace(draft, path)
+    except BaseException:
+        placed.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+    for name in os.listdir(path.parent):
+        if _is_weights_of(name, path) and name != placed.name:
+            with suppress(OSError):  # no file names it any more, and the next export tries again
+                (path.parent / name).unlink()
+
+
+def _is_weights_of(name: str, path: Path) -> bool:
+    """Whether a file is called as weights of an export to a path are, of earlier versions too."""
+    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
+    return re.fullmatch(rf"{stem}(-[0-9a-f]{{16}})?{suffix}\.data", name) is not None
+
+
+def _is_export(path: Path, format: ExportFormat) -> bool:
+    """Whether a file is what `export_model` wrote, as its metadata say."""
+    try:
+        if format == "torch-export":
+            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+                return any(name.endswith("/dcvit.json") for name in archive.namelist())
+        import onnx
+
+        with open_regular(path, most=MOST_ONNX_BYTES) as file:
+            model = onnx.load_model_from_string(file.read())
+        return any(entry.key == "dcvit" for entry in model.metadata_props)
+    except Exception:  # whatever the parsers raise of a file that is something else
+        return False
 
 
 def compare_rounded(model: nn.Module, dtype: torch.dtype) -> dict[int, float]:
@@ -155,8 +213,11 @@ def _check(path: Path, format: ExportFormat, dtype: torch.dtype, overwrite: bool
     if path.is_dir() or path.suffix != SUFFIXES[format]:
         problem = "is a folder" if path.is_dir() else f"does not end in {SUFFIXES[format]}"
         raise SaveFolderError(f"{str(path)!r} {problem}: name a file, such as model{SUFFIXES[format]}.")
-    for file in (path, path.with_name(path.name + ".data")):
-        check_output_file(file, overwrite=overwrite)
+    check_output_file(path, overwrite=overwrite)
+    if kind_of(path) is not None and not _is_export(path, format):
+        raise SaveFolderError(
+            f"{str(path)!r} is not a file that dcvit exported: move it away first, or name another file."
+        )
 
 
 def _plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -207,7 +268,25 @@ def _write_onnx(model: nn.Module, program: torch.export.ExportedProgram, path: P
     assert onnx_program is not None
     onnx_program.model.metadata_props.update(_metadata(model))
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    onnx_program.save(path, external_data=weights > SINGLE_FILE_BYTES)
+    apart = weights > SINGLE_FILE_BYTES
+    onnx_program.save(path, external_data=apart)
+    if apart:
+        _require_whole(path)
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a file of weights that ends early: numpy, which writes it, does not say that its last part did not fit.
+
+    Raises:
+        OSError: If that is so.
+    """
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    for info in (ExternalDataInfo(tensor) for tensor in tensors if uses_external_data(tensor)):
+        if (path.parent / info.location).stat().st_size < (info.offset or 0) + (info.length or 0):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _read_onnx(path: Path, dtype: torch.dtype) -> _Run:
@@ -227,7 +306,10 @@ def _read_onnx(path: Path, dtype: torch.dtype) -> _Run:
 
 def _write_program(model: nn.Module, program: torch.export.ExportedProgram, path: Path) -> None:
     values = {name: json.loads(value) for name, value in _metadata(model).items()}
-    torch.export.save(program, path, extra_files={"dcvit.json": json.dumps(values)})
+    archive = io.BytesIO()  # torch ends the process where it cannot write to a file
+    torch.export.save(program, archive, extra_files={"dcvit.json": json.dumps(values)})
+    with create(path) as file:
+        file.write(archive.getbuffer())
 
 
 def _read_program(path: Path, dtype: torch.dtype) -> _Run:

@@ -6,7 +6,7 @@ its blocks' reconstruction and, where mimicking refines it, a share of a single 
 """
 
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -20,6 +20,7 @@ from dcvit.compression import checked_images, open_store
 from dcvit.config import CompressionConfig
 from dcvit.costs import MacConvention
 from dcvit.errors import BudgetError, SaveFolderError
+from dcvit.files import digest, is_draft, kind_of
 from dcvit.finishing import finish
 from dcvit.images import FewShotImages, Images
 from dcvit.latency import measure_latency, time_forward
@@ -37,16 +38,19 @@ from dcvit.report import FamilyPoint
 from dcvit.results import (
     FAMILY_FILE,
     REPORT_FILE,
+    RESULT_FILE,
     CompressionResult,
     ModelFigures,
-    all_or_nothing,
+    check_folder,
     check_output_folder,
     check_report_file,
     load,
     read_json,
+    read_together,
     versions,
 )
 from dcvit.run_store import NOTHING_KEPT, Store
+from dcvit.saving import replacing_folder, require_writable, write_text
 from dcvit.synthesis import MetricSet
 from dcvit.teacher import freeze, fuse
 
@@ -68,6 +72,9 @@ NEAR = 0.005
 """A member that is smaller than what is asked for by at most this share of the original is taken for it."""
 
 FORMAT = 1
+
+DIGEST = "result_sha256"
+"""The entry of a member in the index with the SHA-256 of its `result.json`, which has those of its other files."""
 
 
 @dataclass
@@ -156,14 +163,12 @@ class Family:
             What `family.json` holds.
 
         Raises:
-            SaveFolderError: If the folder holds something else, or an earlier family and `overwrite` is not set.
+            SaveFolderError: If the folder holds something else, or an earlier family and `overwrite` is not set; or if
+                it cannot be written, and then what was there stays.
         """
-        folder = Path(folder)
-        earlier = check_family_folder(folder, overwrite=overwrite)
-        for member in self.members:
-            check_output_folder(folder / self.name(member), overwrite=overwrite)
+        check_family_folder(folder, overwrite=overwrite)
         report = self.members[0].report
-        index = {
+        index: dict[str, Any] = {
             "format": FORMAT,
             "model": report.model,
             "num_images": report.num_images,
@@ -174,15 +179,13 @@ class Family:
             "settings": report.settings,
             "versions": versions(),
         }
-        with all_or_nothing(folder) as temporary:
-            for member in self.members:
-                member.save(temporary / self.name(member))
-            (temporary / FAMILY_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        with replacing_folder(folder, first=FAMILY_FILE) as draft:
+            for member, entry in zip(self.members, index["members"], strict=True):
+                member.save(draft / entry["folder"])
+                entry[DIGEST] = digest(draft / entry["folder"] / RESULT_FILE)
+            write_text(draft / FAMILY_FILE, json.dumps(index, indent=2) + "\n")
             if page is not None:
-                (temporary / REPORT_FILE).write_text(page(index), encoding="utf-8")
-        for name in set(earlier) - {self.name(member) for member in self.members}:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
+                write_text(draft / REPORT_FILE, page(index))
         return index
 
     def points(self) -> list[FamilyPoint]:
@@ -411,32 +414,35 @@ def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config:
     return plans
 
 
-def check_family_folder(folder: str | Path, *, overwrite: bool) -> tuple[str, ...]:
+def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
     """Refuse a folder that a family cannot be saved to, before any long work.
 
-    Returns:
-        The folders in it of an earlier family's members, which saving replaces.
-
     Raises:
-        SaveFolderError: If it is a file, holds something else, or an earlier family and `overwrite` is not set; if that
-            family is broken, or holds a `report.html` or a member's file that dcvit did not write.
+        SaveFolderError: If it is a file, cannot be written, holds something else, or an earlier family and `overwrite`
+            is not set; if that family is broken, or holds a file that dcvit did not write.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise SaveFolderError(f"{str(folder)!r} is a file: name a folder.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return ()
-    if not (folder / FAMILY_FILE).is_file():
+    check_folder(folder)
+    require_writable(folder)
+    present = {name for name in os.listdir(folder) if not is_draft(name)} if folder.is_dir() else set()
+    if not present:
+        return
+    if FAMILY_FILE not in present:
         raise SaveFolderError(f"{str(folder)!r} holds something else: name a folder that is empty or does not exist.")
     if not overwrite:
         raise SaveFolderError(
             f"{str(folder)!r} holds an earlier family: name another folder, or pass overwrite (--overwrite)."
         )
     check_report_file(folder / REPORT_FILE)
-    earlier = _read_index(folder).folders
+    earlier = [name for name in _read_index(folder).folders if kind_of(folder / name) in (None, "a folder")]
+    foreign = sorted(present - {FAMILY_FILE, REPORT_FILE, *earlier})
+    if foreign:
+        raise SaveFolderError(
+            f"{str(folder)!r} holds something else beside an earlier family ({', '.join(foreign[:3])}), and would be "
+            "replaced as a whole: move that away, or name another folder."
+        )
     for name in earlier:
         check_output_folder(folder / name, overwrite=True)
-    return earlier
 
 
 def load_family(folder: str | Path) -> Family:
@@ -446,10 +452,22 @@ def load_family(folder: str | Path) -> Family:
         folder: The folder with `family.json`.
 
     Raises:
-        SaveFolderError: If it holds no family, or one of its members is missing or broken.
+        SaveFolderError: If it holds no family, or one of its members is missing, broken, or of another family.
     """
-    index = _read_index(Path(folder))
-    return Family(index.original, [load(Path(folder) / name) for name in index.folders])
+    return read_together(Path(folder) / FAMILY_FILE, lambda: _load_family(Path(folder)))
+
+
+def _load_family(folder: Path) -> Family:
+    index = _read_index(folder)
+    members = []
+    for name, recorded in zip(index.folders, index.digests, strict=True):
+        members.append(load(folder / name))
+        if recorded not in (None, digest(folder / name / RESULT_FILE)):  # earlier versions saved none
+            raise SaveFolderError(
+                f"{str(folder / name)!r} is not the member that {FAMILY_FILE} was saved with: copy the whole folder "
+                "again, or sweep again."
+            )
+    return Family(index.original, members)
 
 
 @dataclass(frozen=True)
@@ -458,6 +476,7 @@ class _Index:
 
     original: ModelFigures
     folders: tuple[str, ...]
+    digests: tuple[Any, ...]
 
 
 def _read_index(folder: Path) -> _Index:
@@ -471,7 +490,8 @@ def _read_index(folder: Path) -> _Index:
     try:
         original = from_plain(ModelFigures, index["original"])
         names = [member["folder"] for member in index["members"]]
-    except (KeyError, TypeError) as error:
+        digests = tuple(member.get(DIGEST) for member in index["members"])
+    except (AttributeError, KeyError, TypeError) as error:
         raise SaveFolderError(
             f"{str(path)!r} is not an index of a family ({error!r}): sweep again, to another folder."
         ) from error
@@ -480,4 +500,4 @@ def _read_index(folder: Path) -> _Index:
             raise SaveFolderError(f"{str(path)!r} names the member {name!r}: expected a folder beside it.")
     if not names:
         raise SaveFolderError(f"{str(path)!r} lists no members: sweep again, to another folder.")
-    return _Index(original, tuple(names))
+    return _Index(original, tuple(names), digests)

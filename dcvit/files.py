@@ -7,6 +7,7 @@ The functions raise `OSError` or `ValueError`; who calls them says what that mea
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import re
@@ -29,9 +30,11 @@ __all__ = [
     "MOST_JSON_BYTES",
     "UnusableFileError",
     "create",
+    "digest",
     "draft_folder",
     "exchange",
     "file_mode",
+    "is_draft",
     "kind_of",
     "open_regular",
     "parse_json",
@@ -146,6 +149,19 @@ def read_table(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> 
     return values
 
 
+def digest(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a regular file, in hexadecimal.
+
+    Raises:
+        OSError: As `open_regular` does.
+    """
+    total = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(1 << 20):
+            total.update(piece)
+    return total.hexdigest()
+
+
 def create(path: str | os.PathLike[str]) -> BinaryIO:
     """Create a file for writing where there is none, with the permissions of the caller's umask.
 
@@ -206,6 +222,11 @@ def draft_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def is_draft(name: str) -> bool:
+    """Whether a name is one that `replacing` and `draft_folder` make up."""
+    return re.fullmatch(rf"\..*{re.escape(DRAFT_MARK)}[0-9a-f]{{16}}", name, re.DOTALL) is not None
 
 
 def remove_abandoned_drafts(path: str | os.PathLike[str]) -> None:

@@ -13,15 +13,15 @@ A saved result is a folder of these files, without pickle:
 """
 
 import json
+import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from dcvit._version import __version__
 from dcvit.costs import FILE_METADATA, file_size
 from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
+from dcvit.files import digest, file_mode, is_draft, kind_of, open_regular
 from dcvit.model_card import model_card
 from dcvit.models import CONFIG_FILE, WEIGHTS_FILE, adapter_for, load_model, modeling_dcvit, preprocessing
 from dcvit.planning import Plan
@@ -39,6 +40,7 @@ from dcvit.reconstruction import Reconstruction
 from dcvit.records import from_plain
 from dcvit.recovery import Recovery
 from dcvit.refinement import Refinement
+from dcvit.saving import replacing_folder, require_writable, write_text
 from dcvit.synthesis import MetricSet
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "Record",
     "Report",
     "cast_weights",
+    "check_folder",
     "check_output_file",
     "check_output_folder",
     "check_report_file",
@@ -60,6 +63,7 @@ __all__ = [
     "original_name",
     "read_json",
     "read_record",
+    "read_together",
     "save_model",
     "versions",
 ]
@@ -81,8 +85,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 RESULT_FILES = (*SAVED_FILES, METRIC_SET_FILE, REPORT_FILE)
 
-EXPORTED_FILES = ("model.onnx", "model.onnx.data", "model.pt2")
+EXPORTED_FILES = re.compile(r"model\.onnx|model\.onnx\.data|model-[0-9a-f]{16}\.onnx\.data|model\.pt2")
 """What `dcvit export` may have put beside them, of the result that was there then."""
+
+DIGESTS = "digests"
+"""The entry of `result.json` with the SHA-256 of each file that `load` reads beside it."""
+
+MOST_READS = 100
+"""Of a folder that others save to at the same time, before a reader gives up."""
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -218,7 +230,8 @@ class CompressionResult:
             page: The HTML of `report.html`, from what is saved.
 
         Raises:
-            SaveFolderError: If the folder holds something else, or an earlier result and `overwrite` is not set.
+            SaveFolderError: If the folder holds something else, or an earlier result and `overwrite` is not set; or if
+                it cannot be written, and then what was there stays.
             DtypeError: If the dtype cannot hold a weight.
         """
         check_output_folder(folder, overwrite=overwrite)
@@ -229,8 +242,6 @@ class CompressionResult:
         if page is not None:
             extra[REPORT_FILE] = page(Record(self.plan, stored.report, images, extra[RESULT_FILE]))
         save_model(self.model, folder, extra=extra, tensors=tensors, dtype=dtype)
-        for stale in {METRIC_SET_FILE, REPORT_FILE, *EXPORTED_FILES} - tensors.keys() - extra.keys():
-            (Path(folder) / stale).unlink(missing_ok=True)
 
     def files(self, dtype: torch.dtype | None = None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What is saved beside the model, by file name: `result.json` as values, the model card as text."""
@@ -322,9 +333,12 @@ def load(folder: str | Path) -> CompressionResult:
         folder: What `CompressionResult.save` or `dcvit compress` wrote.
 
     Raises:
-        SaveFolderError: If a file is missing, broken, or not dcvit's.
+        SaveFolderError: If a file is missing, broken, of another save, or not dcvit's.
     """
-    folder = Path(folder)
+    return read_together(Path(folder) / RESULT_FILE, lambda: _load(Path(folder)))
+
+
+def _load(folder: Path) -> CompressionResult:
     record = read_record(folder)
     architecture = read_json(folder / CONFIG_FILE).get("architecture")
     try:
@@ -332,8 +346,66 @@ def load(folder: str | Path) -> CompressionResult:
         preprocessing(model)
     except UnsupportedModelError as error:
         raise SaveFolderError(f"{str(folder)!r} holds a broken model ({architecture}): {error}") from error
+    _check_digests(folder, record.values)
     metric_set = None if record.images is None else record.images.metric_set(model)
     return CompressionResult(model, record.plan, record.report, metric_set)
+
+
+def _check_digests(folder: Path, values: Mapping[str, Any]) -> None:
+    """Refuse files that were not saved together; earlier versions saved no digests.
+
+    Raises:
+        SaveFolderError: If a file is another than `result.json` was saved with.
+    """
+    recorded = values.get(DIGESTS)
+    if not isinstance(recorded, dict):
+        return
+    for name in (CONFIG_FILE, WEIGHTS_FILE, METRIC_SET_FILE):
+        path = folder / name
+        try:
+            differs = kind_of(path) is not None and digest(path) != recorded.get(name)
+        except OSError as error:
+            raise SaveFolderError(f"{str(path)!r} cannot be read ({error}): copy the folder again.") from error
+        if differs:
+            raise SaveFolderError(
+                f"{str(path)!r} is not the file that {RESULT_FILE} was saved with: copy the whole folder again, or "
+                "compress again."
+            )
+
+
+def read_together(file: Path, read: Callable[[], _Read]) -> _Read:
+    """Read a file and others that were saved with it; again, if another process saves new ones meanwhile.
+
+    Args:
+        file: One that every save replaces.
+        read: Reads them all.
+
+    Raises:
+        SaveFolderError: If they are replaced faster than they are read.
+    """
+    for _ in range(MOST_READS):
+        try:
+            opened = open_regular(file)  # and kept open: its number is not given to another file
+        except OSError:
+            return read()  # which says what is wrong
+        with opened:
+            try:
+                found = read()
+            except Exception:
+                if _is_still(file, opened):
+                    raise
+            else:
+                if _is_still(file, opened):
+                    return found
+    raise SaveFolderError(f"{str(file.parent)!r} is saved to again and again: read it when that is done.")
+
+
+def _is_still(file: Path, opened: BinaryIO) -> bool:
+    """Whether a file is the one that was opened."""
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), os.lstat(file))
+    except OSError:
+        return False
 
 
 def read_record(folder: str | Path) -> Record:
@@ -383,62 +455,38 @@ def save_model(
 
     Args:
         model: A supported model.
-        folder: Created if missing; files of the same names are replaced.
-        extra: More files, by name: text as it is, anything else as JSON.
+        folder: Created if missing. Files of dcvit's in it are replaced, all of them.
+        extra: More files, by name: text as it is, anything else as JSON; `result.json` gets the digests of the others.
         tensors: More safetensors files, by name.
         dtype: In which the weights are stored; the model's own if not given.
 
     Raises:
         DtypeError: If the dtype cannot hold a weight.
+        SaveFolderError: If the folder holds something else, or cannot be written.
     """
-    folder = Path(folder)
+    _refuse(folder, _foreign_entries(Path(folder)))
     weights = model.state_dict() if dtype is None else cast_weights(model.state_dict(), dtype)
     files = {
         CONFIG_FILE: dict(adapter_for(model).config(model)),
         MODELING_FILE: Path(modeling_dcvit.__file__).read_text(encoding="utf-8"),
         **(extra or {}),
     }
-    with all_or_nothing(folder) as temporary:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    result = files.pop(RESULT_FILE, None)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with replacing_folder(folder, first=RESULT_FILE, last=CONFIG_FILE) as draft:
+        mode = file_mode(draft)
         for name, content in {WEIGHTS_FILE: state, **(tensors or {})}.items():
-            save_file(dict(content), temporary / name, metadata=FILE_METADATA)
-            (temporary / name).chmod(0o644)  # safetensors writes for the owner alone
+            save_file(dict(content), draft / name, metadata=FILE_METADATA)
+            os.chmod(draft / name, mode)  # safetensors writes for the owner alone
         for name, content in files.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=True) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
+            write_text(draft / name, content if isinstance(content, str) else _as_json(content))
+        if result is not None:
+            digests = {name: digest(draft / name) for name in (CONFIG_FILE, WEIGHTS_FILE, *(tensors or {}))}
+            write_text(draft / RESULT_FILE, _as_json({**result, DIGESTS: digests}))
 
 
-@contextmanager
-def all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder beside another to write to; in the end it takes the other's place.
-
-    Where the other is missing or empty that is one renaming, so that no one sees a part of it and a process that is
-    killed leaves none. Else what was written replaces what has its name.
-
-    Raises:
-        SaveFolderError: If something cannot be written.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    except OSError as error:
-        raise SaveFolderError(f"{str(folder)!r} cannot be written ({error}): name another folder.") from error
-    try:
-        temporary.chmod(0o755)  # it was made for the owner alone
-        yield temporary
-        if folder.is_symlink() or folder.is_mount() or (folder.is_dir() and any(folder.iterdir())):
-            for entry in temporary.iterdir():
-                if (folder / entry.name).is_dir():
-                    shutil.rmtree(folder / entry.name)
-                shutil.move(entry, folder / entry.name)
-        else:
-            temporary.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise SaveFolderError(
-            f"{str(folder)!r} cannot be written ({error}): make room, or name another folder."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _as_json(values: Any) -> str:
+    return json.dumps(values, indent=2, allow_nan=True) + "\n"
 
 
 def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -460,60 +508,101 @@ def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str,
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder to which a result cannot be saved.
+    """Refuse a folder to which a result cannot be saved, by writing to it or beside it.
 
     Raises:
-        SaveFolderError: If it is a file, holds something else, or an earlier result and `overwrite` is not set.
+        SaveFolderError: If it is a file, cannot be written, holds something else, or an earlier result and `overwrite`
+            is not set.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise SaveFolderError(f"{str(folder)!r} is a file: name a folder that is empty or does not exist.")
-    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    foreign = [
-        name
-        for name in present
-        if name not in (*RESULT_FILES, *EXPORTED_FILES) or (name == REPORT_FILE and not is_report(folder / REPORT_FILE))
-    ]
-    if foreign or (present and RESULT_FILE not in present):
-        raise SaveFolderError(
-            f"{str(folder)!r} holds something else ({', '.join((foreign or present)[:3])}): "
-            "name a folder that is empty or does not exist."
-        )
+    check_folder(folder)
+    present = [name for name in sorted(os.listdir(folder)) if not is_draft(name)] if folder.is_dir() else []
+    _refuse(folder, _foreign_entries(folder) or (present if RESULT_FILE not in present else []))
     if present and not overwrite:
         raise SaveFolderError(
             f"{str(folder)!r} holds an earlier result: name another folder, or replace it with overwrite=True "
             "(--overwrite)."
         )
+    require_writable(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what is neither a folder nor a place for one.
+
+    Raises:
+        SaveFolderError: If it is a file, or a link that leads nowhere.
+    """
+    if folder.is_dir():
+        return
+    kind = kind_of(folder)
+    if kind == "a link":
+        raise SaveFolderError(
+            f"{str(folder)!r} is a link to {os.readlink(folder)!r}, where no folder is: make that, or name another "
+            "folder."
+        )
+    if kind is not None:
+        raise SaveFolderError(f"{str(folder)!r} is a file: name a folder that is empty or does not exist.")
+
+
+def _foreign_entries(folder: Path) -> list[str]:
+    """What a folder holds, if it is there, that neither a result nor its exports nor abandoned drafts do."""
+    return [
+        name
+        for name in (sorted(os.listdir(folder)) if folder.is_dir() else ())
+        if not is_draft(name)
+        and (
+            (name not in RESULT_FILES and not EXPORTED_FILES.fullmatch(name))
+            or kind_of(folder / name) != "a regular file"
+            or (name == REPORT_FILE and not is_report(folder / name))
+        )
+    ]
+
+
+def _refuse(folder: str | Path, foreign: Sequence[str]) -> None:
+    """Refuse to replace a folder with such files.
+
+    Raises:
+        SaveFolderError: If there are any.
+    """
+    if foreign:
+        raise SaveFolderError(
+            f"{str(folder)!r} holds something else ({', '.join(foreign[:3])}): name a folder that is empty or does not "
+            "exist."
+        )
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file is a report that dcvit wrote."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return REPORT_MARK in file.read(500)
+    """Whether something is a report that dcvit wrote."""
+    with suppress(OSError), open_regular(path) as file:
+        return REPORT_MARK.encode() in file.read(500)
+    return False
 
 
 def check_report_file(path: Path) -> None:
     """Refuse a file that a report must not replace.
 
     Raises:
-        SaveFolderError: If there is a file that is not a report.
+        SaveFolderError: If there is something that is not a report.
     """
-    if path.exists() and not is_report(path):
+    if kind_of(path) is not None and not is_report(path):
         raise SaveFolderError(f"{str(path)!r} is not a report that dcvit wrote: move it away first.")
 
 
 def check_output_file(file: Path, *, overwrite: bool = False) -> None:
-    """Refuse a file to which figures cannot be written.
+    """Refuse a file to which figures cannot be written, by writing beside it.
 
     Raises:
-        SaveFolderError: If it is a folder, or exists and `overwrite` is not set.
+        SaveFolderError: If it is a folder, a link or the like, its folder cannot be written, or it exists and
+            `overwrite` is not set.
     """
-    if file.is_dir():
-        raise SaveFolderError(f"{str(file)!r} is a folder: name a file that does not exist.")
-    if file.exists() and not overwrite:
+    kind = kind_of(file)
+    if kind not in (None, "a regular file"):
+        raise SaveFolderError(f"{str(file)!r} is {kind}: name a file that does not exist.")
+    if kind is not None and not overwrite:
         raise SaveFolderError(
             f"{str(file)!r} exists: name another file, or replace it with overwrite=True (--overwrite)."
         )
+    require_writable(file.parent)
 
 
 def original_name(folder: str | Path) -> str:

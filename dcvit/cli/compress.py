@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from dcvit.planning import UNITS, Budget
 from dcvit.progress import TerminalProgress
 from dcvit.report import run_page
 from dcvit.results import REPORT_FILE, CompressionResult, check_output_folder
+from dcvit.saving import or_elsewhere
 from dcvit.teacher import freeze
 
 __all__ = ["COMMAND", "with_top1"]
@@ -166,7 +168,9 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     if labels is not None:
         original = top1(freeze(model), images.normalised, labels)
         result = with_top1(result, original, images.normalised, labels)
-    result.save(arguments.out, overwrite=arguments.overwrite, page=lambda record: run_page(record).html())
+    or_elsewhere(
+        partial(result.save, overwrite=arguments.overwrite, page=lambda record: run_page(record).html()), arguments.out
+    )
     forget_run(arguments)
     return {**result.to_dict(), "out": str(arguments.out), "page": str(Path(arguments.out) / REPORT_FILE)}
 

@@ -2,6 +2,8 @@
 
 import argparse
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ from dcvit.errors import DcvitError
 from dcvit.methods.budgets import candidate_groups
 from dcvit.models import load_model
 from dcvit.progress import TerminalProgress
-from dcvit.report import write_report
-from dcvit.results import check_output_folder
+from dcvit.report import run_page
+from dcvit.results import REPORT_FILE, check_output_folder
+from dcvit.saving import or_elsewhere
 
 __all__ = ["COMMAND"]
 
@@ -69,12 +72,15 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         published=replace(PUBLISHED_DEMO_CONFIG, recovery=mimicking),
         progress=progress,
     )
-    comparison.save(arguments.out, overwrite=arguments.overwrite)
+    or_elsewhere(
+        partial(comparison.save, overwrite=arguments.overwrite, page=lambda record: run_page(record).html()),
+        arguments.out,
+    )
     return {
         **comparison.to_dict(),
         "epochs": arguments.epochs,
         "out": str(arguments.out),
-        "page": str(write_report(arguments.out)),
+        "page": str(Path(arguments.out) / REPORT_FILE),
     }
 
 

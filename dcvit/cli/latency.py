@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dcvit.latency import MODES, STOPWATCHES, compare_latency
 from dcvit.models import DEMO_MODEL
 from dcvit.progress import TerminalProgress
 from dcvit.results import check_output_file, device_name, original_name, versions
+from dcvit.saving import or_elsewhere, replace_file
 
 __all__ = ["COMMAND"]
 
@@ -87,8 +89,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         "versions": versions(),
     }
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        or_elsewhere(partial(replace_file, text=json.dumps(values, indent=2) + "\n"), file)
     return values
 
 

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from dcvit.models import adapter_for, require_supported
 from dcvit.progress import TerminalProgress
 from dcvit.report import FamilyPoint, saved_family_page
 from dcvit.results import REPORT_FILE, CompressionResult
+from dcvit.saving import or_elsewhere
 from dcvit.teacher import freeze
 
 __all__ = ["COMMAND"]
@@ -90,10 +92,11 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         points.append(replace(point, agreement=agreement(member.model, original, judges)))
     if arguments.block_dropping:
         points += _dropped_points(original, images, judges, labels, members, arguments, progress)
-    index = family.save(
-        arguments.out, overwrite=arguments.overwrite, points=points, judged_on=judged_on,
+    save = partial(
+        family.save, overwrite=arguments.overwrite, points=points, judged_on=judged_on,
         page=lambda values: saved_family_page(values).html(),
     )  # fmt: skip
+    index = or_elsewhere(save, arguments.out)
     forget_run(arguments)
     return {**index, "seconds": seconds, "out": str(arguments.out), "page": str(Path(arguments.out) / REPORT_FILE)}
 

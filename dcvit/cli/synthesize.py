@@ -1,6 +1,7 @@
 """`dcvit synthesize`: the metric set of a model."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from dcvit.cli.command import Command
 from dcvit.cli.inputs import load_named_model
 from dcvit.config import SynthesisConfig
 from dcvit.errors import SaveFolderError
+from dcvit.files import file_mode, is_draft
 from dcvit.models import preprocessing
 from dcvit.progress import TerminalProgress
+from dcvit.results import METRIC_SET_FILE, check_folder
+from dcvit.saving import or_elsewhere, replacing_folder, require_writable
 from dcvit.synthesis import synthesize
 from dcvit.teacher import freeze
 
@@ -33,9 +37,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
-    out = Path(arguments.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SaveFolderError(f"{str(out)!r} is not empty: name a folder that is empty or does not exist.")
+    _check_output(Path(arguments.out))
     model = freeze(load_named_model(arguments.model, arguments))
     config = SynthesisConfig(
         num_images=arguments.num_images, iterations=arguments.iterations, tv_exponent=arguments.tv_exponent
@@ -44,10 +46,25 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     assert metric_set.targets is not None
     images, targets = metric_set.images.cpu(), metric_set.targets.cpu()
     pixels = preprocessing(model).pixels(images)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({"images": images.contiguous(), "targets": targets}, out / "metric_set.safetensors")
-    save_image(pixels if pixels.shape[1] in (1, 3) else pixels.mean(1, keepdim=True), out / "images.png", nrow=10)
-    return {"images": list(images.shape), "loss": metric_set.loss, "seed": arguments.seed, "out": str(out)}
+    pixels = pixels if pixels.shape[1] in (1, 3) else pixels.mean(1, keepdim=True)
+
+    def save(out: Path) -> None:
+        _check_output(out)
+        with replacing_folder(out) as draft:
+            save_file({"images": images.contiguous(), "targets": targets}, draft / METRIC_SET_FILE)
+            os.chmod(draft / METRIC_SET_FILE, file_mode(draft))  # safetensors writes for the owner alone
+            save_image(pixels, draft / "images.png", nrow=10)
+
+    or_elsewhere(save, arguments.out)
+    return {"images": list(images.shape), "loss": metric_set.loss, "seed": arguments.seed, "out": str(arguments.out)}
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse a folder that holds something or cannot be written."""
+    check_folder(folder)
+    if folder.is_dir() and not all(map(is_draft, os.listdir(folder))):
+        raise SaveFolderError(f"{str(folder)!r} is not empty: name a folder that is empty or does not exist.")
+    require_writable(folder)
 
 
 def _show(values: dict[str, Any]) -> str:

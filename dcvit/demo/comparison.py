@@ -1,6 +1,6 @@
 """The demonstration: this method against block dropping, at the same MACs, on held-out digits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,7 +18,7 @@ from dcvit.methods.practise import block_dropping, drop_blocks
 from dcvit.models import adapter_for, load_model
 from dcvit.planning import Budget
 from dcvit.progress import Progress, silent
-from dcvit.results import CompressionResult, ModelFigures
+from dcvit.results import CompressionResult, ModelFigures, Record
 from dcvit.teacher import freeze
 
 __all__ = [
@@ -123,9 +123,9 @@ class Comparison:
         """`result.json` of a demonstration: the first seed's result, and all methods under `comparison`."""
         return {**self.result.to_dict(), **self._summaries()}
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, folder: str | Path, *, overwrite: bool = False, page: Callable[[Record], str] | None = None) -> None:
         """Save the first seed's result, with all methods in its `result.json`; see `CompressionResult.save`."""
-        self.result.save(folder, overwrite=overwrite, more=self._summaries())
+        self.result.save(folder, overwrite=overwrite, more=self._summaries(), page=page)
 
     def _summaries(self) -> dict[str, Any]:
         return {"comparison": [self.summary(method) for method in self.methods]}

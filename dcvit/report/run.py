@@ -41,6 +41,7 @@ from dcvit.results import (
     read_json,
     read_record,
 )
+from dcvit.saving import replace_file
 
 __all__ = ["run_page", "write_page", "write_report"]
 
@@ -86,10 +87,10 @@ def write_page(page: Page, path: Path) -> Path:
     """Write a page to a file; an earlier report is replaced.
 
     Raises:
-        SaveFolderError: If there is a file that is not a report.
+        SaveFolderError: If there is a file that is not a report, or it cannot be written; what was there then stays.
     """
     check_report_file(path)
-    path.write_text(page.html(), encoding="utf-8")
+    replace_file(path, page.html())
     return path
 
 
