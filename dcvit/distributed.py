@@ -24,6 +24,8 @@ import json
 import os
 import pickle
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
@@ -263,31 +266,63 @@ def on_devices(devices: Sequence[str], work: Callable[[Ranks, str], T]) -> T:
         What it gives back in the first process.
 
     Raises:
-        DistributedError: If a process dies.
+        DistributedError: If a process dies, or there is no temporary folder.
         DcvitError: What the work raises of that.
+        KeyboardInterrupt: If that stops it; the processes are stopped, too.
     """
     _require_devices(devices)
     threads = max(1, torch.get_num_threads() // sum(device == "cpu" for device in devices)) if "cpu" in devices else 1
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=len(devices), run_id=secrets.token_hex(8), rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=1,
-    )  # fmt: skip
-    with TemporaryDirectory() as folder:
-        told = Path(folder) / "error"
-        try:
-            outcomes = elastic_launch(config, _on_device)(work, tuple(devices), threads, told)
-        except ChildFailedError as error:
-            if told.is_file():  # the others died of it
-                raise pickle.loads(told.read_bytes()) from error
-            rank, failure = error.get_first_failure()
-            raise DistributedError(
-                f"The process on {devices[rank]} died (exit code {failure.exitcode}; what it wrote is above). With "
-                "run_dir, the same call goes on from what is finished."
-            ) from error
+    try:
+        temporary = TemporaryDirectory(prefix="dcvit-")
+    except OSError as error:
+        raise DistributedError(f"devices: {error}. Set TMPDIR to a folder that can be written.") from error
+    try:
+        with temporary as folder, _own_signals():
+            outcomes = _launched(devices, work, threads, Path(folder))
+    except SignalException as stopped:
+        signal.raise_signal(stopped.sigval)  # the launcher caught it, and stopped the processes
+        raise DistributedError(f"The processes were stopped ({stopped.sigval.name}).") from stopped
     found: T | DcvitError = outcomes[0]
     if isinstance(found, DcvitError):
         raise found
     return found
+
+
+def _launched(
+    devices: Sequence[str], work: Callable[[Ranks, str], T], threads: int, folder: Path
+) -> dict[int, T | DcvitError]:
+    """What each process gives back, by rank; the folder is for what the launcher and they write."""
+    told = folder / "error"
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=len(devices), run_id=secrets.token_hex(8), rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
+    )  # fmt: skip
+    try:
+        outcomes: dict[int, T | DcvitError] = elastic_launch(config, _on_device)(work, tuple(devices), threads, told)
+    except ChildFailedError as error:
+        if told.is_file():  # the others died of it
+            raise pickle.loads(told.read_bytes()) from error
+        rank, failure = error.get_first_failure()
+        raise DistributedError(
+            f"The process on {devices[rank]} died (exit code {failure.exitcode}; what it wrote is above). With "
+            "run_dir, the same call goes on from what is finished."
+        ) from error
+    return outcomes
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give the caller's signal handlers back in the end: torch's launcher puts its own in their place."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    handlers = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if handler is not None:  # it was not set by Python
+                    signal.signal(number, handler)
 
 
 def _require_devices(devices: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ its blocks' reconstruction and, where mimicking refines it, a share of a single 
 
 import json
 import os
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -75,6 +77,9 @@ FORMAT = 1
 
 DIGEST = "result_sha256"
 """The entry of a member in the index with the SHA-256 of its `result.json`, which has those of its other files."""
+
+MEMBER = r"macs-[0-9]{1,19}"
+"""What a member's folder is called, see `Family.name`."""
 
 
 @dataclass
@@ -461,6 +466,8 @@ def _load_family(folder: Path) -> Family:
     index = _read_index(folder)
     members = []
     for name, recorded in zip(index.folders, index.digests, strict=True):
+        if (folder / name).is_symlink():
+            raise SaveFolderError(f"{str(folder / name)!r} is a link: put the member's folder itself in its place.")
         members.append(load(folder / name))
         if recorded not in (None, digest(folder / name / RESULT_FILE)):  # earlier versions saved none
             raise SaveFolderError(
@@ -491,13 +498,17 @@ def _read_index(folder: Path) -> _Index:
         original = from_plain(ModelFigures, index["original"])
         names = [member["folder"] for member in index["members"]]
         digests = tuple(member.get(DIGEST) for member in index["members"])
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise SaveFolderError(
             f"{str(path)!r} is not an index of a family ({error!r}): sweep again, to another folder."
         ) from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise SaveFolderError(f"{str(path)!r} names the member {name!r}: expected a folder beside it.")
+        if not isinstance(name, str) or not re.fullmatch(MEMBER, name):
+            raise SaveFolderError(
+                f"{str(path)!r} names the member {reprlib.repr(name)}: expected a folder beside it, such as macs-1000."
+            )
+    if len(set(names)) < len(names):
+        raise SaveFolderError(f"{str(path)!r} names a member twice: sweep again, to another folder.")
     if not names:
         raise SaveFolderError(f"{str(path)!r} lists no members: sweep again, to another folder.")
     return _Index(original, tuple(names), digests)

@@ -37,6 +37,7 @@ __all__ = [
     "is_draft",
     "kind_of",
     "open_regular",
+    "own_file",
     "parse_json",
     "probe_folder",
     "read_table",
@@ -44,10 +45,11 @@ __all__ = [
     "remove_abandoned_drafts",
     "replacing",
     "sync",
+    "well_formed",
 ]
 
-MOST_JSON_BYTES = 256 << 20
-"""Of a JSON or HTML file that is read. `result.json` of the largest models has some megabytes."""
+MOST_JSON_BYTES = 32 << 20
+"""Of a JSON file that is read, ten times the `result.json` of the largest models. Parsed it may take 25 times that."""
 
 DRAFT_MARK = ".dcvit-draft-"
 """Part of the name of a file or folder that is being written: `.NAME.dcvit-draft-` and 16 hexadecimal digits."""
@@ -160,6 +162,27 @@ def digest(path: str | os.PathLike[str]) -> str:
         while piece := file.read(1 << 20):
             total.update(piece)
     return total.hexdigest()
+
+
+def well_formed(text: str) -> str:
+    """Return text that UTF-8 can hold: of a lone surrogate, as an undecodable file name has it, the escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def own_file(folder: str | os.PathLike[str], name: str) -> Path:
+    """Return where a file of a saved folder lies: in the folder itself, or in the `blobs` of a hub cache's `snapshots`.
+
+    Raises:
+        UnusableFileError: If it is a link to elsewhere.
+    """
+    place, home = Path(folder) / name, Path(folder).resolve()
+    if kind_of(place) != "a link":
+        return place
+    target = place.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if target.parent not in homes:
+        raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link to outside of the folder")
+    return target
 
 
 def create(path: str | os.PathLike[str]) -> BinaryIO:

@@ -3,11 +3,14 @@
 Its front matter is what the Hugging Face hub reads: https://huggingface.co/docs/hub/model-cards.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
+
+from dcvit.files import well_formed
 
 __all__ = ["PartNames", "cut_kind", "model_card", "part_names", "shared_weights"]
 
@@ -39,7 +42,7 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 
 
 def model_card(result: Mapping[str, Any], config: Mapping[str, Any], *, dtype: str = "float32") -> str:
-    """The text of a model card.
+    """The text of a model card; names that a file gives come as words or code, never as markdown or HTML.
 
     Args:
         result: What `result.json` holds.
@@ -48,11 +51,11 @@ def model_card(result: Mapping[str, Any], config: Mapping[str, Any], *, dtype: s
     """
     report, preprocessing = result["report"], config["pretrained_cfg"]
     license_ = preprocessing.get("license")
-    license_ = None if license_ == "unknown" else license_  # timm has both
+    license_ = license_ if isinstance(license_, str) and license_ != "unknown" else None  # timm has both
     task = "image-classification" if config["num_classes"] else "image-feature-extraction"
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    versions = ", ".join(f"{_name(name)} {_name(version)}" for name, version in report["versions"].items())
     sections = {
-        f"# {report['model']}, compressed": _what(result),
+        f"# {_name(report['model'])}, compressed": _what(result),
         "## Figures": _figures(result),
         "## How to load": _LOAD,
         "## Images": _images(preprocessing),
@@ -60,7 +63,16 @@ def model_card(result: Mapping[str, Any], config: Mapping[str, Any], *, dtype: s
         "## Versions": f"Made with {versions}. Weights are stored in {dtype}.\n",
     }
     text = "\n".join(f"{title}\n\n{body}" for title, body in sections.items())
-    return f"---\n{_front_matter(license_, report.get('base_model'), task).to_yaml()}\n---\n\n{text}"
+    return well_formed(f"---\n{_front_matter(license_, report.get('base_model'), task).to_yaml()}\n---\n\n{text}")
+
+
+def _name(text: str) -> str:
+    """A name from a file as markdown: a plain word as it is, anything else as code, where nothing has a meaning."""
+    return text if re.fullmatch(r"[\w+-]+(\.[\d]+[\w+-]*)*", text) else _code(text)
+
+
+def _code(text: str) -> str:
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def _front_matter(license_: str | None, base_model: str | None, task: str) -> ModelCardData:
@@ -133,13 +145,13 @@ def shared_weights(plan: Mapping[str, Any]) -> list[str]:
 
 def _what(result: Mapping[str, Any]) -> str:
     report, plan = result["report"], result["plan"]
-    images, blocks = report["num_images"], sorted(plan["blocks"])
+    images, blocks, version = report["num_images"], sorted(plan["blocks"]), _name(report["versions"]["dcvit"])
     made = (
-        f"`{report['model']}`, made smaller by dcvit {report['versions']['dcvit']} from {images} unlabelled "
+        f"{_code(report['model'])}, made smaller by dcvit {version} from {images} unlabelled "
         f"{'image' if images == 1 else 'images'}"
     )
     if report.get("method", "dcvit") != "dcvit":
-        made += f" with the method {report['method']}"
+        made += f" with the method {_name(report['method'])}"
     if rates := plan.get("token_keep_rates"):
         rate = next(iter(rates.values()))
         return f"{made}: behind the attention of the {_named(blocks)} the share {rate:g} of the patch tokens goes on.\n"
@@ -192,7 +204,7 @@ def _licence(license_: str | None) -> str:
             "Unknown: the original's configuration names none. The original's terms bind this model too; look them up "
             "where it came from.\n"
         )
-    return f"The original's, as its timm configuration gives it: {license_}.\n"
+    return f"The original's, as its timm configuration gives it: {_name(license_)}.\n"
 
 
 def _figures(result: Mapping[str, Any]) -> str:

@@ -11,6 +11,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from dcvit.output import Lenient
+
 __all__ = ["Progress", "TerminalProgress", "silent"]
 
 Progress = Callable[[str, int, int, float | None], None]
@@ -44,8 +46,8 @@ class TerminalProgress:
         self._bar: tqdm[None] | None = None
 
     @property
-    def _stream(self) -> TextIO:
-        return sys.stderr if self._given_stream is None else self._given_stream  # which a process of its own has, too
+    def _stream(self) -> Lenient:
+        return Lenient(self._given_stream or sys.stderr)  # a process of its own has one, too
 
     def __call__(self, stage: str, done: int, total: int, loss: float | None) -> None:
         """See `Progress`."""

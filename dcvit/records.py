@@ -4,16 +4,22 @@
 annotation of its field: a file that was damaged or forged is refused here, with the place named, before it does harm.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 __all__ = ["field_types", "from_plain"]
 
 T = TypeVar("T")
+
+DEPTH = 16
+"""How deeply values of any kind may be nested; settings are to a depth of 3."""
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
 
 
 def from_plain(kind: type[T], values: Any, where: str = "") -> T:
@@ -40,6 +46,7 @@ def field_types(kind: type) -> dict[str, Any]:
 def _convert(kind: Any, values: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
+        _check_depth(values, where)
         return values
     if origin in (Union, UnionType):
         return _one_of(arguments, values, where)
@@ -121,7 +128,17 @@ def _scalar(kind: Any, values: Any, where: str) -> Any:
     return values
 
 
+def _check_depth(values: Any, where: str, left: int = DEPTH) -> None:
+    """Refuse values that are nested so deeply that to copy or show them would exhaust the stack."""
+    if not isinstance(values, Mapping | list | tuple):
+        return
+    if not left:
+        raise TypeError(f"{where} is nested more than {DEPTH} deep")
+    for value in values.values() if isinstance(values, Mapping) else values:
+        _check_depth(value, where, left - 1)
+
+
 def _shown(value: Any) -> str:
     """A value in an error, not too long."""
-    shown = repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
+    shown = _REPR.repr(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."

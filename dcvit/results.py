@@ -16,8 +16,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,13 +25,25 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcvit._version import __version__
+from dcvit.consistency import require_consistent
 from dcvit.costs import FILE_METADATA, file_size
 from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
-from dcvit.files import digest, file_mode, is_draft, kind_of, open_regular
+from dcvit.files import (
+    UnusableFileError,
+    digest,
+    file_mode,
+    is_draft,
+    kind_of,
+    open_regular,
+    own_file,
+    parse_json,
+    read_text,
+)
 from dcvit.model_card import model_card
 from dcvit.models import CONFIG_FILE, WEIGHTS_FILE, adapter_for, load_model, modeling_dcvit, preprocessing
 from dcvit.planning import Plan
@@ -84,6 +96,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 """In which weights can be stored, by name."""
 
 RESULT_FILES = (*SAVED_FILES, METRIC_SET_FILE, REPORT_FILE)
+
+MOST_METRIC_SET_BYTES, MOST_IMAGE_BYTES = 512 << 20, 64 << 20
+"""Of a metric set that is read, which has 3,500 images of 224 x 224 then, and of an image in it."""
 
 EXPORTED_FILES = re.compile(r"model\.onnx|model\.onnx\.data|model-[0-9a-f]{16}\.onnx\.data|model\.pt2")
 """What `dcvit export` may have put beside them, of the result that was there then."""
@@ -317,7 +332,7 @@ class Record:
         plan: The plan.
         report: The report.
         images: The synthesised images; `None` where none were saved.
-        values: All of `result.json`.
+        values: All of `result.json`; the plan and the report in it as they were checked, with what defaults add.
     """
 
     plan: Plan
@@ -347,8 +362,15 @@ def _load(folder: Path) -> CompressionResult:
     except UnsupportedModelError as error:
         raise SaveFolderError(f"{str(folder)!r} holds a broken model ({architecture}): {error}") from error
     _check_digests(folder, record.values)
-    metric_set = None if record.images is None else record.images.metric_set(model)
-    return CompressionResult(model, record.plan, record.report, metric_set)
+    if record.images is None:
+        return CompressionResult(model, record.plan, record.report)
+    size, shape = adapter_for(model).input_size(model), tuple(record.images.pixels.shape[1:])
+    if shape != tuple(size):
+        raise SaveFolderError(
+            f"{str(folder / METRIC_SET_FILE)!r} holds images of the size {shape}, the model takes {tuple(size)}: "
+            "delete it, and the model loads without a metric set."
+        )
+    return CompressionResult(model, record.plan, record.report, record.images.metric_set(model))
 
 
 def _check_digests(folder: Path, values: Mapping[str, Any]) -> None:
@@ -363,7 +385,7 @@ def _check_digests(folder: Path, values: Mapping[str, Any]) -> None:
     for name in (CONFIG_FILE, WEIGHTS_FILE, METRIC_SET_FILE):
         path = folder / name
         try:
-            differs = kind_of(path) is not None and digest(path) != recorded.get(name)
+            differs = kind_of(path) is not None and digest(own_file(folder, name)) != recorded.get(name)
         except OSError as error:
             raise SaveFolderError(f"{str(path)!r} cannot be read ({error}): copy the folder again.") from error
         if differs:
@@ -418,18 +440,20 @@ def read_record(folder: str | Path) -> Record:
         SaveFolderError: If a file is missing, broken, or not dcvit's.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which is false, too, of a name that is too long or holds a NUL
         raise SaveFolderError(f"{str(folder)!r} is not a folder: expected one that dcvit saved.")
     values = read_json(folder / RESULT_FILE)
     try:
         _of_earlier_versions(values)
         plan, report = Plan.from_dict(values["plan"]), from_plain(Report, values["report"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        require_consistent(plan, report)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise SaveFolderError(
             f"{str(folder / RESULT_FILE)!r} is not a dcvit result ({type(error).__name__}: {error}). "
             "For another model use timm.create_model."
         ) from error
-    return Record(plan, report, _read_metric_images(folder / METRIC_SET_FILE), values)
+    checked = {**values, "plan": plan.to_dict(), "report": asdict(report)}
+    return Record(plan, report, _read_metric_images(folder / METRIC_SET_FILE), checked)
 
 
 def _of_earlier_versions(values: Mapping[str, Any]) -> None:
@@ -572,10 +596,12 @@ def _refuse(folder: str | Path, foreign: Sequence[str]) -> None:
 
 
 def is_report(path: Path) -> bool:
-    """Whether something is a report that dcvit wrote."""
-    with suppress(OSError), open_regular(path) as file:
-        return REPORT_MARK.encode() in file.read(500)
-    return False
+    """Whether a file is a report that dcvit wrote; of what is no regular file, or cannot be read, no one knows."""
+    try:
+        with open_regular(path) as file:
+            return REPORT_MARK.encode() in file.read(500)
+    except OSError:
+        return False
 
 
 def check_report_file(path: Path) -> None:
@@ -643,13 +669,17 @@ def versions() -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file of a saved folder.
+
+    Raises:
+        SaveFolderError: If there is no such file, or it is not a regular one, too large, or holds something else.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SaveFolderError(
-            f"{str(path.parent)!r} has no {path.name}: expected a folder that dcvit saved."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        with reading(path) as place:
+            values = parse_json(read_text(place))
+    except ValueError as error:
+        if isinstance(error, SaveFolderError):
+            raise
         raise SaveFolderError(
             f"{str(path)!r} is not valid JSON ({error}): the result is broken, compress again."
         ) from error
@@ -658,13 +688,49 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Read a file of a saved folder; what hinders that becomes a sentence.
+
+    Yields:
+        Where it lies, see `dcvit.files.own_file`.
+
+    Raises:
+        SaveFolderError: If the file is missing, is not a regular one, is too large, or cannot be read.
+    """
+    try:
+        yield own_file(path.parent, path.name)
+    except FileNotFoundError as error:
+        raise SaveFolderError(
+            f"{str(path.parent)!r} has no {path.name}: expected a folder that dcvit saved."
+        ) from error
+    except UnusableFileError as error:
+        raise SaveFolderError(
+            f"{error}: expected the file that dcvit saved. Links to elsewhere are not followed; "
+            "`cp -rL` copies what they lead to."
+        ) from error
+    except OSError as error:
+        raise SaveFolderError(f"{str(path)!r} cannot be read ({error}): let this user read it.") from error
+
+
 def _read_metric_images(path: Path) -> MetricImages | None:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        tensors = load_file(path)
-        return MetricImages(tensors["pixels"], tensors["targets"], tuple(tensors["losses"].tolist()))
+        with reading(path) as place, open_regular(place, most=MOST_METRIC_SET_BYTES) as file:
+            tensors = load_tensors(file.read())
+        pixels, targets, losses = (tensors[name] for name in ("pixels", "targets", "losses"))
+        if not _are_images(pixels) or targets.shape != pixels.shape[:1] or losses.ndim != 1:
+            shapes = ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
+            raise SafetensorError(f"it holds {shapes}")
+        return MetricImages(pixels, targets, tuple(losses.tolist()))
     except (SafetensorError, KeyError) as error:
         raise SaveFolderError(
             f"{str(path)!r} is not a metric set that dcvit saved ({error}): the result is broken, compress again."
         ) from error
+
+
+def _are_images(pixels: Tensor) -> bool:
+    if pixels.ndim != 4 or pixels.dtype != torch.uint8:
+        return False
+    return pixels.numel() > 0 and pixels[0].numel() <= MOST_IMAGE_BYTES

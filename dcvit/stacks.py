@@ -4,6 +4,7 @@ A compression on the CPU looks at its views block by block, and at one batch of 
 the views, the tokens before a block and the rows of every block, is several times a large model's size.
 """
 
+import errno
 import math
 import mmap
 import os
@@ -49,7 +50,7 @@ class Stack:
         """Add a part at the end; its dtype, device and all dimensions but the first are those of the others.
 
         Raises:
-            DcvitError: If the disk is full.
+            DcvitError: If there is no disk to write to, or it is full.
         """
         if self._length and (part.shape[1:], part.dtype, part.device) != (
             self._like.shape[1:], self._like.dtype, self._like.device
@@ -123,20 +124,23 @@ class Stack:
         return torch.cat(found) if found else self._like
 
     def _write(self) -> None:
-        if self._file < 0:
-            self._file, name = tempfile.mkstemp(prefix="dcvit-")
-            os.unlink(name)
-        for part in self._parts:
-            left = part.contiguous().flatten().view(torch.uint8).numpy().data
-            while left:
-                try:
+        try:
+            if self._file < 0:
+                self._file, name = tempfile.mkstemp(prefix="dcvit-")
+                os.unlink(name)
+            for part in self._parts:
+                left = part.contiguous().flatten().view(torch.uint8).numpy().data
+                while left:
                     left = left[os.write(self._file, left) :]
-                except OSError as error:
-                    raise DcvitError(
-                        f"{tempfile.gettempdir()!r} cannot hold what a compression keeps meanwhile ({error}): make "
-                        "room, or set TMPDIR to a folder on a larger disk."
-                    ) from error
-            self._on_disk += len(part)
+                self._on_disk += len(part)
+        except OSError as error:
+            step = "make room, or set TMPDIR to a folder on a larger disk that can be written"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                step = "allow more open files (ulimit -n)"
+            raise DcvitError(
+                f"{tempfile.tempdir or os.getenv('TMPDIR')!r} cannot hold what a compression keeps meanwhile "
+                f"({error}): {step}."
+            ) from error
         self._parts, self._held_bytes = [], 0
 
     def _read(self, first: int, stop: int) -> Tensor:

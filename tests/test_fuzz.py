@@ -17,10 +17,27 @@ import dcvit
 from dcvit.cli.arguments import amount
 from dcvit.errors import DamagedUnitWarning, DcvitError, RunStoreError
 from dcvit.family import load_family
-from dcvit.report import write_report
-from dcvit.results import METRIC_SET_FILE, RESULT_FILE, read_record
+from dcvit.report import run_page, saved_family_page
+from dcvit.results import METRIC_SET_FILE, RESULT_FILE, original_name, read_json, read_record
 from dcvit.run_store import Unit, open_run
 from tests.conftest import CUT_REFINED
+
+Changed = Callable[[Any, st.DataObject], Any]
+
+SPREAD = {"mean": 0.5, "std": 0.1}
+COMPARISON = [
+    {
+        "method": method, "seeds": [0, 1], "macs": macs, "params": 5,
+        "top1": SPREAD, "agreement": SPREAD, "latency_ms": SPREAD,
+        "rows": [
+            {"method": method, "seed": seed, "top1": 0.5, "agreement": 0.5, "macs": macs, "params": 5,
+             "latency_ms": 2.0, "blocks": [1, 2]}
+            for seed in (0, 1)
+        ],
+    }
+    for method, macs in (("original", 2**40), ("block dropping (PRACTISE)", 500), ("dcvit", 500))
+]  # fmt: skip
+"""As `dcvit demo` adds it to a result."""
 
 fuzz = settings(
     max_examples=int(os.environ.get("DCVIT_FUZZ", "100")),
@@ -66,6 +83,33 @@ def mutated(values: Any, draw: st.DataObject) -> Any:
     return values
 
 
+def contradicting(values: Any, draw: st.DataObject) -> Any:
+    """Values of which each fits its place, and one to three do not fit the others.
+
+    A list is cut, or holds an entry twice or in another order; a number or a block's name is one of another place.
+    """
+    values = copy.deepcopy(values)
+    for _ in range(draw.draw(st.integers(1, 3))):
+        spots = [path for path in places(values) if path]
+        *way, last = draw.draw(st.sampled_from(spots))
+        holder = values
+        for step in way:
+            holder = holder[step]
+        found = holder[last]
+        if isinstance(found, list) and found:
+            i, j = (draw.draw(st.integers(0, len(found) - 1)) for _ in range(2))
+            holder[last] = draw.draw(
+                st.sampled_from([found[:i], found[i:], [*found, found[i]], found[::-1], found * 2])
+            )
+            holder[last][j : j + 1] = [] if draw.draw(st.booleans()) else holder[last][j : j + 1]
+        elif isinstance(holder, dict) and str(last).isdigit():
+            holder[str(draw.draw(st.integers(0, 99)))] = holder.pop(last)
+        elif isinstance(found, int | float) and not isinstance(found, bool):
+            other = draw.draw(st.sampled_from([0, 1, -1, 2, 7, 99, 2**62, found + 1, found - 1]))
+            holder[last] = other if isinstance(found, int) else draw.draw(st.sampled_from([other, 1e308, 5e-324, -0.5]))
+    return values
+
+
 def bytes_like(valid: bytes) -> st.SearchStrategy[bytes]:
     """Bytes from anywhere, and a valid file with some of them changed, or cut off."""
 
@@ -103,13 +147,18 @@ def test_budgets(fields: dict[str, Any]) -> None:
 
 
 @fuzz
-@given(st.data())
-def test_results(folder: Path, data: st.DataObject) -> None:
+@given(st.data(), st.sampled_from([mutated, contradicting]))
+def test_results(folder: Path, data: st.DataObject, changed: Changed) -> None:
+    """Of a demonstration, too: what is read is checked before a page is drawn, which then needs no net."""
     file = folder / RESULT_FILE
     valid = file.read_bytes()
+    values = json.loads(valid)
+    if data.draw(st.booleans()):
+        values["comparison"] = COMPARISON
     try:
-        file.write_text(json.dumps(mutated(json.loads(valid), data)))
-        refused_or_done(lambda: write_report(folder))
+        file.write_text(json.dumps(changed(values, data)))
+        refused_or_done(lambda: run_page(read_record(folder)).html().encode())
+        refused_or_done(lambda: original_name(folder))
     finally:
         file.write_bytes(valid)
 
@@ -121,7 +170,7 @@ def test_bytes_of_results_and_metric_sets(folder: Path, data: st.DataObject) -> 
     valid = file.read_bytes()
     try:
         file.write_bytes(data.draw(bytes_like(valid)))
-        refused_or_done(lambda: read_record(folder))
+        refused_or_done(lambda: run_page(read_record(folder)).html())
     finally:
         file.write_bytes(valid)
 
@@ -179,14 +228,22 @@ def test_run_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 
 
 @fuzz
-@given(st.data())
-def test_indices_of_families(tmp_path_factory: pytest.TempPathFactory, folder: Path, data: st.DataObject) -> None:
+@given(st.data(), st.sampled_from([mutated, contradicting]))
+def test_indices_of_families(
+    tmp_path_factory: pytest.TempPathFactory, folder: Path, data: st.DataObject, changed: Changed
+) -> None:
     place = tmp_path_factory.getbasetemp() / "family"
     place.mkdir(exist_ok=True)
     figures = json.loads((folder / RESULT_FILE).read_text())["teacher"]
-    index = {"format": 1, "original": figures, "members": [{"folder": "../small"}], "points": [], "settings": {}}
-    (place / "family.json").write_text(json.dumps(mutated(index, data)))
+    point = {"name": "original", "kind": "original", "macs": 9, "params": 9, "latency_ms": 2.0}
+    points = [point, *({**point, "kind": "dcvit", "name": f"{n}", "macs": n, "agreement": n / 9} for n in (8, 7, 6))]
+    index = {
+        "format": 1, "original": figures, "members": [{"folder": "macs-8"}, {"folder": "macs-7"}], "points": points,
+        "model": "demo", "num_images": 4, "judged_on": "images", "settings": {"a": {"b": [1]}}, "versions": {"a": "1"},
+    }  # fmt: skip
+    (place / "family.json").write_text(json.dumps(changed(index, data)))
     assert not refused_or_done(lambda: load_family(place))  # there is no member
+    refused_or_done(lambda: saved_family_page(read_json(place / "family.json")).html().encode())
 
 
 @fuzz

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for path in (ROOT / "dcvit").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "costs", "files", "seeding", "optimisation", "precision", "regression", "progress", "structure"},
+    {"errors", "costs", "files", "output", "seeding", "optimisation", "precision", "regression", "progress"},
+    {"structure"},
     {"_version", "ops", "process_state", "stacks"},
     {"model_card", "run_store", "records"},
     {"distributed"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"augmentation", "metric", "latency_planning"},
     {"recovery", "reconstruction", "synthesis"},
     {"refinement", "ranking"},
-    {"results", "methods"},
+    {"results", "consistency", "methods"},
     {"report"},
     {"finishing", "compression", "export", "hub"},
     {"family"},

@@ -288,12 +288,12 @@ def test_push_refuses_before_the_upload(folder: Path, tmp_path: Path) -> None:
     hub = LocalHub(tmp_path / "hub")
     with pytest.raises(dcvit.HubError, match="expected OWNER/NAME"):
         push_to_hub(folder, "a/b/c", api=hub)
-    (folder / "README.md").unlink()
-    with pytest.raises(dcvit.SaveFolderError, match=r"has no README\.md"):
-        push_to_hub(folder, "someone/small", api=hub)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(dcvit.SaveFolderError, match="broken model"):
+        push_to_hub(folder, "someone/small", api=hub)
+    weights.unlink()
+    with pytest.raises(dcvit.SaveFolderError, match=r"has no model\.safetensors"):
         push_to_hub(folder, "someone/small", api=hub)
     assert not (tmp_path / "hub").exists()
 

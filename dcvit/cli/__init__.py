@@ -3,10 +3,12 @@
 import argparse
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, TextIO
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
 
 from dcvit._version import __version__
 from dcvit.cli import (
@@ -27,10 +29,11 @@ from dcvit.cli.arguments import run_folder
 from dcvit.cli.command import Command
 from dcvit.distributed import Ranks, launched
 from dcvit.errors import DcvitError, DcvitWarning, DistributedError
+from dcvit.output import Lenient
 from dcvit.progress import TerminalProgress
 from dcvit.run_store import RUN_FILE
 
-__all__ = ["COMMANDS", "EXIT_BAD_INPUT", "EXIT_INTERRUPTED", "EXIT_OK", "main"]
+__all__ = ["COMMANDS", "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "main"]
 
 COMMANDS: tuple[Command, ...] = tuple(
     module.COMMAND
@@ -40,7 +43,7 @@ COMMANDS: tuple[Command, ...] = tuple(
 )  # fmt: skip
 """In the order of `dcvit --help`."""
 
-EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 EPILOG = """\
 examples:
@@ -64,6 +67,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _fill_closed_descriptors()
+    out, error = Lenient(sys.stdout), Lenient(sys.stderr)
+    usage = None
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, error)):
+        try:
+            code = _main(argv)
+        except SystemExit as left:  # argparse has printed help, or refused the arguments
+            usage, code = left, int(left.code or EXIT_OK)
+        out.flush()
+        if out.failure and code == EXIT_OK:
+            print(
+                f"dcvit: error: standard output takes no more ({out.failure}): the work is done, and what was to be "
+                "saved is saved.",
+                file=sys.stderr,
+            )
+            code = EXIT_FAILED
+        error.flush()
+    out.abandon()
+    error.abandon()
+    if usage is not None:
+        raise SystemExit(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """Run the command line; output is lenient."""
     arguments = _parser().parse_args(argv)
     progress = TerminalProgress()
     try:
@@ -74,15 +103,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             values = _run(arguments, progress)
         if arguments.ranks.leads:
             print(json.dumps(values, indent=2) if arguments.json is True else arguments.command.show(values))
-    except DcvitError as error:
+    except (DcvitError, OSError) as error:
         progress.close()
         print(f"dcvit: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT if isinstance(error, DcvitError) else EXIT_FAILED
     except KeyboardInterrupt:
         progress.close()
         print(f"dcvit: interrupted. {_how_to_go_on(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _fill_closed_descriptors() -> None:
+    """Open what the caller closed (`>&-`), or the next file that is opened gets what others print there."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:

@@ -29,8 +29,8 @@ COMMAND = Command(
     name="push",
     summary="upload a saved model to the Hugging Face hub",
     description=(
-        "Upload the files that dcvit saved, model card included, and nothing else of the folder. Log in first: "
-        "hf auth login."
+        "Upload a saved model with a model card that is written anew from its result, and nothing else of the folder. "
+        "Log in first: hf auth login."
     ),
     run=_run,
     show=_show,

@@ -1,6 +1,5 @@
 """From a model's name to the model, and from a model to its preprocessing."""
 
-import errno
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dcvit.errors import ImagesError, UnsupportedModelError
-from dcvit.files import UnusableFileError, kind_of, open_regular, read_table
+from dcvit.files import UnusableFileError, open_regular, own_file, read_table
 from dcvit.models.adapter import adapter_for
 from dcvit.models.building import Building, TooLargeError
 from dcvit.models.modeling_dcvit import (
@@ -201,8 +200,8 @@ def _load_folder(folder: Path, *, pretrained: bool) -> nn.Module:
     read, download or cache. What building takes is found out on the meta device first.
     """
     try:
-        config = read_table(_own_file(folder, CONFIG_FILE), most=MOST_CONFIG_BYTES)
-        weights_file = _own_file(folder, WEIGHTS_FILE)
+        config = read_table(own_file(folder, CONFIG_FILE), most=MOST_CONFIG_BYTES)
+        weights_file = own_file(folder, WEIGHTS_FILE)
         stored = _stored_shapes(weights_file)
     except FileNotFoundError as error:
         raise UnsupportedModelError(
@@ -224,22 +223,6 @@ def _load_folder(folder: Path, *, pretrained: bool) -> nn.Module:
         model = build()
     model.load_state_dict(load_file(weights_file))
     return model
-
-
-def _own_file(folder: Path, name: str) -> Path:
-    """Where a file of a model folder lies: in the folder itself, or in the `blobs` of a hub cache's `snapshots`.
-
-    Raises:
-        UnusableFileError: If it is a link to elsewhere.
-    """
-    place, home = folder / name, folder.resolve()
-    if kind_of(place) != "a link":
-        return place
-    target = place.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if target.parent not in homes:
-        raise UnusableFileError(errno.EINVAL, f"{name} is a link to outside of the folder")
-    return target
 
 
 def _stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:

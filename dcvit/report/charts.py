@@ -71,7 +71,7 @@ def number(value: float | None) -> str:
     """A value as tables and labels show it: four significant digits."""
     if value is None:
         return "–"
-    if isinstance(value, int) or abs(value) >= 10_000:
+    if isinstance(value, int) or 10_000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 

@@ -6,11 +6,14 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 from dcvit.errors import DcvitError, SaveFolderError
+from dcvit.records import field_types, from_plain
 from dcvit.report.charts import Group, Point, amount, number, scatter
 from dcvit.report.page import Figure, Key, Page, Section, Table, settings_table
-from dcvit.report.svg import Marker
+from dcvit.report.svg import Marker, finite
 
 __all__ = ["FamilyPoint", "Kind", "family_page", "saved_family_page"]
+
+FAMILY = "family.json"
 
 Kind = Literal["original", "dcvit", "block dropping"]
 Cost = Literal["macs", "latency_ms"]
@@ -116,17 +119,33 @@ def saved_family_page(index: Mapping[str, Any]) -> Page:
         SaveFolderError: If it lacks what a page needs.
     """
     try:
-        points = [FamilyPoint(**point) for point in index["points"]]
+        saved = from_plain(_Index, {name: index[name] for name in field_types(_Index)}, FAMILY)
+        for point in saved.points:
+            if point.macs <= 0 or point.params <= 0:
+                raise ValueError(f"the point {point.name!r} has {point.macs} MACs and {point.params} parameters")
         return family_page(
-            points,
-            title=f"{index['model']} in {len(index['members'])} sizes",
-            text=[f"Compressed from one search, with {index['num_images']} unlabelled images."],
-            judged_on=index["judged_on"],
-            settings=index["settings"],
-            versions=index["versions"],
+            saved.points,
+            title=f"{saved.model} in {len(saved.members)} sizes",
+            text=[f"Compressed from one search, with {saved.num_images} unlabelled images."],
+            judged_on=saved.judged_on,
+            settings=saved.settings,
+            versions=saved.versions,
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SaveFolderError(f"family.json is not an index of a family ({error!r}): sweep again.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise SaveFolderError(f"{FAMILY} is not an index of a family ({error}): sweep again.") from error
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What a page shows of `family.json`."""
+
+    model: str
+    num_images: int
+    members: tuple[Mapping[str, Any], ...]
+    points: tuple[FamilyPoint, ...]
+    judged_on: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
 
 
 def block_dropping_wins(point: FamilyPoint, points: Sequence[FamilyPoint], cost: Cost, quality: Quality) -> bool:
@@ -149,7 +168,7 @@ def _beats(winner: FamilyPoint, loser: FamilyPoint, cost: Cost, quality: Quality
 
 
 def _has(point: FamilyPoint, cost: Cost, quality: Quality) -> bool:
-    return getattr(point, cost) is not None and getattr(point, quality) is not None
+    return len(finite([getattr(point, cost), getattr(point, quality)])) == 2
 
 
 def _summary(points: Sequence[FamilyPoint], pairs: Sequence[tuple[Cost, Quality]]) -> list[str]:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from dcvit._version import __version__
+from dcvit.files import well_formed
 from dcvit.report.charts import marker_sample
 from dcvit.report.svg import Marker, Svg
 
@@ -142,7 +143,7 @@ class Page:
 
     def html(self) -> str:
         """The page."""
-        return _template().render(page=self, version=__version__)
+        return well_formed(_template().render(page=self, version=__version__))
 
 
 def settings_table(values: Mapping[str, Any], title: str = "") -> Table:

@@ -2,7 +2,9 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import mean
@@ -14,6 +16,7 @@ from torch import Tensor
 from dcvit.errors import DcvitError, SaveFolderError
 from dcvit.model_card import cut_kind, part_names, shared_weights
 from dcvit.ranking import Trial
+from dcvit.records import from_plain
 from dcvit.report.charts import (
     Curve,
     Row,
@@ -71,7 +74,7 @@ def write_report(folder: str | Path) -> Path:
     """
     path = Path(folder) / FAMILY_FILE
     try:
-        if path.is_file():
+        if os.path.lexists(path):
             return write_page(saved_family_page(read_json(path)), Path(folder) / REPORT_FILE)
         path = Path(folder) / RESULT_FILE
         return write_page(run_page(read_record(folder)), Path(folder) / REPORT_FILE)
@@ -177,28 +180,32 @@ def _tiles(record: Record) -> Iterator[Tile]:
 
 def _comparison(record: Record) -> Section | None:
     """The methods of a demonstration, over its few-shot sets."""
-    methods: Sequence[Mapping[str, Any]] = record.values.get("comparison", ())
-    if not methods:
+    if "comparison" not in record.values:
         return None
-    seeds = len(methods[0]["seeds"])
-    smaller = [index for index, method in enumerate(methods) if method["macs"] < record.report.teacher.macs]
+    methods = _compared(record)
+    seeds = len(methods[0].seeds)
+
+    def spread_of(index: int, measure: str) -> _Spread:
+        return methods[index].top1 if measure == "top1" else methods[index].agreement
+
+    smaller = [index for index, method in enumerate(methods) if method.macs < record.report.teacher.macs]
     best = {
-        measure: max(smaller, key=lambda index: methods[index][measure]["mean"]) for measure in ("top1", "agreement")
+        measure: max(smaller, key=lambda index: spread_of(index, measure).mean) for measure in ("top1", "agreement")
     }
 
     def cell(index: int, measure: str) -> str:
-        value = methods[index][measure]
-        spread = f"\N{NO-BREAK SPACE}± {100 * value['std']:.2f}" if seeds > 1 else ""
-        return f"{100 * value['mean']:.2f}{spread}" + ("\N{NO-BREAK SPACE}▲" if best[measure] == index else "")
+        value = spread_of(index, measure)
+        spread = f"\N{NO-BREAK SPACE}± {100 * value.std:.2f}" if seeds > 1 else ""
+        return f"{100 * value.mean:.2f}{spread}" + ("\N{NO-BREAK SPACE}▲" if best[measure] == index else "")
 
     def figure(measure: str, name: str) -> Figure:
         rows = []
         for index, method in enumerate(methods):
-            values = [100 * row[measure] for row in method["rows"]]
-            css = "plain" if index not in smaller else "other" if "block dropping" in method["method"] else "accent"
-            rows.append(Row(method["method"], css, values, mean(values)))
+            values = [100 * (row.top1 if measure == "top1" else row.agreement) for row in method.rows]
+            css = "plain" if index not in smaller else "other" if "block dropping" in method.method else "accent"
+            rows.append(Row(method.method, css, values, mean(values)))
         table = Table(
-            ("method", *(f"few-shot set {seed}" for seed in methods[0]["seeds"]), "mean"),
+            ("method", *(f"few-shot set {seed}" for seed in methods[0].seeds), "mean"),
             [(row.name, *map(number, row.values), number(row.mean)) for row in rows],
             marked=frozenset({best[measure]}),
         )
@@ -210,8 +217,8 @@ def _comparison(record: Record) -> Section | None:
         ("method", "top-1 %", "agreement with the original %", "MACs", "parameters", "latency, ms"),
         [
             (
-                method["method"], cell(index, "top1"), cell(index, "agreement"), amount(method["macs"]),
-                amount(method["params"]), number(method["latency_ms"]["mean"]),
+                method.method, cell(index, "top1"), cell(index, "agreement"), amount(method.macs),
+                amount(method.params), number(method.latency_ms.mean),
             )
             for index, method in enumerate(methods)
         ],
@@ -228,6 +235,71 @@ def _comparison(record: Record) -> Section | None:
         text,
         [figure("top1", "top-1 %"), figure("agreement", "agreement with the original %"), table],
     )
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """A figure over few-shot sets."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A method on one few-shot set, see `dcvit.demo.comparison.Row`."""
+
+    method: str
+    seed: int
+    top1: float
+    agreement: float
+    macs: int
+    params: int
+    latency_ms: float
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A method of a demonstration."""
+
+    method: str
+    seeds: tuple[int, ...]
+    top1: _Spread
+    agreement: _Spread
+    latency_ms: _Spread
+    macs: int
+    params: int
+    rows: tuple[_Row, ...]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The methods of a demonstration."""
+
+    methods: tuple[_Compared, ...]
+
+
+def _compared(record: Record) -> Sequence[_Compared]:
+    """The methods of a demonstration.
+
+    Raises:
+        SaveFolderError: If they are not what one saves.
+    """
+    try:
+        found = from_plain(_Comparison, {"methods": record.values["comparison"]}).methods
+        for method in found:
+            if not 0 < len(found[0].seeds) == len(method.seeds) == len(method.rows):
+                raise ValueError(
+                    f"{method.method} has {len(method.rows)} rows, {found[0].method} {len(found[0].seeds)}"
+                )
+        if all(method.macs >= record.report.teacher.macs for method in found):
+            raise ValueError("no method made the original smaller")
+    except (TypeError, ValueError) as error:
+        raise SaveFolderError(
+            f"The comparison in {RESULT_FILE} is not what a demonstration saves ({error}): run it again."
+        ) from error
+    return found
 
 
 def _trials(record: Record) -> Section:

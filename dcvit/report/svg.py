@@ -19,6 +19,9 @@ Marker = Literal["circle", "ring", "dot", "diamond", "triangle"]
 CHARACTER = 7.2
 """Width of an average character of the labels, generously: they are 12 units high."""
 
+LARGEST = 1e100
+"""Larger values are left out like infinite ones, and those below its inverse are taken for 0: both exceed any scale."""
+
 LOG_FROM = 5.0
 """A logarithmic scale is used where the largest value is so many times the smallest, or more."""
 
@@ -30,7 +33,7 @@ def text_width(text: str) -> float:
 
 def finite(values: Iterable[float | None]) -> list[float]:
     """The values that can be drawn."""
-    return [value for value in values if value is not None and math.isfinite(value)]
+    return [value for value in values if value is not None and abs(value) < LARGEST]
 
 
 class Svg:
@@ -126,7 +129,7 @@ class Scale:
             zero: Begin at zero.
         """
         known = finite(values) or [0.0, 1.0]
-        low, high = min(known), max(known)
+        low, high = (0.0 if abs(end) < 1 / LARGEST else end for end in (min(known), max(known)))
         if log and low > 0 and high / low >= LOG_FROM:
             air = (high / low) ** 0.06
             return cls(low / air, high * air, start, stop, log=True)
@@ -139,6 +142,8 @@ class Scale:
         """The position of a value."""
         transform = math.log if self.log else float
         low, high = transform(self.low), transform(self.high)
+        if low == high:  # whole numbers may differ by less than a float can
+            return self.start
         return self.start + (transform(value) - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self, most: int = 6) -> list[float]:
