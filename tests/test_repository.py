@@ -27,7 +27,7 @@ LAYERS = [
     {"augmentation", "metric", "latency_planning"},
     {"recovery", "reconstruction", "synthesis"},
     {"refinement", "ranking"},
-    {"results", "consistency", "methods"},
+    {"consistency", "methods", "results", "saving"},
     {"report"},
     {"finishing", "compression", "export", "hub"},
     {"family"},
