@@ -349,7 +349,7 @@ def test_a_snapshot_of_the_hubs_cache_loads(tmp_path: Path) -> None:
     shutil.copy(blobs / "config.json", other)
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to(other / "config.json")
-    with pytest.raises(UnsupportedModelError, match=r"config\.json is a link to outside of the folder: copy"):
+    with pytest.raises(UnsupportedModelError, match=r"config\.json' is a link to outside of the folder: copy"):
         load_model(f"local-dir:{folder}")
 
 
