@@ -179,11 +179,11 @@ def own_file(folder: str | os.PathLike[str], name: str) -> Path:
     if kind_of(place) != "a link":
         return place
     target = Path(os.path.realpath(place))  # which ends at a loop, too
-    if not target.exists():
-        raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link that leads nowhere")
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if target.parent not in homes:
         raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link to outside of the folder")
+    if not target.exists():
+        raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link that leads nowhere")
     return target
 
 
