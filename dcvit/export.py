@@ -10,10 +10,7 @@ import importlib.util
 import io
 import json
 import os
-import re
 import secrets
-import stat
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +22,8 @@ from torch import Tensor, nn
 
 from dcvit._version import __version__
 from dcvit.errors import DtypeError, ExportError, SaveFolderError
-from dcvit.files import create, draft_folder, kind_of, open_regular, remove_abandoned_drafts, sync
+from dcvit.exported import is_export, weights_of
+from dcvit.files import create, draft_folder, kind_of, remove_abandoned_drafts, sync, take_after
 from dcvit.models import adapter_for, preprocessing
 from dcvit.results import DTYPES, cast_weights, check_output_file
 from dcvit.seeding import generator
@@ -56,9 +54,6 @@ BATCH_SIZES = (1, 3)
 
 SINGLE_FILE_BYTES = 1_500_000_000
 """Of weights. Protocol buffers, which ONNX is stored as, end at 2 GiB; beyond this weights get a file of their own."""
-
-MOST_ONNX_BYTES = 2 << 30
-"""Of a protocol buffer."""
 
 _NEEDED: dict[ExportFormat, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
 
@@ -142,45 +137,25 @@ def export_model(
 
 
 def _put(draft: Path, path: Path) -> None:
-    """Give an export its name, after its file of weights, if it has one; delete those of earlier exports."""
-    os.chmod(draft, stat.S_IMODE(os.stat(path if path.exists() else draft).st_mode))
+    """Give an export its name, after its file of weights, if it has one; delete those that the replaced one names."""
+    earlier = weights_of(path)
     weights = draft.with_name(f"{draft.name}.data")
     placed = path.with_name(weights.name)
+    written = [file for file in (weights, draft) if file.exists()]
+    found = os.stat(path if path.exists() else draft)
+    for file in written:
+        take_after(file, found)
     try:
-        if weights.exists():
-            sync(weights)
-            os.replace(weights, placed)
-        sync(draft)
-        os.replace(draft, path)
+        for file in written:
+            sync(file)
+            os.replace(file, placed if file == weights else path)
     except BaseException:
         placed.unlink(missing_ok=True)
         raise
     sync(path.parent)
-    for name in os.listdir(path.parent):
-        if _is_weights_of(name, path) and name != placed.name:
-            with suppress(OSError):  # no file names it any more, and the next export tries again
-                (path.parent / name).unlink()
-
-
-def _is_weights_of(name: str, path: Path) -> bool:
-    """Whether a file is called as weights of an export to a path are, of earlier versions too."""
-    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
-    return re.fullmatch(rf"{stem}(-[0-9a-f]{{16}})?{suffix}\.data", name) is not None
-
-
-def _is_export(path: Path, format: ExportFormat) -> bool:
-    """Whether a file is what `export_model` wrote, as its metadata say."""
-    try:
-        if format == "torch-export":
-            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-                return any(name.endswith("/dcvit.json") for name in archive.namelist())
-        import onnx
-
-        with open_regular(path, most=MOST_ONNX_BYTES) as file:
-            model = onnx.load_model_from_string(file.read())
-        return any(entry.key == "dcvit" for entry in model.metadata_props)
-    except Exception:  # whatever the parsers raise of a file that is something else
-        return False
+    for name in earlier - {placed.name}:
+        with suppress(OSError):  # no file names it any more
+            path.with_name(name).unlink()
 
 
 def compare_rounded(model: nn.Module, dtype: torch.dtype) -> dict[int, float]:
@@ -214,7 +189,7 @@ def _check(path: Path, format: ExportFormat, dtype: torch.dtype, overwrite: bool
         problem = "is a folder" if path.is_dir() else f"does not end in {SUFFIXES[format]}"
         raise SaveFolderError(f"{str(path)!r} {problem}: name a file, such as model{SUFFIXES[format]}.")
     check_output_file(path, overwrite=overwrite)
-    if kind_of(path) is not None and not _is_export(path, format):
+    if kind_of(path) is not None and not is_export(path):
         raise SaveFolderError(
             f"{str(path)!r} is not a file that dcvit exported: move it away first, or name another file."
         )

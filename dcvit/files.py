@@ -1,7 +1,8 @@
 """Reading and writing files that strangers may have made, or may be in the way of.
 
 What is read must be a regular file of bounded size, reached by no link. What is written appears whole under its name or
-not at all, replaces no link, and has the permissions that the caller's umask gives it, or those of what it replaces.
+not at all, replaces no link, and has the permissions that the caller's umask gives it, or those of what it replaces, and the
+owner of that.
 The functions raise `OSError` or `ValueError`; who calls them says what that means for the user.
 """
 
@@ -45,6 +46,8 @@ __all__ = [
     "remove_abandoned_drafts",
     "replacing",
     "sync",
+    "take_after",
+    "take_owner",
     "well_formed",
 ]
 
@@ -215,10 +218,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _unusable(path, f"is {kind}, not a regular file")
     draft = _draft_path(path)
     create(draft).close()
-    mode = stat.S_IMODE(os.stat(path if kind else draft).st_mode)
+    found = os.stat(path if kind else draft)
     try:
         yield draft
-        os.chmod(draft, mode)
+        take_after(draft, found)
         sync(draft)
         os.replace(draft, path)
     except BaseException:
@@ -325,6 +328,33 @@ def file_mode(folder: str | os.PathLike[str]) -> int:
     with create(probe) as file:
         os.unlink(probe)
         return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+
+
+def take_after(path: str | os.PathLike[str], other: os.stat_result) -> None:
+    """Give a file or folder the permissions of another one, and its owner and group where the process may.
+
+    Raises:
+        OSError: If that fails for another reason than the process's rights.
+    """
+    take_owner(path, other)
+    os.chmod(path, stat.S_IMODE(other.st_mode))  # after the owner, whose change takes some of them away
+
+
+def take_owner(path: str | os.PathLike[str], other: os.stat_result) -> None:
+    """Give a file or folder the owner and group of another one, or what of that the process may.
+
+    Raises:
+        OSError: If that fails for another reason than the process's rights.
+    """
+    found = os.stat(path)
+    if (found.st_uid, found.st_gid) == (other.st_uid, other.st_gid):  # always so on Windows, which has no chown
+        return
+    for owner, group in ((-1, other.st_gid), (other.st_uid, -1)):  # who has given a file away cannot change its group
+        try:
+            os.chown(path, owner, group)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.EINVAL):  # the last: a container lacks that owner
+                raise
 
 
 def sync(path: str | os.PathLike[str]) -> None:

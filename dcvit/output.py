@@ -17,11 +17,13 @@ class Lenient:
 
     Attributes:
         failure: Why something could not be written; empty if nothing was lost.
+        unread: Whether that is because the reader of a pipe has left, as `head` does when it has enough.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.failure = ""
+        self.unread = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -35,7 +37,7 @@ class Lenient:
             try:
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             except (OSError, ValueError) as error:  # the latter of a stream that Python closed
-                self.failure = str(error)
+                self._fail(error)
         return len(text)
 
     def flush(self) -> None:
@@ -44,7 +46,10 @@ class Lenient:
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
-                self.failure = str(error)
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failure, self.unread = str(error), isinstance(error, BrokenPipeError)
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""

@@ -15,7 +15,6 @@ A saved result is a folder of these files, without pickle:
 import json
 import os
 import platform
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +32,7 @@ from dcvit._version import __version__
 from dcvit.consistency import require_consistent
 from dcvit.costs import FILE_METADATA, file_size
 from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
+from dcvit.exported import is_export, weights_of
 from dcvit.files import (
     UnusableFileError,
     digest,
@@ -100,8 +100,8 @@ RESULT_FILES = (*SAVED_FILES, METRIC_SET_FILE, REPORT_FILE)
 MOST_METRIC_SET_BYTES, MOST_IMAGE_BYTES = 512 << 20, 64 << 20
 """Of a metric set that is read, which has 3,500 images of 224 x 224 then, and of an image in it."""
 
-EXPORTED_FILES = re.compile(r"model\.onnx|model\.onnx\.data|model-[0-9a-f]{16}\.onnx\.data|model\.pt2")
-"""What `dcvit export` may have put beside them, of the result that was there then."""
+EXPORTED_FILES = ("model.onnx", "model.pt2")
+"""What `dcvit export` may have put beside them, of the result that was there then; `model.onnx` names its weights."""
 
 DIGESTS = "digests"
 """The entry of `result.json` with the SHA-256 of each file that `load` reads beside it."""
@@ -377,11 +377,16 @@ def _check_digests(folder: Path, values: Mapping[str, Any]) -> None:
     """Refuse files that were not saved together; earlier versions saved no digests.
 
     Raises:
-        SaveFolderError: If a file is another than `result.json` was saved with.
+        SaveFolderError: If a file is another than `result.json` was saved with, or that holds no table of digests.
     """
-    recorded = values.get(DIGESTS)
-    if not isinstance(recorded, dict):
+    if DIGESTS not in values:
         return
+    recorded = values[DIGESTS]
+    if not isinstance(recorded, dict):
+        raise SaveFolderError(
+            f"{str(folder / RESULT_FILE)!r} holds a {type(recorded).__name__} as {DIGESTS}: expected a table of the "
+            "files that it was saved with; copy the whole folder again, or compress again."
+        )
     for name in (CONFIG_FILE, WEIGHTS_FILE, METRIC_SET_FILE):
         path = folder / name
         try:
@@ -570,12 +575,14 @@ def check_folder(folder: Path) -> None:
 
 def _foreign_entries(folder: Path) -> list[str]:
     """What a folder holds, if it is there, that neither a result nor its exports nor abandoned drafts do."""
+    exports = [name for name in EXPORTED_FILES if is_export(folder / name)]
+    own = {*RESULT_FILES, *exports}.union(*(weights_of(folder / name) for name in exports))
     return [
         name
         for name in (sorted(os.listdir(folder)) if folder.is_dir() else ())
         if not is_draft(name)
         and (
-            (name not in RESULT_FILES and not EXPORTED_FILES.fullmatch(name))
+            name not in own
             or kind_of(folder / name) != "a regular file"
             or (name == REPORT_FILE and not is_report(folder / name))
         )

@@ -8,7 +8,6 @@ that is killed in between leaves a part of the old or of the new, which does not
 
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +27,8 @@ from dcvit.files import (
     remove_abandoned_drafts,
     replacing,
     sync,
+    take_after,
+    take_owner,
 )
 
 __all__ = ["or_elsewhere", "replace_file", "replacing_folder", "require_writable", "write_text"]
@@ -53,7 +54,8 @@ def require_writable(folder: str | Path) -> None:
 def replacing_folder(folder: str | Path, *, first: str = "", last: str = "") -> Iterator[Path]:
     """Write a folder that in the end takes its place with all that it holds, or leaves what was there as it was.
 
-    All that the place holds is deleted; who calls this has looked at it. A folder that is there keeps its permissions.
+    All that the place holds is deleted; who calls this has looked at it. A folder that is there keeps its
+    permissions; it and the files in it get its owner, where the process may.
 
     Args:
         folder: Where; of a link to a folder, the folder that it leads to.
@@ -75,6 +77,9 @@ def replacing_folder(folder: str | Path, *, first: str = "", last: str = "") -> 
         with draft_folder(folder / folder.name if in_place else folder) as draft:
             yield draft
             _sync_all(draft)
+            if folder.is_dir():
+                for path in draft.rglob("*"):
+                    take_owner(path, os.stat(folder))
             if in_place or not _take_name(draft, folder):
                 _move_entries(draft, folder, first, last)
             sync(folder if in_place else folder.parent)
@@ -168,7 +173,7 @@ def _keeps_its_place(folder: Path) -> bool:
 def _take_name(draft: Path, folder: Path) -> bool:
     """Give a draft the name of a folder in one rename; whether that was possible."""
     if folder.is_dir():
-        os.chmod(draft, stat.S_IMODE(os.stat(folder).st_mode))
+        take_after(draft, os.stat(folder))
         if any(folder.iterdir()):
             with suppress(OSError):  # of a folder that is another user's, for example
                 return exchange(draft, folder)

@@ -332,6 +332,17 @@ def test_files_of_two_saves_do_not_load(
         dcvit.load_family(tmp_path / "family-0")
 
 
+@pytest.mark.parametrize("digests", [[1], "x", None, 1, {}])
+def test_digests_of_another_type_are_refused(
+    digests: Any, results: tuple[dcvit.CompressionResult, ...], tmp_path: Path
+) -> None:
+    results[0].save(tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "result.json").read_text())
+    (tmp_path / "out" / "result.json").write_text(json.dumps({**values, "digests": digests}))
+    with pytest.raises(SaveFolderError, match="copy the whole folder again, or compress again"):
+        dcvit.load(tmp_path / "out")
+
+
 def test_a_reader_beside_a_writer_sees_one_version(
     results: tuple[dcvit.CompressionResult, ...], tmp_path: Path
 ) -> None:
@@ -392,6 +403,50 @@ def test_a_replaced_folder_keeps_its_permissions(
     assert stat.S_IMODE(write_report(tmp_path / "out").stat().st_mode) == 0o640
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
+def test_what_is_replaced_keeps_its_owner(
+    results: tuple[dcvit.CompressionResult, ...], families: tuple[dcvit.Family, ...], tmp_path: Path
+) -> None:
+    def owners(path: Path) -> set[tuple[int, int, int]]:
+        return {(found.stat().st_uid, found.stat().st_gid, found.is_dir()) for found in (path, *path.rglob("*"))}
+
+    for name, saver in (("out", results[0]), ("family", families[0])):
+        saver.save(tmp_path / name)
+        os.chown(tmp_path / name, 1234, 2345)
+        (tmp_path / name).chmod(0o2770)
+        saver.save(tmp_path / name, overwrite=True)
+        assert owners(tmp_path / name) == {(1234, 2345, False), (1234, 2345, True)}
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o2770
+    assert in_child(lambda: results[1].save(".", overwrite=True), directory=tmp_path / "out").code == DONE  # in place
+    assert owners(tmp_path / "out") == {(1234, 2345, False), (1234, 2345, True)}
+    page = write_report(tmp_path / "out")
+    model = dcvit.export_model(results[0].model, tmp_path / "model.pt2", format="torch-export").path
+    for file, write in (
+        (page, lambda: write_report(tmp_path / "out")),
+        (model, lambda: dcvit.export_model(results[0].model, model, format="torch-export", overwrite=True)),
+    ):
+        os.chown(file, 3456, 4567)
+        file.chmod(0o640)
+        write()
+        assert (file.stat().st_uid, file.stat().st_gid, stat.S_IMODE(file.stat().st_mode)) == (3456, 4567, 0o640)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])
+def test_who_may_give_nothing_away_can_still_save(
+    number: int, results: tuple[dcvit.CompressionResult, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dcvit import files
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").write_text("")
+    found = list((tmp_path / "file").stat())
+    found[4] += 1
+    monkeypatch.setattr(os, "chown", refuse)
+    files.take_owner(tmp_path / "file", os.stat_result(found))
+
+
 # Links.
 
 
@@ -429,6 +484,55 @@ def test_what_is_not_a_file_of_dcvits_is_not_deleted(
         dcvit.results.save_model(results[0].model, tmp_path / "mine")
 
 
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.pt2", "model.onnx.data", "model-0123456789abcdef.onnx.data", "report.html"]
+)
+def test_a_file_of_the_user_s_with_a_name_of_dcvit_s_is_not_deleted(
+    name: str, results: tuple[dcvit.CompressionResult, ...], tmp_path: Path
+) -> None:
+    results[0].save(tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    with pytest.raises(SaveFolderError, match=rf"holds something else \({name}\)"):
+        results[0].save(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / name).read_bytes() == b"mine"
+
+
+def test_exports_in_a_folder_go_with_its_result(
+    results: tuple[dcvit.CompressionResult, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out"
+    for limit in (0, export.SINGLE_FILE_BYTES):
+        results[0].save(out, overwrite=True)
+        saved = {path.name for path in out.iterdir()}
+        monkeypatch.setattr(export, "SINGLE_FILE_BYTES", limit)
+        dcvit.export_model(results[0].model, out / "model.onnx")
+        dcvit.export_model(results[0].model, out / "model.pt2", format="torch-export")
+        assert len(list(out.iterdir())) == len(saved) + (2 if limit else 3)
+        (out / "model.onnx.data").write_bytes(b"mine")  # which the export does not name
+        with pytest.raises(SaveFolderError, match=r"holds something else \(model\.onnx\.data\)"):
+            results[0].save(out, overwrite=True)
+        (out / "model.onnx.data").unlink()
+        results[0].save(out, overwrite=True)
+        assert {path.name for path in out.iterdir()} == saved
+
+
+def test_an_onnx_model_of_the_user_s_is_not_deleted(
+    results: tuple[dcvit.CompressionResult, ...], tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    out = tmp_path / "out"
+    results[0].save(out)
+    graph = onnx.helper.make_graph([], "dcvit", [], [])
+    onnx.save(onnx.helper.make_model(graph, producer_name="dcvit"), out / "model.onnx")
+    with pytest.raises(SaveFolderError, match=r"holds something else \(model\.onnx\)"):
+        results[0].save(out, overwrite=True)
+    with pytest.raises(SaveFolderError, match="is not a file that dcvit exported"):
+        dcvit.export_model(results[0].model, out / "model.onnx", overwrite=True)
+    assert (out / "model.onnx").is_file()
+
+
 def test_a_family_without_a_page_keeps_no_earlier_page(families: tuple[dcvit.Family, ...], tmp_path: Path) -> None:
     families[0].save(tmp_path / "family")
     write_report(tmp_path / "family")
@@ -453,6 +557,22 @@ def test_an_export_replaces_exports_alone(format: Any, tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SaveFolderError, match="is a link"):
         dcvit.export_model(VARIANTS["plain"].create(), path, format=format, overwrite=True)
+
+
+@pytest.mark.parametrize("limit", [0, export.SINGLE_FILE_BYTES])
+def test_an_export_deletes_the_weights_of_the_one_it_replaces_alone(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "SINGLE_FILE_BYTES", limit)
+    mine = {tmp_path / "model.onnx.data", tmp_path / "model-0123456789abcdef.onnx.data"}
+    for path in mine:
+        path.write_bytes(b"mine")
+    for overwrite in (False, True):
+        dcvit.export_model(VARIANTS["plain"].create(), tmp_path / "model.onnx", overwrite=overwrite)
+        assert all(path.read_bytes() == b"mine" for path in mine)
+        assert len(list(tmp_path.iterdir())) == (3 if limit else 4)
 
 
 def test_the_folder_of_a_killed_export_can_be_overwritten(
@@ -540,6 +660,36 @@ def test_what_was_computed_is_saved_elsewhere_when_its_place_is_gone(
 
 
 # A full disk, and one of its own.
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("command", ["report", "torch-export", "timm"])
+def test_a_disk_that_fails_is_no_bad_input(
+    command: str, number: int, results: tuple[dcvit.CompressionResult, ...], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    results[0].save(tmp_path / "out")
+    for module in ("files", "saving", "export"):
+        monkeypatch.setattr(f"dcvit.{module}.sync", fail)
+    asked = ["report"] if command == "report" else ["export", "--format", command]
+    assert main([*asked, str(tmp_path / "out")]) == 1
+    assert f"cannot be written ({os.strerror(number)})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["timm", "torch-export"])
+def test_weights_that_do_not_fit_are_no_bad_input(
+    format: str, results: tuple[dcvit.CompressionResult, ...], tmp_path: Path
+) -> None:
+    results[0].save(tmp_path / "out")
+    asked = ["export", str(tmp_path / "out"), "--format", format]
+    # The whole of config.json fits; weights do not, which safetensors says in words of its own.
+    assert in_child(lambda: os._exit(main(asked)), most_bytes=20_000).code == 1
+    assert not (tmp_path / "out-float32").exists()
+    assert not (tmp_path / "out" / "model.pt2").exists()
+
 
 ON_A_SMALL_DISK = """
 import sys, torch, dcvit

@@ -1,14 +1,18 @@
 """The command line, `dcvit COMMAND`: a module for each command; `dcvit --help` lists them."""
 
 import argparse
+import errno
 import io
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
+
+from safetensors import SafetensorError
 
 from dcvit._version import __version__
 from dcvit.cli import (
@@ -45,6 +49,9 @@ COMMANDS: tuple[Command, ...] = tuple(
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
+DISK_ERRORS = {getattr(errno, name) for name in ("ENOSPC", "EROFS", "EDQUOT", "EFBIG", "EIO") if hasattr(errno, name)}
+"""Which are no fault of the input; Windows lacks one."""
+
 EPILOG = """\
 examples:
   dcvit demo                                                     compress the embedded model, compare methods
@@ -77,11 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             usage, code = left, int(left.code or EXIT_OK)
         out.flush()
         if out.failure and code == EXIT_OK:
-            print(
-                f"dcvit: error: standard output takes no more ({out.failure}): the work is done, and what was to be "
-                "saved is saved.",
-                file=sys.stderr,
-            )
+            if not out.unread:
+                print(
+                    f"dcvit: error: standard output takes no more ({out.failure}): the work is done, and what was to "
+                    "be saved is saved.",
+                    file=sys.stderr,
+                )
             code = EXIT_FAILED
         error.flush()
     out.abandon()
@@ -106,12 +114,22 @@ def _main(argv: Sequence[str] | None) -> int:
     except (DcvitError, OSError) as error:
         progress.close()
         print(f"dcvit: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, DcvitError) else EXIT_FAILED
+        return EXIT_BAD_INPUT if isinstance(error, DcvitError) and not _is_of_disk(error) else EXIT_FAILED
     except KeyboardInterrupt:
         progress.close()
         print(f"dcvit: interrupted. {_how_to_go_on(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def _is_of_disk(error: BaseException | None) -> bool:
+    """Whether the cause is a disk that is full, read-only or broken, which is no fault of the input."""
+    while error is not None:
+        native = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+        if (int(native[1]) if native else getattr(error, "errno", None)) in DISK_ERRORS:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _fill_closed_descriptors() -> None:
