@@ -32,10 +32,17 @@ def require_consistent(plan: Plan, report: "Report") -> None:
     _check_course(plan, report, depth)
     for name, figures in (("teacher", report.teacher), ("student", report.student)):
         _check_figures(f"report.{name}", figures, plan.budget.unit)
+    for name in ("top1", "file_size", "activation_memory"):
+        before, after = getattr(report.teacher, name), getattr(report.student, name)
+        resaved = name == "file_size" and before is None  # saving measures the student's, which old results lack
+        if (before is None) != (after is None) and not resaved:
+            raise ValueError(f"report.teacher.{name} is {before} and report.student.{name} {after}: expected both")
     if "dcvit" not in report.versions:
         raise ValueError("report.versions has no dcvit")
     _check_range("report.num_images", report.num_images, 1)
     _check_range("report.agreement", report.agreement, 0, 1)
+    _check_range("report.latency_batch", report.latency_batch, 1)
+    _check_above_0("report.latency_ratio", report.latency_ratio)
 
 
 def _check_plan(plan: Plan, depth: int | None) -> None:
@@ -105,16 +112,21 @@ def _check_course(plan: Plan, report: "Report", depth: int | None) -> None:
 
 def _check_figures(where: str, figures: "ModelFigures", unit: str) -> None:
     spent = "latency_ms" if unit == "latency" else unit
-    for name in dict.fromkeys(("macs", "params", "latency_ms", spent)):
-        value: float | None = getattr(figures, name)
-        if value is None or not 0 < value < math.inf:
-            raise ValueError(f"{where}.{name} is {value}: expected a number above 0")
+    if getattr(figures, spent) is None:
+        raise ValueError(f"{where}.{spent} is None: expected a number above 0")
+    for name in ("macs", "params", "latency_ms", "file_size", "activation_memory"):
+        _check_above_0(f"{where}.{name}", getattr(figures, name))
     _check_range(f"{where}.top1", figures.top1, 0, 1)
 
 
 def _check_range(where: str, value: float | None, least: float, most: float = math.inf) -> None:
     if value is not None and not least <= value <= most:
         raise ValueError(f"{where} is {value}: expected {least} to {most}")
+
+
+def _check_above_0(where: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{where} is {value}: expected a number above 0")
 
 
 def _check_blocks(where: str, blocks: Sequence[int], depth: int | None) -> None:

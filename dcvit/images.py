@@ -73,6 +73,9 @@ CONVERT = "convert them to 8 bits, for values below 4096 by Image.fromarray((arr
 NEARLY_CONSTANT = 2 / 255
 """An image of less standard deviation, in pixels from 0 to 1, is told of."""
 
+AT_ONCE = 64
+"""So many images are normalised and looked at in one step."""
+
 NAMED = 5
 """So many files are named in one message."""
 
@@ -144,7 +147,9 @@ def load_images(images: Images | FewShotImages, model: nn.Module, progress: Prog
     if isinstance(images, Tensor):
         check_images(images, model)
         images = images.detach()
-        return _few_shot(images, _Pictures(), prep, [_Looks.of(image) for image in images])
+        return _few_shot(
+            images, _Pictures(), prep, [look for part in images.split(AT_ONCE) for look in _Looks.of(part)]
+        )
     if isinstance(images, str | Path):
         images = image_files(Path(images))
     read: list[Path] | None = None
@@ -156,19 +161,41 @@ def load_images(images: Images | FewShotImages, model: nn.Module, progress: Prog
 
     normalised, at_own_size = Stack(), _Pictures()
     looks: list[_Looks] = []
-    for number, item in enumerate(_in_8_bits(_counted(items, images, progress), prep)):
-        if isinstance(item, Image.Image):
-            at_own_size.append(number, pil_to_tensor(prep.shrink(item)))
-            image = prep.transform(item).to(parameter.dtype)
-        else:
-            image = item
-        image = image[None].to(parameter.device)
-        check_images(image, model, first=number)
-        looks.append(_Looks.of(image[0]))
-        normalised.append(image)
+    for batch in _batches(_in_8_bits(_counted(items, images, progress), prep), at_own_size, prep, parameter):
+        check_images(batch, model, first=len(looks))
+        looks += _Looks.of(batch)
+        normalised.append(batch)
     if not len(normalised):
         raise ImagesError("There are no images: pass at least one, 50 to 1000 is usual.")
     return _few_shot(normalised.whole(), at_own_size, prep, looks, None if read is None else tuple(read))
+
+
+def _batches(items: Iterable[Any], at_own_size: "_Pictures", prep: Preprocessing, like: Tensor) -> Iterator[Tensor]:
+    """The images in order, normalised `[B, C, H, W]`: pictures many at a time, tensors one by one.
+
+    Args:
+        items: Pictures of 8 bits, and tensors.
+        at_own_size: The pictures are added to it.
+        prep: Prepares them.
+        like: They get its dtype, and all its device.
+    """
+    levels: list[Tensor] = []
+
+    def prepared() -> Tensor:
+        batch = prep.normalised(torch.stack(levels).float() / 255)
+        levels.clear()
+        return batch.to(like.device, like.dtype)
+
+    for number, item in enumerate(items):
+        if isinstance(item, Image.Image):
+            at_own_size.append(number, pil_to_tensor(prep.shrink(item)))
+            levels.append(prep.crop(item))
+        if levels and (isinstance(item, Tensor) or len(levels) == AT_ONCE):
+            yield prepared()
+        if isinstance(item, Tensor):
+            yield item[None].to(like.device)
+    if levels:
+        yield prepared()
 
 
 def _few_shot(
@@ -283,12 +310,15 @@ class _Looks:
     spread: Tensor
 
     @classmethod
-    def of(cls, image: Tensor) -> "_Looks":
-        """Those of a normalised image `[C, H, W]`."""
-        content = image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        values = image.detach().flatten(1).float()
-        spread = (values - values.mean(1, keepdim=True)).square().mean(1).sqrt()  # in a tenth of the time of `std`
-        return cls(hashlib.sha1(content, usedforsecurity=False).digest(), spread)
+    def of(cls, images: Tensor) -> list["_Looks"]:
+        """Those of normalised images `[B, C, H, W]`."""
+        contents = images.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
+        values = images.detach().flatten(2).float()
+        spreads = (values - values.mean(2, keepdim=True)).square().mean(2).sqrt()  # in a tenth of the time of `std`
+        return [
+            cls(hashlib.sha1(content.data, usedforsecurity=False).digest(), spread)
+            for content, spread in zip(contents, spreads, strict=True)
+        ]
 
 
 def _judge_looks(looks: Sequence[_Looks], std: tuple[float, ...], files: Sequence[Path] | None) -> None:
@@ -312,7 +342,7 @@ def _judge_looks(looks: Sequence[_Looks], std: tuple[float, ...], files: Sequenc
             "validates on some of the images, and errors are estimated too low where it has learnt from a copy: remove "
             "the copies"
         )
-    spread = (torch.stack([look.spread for look in looks]).cpu() * torch.tensor(std)).amax(1)
+    spread = (torch.stack([look.spread for look in looks]).cpu() * torch.tensor(std, dtype=torch.float32)).amax(1)
     constant = [name(i) for i in (spread < NEARLY_CONSTANT).nonzero().flatten().tolist()]
     if constant:
         problems.append(
@@ -490,6 +520,7 @@ def _prepared(items: Iterable[Any], prep: Preprocessing) -> Iterator[Tensor | Im
     """The images of a caller's source: tensors as they are, and pictures as `_picture` gives them."""
     for number, item in enumerate(items):
         if isinstance(item, Tensor):
+            _require_dense(item, f"Image {number}")
             yield item
         elif isinstance(item, Image.Image):
             try:
@@ -535,11 +566,32 @@ def _reason(error: Exception) -> str:
 
 
 def _images_of(source: Any) -> Iterator[Any]:
-    """The images of a `Dataset`, a `DataLoader` or another iterable, one by one."""
+    """The images of a `Dataset`, a `DataLoader` or another iterable, one by one.
+
+    Raises:
+        ImagesError: If it is none of them, or has fewer items than it says.
+    """
+    try:
+        yield from _read(source)
+    except IndexError as error:
+        raise ImagesError(
+            f"The {type(source).__name__} has fewer items than its length says ({_reason(error)}): let __len__ count "
+            "those that __getitem__ gives."
+        ) from error
+
+
+def _read(source: Any) -> Iterator[Any]:
+    """See `_images_of`."""
+    if isinstance(source, Mapping):
+        yield from _of_batch(source)
+        return
     if isinstance(source, DataLoader):
         collates = source.batch_sampler is not None
         for batch in source:
-            yield from _of_batch(batch) if collates else _of_item(batch)
+            if collates:
+                yield from _of_batch(batch)
+            else:
+                yield from _of_item(tuple(batch) if isinstance(batch, list) else batch)  # torch made it of a tuple
         return
     if hasattr(source, "__iter__") or (hasattr(source, "__getitem__") and not hasattr(source, "__len__")):
         items = iter(source)  # without `__iter__`, by index up to an IndexError
@@ -554,7 +606,9 @@ def _images_of(source: Any) -> Iterator[Any]:
 
 
 def _of_item(item: Any) -> Iterable[Any]:
-    """The image of an item of a data set, or the images if it is a batch."""
+    """The image of an item of a data set, or the images if it is a batch or a list of them."""
+    if isinstance(item, list) and item and all(map(_is_image, item)):
+        return item
     image = _image_of(item)
     return list(image) if _is_batch(image) else [image]
 
@@ -564,7 +618,10 @@ def _of_batch(batch: Any) -> Iterable[Any]:
     first = _image_of(batch)
     if isinstance(batch, Mapping):
         return list(first) if _is_batch(first) or isinstance(first, list | tuple) else [first]
-    if _is_batch(first) or (isinstance(first, tuple | list) and len(first) > 1 and all(map(_is_image, first))):
+    if _is_batch(first):
+        return list(first)
+    images = isinstance(first, tuple | list) and len(first) > 0 and all(map(_is_image, first))
+    if images and (len(first) > 1 or not all(_is_image(_image_of(item)) for item in batch)):  # else a list of 1-tuples
         return list(first)
     return map(_image_of, batch)
 
@@ -592,6 +649,13 @@ def _is_image(item: Any) -> bool:
     return item.ndim == 3 if isinstance(item, Tensor) else isinstance(item, Image.Image)
 
 
+def _require_dense(images: Tensor, name: str) -> None:
+    """Refuse a sparse tensor and the like, of which torch cannot do what is done with images."""
+    if images.is_nested or images.layout != torch.strided:
+        kind = "a nested tensor" if images.is_nested else f"a tensor of layout {images.layout}"
+        raise ImagesError(f"{name}: {kind}, expected a dense one. Call its to_dense(), or stack its parts.")
+
+
 def check_images(images: Tensor, model: nn.Module, name: str = "The images", first: int = 0) -> None:
     """Refuse images that do not fit a model.
 
@@ -604,6 +668,7 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
     Raises:
         ImagesError: If there are none, or size, channels, dtype or device do not fit, or pixels are NaN or infinite.
     """
+    _require_dense(images, name)
     adapter = adapter_for(model)
     channels, height, width = adapter.input_size(model)
     parameter, shape = next(model.parameters()), list(images.shape)
@@ -631,6 +696,7 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
                 else "set model.pretrained_cfg['input_size']."
             )
         )
-    bad = [first + i for i, image in enumerate(images) if not torch.isfinite(image).all()]
+    finite = torch.cat([part.isfinite().flatten(1).all(1) for part in images.split(AT_ONCE)])
+    bad = [first + i for i in (~finite).nonzero().flatten().tolist()]
     if bad:
         raise ImagesError(f"{name} {bad[:5]} have NaN or infinite pixels: remove or repair them.")

@@ -227,4 +227,5 @@ def token_weight(model: nn.Module, tokens: Tensor) -> Tensor | None:
     share = float(read.float().mean())
     if share == 0 or share >= READ_SHARE:
         return None
-    return torch.where(read, READ_SHARE / share, (1 - READ_SHARE) / (1 - share)).to(tokens)
+    of_read, of_others = tokens.new_tensor([READ_SHARE / share, (1 - READ_SHARE) / (1 - share)])
+    return torch.where(read, of_read, of_others)

@@ -24,7 +24,7 @@ import socket
 import stat
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +71,8 @@ FORMAT = 1
 
 _NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*")
 _UNIT_FILE = re.compile(rf"{_NAME.pattern}\.(json|safetensors)")
-_UNFINISHED = re.compile(  # what a process that died was writing; older versions added `.part`
-    rf"\..+{re.escape(DRAFT_MARK)}[0-9a-f]{{16}}|({_UNIT_FILE.pattern}|{re.escape(RUN_FILE)})\.part"
+_UNFINISHED = re.compile(  # what a process that died was writing: a name may be cut; older versions added `.part`
+    rf"\.{_NAME.pattern}[-.]?{re.escape(DRAFT_MARK)}[0-9a-f]{{16}}|({_UNIT_FILE.pattern}|{re.escape(RUN_FILE)})\.part"
 )
 _HOLDER = re.compile(r"(process [0-9]+ on [^\n]{1,255}\n)?")  # what a run writes into its lock
 
@@ -341,7 +341,7 @@ def open_run(folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Itera
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _require_own(folder)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _unwritable(folder, error) from error
     with _locked(folder):
         try:
@@ -362,14 +362,20 @@ def delete_run(folder: str | Path) -> None:
         return
     try:
         _require_folder(folder)
+        began = _began(folder)
         with _locked(folder):
-            _delete(folder)
+            _delete(folder, began)
     except (RunStoreError, OSError) as error:
         warnings.warn(f"A finished run is not deleted. {error}", DcvitWarning, stacklevel=2)
 
 
-def _delete(folder: Path) -> None:
-    """See `delete_run`, with the lock held."""
+def _delete(folder: Path, began: bool) -> None:
+    """See `delete_run`, with the lock held.
+
+    Args:
+        folder: The folder.
+        began: Whether a run began there before the lock was taken.
+    """
     if kind_of(folder / RUN_FILE) is not None:
         if not _is_run(_read_run(folder)):
             raise _foreign(folder, RUN_FILE)
@@ -378,7 +384,7 @@ def _delete(folder: Path) -> None:
         with suppress(OSError):  # someone's file is in it, or it is none
             (folder / UNITS).rmdir()
         (folder / RUN_FILE).unlink()
-    for path in _regular_files(folder, _UNFINISHED):
+    for path in _regular_files(folder, _UNFINISHED) if began else ():
         path.unlink()
     (folder / LOCK_FILE).unlink()
     with suppress(OSError):
@@ -477,21 +483,43 @@ def _require_own(folder: Path) -> None:
         RunStoreError: If that is so.
         OSError: If it cannot be looked at.
     """
-    kinds = {RUN_FILE: "a regular file", LOCK_FILE: "a regular file", UNITS: "a folder"}
-    foreign = []
-    for path in sorted(folder.iterdir()):
-        wanted = "a regular file" if _UNFINISHED.fullmatch(path.name) else kinds.get(path.name)
-        kind = kind_of(path)
-        if wanted is None:
-            foreign.append(path.name)
-        elif kind not in (None, wanted):  # None was deleted just now
-            foreign.append(f"{path.name} is {kind}")
-    if not foreign and (folder / UNITS).exists():
-        for path in sorted((folder / UNITS).iterdir()):
-            if _UNIT_FILE.fullmatch(path.name) and (kind := kind_of(path)) not in (None, "a regular file"):
-                foreign.append(f"{UNITS}/{path.name} is {kind}")
+    foreign = [*_foreign_in(folder, re.compile(rf"{re.escape(RUN_FILE)}|{LOCK_FILE}"), (UNITS,))]
+    if not foreign and kind_of(folder / UNITS) is not None:
+        foreign = [f"{UNITS}/{what}" for what in _foreign_in(folder / UNITS, _UNIT_FILE)]
     if foreign:
         raise _foreign(folder, ", ".join(foreign[:3]))
+    if not _began(folder):
+        for place in (folder, folder / UNITS):
+            for path in _regular_files(place, _UNFINISHED):
+                raise _foreign(folder, str(path.relative_to(folder)))
+
+
+def _foreign_in(folder: Path, files: re.Pattern[str], folders: Sequence[str] = ()) -> Iterator[str]:
+    """What lies in a run's folder and is of no name or kind that a run makes there, in words."""
+    for path in sorted(folder.iterdir()):
+        kind = kind_of(path)
+        if path.name in folders:
+            wanted = "a folder"
+        elif files.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name):
+            wanted = "a regular file"
+        else:
+            yield path.name
+            continue
+        if kind not in (None, wanted):  # None was deleted just now
+            yield f"{path.name} is {kind}"
+
+
+def _began(folder: Path) -> bool:
+    """Whether a run began in a folder, by the `run.json` or the lock that it left there.
+
+    An empty lock does not tell: any file of that name may be empty.
+    """
+    with suppress(RunStoreError):
+        if _is_run(_read_run(folder)):
+            return True
+    with suppress(OSError), open_regular(folder / LOCK_FILE) as file:
+        return _is_one_name(file) and bool(_holder(file))
+    return False
 
 
 def _foreign(folder: Path, what: str) -> RunStoreError:
@@ -539,7 +567,7 @@ def _locked(folder: Path) -> Iterator[None]:
             raise _unwritable(folder, error) from error
         if not _is_at(file, path):
             raise RunStoreError(f"run_dir={str(folder)!r} was deleted by another process just now: run the same again.")
-        if _holder(file) is None:
+        if _holder(file) is None or not _is_one_name(file):
             raise _foreign(folder, LOCK_FILE)
         try:
             file.seek(0)
@@ -576,6 +604,11 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return False
 
 
+def _is_one_name(file: BinaryIO) -> bool:
+    """Whether an open file has no second name, under which it may be anyone's."""
+    return os.fstat(file.fileno()).st_nlink == 1
+
+
 def _holder(file: BinaryIO) -> str | None:
     """Who a lock says holds it, which is for a message alone; `None` if the file holds something else."""
     file.seek(0)
@@ -600,7 +633,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 def _is_run(found: Mapping[str, Any]) -> bool:
     """Whether a file of the name that runs use is one of theirs."""
-    return bool(found.get("format") == FORMAT)
+    return found.get("format") == FORMAT and isinstance(found.get("settings"), dict)
 
 
 def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -624,7 +657,7 @@ def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         return
     found = _read_run(folder)
     differing = list(differences(found, wanted))
-    if differing and _is_run(found) and not units:
+    if differing and _is_run(found) and found.keys() == wanted.keys() and not units:
         note()  # that run finished nothing; it was refused, for example
     elif differing:
         raise RunStoreError(

@@ -203,6 +203,19 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no images": (("report", "num_images"), 0, "report.num_images is 0: expected 1 to"),
     "agreement": (("report", "agreement"), 7.0, "report.agreement is 7.0: expected 0 to 1"),
     "versions": (("report", "versions"), {}, "report.versions has no dcvit"),
+    **{
+        f"{name} of {whose} alone": (
+            ("report", whose, name), value,
+            rf"report\.teacher\.{name} is .* and report\.student\.{name} .*: expected both",
+        )
+        for name, value in (("top1", 0.5), ("activation_memory", 1000)) for whose in ("teacher", "student")
+    },
+    "file_size of the original alone": (
+        ("report", "student", "file_size"), None, r"report\.teacher\.file_size is .* and .*: expected both"
+    ),
+    "no bytes": (("report", "teacher", "file_size"), 0, "report.teacher.file_size is 0: expected a number above 0"),
+    "no batch": (("report", "latency_batch"), 0, "report.latency_batch is 0: expected 1 to"),
+    "no time": (("report", "latency_ratio"), -1.0, "report.latency_ratio is -1.0: expected a number above 0"),
 }  # fmt: skip
 
 

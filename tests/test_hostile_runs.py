@@ -141,8 +141,76 @@ def test_a_lock_that_is_another_file_too_stays_as_it_is(tmp_path: Path, outside:
     assert (outside / "precious").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "present",
+    [
+        ["run.json.part"],
+        ["lock", "run.json.part"],
+        [".holiday.dcvit-draft-0123456789abcdef"],
+        ["units/my.json.part"],
+        ["units/notes.txt", "units/my.json.part"],
+        ["units/notes.txt"],
+        ["units/.t.json.dcvit-draft-0123456789abcdef"],
+    ],
+)
+def test_a_users_own_files_with_the_names_of_leftovers_stay(present: list[str], tmp_path: Path) -> None:
+    """Only a folder in which a run began, by its `run.json` or what its lock says, can have leftovers of one."""
+    for name in present:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name == "lock" else "precious")
+    with pytest.raises(RunStoreError, match=r"holds something else \("), open_run(tmp_path, OF):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DcvitWarning)
+        delete_run(tmp_path)
+    assert all((tmp_path / name).read_text() == "precious" for name in present if name != "lock")
+
+
+def test_foreign_files_among_the_units_of_a_run_are_refused(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    for name in ("notes.txt", ".My notes.dcvit-draft-0123456789abcdef"):
+        (run / "units" / name).write_text("precious")
+        with (
+            pytest.raises(RunStoreError, match=rf"holds something else \(units/{re.escape(name)}\)"),
+            open_run(run, OF),
+        ):
+            pass
+        assert (run / "units" / name).read_text() == "precious"
+        (run / "units" / name).unlink()
+
+
+def test_leftovers_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    left = [".run.json", "units/.t.json", "units/.probe", f"units/.{'long.' * 20}"]
+    left = [run / f"{name}.dcvit-draft-0123456789abcdef" for name in left] + [run / "units" / "u.safetensors.part"]
+    for path in left:
+        path.write_text("unfinished")
+    with open_run(run, OF):
+        assert not any(path.exists() for path in left)
+
+
+def test_an_empty_file_of_another_name_is_no_lock(tmp_path: Path) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    mine.touch()
+    os.link(mine, run / "lock")
+    with pytest.raises(RunStoreError, match=r"holds something else \(lock\)"), open_run(run, OF):
+        pass
+    assert mine.read_text() == ""
+
+
+def test_a_refusal_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to("elsewhere")
+    with pytest.raises(RunStoreError) as refusal, open_run(tmp_path, OF):
+        pass
+    assert str(refusal.value) == (
+        f"run_dir={str(tmp_path)!r} holds something else (lock is a link): name a folder that is empty or does not "
+        "exist."
+    )
+
+
 def test_a_users_own_run_json_is_neither_replaced_nor_deleted(tmp_path: Path) -> None:
-    for text in ('{"name": "mine"}', '{"format": "png"}'):
+    for text in ('{"name": "mine"}', '{"format": "png"}', '{"format": 1}', '{"format": 1, "settings": "mine"}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(RunStoreError, match="holds another run"), open_run(tmp_path, OF):
             pass

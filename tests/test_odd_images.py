@@ -311,6 +311,71 @@ def test_a_source_without_end_ends_in_a_sentence(
     assert len(load_images(Listed(torch.randn(30, 3, 32, 32)), model)) == 30  # which says how many it has
 
 
+def test_lists_of_images_lose_none(model: nn.Module, images: Tensor) -> None:
+    collated = {
+        "pairs": lambda items: ([image for image, _ in items], [label for _, label in items]),
+        "tuples": lambda items: tuple(zip(*items, strict=True)),
+        "images alone": lambda items: [image for image, _ in items],
+        "items": lambda items: items,
+        "items without labels": lambda items: [(image,) for image, _ in items],
+    }
+    pairs = [(image, i) for i, image in enumerate(images)]
+    sources: dict[str, Any] = {
+        "lists": [list(images[:2]), list(images[2:4]), list(images[4:])],
+        "a list": [list(images)],
+        "a stream of lists": Stream([[image] for image in images]),
+        "a table": {"image": images, "label": list(range(6))},
+        "a table of a list": {"image": list(images)},
+        "pairs of pictures, of which the first counts": [(image, images[0]) for image in images],
+        "loader of pairs without batches": DataLoader(
+            Listed([(image, images[0]) for image in images]), batch_size=None
+        ),
+    } | {
+        f"{name}, {size} at once": DataLoader(Listed(pairs), batch_size=size, collate_fn=collate)
+        for name, collate in collated.items() for size in (1, 2, 4)
+    }  # fmt: skip
+    for name, source in sources.items():
+        assert torch.equal(load_images(source, model).normalised, images), name
+
+
+def test_a_table_of_something_else_is_told_its_keys(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(ImagesError, match=r"keys 'train', 'test': expected .* 'pixel_values', 'image'"):
+        load_images({"train": images, "test": images}, model)
+
+
+def test_tensors_that_are_not_dense_are_refused(model: nn.Module, images: Tensor) -> None:
+    sources: list[Any] = [images.to_sparse(), list(images.to_sparse().unbind()), [images[0], images[1].to_sparse()]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        sources.append(torch.nested.nested_tensor(list(images)))
+    for source in sources:
+        with pytest.raises(ImagesError, match=r"(The images|Image [01]): a .*, expected a dense one\. Call its to_den"):
+            load_images(source, model)
+
+
+class TooShort(Uncounted):
+    """A map-style data set that says it has more items than it has."""
+
+    def __len__(self) -> int:
+        return len(self.items) + 3
+
+
+def test_a_data_set_shorter_than_it_says_is_a_sentence(model: nn.Module, images: Tensor) -> None:
+    for source in (TooShort(list(images)), DataLoader(TooShort(list(images)), batch_size=4)):
+        with pytest.raises(ImagesError, match=r"has fewer items than its length says \(.*\): let __len__ count"):
+            load_images(source, model)
+
+
+def test_pictures_and_tensors_keep_their_order(model: nn.Module, images: Tensor) -> None:
+    prepared = preprocessing(model).transform
+    mixed = [picture(0), images[0], *(picture(i) for i in range(1, 130)), images[1], images[2], picture(130)]
+    found = load_images(mixed, model)
+    for i, item in enumerate(mixed):
+        assert torch.equal(found.normalised[i], item if isinstance(item, Tensor) else prepared(item)), i
+        if isinstance(item, Image.Image):
+            assert torch.equal(found.pixels[i], torch.from_numpy(np.array(item)).permute(2, 0, 1) / 255)
+
+
 # Folders.
 
 

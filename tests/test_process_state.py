@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import dcvit
+from dcvit.images import load_images
 from dcvit.methods import METHODS
 from dcvit.precision import Precision
 from tests.conftest import CUT_REFINED, PUBLISHED, QUICK, SYNTHESIS
@@ -188,6 +190,7 @@ def several(*contexts: AbstractContextManager[Any]) -> AbstractContextManager[An
 STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "default dtype float64": lambda: as_set(torch.set_default_dtype, torch.float64, torch.float32),
     "default dtype bfloat16": lambda: as_set(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "default dtype float16": lambda: as_set(torch.set_default_dtype, torch.float16, torch.float32),
     "default device": lambda: as_set(torch.set_default_device, "meta", None),
     "scope of a device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
@@ -241,6 +244,27 @@ def test_of_other_work_too(work: str, name: str) -> None:
         found = WORK[work]()
         assert state() == before
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in STATES if name.startswith("default dtype")])
+@pytest.mark.parametrize("method", ["dcvit", "vtp"])
+def test_the_default_dtype_rounds_nothing(method: str, name: str) -> None:
+    """Neither in the refinement of a cut model nor in the gates of a pruned one."""
+    config = CUT_REFINED if method == "dcvit" else AUGMENTED
+    budget = dcvit.Budget(**{METHODS[method].units[0]: 0.75})
+    expected = compressed(method, config, budget=budget)
+    with STATES[name]():
+        assert_same(compressed(method, config, budget=budget), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in STATES if name.startswith("default dtype")])
+def test_the_default_dtype_rounds_no_picture(name: str) -> None:
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)) for i in (1, 2)]
+    expected = load_images(pictures, vit())
+    with STATES[name]():
+        found = load_images(pictures, vit())
+        assert torch.equal(found.normalised, expected.normalised)
+        assert all(torch.equal(*pair) for pair in zip(found.pixels, expected.pixels, strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -269,7 +269,10 @@ def recovered(task: Task, space: Space, structure: Structure) -> Outcome:
 
 def open_gates(space: Space, device: torch.device) -> dict[tuple[Kind, int], Tensor]:
     """A gate of 1 for each unit."""
-    return {(kind, b): torch.ones(space.count(kind, b), device=device) for b in space.blocks for kind in space.kinds}
+    return {
+        (kind, b): torch.ones(space.count(kind, b), dtype=torch.float32, device=device)
+        for b in space.blocks for kind in space.kinds
+    }  # fmt: skip
 
 
 def scores_of(gates: Gates) -> dict[Unit, float]:

@@ -121,7 +121,7 @@ class Preprocessing:
         resized: Height and width that the transform resizes an image to cover before it crops.
         convert: From a PIL image to one of 8 bits in the model's channels. It refuses images of more than 8 bits.
         shrink: From a PIL image to the same, or to one of `LARGEST` times the model's size if it is larger.
-        transform: timm's evaluation transform, from a PIL image to a normalised tensor `[C, H, W]`.
+        crop: timm's evaluation transform up to the normalisation, from a PIL image to levels of 8 bits `[C, H, W]`.
     """
 
     input_size: tuple[int, int, int]
@@ -130,7 +130,11 @@ class Preprocessing:
     resized: tuple[int, int]
     convert: Callable[[Image.Image], Image.Image]
     shrink: Callable[[Image.Image], Image.Image]
-    transform: Callable[[Image.Image], Tensor]
+    crop: Callable[[Image.Image], Tensor]
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """A PIL image as the model takes it, `[C, H, W]`, as timm's evaluation transform makes it."""
+        return self.normalised(self.crop(image).float() / 255)
 
     @property
     def pixel_range(self) -> tuple[Tensor, Tensor]:
@@ -417,6 +421,7 @@ def _preprocessing(model: nn.Module) -> Preprocessing:
         interpolation=config["interpolation"],
         crop_pct=crop_share,
         crop_mode=config["crop_mode"],
+        normalize=False,  # it would divide in torch's default dtype, whatever that is
     )
     return Preprocessing(
         input_size=(channels, height, width),
@@ -425,5 +430,5 @@ def _preprocessing(model: nn.Module) -> Preprocessing:
         resized=(math.ceil(height / crop_share), math.ceil(width / crop_share)),
         convert=convert,
         shrink=lambda image: _at_most(image, math.ceil(LARGEST * max(height, width))),
-        transform=lambda image: evaluate(convert(image)),
+        crop=lambda image: evaluate(convert(image)),
     )
