@@ -341,6 +341,7 @@ def _require_devices(devices: Sequence[str]) -> None:
 
 def _on_device(work: Callable[[Ranks, str], T], devices: Sequence[str], threads: int, told: Path) -> T | DcvitError:
     """One process of `on_devices`; the first that may not go on leaves word why."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal interrupts all processes; the first one speaks for them
     torch.set_num_threads(threads)
     device = devices[int(os.environ["LOCAL_RANK"])]
     try:

@@ -406,7 +406,7 @@ def test_a_saved_folder_is_there_whole_or_not_at_all(
         seen.append((tmp_path / "small").exists())
         raise OSError(28, "No space left on device")
 
-    for name in ("results.save_file", "results.Path.write_text", "results.Path.replace"):
+    for name in ("results.save_file", "results.write_text", "saving.os.replace"):
         with monkeypatch.context() as patch:
             patch.setattr(f"dcvit.{name}", full)
             with pytest.raises(dcvit.errors.SaveFolderError, match="No space left on device"):
