@@ -1,9 +1,8 @@
 """Reading and writing files that strangers may have made, or may be in the way of.
 
 What is read must be a regular file of bounded size, reached by no link. What is written appears whole under its name or
-not at all, replaces no link, and has the permissions that the caller's umask gives it, or those of what it replaces, and the
-owner of that.
-The functions raise `OSError` or `ValueError`; who calls them says what that means for the user.
+not at all, replaces no link, and has the permissions that the caller's umask gives it, or those of what it replaces,
+and the owner of that. The functions raise `OSError` or `ValueError`; who calls them says what that means for the user.
 """
 
 import ctypes
