@@ -24,6 +24,7 @@ import dcvit
 from dcvit.images import load_images
 from dcvit.methods import METHODS
 from dcvit.precision import Precision
+from dcvit.refinement import token_weight
 from tests.conftest import CUT_REFINED, PUBLISHED, QUICK, SYNTHESIS
 from tests.variants import EVA_VARIANTS, VARIANTS
 
@@ -255,6 +256,17 @@ def test_the_default_dtype_rounds_nothing(method: str, name: str) -> None:
     expected = compressed(method, config, budget=budget)
     with STATES[name]():
         assert_same(compressed(method, config, budget=budget), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in STATES if name.startswith("default dtype")])
+def test_the_default_dtype_rounds_no_weight_of_the_loss(name: str) -> None:
+    tokens = torch.randn(1, 17, 48, generator=torch.Generator().manual_seed(0))
+    expected = token_weight(vit(), tokens)
+    assert expected is not None
+    with STATES[name]():
+        found = token_weight(vit(), tokens)
+    assert found is not None
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in STATES if name.startswith("default dtype")])
