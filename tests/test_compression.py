@@ -217,7 +217,9 @@ def test_default_report_says_how_each_block_went(model: nn.Module, images: Tenso
     assert loaded.report == report
     assert loaded.plan == result.plan
     assert loaded.to_dict() == result.to_dict()
-    assert json.loads((tmp_path / "out" / "result.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+    stored = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert stored.pop("digests").keys() == {"config.json", "metric_set.safetensors", "model.safetensors"}
+    assert stored == json.loads(json.dumps(result.to_dict()))
 
 
 def test_reconstruction_and_refinement_pay(model: nn.Module, images: Tensor) -> None:
@@ -631,7 +633,10 @@ def test_nothing_is_overwritten(result: dcvit.CompressionResult, tmp_path: Path)
     result.save(tmp_path / "out")
     with pytest.raises(dcvit.SaveFolderError, match="earlier result"):
         result.save(tmp_path / "out")
-    (tmp_path / "out" / "model.onnx").write_bytes(b"of the earlier result")
+    (tmp_path / "out" / "model.onnx").write_bytes(b"mine")
+    with pytest.raises(dcvit.SaveFolderError, match=r"holds something else \(model\.onnx\)"):
+        result.save(tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "model.onnx").unlink()
     result.save(tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
