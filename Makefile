@@ -61,7 +61,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 fuzz: $(VENV)/.dev
-	DCVIT_FUZZ=30000 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_fuzz.py
+	DCVIT_FUZZ=30000 $(BIN)/python -m pytest -n auto --dist worksteal tests/artifacts/test_fuzz.py
 
 test-gpu: $(VENV)/.dev
 	DCVIT_TEST_GPU=1 $(BIN)/python -m pytest

@@ -9,7 +9,7 @@ COMMANDS = {
     "compress": "dcvit.compress on the embedded model, with the kernels and without",
     "recovery": "how well methods recover: method x test bed x budget x seeds, with time and memory",
     "compare": "methods on the same images at the same budget, and ablations, on test beds or ImageNet",
-    "synthesis": "how well metric sets order the blocks, and what they cost",
+    "synthesis": "how well proxy sets order the blocks, and what they cost",
     "export": "onnxruntime beside PyTorch, the original beside the compressed model",
     "kills": "runs that are killed at random moments and go on: same weights in the end, no unit done twice",
     "scaling": "what large models take on many devices, computed from what units take here",

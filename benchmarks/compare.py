@@ -19,7 +19,7 @@ import torch
 import dcvit
 from benchmarks.contestants import ABLATIONS, config_of, images_of
 from benchmarks.harness import ROOT, header
-from benchmarks.methods import BEDS
+from benchmarks.methods import BEDS, parts_of
 from benchmarks.runs import (
     NOTHING,
     command_lines,
@@ -33,7 +33,7 @@ from benchmarks.runs import (
     spread,
 )
 from benchmarks.testbeds import TestBed, imagenet, measure
-from dcvit.config import MimickingConfig
+from dcvit.config import TrainingConfig
 from dcvit.methods import METHODS
 
 RUNS = ROOT / "benchmarks" / "results" / "compare.jsonl"
@@ -93,8 +93,8 @@ class Request:
     @property
     def epochs_read(self) -> int | None:
         """The epochs, where there is mimicking that reads them."""
-        mimics = self.ablation is not None or METHODS[self.method].recovery is MimickingConfig
-        return self.epochs if mimics else None
+        trains = self.ablation is not None or parts_of(METHODS[self.method].config(), TrainingConfig)
+        return self.epochs if trains else None
 
     @property
     def label(self) -> str:
@@ -245,7 +245,7 @@ def _measured(request: Request) -> dict[str, Any]:
     images = images_of(bed, request.seed, request.ablation)
     start = time.perf_counter()
     budget = dcvit.Budget(**{request.unit: 1 - request.budget})
-    result = dcvit.compress(bed.model, images, budget, config, method=request.method)
+    result = dcvit.compress(bed.model, images, budget, config)
     seconds = time.perf_counter() - start
     measures, (original, left) = measure(bed, result.model), (result.report.teacher, result.report.student)
     return {

@@ -24,7 +24,7 @@ from dcvit.demo import load_digits
 from dcvit.demo.comparison import DEMO_CONFIG
 from dcvit.models.loading import load_model
 from dcvit.ops import Impl
-from dcvit.refinement import FEWEST_STEPS
+from dcvit.recovery.finetune import FEWEST_STEPS
 
 IMPLS: tuple[Impl, Impl] = ("eager", "auto")
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.methods import suited
+from benchmarks.methods import parts_of, suited
 from benchmarks.testbeds import TestBed
 from benchmarks.testbeds.crops import PHOTOGRAPHS, crops
-from dcvit.config import CompressionConfig, MimickingConfig, SynthesisConfig
+from dcvit.config import DCViT, DistillationConfig, MethodConfig, SynthesisConfig, TrainingConfig
 from dcvit.demo import load_digits
-from dcvit.methods import method
+from dcvit.methods import METHODS
 from dcvit.models.loading import preprocessing
 
 __all__ = ["ABLATIONS", "OTHER_DOMAIN", "PUBLISHED", "config_of", "images_of"]
@@ -22,26 +22,30 @@ PUBLISHED = "published"
 
 OTHER_DOMAIN = "images of another domain"
 
-Change = Callable[[CompressionConfig], CompressionConfig]
+Change = Callable[[DCViT], DCViT]
 
 
 def _mimicking(**changes: object) -> Change:
-    return lambda config: replace(config, recovery=replace(config.mimicking, **changes))  # type: ignore[arg-type]
+    return lambda config: replace(config, recovery=replace(config.distillation, **changes))  # type: ignore[arg-type]
+
+
+def _ablated(**changes: object) -> Change:
+    return lambda config: replace(config, ablation=replace(config.ablation, **changes))  # type: ignore[arg-type]
 
 
 ABLATIONS: dict[str, Change] = {
     PUBLISHED: lambda config: config,
-    "few-shot images as metric set": lambda config: replace(config, metric_set="images"),
+    "few-shot images as proxy set": _ablated(ranking_images="few-shot"),
     "class token alone mimicked": _mimicking(tokens="class"),
     "all blocks updated": _mimicking(updated="all"),
     "blocks around updated": _mimicking(updated="around"),
-    "all blocks at once": lambda config: replace(config, progressive=False),
+    "all blocks at once": _ablated(progressive=False),
     OTHER_DOMAIN: lambda config: config,
 }
 """Of the paper, by name."""
 
 
-def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: str | None = None) -> CompressionConfig:
+def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: str | None = None) -> MethodConfig:
     """The settings of a method on a test bed.
 
     Args:
@@ -51,14 +55,14 @@ def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: 
         epochs: Of each recovery by mimicking, with a twentieth of them to warm up; the method's own if not given.
         ablation: One of `ABLATIONS`, of the published procedure.
     """
-    config = method(name).config()
+    config = METHODS[name].config()
     if ablation is not None:
-        beta = 1.0 if bed.name.startswith(("deit", "swin")) else 0.6  # of the total variation, as published
-        config = CompressionConfig.paper(recovery=MimickingConfig(), synthesis=SynthesisConfig(tv_exponent=beta))
-    config = replace(suited(config, bed), seed=seed)
-    if isinstance(config.recovery, MimickingConfig) and epochs is not None:
-        config = _mimicking(epochs=epochs, warmup_epochs=epochs // 20)(config)
-    return config if ablation is None else ABLATIONS[ablation](config)
+        config = DCViT.paper(recovery=DistillationConfig(), synthesis=SynthesisConfig())
+    config = suited(config, bed).with_(seed=seed)
+    if epochs is not None:
+        for part, settings in parts_of(config, TrainingConfig).items():
+            config = config.with_(**{part: replace(settings, epochs=epochs, warmup_epochs=epochs // 20)})
+    return ABLATIONS[ablation](config) if ablation is not None and isinstance(config, DCViT) else config
 
 
 def images_of(bed: TestBed, seed: int, ablation: str | None = None) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import dcvit
 from benchmarks.compress import median_interval
 from benchmarks.harness import header
-from dcvit.models import adapter_for, load_model
-from dcvit.surgery import compress_block, draw_kept_nodes
+from dcvit.models import compressible, load_model
+from dcvit.models.surgery import compress_block, draw_kept_nodes
+from dcvit.search.plan import plan as make_plan
 
 ORIGINAL, COMPRESSED = "original", "compressed"
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     original = load_model(options.model, pretrained=options.model == "demo")
     models = {ORIGINAL: original, COMPRESSED: cut(original, options.macs)}
-    images = torch.randn(options.batch_size, *adapter_for(original).input_size(original))
+    images = torch.randn(options.batch_size, *compressible(original).input_size())
     print(f"{options.model}, batch of {options.batch_size}, {options.rounds} rounds of all in turn, float32\n")
     with tempfile.TemporaryDirectory() as folder:
         contestants = {
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def cut(model: nn.Module, macs: float) -> nn.Module:
     """The model at a share of its MACs: the first candidate blocks are cut, hidden nodes drawn at random."""
-    plan = dcvit.plan(model, dcvit.Budget(macs=macs))
+    plan = make_plan(model, dcvit.Budget(macs=macs))
     student = model
     for block in plan.candidates[: plan.num_blocks]:
         student = compress_block(student, block, draw_kept_nodes(model, block, plan.hidden_features, seed=0))
@@ -95,8 +96,7 @@ def measure(
 def table(seconds: dict[tuple[str, str], list[float]], models: dict[str, nn.Module]) -> str:
     """Medians, and of each runtime how much longer the compressed model takes than the original in the same round."""
     before, after = (
-        adapter_for(models[name]).cost(models[name]).total.macs("with_attention_products")
-        for name in (ORIGINAL, COMPRESSED)
+        compressible(models[name]).cost().total.macs("with_attention_products") for name in (ORIGINAL, COMPRESSED)
     )
     lines = [
         f"MACs per image: original {before:,}, compressed {after:,}, ratio {after / before:.4f}",

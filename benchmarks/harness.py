@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcvit.memory import measure_peak_memory
-from dcvit.results import device_name
+from dcvit.metrics.memory import measure_peak_memory
+from dcvit.runtime.environment import device_name
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = "reference"

@@ -32,11 +32,12 @@ import torch
 import dcvit
 from benchmarks.harness import header
 from benchmarks.testbeds import digits
-from dcvit import Budget, CompressionConfig, ReconstructionConfig, SynthesisConfig
-from dcvit.distributed import launched
-from dcvit.progress import silent
+from dcvit import Budget, DCViT
+from dcvit.config import ReconstructionConfig, SynthesisConfig
+from dcvit.runtime.distributed import launched
+from dcvit.runtime.progress import silent
 
-CONFIG = CompressionConfig(
+CONFIG = DCViT(
     recovery=ReconstructionConfig(
         num_views=100, refinement_views=200, num_rows=2048, epochs=1, refinement_steps=220, refinement_batch=20
     ),

@@ -2,28 +2,46 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
+from typing import Any, TypeVar
 
 from torch import nn
 
 import dcvit
 from benchmarks.naive import naive_closed_form
 from benchmarks.testbeds import TestBed, digits, dinov2, efficientnet, photographs, resnet, swin
-from dcvit.config import CompressionConfig
+from dcvit.budget import Budget
+from dcvit.config import CalibrationConfig, DCViT, MethodConfig, SynthesisConfig, TrainingConfig
+from dcvit.context import RunContext
+from dcvit.data.images import load_images
+from dcvit.data.synthesis import synthesize
 from dcvit.errors import BudgetError
-from dcvit.images import load_images
-from dcvit.methods.practise import block_dropping
-from dcvit.models import adapter_for
-from dcvit.planning import Budget, Plan, choose_candidates, plan
-from dcvit.progress import Progress, silent
-from dcvit.recovery import recover
-from dcvit.surgery import compress_block, draw_kept_nodes
-from dcvit.synthesis import synthesize
-from dcvit.teacher import freeze, fuse
+from dcvit.history import Plan
+from dcvit.methods.baselines.practise import Practise, block_dropping
+from dcvit.models import compressible
+from dcvit.models.surgery import compress_block, draw_kept_nodes
+from dcvit.models.teacher import freeze, fuse
+from dcvit.recovery.distill import recover
+from dcvit.runtime.progress import Progress, silent
+from dcvit.search.plan import plan
+from dcvit.search.space import choose_candidates
 
-__all__ = ["BEDS", "GRADIENT_METHODS", "METHODS", "RECOVERY_BEDS", "Info", "Options", "num_whole_blocks", "suited"]
+__all__ = [
+    "BEDS",
+    "GRADIENT_METHODS",
+    "METHODS",
+    "RECOVERY_BEDS",
+    "Info",
+    "Options",
+    "num_whole_blocks",
+    "parts_of",
+    "suited",
+]
+
+Config = TypeVar("Config", bound=MethodConfig)
+Part = TypeVar("Part")
 
 BEDS: dict[str, Callable[..., TestBed]] = {
     "digits": digits,
@@ -38,7 +56,7 @@ BEDS: dict[str, Callable[..., TestBed]] = {
 RECOVERY_BEDS = ("digits", "photographs", "dinov2")
 """Those that `recovery` measures unless told otherwise."""
 
-METRIC_SET_SHARE = 0.25
+PROXY_SET_SHARE = 0.25
 """The share of an allowance that synthesis may take, so that the recoveries get most of it."""
 
 TIMED_STEPS = 5
@@ -81,14 +99,12 @@ Method = Callable[[TestBed, Budget, int, Options], tuple[nn.Module, Info]]
 
 def default(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
     """What `dcvit.compress` does unless told otherwise."""
-    return _compress(bed, budget, CompressionConfig(seed=seed), options)
+    return _compress(bed, budget, DCViT(seed=seed), options)
 
 
 def closed_form_only(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
     """The default without any gradient step on the student's weights."""
-    config = CompressionConfig(seed=seed)
-    recovery = replace(config.reconstruction, epochs=0, refinement_steps=0)
-    return _compress(bed, budget, replace(config, recovery=recovery), options)
+    return _compress(bed, budget, DCViT.fast(seed=seed), options)
 
 
 def naive(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
@@ -102,7 +118,7 @@ def paper(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn
     """DC-ViT as published, or as much of it as the allowance permits."""
     config = _published(bed, budget, seed, options)
     model, info = _compress(bed, budget, config, options)
-    return model, replace(info, epochs=config.mimicking.epochs, iterations=config.synthesis.iterations)
+    return model, replace(info, epochs=config.distillation.epochs, iterations=config.synthesis.iterations)
 
 
 def whole_blocks(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
@@ -111,8 +127,9 @@ def whole_blocks(bed: TestBed, budget: Budget, seed: int, options: Options) -> t
     config = _published(bed, budget, seed, options)
     start = time.perf_counter()
     images = load_images(bed.images, bed.model)
-    dropped = block_dropping(bed.model, images, count, config, progress=options.progress)
-    return dropped.model, Info(time.perf_counter() - start, dropped.blocks, config.mimicking.epochs)
+    practise = Practise(distillation=config.distillation, seed=seed)
+    dropped = block_dropping(bed.model, images, count, practise, progress=options.progress)
+    return dropped.model, Info(time.perf_counter() - start, dropped.blocks, config.distillation.epochs)
 
 
 METHODS: dict[str, Method] = {
@@ -133,7 +150,7 @@ def num_whole_blocks(model: nn.Module, budget: Budget) -> int:
     Raises:
         BudgetError: If even without all candidates it does not.
     """
-    cost = adapter_for(model).cost(model)
+    cost = compressible(model).cost()
     left, target = budget.amount(cost.total), budget.target(cost.total)
     candidates = choose_candidates(model, None, cost)
     for count, block in enumerate(candidates):
@@ -148,24 +165,32 @@ def num_whole_blocks(model: nn.Module, budget: Budget) -> int:
     )
 
 
-def _compress(bed: TestBed, budget: Budget, config: CompressionConfig, options: Options) -> tuple[nn.Module, Info]:
+def _compress(bed: TestBed, budget: Budget, config: DCViT, options: Options) -> tuple[nn.Module, Info]:
     start = time.perf_counter()
     result = dcvit.compress(bed.model, bed.images, budget, suited(config, bed), progress=options.progress)
     return result.model, Info(time.perf_counter() - start, result.plan.blocks)
 
 
-def suited(config: CompressionConfig, bed: TestBed) -> CompressionConfig:
+def suited(config: Config, bed: TestBed) -> Config:
     """The config with the views that suit a test bed's images."""
-    return replace(
-        config,
-        recovery=replace(config.recovery, augmentation=bed.augmentation),
-        synthesis=replace(config.synthesis, flip=bed.augmentation.flip),
-    )
+    changes: dict[str, Any] = {
+        name: replace(part, augmentation=bed.augmentation)
+        for kind in (CalibrationConfig, TrainingConfig)
+        for name, part in parts_of(config, kind).items()
+    }
+    for name, part in parts_of(config, SynthesisConfig).items():
+        changes[name] = replace(part, flip=bed.augmentation.flip)
+    return config.with_(**changes)
 
 
-def _published(bed: TestBed, budget: Budget, seed: int, options: Options) -> CompressionConfig:
+def parts_of(config: MethodConfig, kind: type[Part]) -> dict[str, Part]:
+    """By field, those parts of a method's config that are of a type."""
+    return {of.name: part for of in fields(config) if isinstance(part := getattr(config, of.name), kind)}
+
+
+def _published(bed: TestBed, budget: Budget, seed: int, options: Options) -> DCViT:
     """The published settings, with as many iterations and epochs as the allowance permits."""
-    config = suited(CompressionConfig.paper(seed=seed), bed)
+    config = suited(DCViT.paper(seed=seed), bed)
     if options.allowance is None:
         return config
     planned = plan(bed.model, budget, config)
@@ -173,9 +198,7 @@ def _published(bed: TestBed, budget: Budget, seed: int, options: Options) -> Com
     return shortened(config, options.allowance, len(planned.candidates) + planned.num_blocks, iteration, epoch)
 
 
-def shortened(
-    config: CompressionConfig, allowance: float, recoveries: int, iteration: float, epoch: float
-) -> CompressionConfig:
+def shortened(config: DCViT, allowance: float, recoveries: int, iteration: float, epoch: float) -> DCViT:
     """A published config that fits into an allowance, at least one iteration and one epoch of it.
 
     Args:
@@ -189,8 +212,8 @@ def shortened(
     def fitting(seconds: float, each: float, most: int) -> int:
         return max(1, min(most, int(seconds / each)))
 
-    synthesis, recovery = config.synthesis, config.mimicking
-    iterations = fitting(METRIC_SET_SHARE * allowance, iteration, synthesis.iterations)
+    synthesis, recovery = config.synthesis, config.distillation
+    iterations = fitting(PROXY_SET_SHARE * allowance, iteration, synthesis.iterations)
     epochs = fitting((allowance - iterations * iteration) / recoveries, epoch, recovery.epochs)
     # A warm-up keeps its share: of full length it would leave nothing to a short schedule.
     warmup_iterations = round(synthesis.warmup_iterations * iterations / synthesis.iterations)
@@ -202,17 +225,19 @@ def shortened(
     )
 
 
-def _step_seconds(bed: TestBed, planned: Plan, config: CompressionConfig) -> tuple[float, float]:
+def _step_seconds(bed: TestBed, planned: Plan, config: DCViT) -> tuple[float, float]:
     """Seconds of an iteration of the synthesis, and of an epoch of the last candidate's recovery, the longest."""
     teacher, block = fuse(freeze(bed.model), config.impl), planned.candidates[-1]
     kept = draw_kept_nodes(teacher, block, planned.hidden_features, config.seed)
     student, images = compress_block(teacher, block, kept, config.impl), load_images(bed.images, teacher)
     steps = TIMED_STEPS + 1
     synthesis = replace(config.synthesis, iterations=steps)
-    recovery = replace(config.mimicking, epochs=steps)
+    recovery = replace(config.distillation, epochs=steps)
     return (
-        _seconds_each(lambda progress: synthesize(teacher, synthesis, progress=progress)),
-        _seconds_each(lambda progress: recover(student, teacher, images, [block], recovery, progress=progress)),
+        _seconds_each(lambda progress: synthesize(teacher, synthesis, RunContext(progress=progress))),
+        _seconds_each(
+            lambda progress: recover(student, teacher, images, [block], recovery, RunContext(progress=progress))
+        ),
     )
 
 

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dcvit.augmentation import augment
+from dcvit.budget import Budget
 from dcvit.config import AugmentationConfig
+from dcvit.data.augment import augment
+from dcvit.data.images import FewShotImages
 from dcvit.errors import DcvitError
-from dcvit.images import FewShotImages
-from dcvit.models import adapter_for
-from dcvit.planning import Budget, plan
-from dcvit.seeding import generator
-from dcvit.surgery import draw_kept_nodes
+from dcvit.models import compressible
+from dcvit.models.surgery import draw_kept_nodes
+from dcvit.runtime.seeding import generator
+from dcvit.search.plan import plan
 
 __all__ = ["naive_closed_form", "solve_block"]
 
@@ -47,21 +48,21 @@ def naive_closed_form(
     Returns:
         The compressed model, and the compressed blocks, best first.
     """
-    adapter, planned = adapter_for(teacher), plan(teacher, budget)
+    adapter, planned = compressible(teacher), plan(teacher, budget)
     drawing, every = generator(seed, "naive views"), range(len(images))
     drawn = [augment(images, every, augmentation, drawing) for _ in range(NUM_VIEWS)]
     views = torch.cat([images.normalised, *drawn])
-    tokens = torch.cat([adapter.embed(teacher, batch) for batch in views.split(BATCH_SIZE)])
+    tokens = torch.cat([adapter.embed(batch) for batch in views.split(BATCH_SIZE)])
     kept = {block: draw_kept_nodes(teacher, block, planned.hidden_features, seed) for block in planned.candidates}
-    depth = len(adapter.cost(teacher).blocks)
-    target = adapter.tokens(teacher, images.normalised)
+    depth = len(adapter.cost().blocks)
+    target = adapter.tokens(images.normalised)
 
     losses: dict[int, float] = {}
     for block, before, after in _walk(teacher, tokens):
         if block in kept:
             student = copy.deepcopy(teacher)
             solve_block(student, block, kept[block], before, after)
-            output = adapter.final_norm(student, _run(student, before[: len(images)], block, depth))
+            output = compressible(student).final_norm(_run(student, before[: len(images)], block, depth))
             losses[block] = float((output - target).square().mean())
     chosen = tuple(sorted(losses, key=losses.__getitem__)[: planned.num_blocks])
 
@@ -70,7 +71,7 @@ def naive_closed_form(
         if block in chosen:
             solve_block(student, block, kept[block], given, after)
         given = _run(student, given, block, block + 1)
-    return adapter.rebuild(student).eval(), chosen
+    return compressible(student).rebuild().eval(), chosen
 
 
 @torch.no_grad()
@@ -87,9 +88,9 @@ def solve_block(student: nn.Module, block: int, kept: tuple[int, ...], given: Te
     Raises:
         DcvitError: If the block's output is not its input plus that layer's.
     """
-    adapter = adapter_for(student)
-    adapter.compress_block(student, block, kept)
-    found = adapter.output_layer(student, block)
+    adapter = compressible(student)
+    adapter.compress_block(block, kept)
+    found = adapter.output_layer(block)
     if found is None or found.layer.bias is None:
         raise DcvitError(f"Block {block} does not end in a linear layer with a bias: no closed form fits it.")
     layer, scale = found.layer, found.scale
@@ -112,12 +113,12 @@ def solve_block(student: nn.Module, block: int, kept: tuple[int, ...], given: Te
 
 def _walk(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Each block with the tokens before and after it, for the tokens before the first."""
-    for block in range(len(adapter_for(model).cost(model).blocks)):
+    for block in range(len(compressible(model).cost().blocks)):
         after = _run(model, tokens, block, block + 1)
         yield block, tokens, after
         tokens = after
 
 
 def _run(model: nn.Module, tokens: Tensor, first: int, stop: int) -> Tensor:
-    run_blocks = adapter_for(model).run_blocks
-    return torch.cat([run_blocks(model, batch, first, stop) for batch in tokens.split(BATCH_SIZE)])
+    run_blocks = compressible(model).run_blocks
+    return torch.cat([run_blocks(batch, first, stop) for batch in tokens.split(BATCH_SIZE)])

@@ -32,10 +32,10 @@ from benchmarks.runs import (
     spread,
 )
 from benchmarks.testbeds import measure
-from dcvit.config import CompressionConfig
-from dcvit.models import adapter_for
-from dcvit.planning import Budget
-from dcvit.progress import TerminalProgress, silent
+from dcvit.budget import Budget
+from dcvit.config import DCViT
+from dcvit.models import compressible
+from dcvit.runtime.progress import TerminalProgress, silent
 
 RUNS = ROOT / "benchmarks" / "results" / "recovery.jsonl"
 """Part of the repository, so that a table grows from one machine and day to the next."""
@@ -43,7 +43,7 @@ RUNS = ROOT / "benchmarks" / "results" / "recovery.jsonl"
 MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/methods.py", "benchmarks/naive.py", "benchmarks/testbeds")
 """What a run's figures depend on."""
 
-PUBLISHED_EPOCHS = CompressionConfig.paper().mimicking.epochs
+PUBLISHED_EPOCHS = DCViT.paper().distillation.epochs
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SEEDS = 5
@@ -230,7 +230,7 @@ def _measured(request: dict[str, Any], verbose: bool) -> dict[str, Any]:
     model, info = METHODS[asked.method](bed, Budget(macs=1 - asked.budget), asked.seed, options)
     memory = peak_memory()
     measures = measure(bed, model)
-    original, left = (adapter_for(m).cost(m).total.macs("with_attention_products") for m in (bed.model, model))
+    original, left = (compressible(m).cost().total.macs("with_attention_products") for m in (bed.model, model))
     return {
         "header": machine,
         "removed": 1 - left / original,
@@ -287,7 +287,7 @@ def report(records: Sequence[Record]) -> str:
             "blocks compressed or dropped. Memory is the peak resident set of a fresh process up to the end of the "
             "compression: it includes the interpreter, torch and the test bed, "
             f"{before:.0f} MiB before the compression starts. Epochs are those of each recovery by a published "
-            "procedure, iterations those of the synthesis of its metric set; 2000 are as published, fewer are as many "
+            "procedure, iterations those of the synthesis of its proxy set; 2000 are as published, fewer are as many "
             "as the time allowed permits.",
             "",
             table(records),

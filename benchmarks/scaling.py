@@ -1,6 +1,6 @@
 """What a large compression takes, computed from what its units take here: `python -m benchmarks scaling`.
 
-The work of each stage is counted (`dcvit.costs`, and the sizes of `CompressionConfig`), and divided by the rate at
+The work of each stage is counted (`dcvit.costs`, and the sizes of `DCViT`), and divided by the rate at
 which this device was just seen to do such work: models' passes, with gradients and without, products of hidden nodes,
 greedy selection, Cholesky factors. Spread over more devices, what is shared (docs/distributed.md) is divided by their
 number, and what they tell each other is added, at a link's rate that is given. `--check` compares with a compression
@@ -20,11 +20,12 @@ from torch import nn
 import dcvit
 from benchmarks.harness import header
 from benchmarks.runs import markdown
-from dcvit.latency import example_images, time_forward
-from dcvit.methods.dcvit import HELD_OUT_VIEWS
-from dcvit.models import adapter_for
-from dcvit.reconstruction import CURVE, FEW_ROWS
-from dcvit.refinement import PILOT_SHARE, STEP_SIZES, num_steps
+from dcvit.history import CURVE
+from dcvit.methods.dcvit.reconstructed import HELD_OUT_VIEWS
+from dcvit.metrics.latency import example_images, time_forward
+from dcvit.models import compressible
+from dcvit.recovery.calibration import FEW_ROWS
+from dcvit.recovery.finetune import PILOT_SHARE, STEP_SIZES, num_steps
 
 MODELS = {
     "ViT-B/16, 224 px": "vit_base_patch16_224",
@@ -112,7 +113,7 @@ def measured(device: torch.device) -> Rates:
     """Rates of a device, from a ViT-S and matrices of a ViT-B's size."""
     model = timm.create_model("vit_small_patch16_224").eval().requires_grad_(False).to(device)
     batch = example_images(model, 16)
-    macs = len(batch) * adapter_for(model).cost(model).total.macs("with_attention_products")
+    macs = len(batch) * compressible(model).cost().total.macs("with_attention_products")
 
     def with_gradients(module: nn.Module, images: torch.Tensor) -> float:
         with torch.enable_grad():
@@ -159,7 +160,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.CompressionConfig) -> Work:
+def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.DCViT) -> Work:
     """What a model's compression with the default settings consists of, a quarter of its MACs taken away.
 
     Args:
@@ -168,11 +169,11 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.Compress
         rates: Of the device that will do it.
         config: The settings.
     """
-    adapter, recovery = adapter_for(model), config.reconstruction
-    cost = adapter.cost(model)
+    adapter, recovery = compressible(model), config.reconstruction
+    cost = adapter.cost()
     macs, depth = cost.total.macs("with_attention_products"), len(cost.blocks)
     hidden, width = cost.blocks[1].hidden_features, int(model.num_features)
-    channels, height, _ = adapter.input_size(model)
+    channels, height, _ = adapter.input_size()
     block_macs = cost.blocks[1].mlp.weight_macs
     tokens = block_macs // (2 * width * hidden)
     steps = num_steps(model, recovery)
@@ -207,7 +208,7 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.Compress
     }
     return Work(
         alone={
-            "metric set": config.synthesis.iterations * config.synthesis.num_images * 3 * macs / rates.backward,
+            "proxy set": config.synthesis.iterations * config.synthesis.num_images * 3 * macs / rates.backward,
             "step sizes": len(recovery.step_sizes) * (few / rows * (one_block + gradients) + 2 * solutions(kept)),
             "solutions of blocks": (cut + pruned) * 2 * solutions(kept),
         },
@@ -226,7 +227,7 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.Compress
 
 def page(rates: Rates, processes: Sequence[int], link: float, num_images: int) -> list[str]:
     """The rates, time and memory of each model, and what takes longest."""
-    config = dcvit.CompressionConfig()
+    config = dcvit.DCViT()
     rows, memory = [], []
     for title, name in MODELS.items():
         with torch.device("meta"):
@@ -257,10 +258,10 @@ def page(rates: Rates, processes: Sequence[int], link: float, num_images: int) -
 def check(name: str, rates: Rates, device: torch.device) -> list[str]:
     """A compression that is run now, stage by stage, beside what was computed."""
     model = timm.create_model(name).eval().to(device)
-    config = dcvit.CompressionConfig()
+    config = dcvit.DCViT()
     expected = work(model, 50, rates, config).seconds(1, 1.0)
     computed = {
-        "metric set": expected["metric set"],
+        "proxy set": expected["proxy set"],
         "views": expected["teacher's pass"],
         "ranking": expected["trials"] + expected["pruning trials"],
         "step size": expected["step sizes"],

@@ -1,11 +1,11 @@
-"""How useful a metric set is, and what it costs: `python -m benchmarks synthesis`.
+"""How useful a proxy set is, and what it costs: `python -m benchmarks synthesis`.
 
 Each candidate block of a test bed's model is compressed alone, to a quarter of its hidden nodes, and recovered in
 closed form. Its true loss is r over the output tokens of the held-out images (`benchmarks.testbeds.Measures`). Metric
 sets then judge the same students, and the rank correlation (Spearman) with the true order says how well each orders
 them. Compared are the set that `dcvit.compress` makes, the published one (2000 iterations), and noise that no iteration
 has touched; each by both metrics, and by the one that `dcvit.compress` takes, which looks at held-out few-shot images
-too (`dcvit.metric`).
+too (`dcvit.metrics.fidelity`).
 """
 
 import argparse
@@ -23,15 +23,17 @@ from benchmarks.harness import header
 from benchmarks.methods import BEDS
 from benchmarks.runs import markdown, spread
 from benchmarks.testbeds import TestBed, measure
-from dcvit.config import CompressionConfig, MetricKind, ReconstructionConfig, SynthesisConfig
-from dcvit.images import load_images
-from dcvit.methods.dcvit import HELD_OUT_VIEWS
-from dcvit.metric import Metric
-from dcvit.models import adapter_for
-from dcvit.planning import choose_candidates
-from dcvit.reconstruction import TeacherStates, Views, draw_views, reconstruct_block
-from dcvit.structure import Cut
-from dcvit.synthesis import synthesize
+from dcvit.config import DCViT, MetricKind, ReconstructionConfig, SynthesisConfig
+from dcvit.context import RunContext
+from dcvit.data.images import load_images
+from dcvit.data.synthesis import synthesize
+from dcvit.history import Cut
+from dcvit.methods.dcvit.reconstructed import HELD_OUT_VIEWS
+from dcvit.metrics.fidelity import Metric
+from dcvit.models import compressible
+from dcvit.recovery.calibration import TeacherStates, Views, draw_views
+from dcvit.recovery.reconstruct import BlockProblem, reconstruct_block
+from dcvit.search.space import choose_candidates
 
 KEPT = 0.25
 """Share of the hidden nodes that a tried block keeps."""
@@ -49,7 +51,7 @@ METRICS: dict[str, MetricKind] = {
 
 @dataclass(frozen=True)
 class Judged:
-    """What one metric set makes of the candidates.
+    """What one proxy set makes of the candidates.
 
     Attributes:
         seconds: Of its synthesis.
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser("python -m benchmarks synthesis", description=__doc__.partition("\n")[0])
     parser.add_argument("--beds", nargs="+", choices=BEDS, default=["digits", "photographs"])
-    parser.add_argument("--seeds", type=int, default=5, help="few-shot sets, each with metric sets of its own")
-    parser.add_argument("--iterations", type=int, default=CompressionConfig.paper().synthesis.iterations,
+    parser.add_argument("--seeds", type=int, default=5, help="few-shot sets, each with proxy sets of its own")
+    parser.add_argument("--iterations", type=int, default=DCViT.paper().synthesis.iterations,
                         help="of the published set")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args(argv)
@@ -81,17 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             cells = [spread([result.correlation[metric] for result in results], 2) for metric in METRICS]
             rows.append([name, label, str(len(results)), *cells, f"{mean(result.seconds for result in results):.1f}"])
     print("Rank correlation with the true order, mean ± standard deviation:\n")
-    print(markdown(["bed", "metric set", "seeds", *METRICS, "s"], rows))
+    print(markdown(["bed", "proxy set", "seeds", *METRICS, "s"], rows))
     return 0
 
 
 def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Judged]:
-    config = CompressionConfig(seed=seed)
+    config = DCViT(seed=seed)
     recovery = replace(config.reconstruction, augmentation=bed.augmentation, num_views=VIEWS)
     views = draw_views(bed.model, load_images(bed.images, bed.model), recovery, seed)
     students = _students(bed.model, views, recovery, seed)
     true = [measure(bed, student).error for student in students.values()]
-    default, published = config.synthesis, CompressionConfig.paper().synthesis
+    default, published = config.synthesis, DCViT.paper().synthesis
     synthesis = {
         f"default: {default.num_images} images, {default.iterations} iterations": default,
         f"published: {published.num_images} images, {iterations} iterations": replace(published, iterations=iterations),
@@ -100,7 +102,7 @@ def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Judged]:
 
     def judge(settings: SynthesisConfig) -> Judged:
         start = time.perf_counter()
-        made = synthesize(bed.model, replace(settings, flip=bed.augmentation.flip), seed=seed).images
+        made = synthesize(bed.model, replace(settings, flip=bed.augmentation.flip), RunContext(seed)).images
         seconds = time.perf_counter() - start
         correlation = {}
         for name, kind in METRICS.items():
@@ -115,13 +117,12 @@ def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Judged]:
 
 def _students(model: nn.Module, views: Views, config: ReconstructionConfig, seed: int) -> dict[int, nn.Module]:
     """The model with each candidate block compressed alone and solved, by block."""
-    states, adapter = TeacherStates(model, views, config.batch_size), adapter_for(model)
+    states, adapter = TeacherStates(model, views, config.batch_size), compressible(model)
     students = {}
     for block in choose_candidates(model, None):
         students[block] = copy.deepcopy(model)
-        count = round(KEPT * adapter.hidden_features(model, block))
+        count = round(KEPT * adapter.hidden_features(block))
         rows = states.rows(block).thinned()
-        reconstruct_block(
-            students[block], block, Cut(count), rows, config, step_size=0.0, epochs=0, refit=False, seed=seed
-        )
+        problem = BlockProblem(block, Cut(count), rows)
+        reconstruct_block(students[block], problem, config, context=RunContext(seed), refit=False)
     return students

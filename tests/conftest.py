@@ -1,7 +1,8 @@
 """Fixtures that several test files share."""
 
 import os
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dcvit
+from dcvit.methods import METHODS
 from tests.variants import EVA_VARIANTS, VARIANTS, Variant
 
-SYNTHESIS = dcvit.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1)
+SYNTHESIS = dcvit.config.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1)
 
-QUICK = dcvit.CompressionConfig(
-    recovery=dcvit.ReconstructionConfig(
+QUICK = dcvit.DCViT(
+    recovery=dcvit.config.ReconstructionConfig(
         num_views=60,
         num_rows=300,
         epochs=2,
@@ -39,10 +41,33 @@ CUT = QUICK.with_(structure="fewest")
 CUT_REFINED = REFINED.with_(structure="fewest")
 """Both where every cut block loses its attention, as published; a search finds that here only nodes need go."""
 
-PUBLISHED = dcvit.CompressionConfig.paper(
-    recovery=dcvit.MimickingConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4), synthesis=SYNTHESIS
+PUBLISHED = dcvit.DCViT.paper(
+    recovery=dcvit.config.DistillationConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4),
+    synthesis=SYNTHESIS,
 )
 """The published procedure likewise."""
+
+PARTS = {
+    "distillation": PUBLISHED.distillation,
+    "training": dcvit.config.TrainingConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4),
+    "calibration": dcvit.config.CalibrationConfig(num_views=60, num_rows=300, batch_size=4),
+}
+
+
+def quick(name: str, **changes: Any) -> dcvit.config.MethodConfig:
+    """The settings of a method, as by default but for the amounts.
+
+    Args:
+        name: The method.
+        **changes: Of its fields, or of those of its parts.
+    """
+    config = QUICK if name == "dcvit" else METHODS[name].config()
+    config = config.with_(**{of.name: PARTS[of.name] for of in fields(config) if of.name in PARTS})
+    for of in fields(config):
+        part = getattr(config, of.name)
+        mine = {key: changes.pop(key) for key in list(changes) if is_dataclass(part) and hasattr(part, key)}
+        config = config.with_(**{of.name: replace(part, **mine)}) if mine else config
+    return config.with_(**changes)
 
 
 # The models here are too small to share between threads; other processes' threads would only slow them down.

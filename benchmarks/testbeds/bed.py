@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dcvit import recovery
 from dcvit.config import AugmentationConfig
-from dcvit.models import adapter_for
+from dcvit.models import compressible
+from dcvit.recovery import distill as recovery
 
 __all__ = ["TestBed", "output_tokens"]
 
@@ -47,11 +47,11 @@ class TestBed:
     @torch.no_grad()
     def predictions(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """Most likely class `[M]` from a model's output tokens `[M, T, D]`, through its head or the probe."""
-        adapter = adapter_for(model)
+        adapter = compressible(model)
         tokens = tokens.to(next(model.parameters()).device)
         if self.probe is None:
-            return adapter.logits(model, tokens).argmax(-1).cpu()
-        logits: Tensor = self.probe(adapter.features(model, tokens).cpu())
+            return adapter.logits(tokens).argmax(-1).cpu()
+        logits: Tensor = self.probe(adapter.features(tokens).cpu())
         return logits.argmax(-1)
 
     def top1(self, model: nn.Module, tokens: Tensor) -> float | None:

@@ -11,9 +11,9 @@ from benchmarks.testbeds.cache import cached_tensors, fingerprint
 from benchmarks.testbeds.crops import HELD_OUT_SHARE, PHOTOGRAPHS, SIDE, crops, normalised
 from dcvit.demo import load_digits
 from dcvit.demo.comparison import DIGIT_VIEWS
-from dcvit.models import DEMO_MODEL, adapter_for, load_model
-from dcvit.seeding import derive_seed
-from dcvit.teacher import freeze
+from dcvit.models import DEMO_MODEL, compressible, load_model
+from dcvit.models.teacher import freeze
+from dcvit.runtime.seeding import derive_seed
 
 __all__ = ["digits", "dinov2", "efficientnet", "photographs", "resnet", "swin"]
 
@@ -137,7 +137,7 @@ def _probe(model: nn.Module, image_size: int) -> nn.Module:
     def fitted() -> dict[str, Tensor]:
         training = crops(PHOTOGRAPHS, "few-shot", NUM_PROBE, image_size, PROBE_SEED)
         tokens = output_tokens(model, normalised(training.pixels, model))
-        return _logistic_regression(adapter_for(model).features(model, tokens), training.labels)
+        return _logistic_regression(compressible(model).features(tokens), training.labels)
 
     weights = cached_tensors(f"dinov2-probe-{image_size}-{settings}.safetensors", fitted)
     num_classes, width = weights["weight"].shape

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcvit.errors import DcvitError
 from dcvit.models.loading import preprocessing
-from dcvit.seeding import generator
+from dcvit.runtime.seeding import generator
 
 __all__ = ["COLOUR", "GREY", "PHOTOGRAPHS", "Crops", "Region", "crops", "load_photograph", "normalised"]
 

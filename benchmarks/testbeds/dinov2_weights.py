@@ -18,7 +18,7 @@ from benchmarks.testbeds.bed import output_tokens
 from benchmarks.testbeds.cache import cached_tensors
 from benchmarks.testbeds.wheels import Wheel
 from dcvit.errors import DcvitError
-from dcvit.teacher import freeze
+from dcvit.models.teacher import freeze
 
 __all__ = ["WHEEL", "backbone", "conversion_error"]
 

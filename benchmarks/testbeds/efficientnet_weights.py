@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.testbeds.cache import cached_tensors
 from benchmarks.testbeds.wheels import Wheel
 from dcvit.errors import DcvitError
-from dcvit.teacher import freeze
+from dcvit.models.teacher import freeze
 
 __all__ = ["IMAGE_SIZE", "WHEEL", "classifier"]
 

@@ -10,8 +10,8 @@ from benchmarks.testbeds.bed import TestBed
 from dcvit.errors import DcvitError
 from dcvit.models import load_model
 from dcvit.models.loading import preprocessing
-from dcvit.seeding import generator
-from dcvit.teacher import freeze
+from dcvit.models.teacher import freeze
+from dcvit.runtime.seeding import generator
 
 __all__ = ["SEEDS", "imagenet"]
 

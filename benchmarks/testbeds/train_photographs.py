@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from benchmarks.testbeds.cache import cache_folder, fingerprint
 from benchmarks.testbeds.crops import HELD_OUT_SHARE, PHOTOGRAPHS, SIDE, crops, normalised
-from dcvit.demo.train import fit_classifier
-from dcvit.evaluation import top1
+from dcvit.artifacts.result import save_model
+from dcvit.demo.train import Training, fit_classifier
+from dcvit.metrics.agreement import top1
 from dcvit.models import create_vision_transformer, load_model
-from dcvit.results import save_model
-from dcvit.seeding import derive_seed, seeded
+from dcvit.runtime.seeding import derive_seed, seeded
 
 __all__ = ["IMAGE_SIZE", "RECIPES", "Recipe", "model_folder", "train", "trained_model"]
 
@@ -143,11 +143,7 @@ def _train(recipe: Recipe, epochs: int) -> nn.Module:
         model,
         lambda chosen: (normalised(_recoloured(training.pixels[chosen]), model), training.labels[chosen]),
         NUM_CROPS,
-        epochs=epochs,
-        batch_size=BATCH_SIZE,
-        learning_rate=recipe.learning_rate,
-        weight_decay=WEIGHT_DECAY,
-        report_every=1,
+        Training(epochs, BATCH_SIZE, recipe.learning_rate, WEIGHT_DECAY, report_every=1),
     )
 
 

@@ -31,11 +31,11 @@ from dcvit.cli import (
 )
 from dcvit.cli.arguments import run_folder
 from dcvit.cli.command import Command
-from dcvit.distributed import Ranks, launched
 from dcvit.errors import DcvitError, DcvitWarning, DistributedError
-from dcvit.output import Lenient
-from dcvit.progress import TerminalProgress
-from dcvit.run_store import RUN_FILE
+from dcvit.runtime.checkpoint import RUN_FILE
+from dcvit.runtime.distributed import Ranks, launched
+from dcvit.runtime.output import Lenient
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMANDS", "EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "main"]
 

@@ -7,8 +7,8 @@ from typing import get_args
 import torch
 
 from dcvit import ops
-from dcvit.methods import method as find_method
-from dcvit.run_store import CAN_LOCK, delete_run
+from dcvit.methods import METHODS
+from dcvit.runtime.checkpoint import CAN_LOCK, delete_run
 
 __all__ = [
     "DATA_HELP", "MODEL_HELP", "TV_EXPONENT_HELP", "amount", "block_list", "device_argument", "forget_run",
@@ -17,7 +17,7 @@ __all__ = [
 ]  # fmt: skip
 
 MODEL_HELP = "a timm name (deit_small_patch16_224), local-dir:FOLDER, hf-hub:OWNER/NAME, or demo (the embedded model)"
-TV_EXPONENT_HELP = "of the prior of synthesis: 0.6 for ViT, 1 for DeiT and Swin"
+TV_EXPONENT_HELP = "of the prior of synthesis (as published: 1 for DeiT and Swin, 0.6 for others)"
 DATA_HELP = "a folder of image files, searched recursively, or digits (scikit-learn's)"
 
 
@@ -82,7 +82,7 @@ def name_list(text: str) -> tuple[str, ...]:
 def run_folder(arguments: argparse.Namespace) -> Path | None:
     """Where finished work is kept: beside the result, unless a folder is named; `None` if nothing is kept."""
     named: Path | None = arguments.run_dir
-    if not find_method(getattr(arguments, "method", "dcvit")).resumable or (named is None and not CAN_LOCK):
+    if not METHODS[getattr(arguments, "method", "dcvit")].resumable or (named is None and not CAN_LOCK):
         return None
     out = Path(arguments.out).resolve()  # `.` has no name
     return named if named is not None else out.with_name(f"{out.name}.run")

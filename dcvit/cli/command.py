@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dcvit.progress import TerminalProgress
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["Command"]
 

@@ -1,13 +1,18 @@
 """`dcvit compress`: one model, one budget."""
 
 import argparse
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dcvit.artifacts.card import cut_kind, shared_weights
+from dcvit.artifacts.result import REPORT_FILE, CompressionResult, check_output_folder
+from dcvit.artifacts.saving import or_elsewhere
+from dcvit.budget import UNITS, Budget
 from dcvit.cli.arguments import (
     DATA_HELP,
     TV_EXPONENT_HELP,
@@ -25,24 +30,39 @@ from dcvit.cli.arguments import (
 from dcvit.cli.command import Command
 from dcvit.cli.inputs import digits_by_default, load_data, load_named_model
 from dcvit.cli.text import saved, table
-from dcvit.compression import compress
-from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
+from dcvit.compression.compress import compress
+from dcvit.config import DCViT, DistillationConfig, MethodConfig, ReconstructionConfig
 from dcvit.costs import MAC_CONVENTIONS
 from dcvit.errors import DcvitError
-from dcvit.evaluation import top1
-from dcvit.latency_planning import TOLERANCE
 from dcvit.methods import METHODS
-from dcvit.methods import method as find_method
-from dcvit.model_card import cut_kind, shared_weights
+from dcvit.metrics.agreement import top1
 from dcvit.models import hub_repository, require_supported
-from dcvit.planning import UNITS, Budget
-from dcvit.progress import TerminalProgress
+from dcvit.models.teacher import freeze
 from dcvit.report import run_page
-from dcvit.results import REPORT_FILE, CompressionResult, check_output_folder
-from dcvit.saving import or_elsewhere
-from dcvit.teacher import freeze
+from dcvit.runtime.progress import TerminalProgress
+from dcvit.search.latency import TOLERANCE
 
 __all__ = ["COMMAND", "with_top1"]
+
+PRESETS: Mapping[str, Callable[[], DCViT]] = {
+    "fast": DCViT.fast,
+    "default": DCViT,
+    "best": DCViT.best,
+    "paper": DCViT.paper,
+}
+RECOVERIES = {"reconstruction": ReconstructionConfig, "distillation": DistillationConfig}
+
+PLACES: Mapping[str, Sequence[str]] = {
+    "epochs": ("recovery.epochs", "distillation.epochs", "training.epochs"),
+    "learning_rate": ("recovery.learning_rate", "distillation.learning_rate", "training.learning_rate"),
+    "synthesis_iterations": ("synthesis.iterations",),
+    "synthesis_images": ("synthesis.num_images",),
+    "tv_exponent": ("synthesis.tv_exponent",),
+    "num_blocks": ("num_blocks",),
+    "structure": ("structure",),
+    "round_to": ("round_to",),
+}
+"""Where an option's value goes in a method's config: the first of these that it has."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,31 +96,31 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-images", type=int, metavar="N", help="use N random images of the data, not all")
     parser.add_argument(
-        "--paper",
-        action="store_true",
-        help="the published settings (2000 epochs a trial), before the options below",
-    )
-    parser.add_argument(
-        "--recovery",
-        choices=("reconstruction", "mimicking"),
-        help="block by block (default), or by mimicking the output tokens as published (--paper's)",
-    )
-    parser.add_argument(
-        "--epochs", type=int,
-        help=f"gradient steps: of each chosen block ({ReconstructionConfig().epochs}); mimicking, of each trial and "
-        f"each step ({MimickingConfig().epochs}, with --paper {CompressionConfig.paper().mimicking.epochs})",
+        "--preset", choices=tuple(PRESETS),
+        help="settings before the options below: fast (the closed form alone), default, best (ten times the refinement "
+        "and four times the views), paper (the published ones, 2000 epochs a trial)",
     )  # fmt: skip
     parser.add_argument(
-        "--learning-rate", type=float, metavar="RATE", help="peak, of mimicking; found automatically if not given"
+        "--recovery",
+        choices=tuple(RECOVERIES),
+        help="block by block (default), or by distillation of the output tokens as published (--preset paper's)",
     )
-    defaults, published = SynthesisConfig(), CompressionConfig.paper().synthesis
+    default, published = DCViT(), DCViT.paper()
+    parser.add_argument(
+        "--epochs", type=int,
+        help=f"gradient steps: of each chosen block ({default.reconstruction.epochs}); distillation, of each trial and "
+        f"each step ({DistillationConfig().epochs}, with --preset paper {published.distillation.epochs})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--learning-rate", type=float, metavar="RATE", help="peak, of distillation; found automatically if not given"
+    )
     parser.add_argument(
         "--synthesis-iterations", type=int, metavar="N",
-        help=f"for the metric set ({defaults.iterations}, with --paper {published.iterations})",
+        help=f"for the proxy set ({default.synthesis.iterations}, --preset paper {published.synthesis.iterations})",
     )  # fmt: skip
     parser.add_argument(
         "--synthesis-images", type=int, metavar="N",
-        help=f"in the metric set ({defaults.num_images}, with --paper {published.num_images})",
+        help=f"in the proxy set ({default.synthesis.num_images}, --preset paper {published.synthesis.num_images})",
     )  # fmt: skip
     parser.add_argument("--tv-exponent", type=float, metavar="β", help=TV_EXPONENT_HELP)
     parser.add_argument("--candidates", type=block_list, metavar="I,J,…", help="blocks that may be compressed, from 0")
@@ -109,12 +129,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--structure", choices=("searched", "fewest"),
-        help="searched (default): blocks keep their attention where losing nodes alone costs less; fewest (--paper's): "
-        "as few blocks as meet the budget lose it",
+        help="searched (default): blocks keep their attention where losing nodes alone costs less; fewest (--preset "
+        "paper's): as few blocks as meet the budget lose it",
     )  # fmt: skip
-    parser.add_argument(
-        "--round-to", type=int, default=1, metavar="N", help="round kept hidden nodes down to a multiple"
-    )
+    parser.add_argument("--round-to", type=int, metavar="N", help="round kept hidden nodes down to a multiple")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same result")
     output_arguments(parser)
     run_argument(parser)
@@ -134,23 +152,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         batch_size=arguments.budget_batch,
         convention=arguments.convention,
     )
-    config = CompressionConfig.paper() if arguments.paper else find_method(arguments.method).config()
-    _check_method(arguments, config)
-    config = config.with_(
-        recovery=_recovery(arguments, config),
-        synthesis=_changed(
-            config.synthesis,
-            iterations=arguments.synthesis_iterations,
-            num_images=arguments.synthesis_images,
-            tv_exponent=arguments.tv_exponent,
-        ),
-        candidates=arguments.candidates,
-        num_blocks=arguments.num_blocks,
-        structure=arguments.structure or config.structure,
-        round_to=arguments.round_to,
-        seed=arguments.seed,
-        impl=arguments.impl,
-    )
+    config = _config(arguments)
     if arguments.devices:
         arguments.device = "cpu"  # each process moves its own
     model = load_named_model(arguments.model, arguments)
@@ -158,8 +160,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     images, labels, _ = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed, progress)
     result = compress(
         model, images, budget, config,
-        method=arguments.method, run_dir=run_folder(arguments), ranks=arguments.ranks, devices=arguments.devices,
-        progress=progress,
+        run_dir=run_folder(arguments), ranks=arguments.ranks, devices=arguments.devices, progress=progress,
     )  # fmt: skip
     if not arguments.ranks.leads:
         return {}
@@ -184,63 +185,60 @@ def with_top1(
     return replace(result, report=replace(report, teacher=replace(report.teacher, top1=original), student=student))
 
 
-def _check_method(arguments: argparse.Namespace, config: CompressionConfig) -> None:
-    """Refuse options that a method does not read.
+def _config(arguments: argparse.Namespace) -> MethodConfig:
+    """The method's settings, as the options have them.
 
-    Args:
-        arguments: Of `compress`.
-        config: The method's own.
+    Raises:
+        DcvitError: If an option is given that the method does not read.
     """
-    if arguments.method == "dcvit":
-        return
-    for name in (
-        "paper",
-        "synthesis_iterations",
-        "synthesis_images",
-        "tv_exponent",
-        "num_blocks",
-        "structure",
-        "run_dir",
-    ):
-        if getattr(arguments, name) not in (None, False):
-            raise DcvitError(f"--{name.replace('_', '-')}: --method {arguments.method} does not read it; leave it out.")
-    if find_method(arguments.method).recovery is None:
-        for name in ("recovery", "epochs", "learning_rate"):
-            if getattr(arguments, name) is not None:
-                raise DcvitError(
-                    f"--{name.replace('_', '-')}: --method {arguments.method} changes no weight; leave it out."
-                )
-        return
-    kind = "mimicking" if isinstance(config.recovery, MimickingConfig) else "reconstruction"
-    if arguments.recovery not in (None, kind):
-        raise DcvitError(
-            f"--recovery {arguments.recovery}: --method {arguments.method} reads the settings of {kind}; leave it out."
-        )
-    if kind == "reconstruction" and arguments.epochs is not None:
-        raise DcvitError(f"--epochs {arguments.epochs}: --method {arguments.method} takes no gradient steps.")
+    config = METHODS[arguments.method].config()
+    if isinstance(config, DCViT):
+        config = _preset(arguments)
+    for option in ("preset", "recovery", "run_dir"):
+        if arguments.method != "dcvit" and getattr(arguments, option) is not None:
+            raise _unread(option, arguments)
+    for option, places in PLACES.items():
+        if (value := getattr(arguments, option)) is not None:
+            config = _changed(config, option, places, value, arguments)
+    return config.with_(candidates=arguments.candidates, seed=arguments.seed, impl=arguments.impl)
 
 
-def _recovery(arguments: argparse.Namespace, config: CompressionConfig) -> ReconstructionConfig | MimickingConfig:
-    """The recovery that the options ask for, on top of a config's."""
-    kind = {"reconstruction": ReconstructionConfig, "mimicking": MimickingConfig, None: type(config.recovery)}
-    wanted = kind[arguments.recovery]
-    if arguments.paper and wanted is not MimickingConfig:
-        raise DcvitError("--recovery reconstruction: --paper recovers by mimicking; leave one of the two out.")
-    if arguments.learning_rate is not None and wanted is not MimickingConfig:
-        raise DcvitError(
-            f"--learning-rate {arguments.learning_rate:g}: it is mimicking's, and block reconstruction finds its own "
-            "step size; add --recovery mimicking, or leave it out."
-        )
-    recovery = config.recovery if isinstance(config.recovery, wanted) else wanted()
-    changed: ReconstructionConfig | MimickingConfig = _changed(
-        recovery, epochs=arguments.epochs, learning_rate=arguments.learning_rate
+def _preset(arguments: argparse.Namespace) -> DCViT:
+    """Dcvit's own method, with the preset and the kind of recovery that are asked for."""
+    config = PRESETS[arguments.preset or "default"]()
+    wanted = RECOVERIES[arguments.recovery] if arguments.recovery else type(config.recovery)
+    if isinstance(config.recovery, wanted):
+        return config
+    if arguments.preset in (None, "default"):
+        return config.with_(recovery=wanted())
+    raise DcvitError(
+        f"--recovery {arguments.recovery}: --preset {arguments.preset} recovers otherwise; leave one of the two out."
     )
-    return changed
 
 
-def _changed(config: Any, **changes: Any) -> Any:
-    """A copy of a config in which the changes that are not `None` are made."""
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+def _changed(
+    config: MethodConfig, option: str, places: Sequence[str], value: Any, arguments: argparse.Namespace
+) -> MethodConfig:
+    """The config with an option's value at the first of its places that there is."""
+    for part, _, name in (place.rpartition(".") for place in places):
+        if not part and _has(config, name):
+            return config.with_(**{name: value})
+        if _has(config, part) and _has(getattr(config, part), name):
+            return config.with_(**{part: replace(getattr(config, part), **{name: value})})
+    if option == "learning_rate" and isinstance(config, DCViT):
+        raise DcvitError(
+            f"--learning-rate {value:g}: it is of distillation, and block reconstruction finds its own step size; add "
+            "--recovery distillation, or leave it out."
+        )
+    raise _unread(option, arguments)
+
+
+def _has(config: Any, name: str) -> bool:
+    return name in {field.name for field in fields(config)}
+
+
+def _unread(option: str, arguments: argparse.Namespace) -> DcvitError:
+    return DcvitError(f"--{option.replace('_', '-')}: --method {arguments.method} does not read it; leave it out.")
 
 
 def _show(values: dict[str, Any]) -> str:

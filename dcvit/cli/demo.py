@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from dcvit.artifacts.result import REPORT_FILE, check_output_folder
+from dcvit.artifacts.saving import or_elsewhere
 from dcvit.cli.arguments import impl_argument, output_arguments
 from dcvit.cli.command import Command
 from dcvit.cli.text import saved, table
-from dcvit.config import CompressionConfig
+from dcvit.config import DCViT
 from dcvit.demo import load_digits
 from dcvit.demo.comparison import (
     BLOCK_DROPPING,
@@ -20,19 +22,18 @@ from dcvit.demo.comparison import (
     PUBLISHED_DEMO_CONFIG,
     THIS_METHOD,
     Comparison,
+    Settings,
     compare,
 )
 from dcvit.errors import DcvitError
 from dcvit.methods.budgets import candidate_groups
 from dcvit.models import load_model
-from dcvit.progress import TerminalProgress
 from dcvit.report import run_page
-from dcvit.results import REPORT_FILE, check_output_folder
-from dcvit.saving import or_elsewhere
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 
-PAPER_EPOCHS = CompressionConfig.paper().mimicking.epochs
+PAPER_EPOCHS = DCViT.paper().distillation.epochs
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs",
         type=int,
-        default=PUBLISHED_DEMO_CONFIG.mimicking.epochs,
+        default=PUBLISHED_DEMO_CONFIG.distillation.epochs,
         help="of each recovery of block dropping and of the published procedure",
     )
     parser.add_argument(
@@ -61,15 +62,16 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     if not 1 <= arguments.drop <= blocks:
         raise DcvitError(f"--drop {arguments.drop}: expected 1 to {blocks}, the blocks that may go.")
     torch.set_num_threads(1)  # a second one saves this small model next to nothing, and costs much on a busy machine
-    mimicking = replace(PUBLISHED_DEMO_CONFIG.mimicking, epochs=arguments.epochs)
+    distillation = replace(PUBLISHED_DEMO_CONFIG.distillation, epochs=arguments.epochs)
     comparison: Comparison = compare(
         "demo",
         load_digits(),
         range(arguments.seeds),
         num_images=arguments.num_images,
         num_dropped=arguments.drop,
-        config=replace(DEMO_CONFIG, impl=arguments.impl),
-        published=replace(PUBLISHED_DEMO_CONFIG, recovery=mimicking),
+        settings=Settings(
+            replace(DEMO_CONFIG, impl=arguments.impl), replace(PUBLISHED_DEMO_CONFIG, recovery=distillation)
+        ),
         progress=progress,
     )
     or_elsewhere(

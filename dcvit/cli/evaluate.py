@@ -9,11 +9,11 @@ from dcvit.cli.inputs import load_data, load_named_model
 from dcvit.cli.text import table
 from dcvit.costs import MAC_CONVENTIONS
 from dcvit.errors import DcvitError
-from dcvit.evaluation import agreement, top1
-from dcvit.latency import measure_latency
-from dcvit.models import adapter_for
-from dcvit.progress import TerminalProgress
-from dcvit.teacher import freeze
+from dcvit.metrics.agreement import agreement, top1
+from dcvit.metrics.latency import QUICK_TIMING, measure_latency
+from dcvit.models import compressible
+from dcvit.models.teacher import freeze
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 
@@ -28,22 +28,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
     model = freeze(load_named_model(arguments.model, arguments))
     images, labels, unlabelled = load_data(arguments.data, model, progress=progress)
-    cost = adapter_for(model).cost(model).total
+    cost = compressible(model).cost().total
     values: dict[str, Any] = {
         "model": arguments.model,
         "images": len(images),
         "macs": {convention: cost.macs(convention) for convention in MAC_CONVENTIONS},
         "params": cost.params,
-        "latency_ms": measure_latency({"model": model}, images.normalised[:64], runs=50, warmup=1, max_seconds=3.0)[
-            "model"
-        ].median_ms,
+        "latency_ms": measure_latency({"model": model}, images.normalised[:64], QUICK_TIMING)["model"].median_ms,
         "top1": None if labels is None else top1(model, images.normalised, labels),
         "unlabelled": unlabelled,
         "agreement": None,
     }
     if arguments.teacher is not None:
         teacher = freeze(load_named_model(arguments.teacher, arguments))
-        if adapter_for(teacher).input_size(teacher) != adapter_for(model).input_size(model):
+        if compressible(teacher).input_size() != compressible(model).input_size():
             raise DcvitError(f"--teacher {arguments.teacher}: it takes images of another size than {arguments.model}.")
         values["agreement"] = agreement(model, teacher, images.normalised)
     return values

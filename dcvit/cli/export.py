@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dcvit.artifacts.export import SUFFIXES, TOLERANCES, compare_rounded, export_model
+from dcvit.artifacts.result import DTYPES, check_output_folder, load
 from dcvit.cli.command import Command
-from dcvit.export import SUFFIXES, TOLERANCES, compare_rounded, export_model
 from dcvit.models import load_model
-from dcvit.progress import TerminalProgress
-from dcvit.results import DTYPES, check_output_folder, load
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 

@@ -6,8 +6,8 @@ from typing import Any
 from dcvit.cli.command import Command
 from dcvit.cli.methods import listed
 from dcvit.cli.text import table
-from dcvit.models import adapters
-from dcvit.progress import TerminalProgress
+from dcvit.models import families
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 
@@ -22,7 +22,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
                 "methods": [method.name for method in listed() if adapter.family in method.families],
                 "source": adapter.source,
             }
-            for adapter in adapters()
+            for adapter in families()
         ]
     }
 

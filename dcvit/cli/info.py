@@ -8,12 +8,12 @@ from dcvit import ops
 from dcvit.cli.arguments import MODEL_HELP, random_weights_argument
 from dcvit.cli.command import Command
 from dcvit.cli.text import span, table
-from dcvit.config import CompressionConfig
+from dcvit.config import DCViT
 from dcvit.costs import MAC_CONVENTIONS, Cost
 from dcvit.models import load_model, require_supported
-from dcvit.planning import search_space
-from dcvit.progress import TerminalProgress
-from dcvit.results import versions
+from dcvit.runtime.environment import versions
+from dcvit.runtime.progress import TerminalProgress
+from dcvit.search.space import search_space
 
 __all__ = ["COMMAND"]
 
@@ -29,7 +29,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         return values
     model = load_model(arguments.model, pretrained=not arguments.random_weights)
     adapter = require_supported(model)
-    space = search_space(model, CompressionConfig())
+    space = search_space(model, DCViT())
     total = space.cost.total
 
     def budget(of: Callable[[Cost], int]) -> list[float]:
@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     values["model"] = {
         "name": arguments.model,
         "family": adapter.family,
-        "input_size": list(adapter.input_size(model)),
+        "input_size": list(adapter.input_size()),
         "macs": {convention: total.macs(convention) for convention in MAC_CONVENTIONS},
         "params": total.params,
         "blocks": len(space.cost.blocks),

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dcvit.data.images import FewShotImages, image_files, is_hidden, load_images, named
 from dcvit.demo import load_digits
 from dcvit.errors import DcvitError, ImagesError
-from dcvit.images import FewShotImages, image_files, is_hidden, load_images, named
-from dcvit.models import adapter_for, load_model
-from dcvit.progress import Progress, silent
-from dcvit.seeding import seeded
+from dcvit.models import compressible, load_model
+from dcvit.runtime.progress import Progress, silent
+from dcvit.runtime.seeding import seeded
 
 __all__ = ["Data", "digits_by_default", "load_data", "load_named_model"]
 
@@ -62,7 +62,7 @@ def load_data(
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:num_images]
         chosen = [files[i] for i in sorted(order.tolist())]
     images = load_images(chosen, model, progress)
-    classes, unlabelled = _classes(Path(data), files, adapter_for(model).num_classes(model))
+    classes, unlabelled = _classes(Path(data), files, compressible(model).num_classes())
     if unlabelled is not None:
         return Data(images, None, unlabelled)
     labels = torch.tensor([classes.index(_top(Path(data), file)) for file in images.files or ()])

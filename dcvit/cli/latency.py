@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
+from dcvit.artifacts.result import check_output_file, original_name
+from dcvit.artifacts.saving import or_elsewhere, replace_file
 from dcvit.cli.arguments import MODEL_HELP, device_argument, name_list, random_weights_argument
 from dcvit.cli.command import Command
 from dcvit.cli.inputs import load_named_model
 from dcvit.cli.text import table
 from dcvit.errors import DcvitError
-from dcvit.latency import MODES, STOPWATCHES, compare_latency
+from dcvit.metrics.latency import MODES, STOPWATCHES, compare_latency
 from dcvit.models import DEMO_MODEL
-from dcvit.progress import TerminalProgress
-from dcvit.results import check_output_file, device_name, original_name, versions
-from dcvit.saving import or_elsewhere, replace_file
+from dcvit.runtime.environment import device_name, versions
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 

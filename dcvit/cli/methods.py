@@ -6,7 +6,7 @@ from typing import Any
 from dcvit.cli.command import Command
 from dcvit.cli.text import table
 from dcvit.methods import METHODS, Method
-from dcvit.progress import TerminalProgress
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND", "listed"]
 

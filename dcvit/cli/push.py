@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
+from dcvit.artifacts.hub import push_to_hub
 from dcvit.cli.command import Command
-from dcvit.hub import push_to_hub
-from dcvit.progress import TerminalProgress
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 

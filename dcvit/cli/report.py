@@ -4,8 +4,8 @@ import argparse
 from typing import Any
 
 from dcvit.cli.command import Command
-from dcvit.progress import TerminalProgress
 from dcvit.report import write_report
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 

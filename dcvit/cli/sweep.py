@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcvit.artifacts.result import REPORT_FILE, CompressionResult
+from dcvit.artifacts.saving import or_elsewhere
 from dcvit.cli.arguments import (
     DATA_HELP,
     amount,
@@ -25,22 +27,20 @@ from dcvit.cli.command import Command
 from dcvit.cli.compress import with_top1
 from dcvit.cli.inputs import digits_by_default, load_data, load_named_model
 from dcvit.cli.text import table
-from dcvit.config import CompressionConfig, MimickingConfig
+from dcvit.compression.sweep import DEFAULT_SHARES, check_family_folder, sweep
+from dcvit.config import DCViT
+from dcvit.data.images import FewShotImages
 from dcvit.demo import load_digits
 from dcvit.demo.comparison import DEMO_CONFIG, PUBLISHED_DEMO_CONFIG
 from dcvit.errors import DcvitError
-from dcvit.evaluation import agreement, top1
-from dcvit.family import DEFAULT_SHARES, check_family_folder, sweep
-from dcvit.images import FewShotImages
-from dcvit.latency import measure_latency
+from dcvit.methods.baselines.practise import Practise, block_dropping
 from dcvit.methods.budgets import candidate_groups
-from dcvit.methods.practise import block_dropping
-from dcvit.models import adapter_for, require_supported
-from dcvit.progress import TerminalProgress
+from dcvit.metrics.agreement import agreement, top1
+from dcvit.metrics.latency import QUICK_TIMING, measure_latency
+from dcvit.models import compressible, require_supported
+from dcvit.models.teacher import freeze
 from dcvit.report import FamilyPoint, saved_family_page
-from dcvit.results import REPORT_FILE, CompressionResult
-from dcvit.saving import or_elsewhere
-from dcvit.teacher import freeze
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         if arguments.model != "demo":
             raise DcvitError(f"sweep {arguments.model}: name the few-shot images with --data FOLDER.")
         arguments.data = "digits"
-    config = DEMO_CONFIG if arguments.data == "digits" else CompressionConfig()
+    config = DEMO_CONFIG if arguments.data == "digits" else DCViT()
     model = load_named_model(arguments.model, arguments)
     require_supported(model)
     images = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed, progress).images
@@ -111,9 +111,9 @@ def _dropped_points(
     progress: TerminalProgress,
 ) -> list[FamilyPoint]:
     """Whole blocks dropped and recovered by mimicking, down to the smallest member."""
-    config = PUBLISHED_DEMO_CONFIG if arguments.data == "digits" else CompressionConfig(recovery=MimickingConfig())
+    config = Practise(distillation=PUBLISHED_DEMO_CONFIG.distillation) if arguments.data == "digits" else Practise()
     config = config.with_(seed=arguments.seed, impl=arguments.impl)
-    adapter, convention = adapter_for(original), members[-1].plan.budget.convention
+    _adapter, convention = compressible(original), members[-1].plan.budget.convention
     smallest = members[-1].report.student.macs
     models: dict[str, nn.Module] = {"original": original}
     trials = None
@@ -122,14 +122,12 @@ def _dropped_points(
         trials = dropped.trials
         blocks = ", ".join(map(str, sorted(dropped.blocks)))
         models[f"without block{'s' if count > 1 else ''} {blocks}"] = dropped.model
-        if adapter.cost(dropped.model).total.macs(convention) <= smallest:
+        if compressible(dropped.model).cost().total.macs(convention) <= smallest:
             break
-    latency = measure_latency(
-        models, images.normalised[: members[0].report.latency_batch], runs=50, warmup=1, max_seconds=3.0
-    )
+    latency = measure_latency(models, images.normalised[: members[0].report.latency_batch], QUICK_TIMING)
     points = []
     for name, model in list(models.items())[1:]:
-        cost = adapter.cost(model).total
+        cost = compressible(model).cost().total
         # In proportion to the members' own original: the two were not timed in one run.
         time = members[0].report.teacher.latency_ms * latency[name].ratio_to(latency["original"])
         points.append(

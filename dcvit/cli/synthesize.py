@@ -1,4 +1,4 @@
-"""`dcvit synthesize`: the metric set of a model."""
+"""`dcvit synthesize`: the proxy set of a model."""
 
 import argparse
 import os
@@ -8,18 +8,19 @@ from typing import Any
 from safetensors.torch import save_file
 from torchvision.utils import save_image
 
+from dcvit.artifacts.result import PROXY_SET_FILE, check_folder
+from dcvit.artifacts.saving import or_elsewhere, replacing_folder, require_writable
 from dcvit.cli.arguments import TV_EXPONENT_HELP, device_argument, impl_argument, model_arguments
 from dcvit.cli.command import Command
 from dcvit.cli.inputs import load_named_model
 from dcvit.config import SynthesisConfig
+from dcvit.context import RunContext
+from dcvit.data.synthesis import synthesize
 from dcvit.errors import SaveFolderError
-from dcvit.files import file_mode, is_draft
 from dcvit.models import preprocessing
-from dcvit.progress import TerminalProgress
-from dcvit.results import METRIC_SET_FILE, check_folder
-from dcvit.saving import or_elsewhere, replacing_folder, require_writable
-from dcvit.synthesis import synthesize
-from dcvit.teacher import freeze
+from dcvit.models.teacher import freeze
+from dcvit.runtime.files import file_mode, is_draft
+from dcvit.runtime.progress import TerminalProgress
 
 __all__ = ["COMMAND"]
 
@@ -42,21 +43,21 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     config = SynthesisConfig(
         num_images=arguments.num_images, iterations=arguments.iterations, tv_exponent=arguments.tv_exponent
     )
-    metric_set = synthesize(model, config, seed=arguments.seed, impl=arguments.impl, progress=progress)
-    assert metric_set.targets is not None
-    images, targets = metric_set.images.cpu(), metric_set.targets.cpu()
+    proxy_set = synthesize(model, config, RunContext(arguments.seed, arguments.impl, progress=progress))
+    assert proxy_set.targets is not None
+    images, targets = proxy_set.images.cpu(), proxy_set.targets.cpu()
     pixels = preprocessing(model).pixels(images)
     pixels = pixels if pixels.shape[1] in (1, 3) else pixels.mean(1, keepdim=True)
 
     def save(out: Path) -> None:
         _check_output(out)
         with replacing_folder(out) as draft:
-            save_file({"images": images.contiguous(), "targets": targets}, draft / METRIC_SET_FILE)
-            os.chmod(draft / METRIC_SET_FILE, file_mode(draft))  # safetensors writes for the owner alone
+            save_file({"images": images.contiguous(), "targets": targets}, draft / PROXY_SET_FILE)
+            os.chmod(draft / PROXY_SET_FILE, file_mode(draft))  # safetensors writes for the owner alone
             save_image(pixels, draft / "images.png", nrow=10)
 
     or_elsewhere(save, arguments.out)
-    return {"images": list(images.shape), "loss": metric_set.loss, "seed": arguments.seed, "out": str(arguments.out)}
+    return {"images": list(images.shape), "loss": proxy_set.loss, "seed": arguments.seed, "out": str(arguments.out)}
 
 
 def _check_output(folder: Path) -> None:
@@ -73,7 +74,7 @@ def _show(values: dict[str, Any]) -> str:
 
 COMMAND = Command(
     name="synthesize",
-    summary="make the metric set from a model",
+    summary="make the proxy set from a model",
     description=(
         "Make images that a model takes for random classes, by inverting it. Writes metric_set.safetensors "
         "(images, targets) and images.png."

@@ -8,18 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from dcvit.compression import compress
-from dcvit.config import AugmentationConfig, CompressionConfig, MimickingConfig, ReconstructionConfig, SynthesisConfig
+from dcvit.artifacts.result import CompressionResult, Record
+from dcvit.budget import Budget
+from dcvit.compression.compress import compress
+from dcvit.config import AugmentationConfig, DCViT, DistillationConfig, ReconstructionConfig, SynthesisConfig
+from dcvit.data.images import load_images
 from dcvit.demo.digits import Digits
-from dcvit.evaluation import agreement, top1
-from dcvit.images import load_images
-from dcvit.latency import measure_latency
-from dcvit.methods.practise import block_dropping, drop_blocks
-from dcvit.models import adapter_for, load_model
-from dcvit.planning import Budget
-from dcvit.progress import Progress, silent
-from dcvit.results import CompressionResult, ModelFigures, Record
-from dcvit.teacher import freeze
+from dcvit.history import ModelFigures
+from dcvit.methods.baselines.practise import Practise, block_dropping, drop_blocks
+from dcvit.metrics.agreement import agreement, top1
+from dcvit.metrics.latency import QUICK_TIMING, measure_latency
+from dcvit.models import compressible, load_model
+from dcvit.models.teacher import freeze
+from dcvit.runtime.progress import Progress, silent
 
 __all__ = [
     "BLOCK_DROPPING",
@@ -30,6 +31,7 @@ __all__ = [
     "THIS_METHOD",
     "Comparison",
     "Row",
+    "Settings",
     "compare",
 ]
 
@@ -42,22 +44,37 @@ NUM_DROPPED = 2
 # Digits are centred and have a writing direction: small shifts only, no mirror images, no colours.
 DIGIT_VIEWS = AugmentationConfig(scale=(0.7, 1.0), ratio=(0.9, 1.1), flip=0.0, color_jitter=0.0)
 
-DEMO_CONFIG = CompressionConfig(
-    recovery=ReconstructionConfig(augmentation=DIGIT_VIEWS), synthesis=SynthesisConfig(flip=0.0)
-)
+DEMO_CONFIG = DCViT(recovery=ReconstructionConfig(augmentation=DIGIT_VIEWS), synthesis=SynthesisConfig(flip=0.0))
 """The default, with views that suit digits."""
 
-PUBLISHED_DEMO_CONFIG = CompressionConfig.paper(
-    recovery=MimickingConfig(
+PUBLISHED_DEMO_CONFIG = DCViT.paper(
+    recovery=DistillationConfig(
         epochs=20,
         learning_rate=1e-3,
         warmup_epochs=2,
         batch_size=25,
-        augmentation=replace(DIGIT_VIEWS, num_views=8),
+        augmentation=DIGIT_VIEWS,
+        fixed_views=8,
     ),
     synthesis=SynthesisConfig(num_images=50, iterations=100, flip=0.0),
 )
 """The published procedure, shortened to minutes on a CPU and fitted to 8x8 digits."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the methods that are compared.
+
+    Attributes:
+        config: Of this method.
+        published: Of the published procedure and of block dropping; impl is `config`'s.
+    """
+
+    config: DCViT = DEMO_CONFIG
+    published: DCViT = PUBLISHED_DEMO_CONFIG
+
+
+DEMO_SETTINGS = Settings()
 
 
 @dataclass(frozen=True)
@@ -138,8 +155,7 @@ def compare(
     *,
     num_images: int = 50,
     num_dropped: int = NUM_DROPPED,
-    config: CompressionConfig = DEMO_CONFIG,
-    published: CompressionConfig = PUBLISHED_DEMO_CONFIG,
+    settings: Settings = DEMO_SETTINGS,
     progress: Progress = silent,
 ) -> Comparison:
     """Run block dropping and this method at the MACs that block dropping reaches.
@@ -150,22 +166,22 @@ def compare(
         seeds: One few-shot set and one run of both methods each.
         num_images: Size of a few-shot set.
         num_dropped: Whole blocks that block dropping removes.
-        config: Of this method; the seed is replaced.
-        published: Of the published procedure and of block dropping; the seed is replaced, impl is `config`'s.
+        settings: Of the methods; their seeds are replaced.
         progress: Told how it goes.
     """
     teacher = freeze(load_model(model))
     rows: list[Row] = []
     results: list[CompressionResult] = []
     for seed in seeds:
-        settings = replace(config, seed=seed)
-        mimicking = replace(published, seed=seed, impl=config.impl)
+        config = replace(settings.config, seed=seed)
+        practise = Practise(distillation=settings.published.distillation, seed=seed, impl=config.impl)
         images = digits.few_shot(num_images, seed)
         few_shot = load_images(images, teacher)
-        dropped = block_dropping(teacher, few_shot, num_dropped, mimicking, progress=progress)
-        budget = Budget(macs=adapter_for(teacher).cost(dropped.model).total.macs("with_attention_products"))
-        gradient_only = compress(model, images, budget, mimicking, progress=progress)
-        result = compress(model, images, budget, settings, progress=progress)
+        dropped = block_dropping(teacher, few_shot, num_dropped, practise, progress=progress)
+        budget = Budget(macs=compressible(dropped.model).cost().total.macs("with_attention_products"))
+        published = replace(settings.published, seed=seed, impl=config.impl)
+        gradient_only = compress(model, images, budget, published, progress=progress)
+        result = compress(model, images, budget, config, progress=progress)
         models: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
             "original": (teacher, ()),
             "block dropping, not recovered": (drop_blocks(teacher, dropped.blocks), dropped.blocks),
@@ -173,11 +189,9 @@ def compare(
             "DC-ViT as published, shortened": (gradient_only.model, gradient_only.plan.blocks),
             THIS_METHOD: (result.model, result.plan.blocks),
         }
-        latency = measure_latency(
-            {name: m for name, (m, _) in models.items()}, digits.test_images[:64], runs=50, warmup=1, max_seconds=3.0
-        )
+        latency = measure_latency({name: m for name, (m, _) in models.items()}, digits.test_images[:64], QUICK_TIMING)
         for name, (candidate, blocks) in models.items():
-            cost = adapter_for(candidate).cost(candidate).total
+            cost = compressible(candidate).cost().total
             agreed = agreement(candidate, teacher, digits.test_images)
             assert agreed is not None
             accuracy = top1(candidate, digits.test_images, digits.test_labels)

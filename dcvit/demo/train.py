@@ -10,16 +10,17 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dcvit.artifacts.result import check_output_folder, save_model
 from dcvit.demo.digits import IMAGE_SIZE, MEAN, NUM_TRAIN, STD, load_digits
-from dcvit.evaluation import top1
+from dcvit.metrics.agreement import top1
 from dcvit.models import create_vision_transformer
-from dcvit.results import check_output_folder, save_model
 
 ARCHITECTURE = {
     "img_size": IMAGE_SIZE,
@@ -40,6 +41,25 @@ LEARNING_RATE = 5e-4
 WEIGHT_DECAY = 0.0
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a classifier is trained.
+
+    Attributes:
+        epochs: Passes over the examples.
+        batch_size: Examples a step.
+        learning_rate: At the peak.
+        weight_decay: Decoupled.
+        report_every: Epochs between two printed lines.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    report_every: int
+
+
 def train(epochs: int = EPOCHS, seed: int = 0) -> nn.Module:
     """A ViT trained on the training part of the digits, in evaluation mode.
 
@@ -54,11 +74,7 @@ def train(epochs: int = EPOCHS, seed: int = 0) -> nn.Module:
         create_vision_transformer(ARCHITECTURE, PREPROCESSING),
         lambda chosen: (_moved(digits.train_images[chosen]), digits.train_labels[chosen]),
         NUM_TRAIN,
-        epochs=epochs,
-        batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        report_every=20,
+        Training(epochs, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, report_every=20),
     )
 
 
@@ -66,12 +82,7 @@ def fit_classifier(
     model: nn.Module,
     examples: Callable[[Tensor], tuple[Tensor, Tensor]],
     count: int,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float,
-    report_every: int,
+    training: Training,
 ) -> nn.Module:
     """Train a classifier with AdamW, in place; it comes back in evaluation mode.
 
@@ -81,13 +92,10 @@ def fit_classifier(
         model: The classifier.
         examples: From indices `[B]` to images `[B, C, H, W]` as the model takes them, and their classes `[B]`.
         count: How many examples there are.
-        epochs: Passes over them.
-        batch_size: Examples a step.
-        learning_rate: At the peak.
-        weight_decay: Decoupled.
-        report_every: Epochs between two printed lines.
+        training: How.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    epochs, batch_size, learning_rate = training.epochs, training.batch_size, training.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=training.weight_decay)
     steps = epochs * math.ceil(count / batch_size)
     step, start = 0, time.perf_counter()
     model.train()
@@ -104,7 +112,7 @@ def fit_classifier(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
-        if (epoch + 1) % report_every == 0:
+        if (epoch + 1) % training.report_every == 0:
             seconds = time.perf_counter() - start
             print(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
     return model.eval()

@@ -1,22 +1,23 @@
-"""Few-shot compression methods behind one call, `dcvit.compress(..., method=NAME)`, so that they compare.
+"""Few-shot compression methods behind one call, `dcvit.compress(..., method=...)`, so that they compare.
 
-One module each; `dcvit` is the default.
+One module each, with the type of its settings; `dcvit.config.DCViT` is the default.
 """
 
-from dcvit.methods.autoformer import AUTOFORMER
-from dcvit.methods.cd import CD
-from dcvit.methods.dcvit import DCVIT
-from dcvit.methods.evit import EVIT
-from dcvit.methods.fskd import FSKD
-from dcvit.methods.mini_deit import MINI_DEIT
-from dcvit.methods.mir import MIR
-from dcvit.methods.practise import PRACTISE
-from dcvit.methods.registry import METHODS, Method, Outcome, Task, Timer, method, register
-from dcvit.methods.s2vite import S2VITE
-from dcvit.methods.spvit import SPVIT
-from dcvit.methods.vtp import VTP
+from dcvit.config import DCViT
+from dcvit.methods.baselines.autoformer import AutoFormer
+from dcvit.methods.baselines.cd import CD
+from dcvit.methods.baselines.evit import EViT
+from dcvit.methods.baselines.fskd import FSKD
+from dcvit.methods.baselines.mini_deit import MiniDeiT
+from dcvit.methods.baselines.mir import MiR
+from dcvit.methods.baselines.practise import Practise
+from dcvit.methods.baselines.s2vite import S2ViTE
+from dcvit.methods.baselines.spvit import SPViT
+from dcvit.methods.baselines.vtp import VTP
+from dcvit.methods.dcvit.method import make_proxy_set
+from dcvit.methods.registry import METHODS, Method, Outcome, Task, method_of, register
 
 __all__ = [
-    "AUTOFORMER", "CD", "DCVIT", "EVIT", "FSKD", "METHODS", "MINI_DEIT", "MIR", "PRACTISE", "S2VITE", "SPVIT", "VTP",
-    "Method", "Outcome", "Task", "Timer", "method", "register",
+    "CD", "FSKD", "METHODS", "VTP", "AutoFormer", "DCViT", "EViT", "Method", "MiR", "MiniDeiT", "Outcome", "Practise",
+    "S2ViTE", "SPViT", "Task", "make_proxy_set", "method_of", "register",
 ]  # fmt: skip

@@ -10,20 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from dcvit.costs import file_size
+from dcvit.budget import Budget
 from dcvit.errors import BudgetError
-from dcvit.models import adapter_for
-from dcvit.planning import Budget, Plan, choose_candidates
-from dcvit.surgery import copy_blocks
+from dcvit.history import Plan
+from dcvit.metrics.cost import spent
+from dcvit.models import compressible
+from dcvit.models.surgery import copy_blocks
+from dcvit.search.space import choose_candidates
 
-__all__ = ["candidate_groups", "fewest_blocks", "flat", "plan_of", "require_blocks", "spent", "target", "widest_mlps"]
-
-
-def spent(model: nn.Module, budget: Budget) -> int:
-    """What a model costs, in a budget's unit."""
-    if budget.unit == "file_size":
-        return file_size(model.state_dict())
-    return budget.amount(adapter_for(model).cost(model).total)
+__all__ = ["candidate_groups", "fewest_blocks", "flat", "plan_of", "require_blocks", "target", "widest_mlps"]
 
 
 def target(model: nn.Module, budget: Budget) -> int:
@@ -57,8 +52,8 @@ def plan_of(
         candidates: Those that might have been.
         more: Further fields of the plan.
     """
-    adapter = adapter_for(teacher)
-    left, hidden = (sum(adapter.hidden_features(model, block) for block in blocks) for model in (student, teacher))
+    compressible(teacher)
+    left, hidden = (sum(compressible(model).hidden_features(block) for block in blocks) for model in (student, teacher))
     return Plan(
         budget=budget,
         target=target(teacher, budget),
@@ -66,7 +61,7 @@ def plan_of(
         hidden_features=left // len(blocks),
         drop_ratio=(hidden - left) / hidden,
         candidates=tuple(candidates),
-        cost=adapter.cost(student).total,
+        cost=compressible(student).cost().total,
         blocks=tuple(blocks),
         **more,
     )
@@ -77,13 +72,13 @@ def candidate_groups(model: nn.Module, wanted: tuple[int, ...] | None) -> list[t
 
     Args:
         model: The original.
-        wanted: The caller's candidates; see `dcvit.planning.choose_candidates` where there are none.
+        wanted: The caller's candidates; see `dcvit.search.space.choose_candidates` where there are none.
 
     Raises:
-        BudgetError: See `dcvit.planning.choose_candidates`.
+        BudgetError: See `dcvit.search.space.choose_candidates`.
     """
     candidates = choose_candidates(model, wanted)
-    return [group for group in adapter_for(model).groups(model) if group[0] in candidates]
+    return [group for group in compressible(model).groups() if group[0] in candidates]
 
 
 def require_blocks(model: nn.Module, candidates: Sequence[int]) -> None:
@@ -92,7 +87,7 @@ def require_blocks(model: nn.Module, candidates: Sequence[int]) -> None:
     Raises:
         BudgetError: If that is so.
     """
-    depth = adapter_for(model).num_blocks(model)
+    depth = compressible(model).num_blocks()
     if not set(candidates) <= set(range(depth)):
         raise BudgetError(f"candidates={list(candidates)}: the model's blocks are 0 to {depth - 1}.")
 
@@ -123,13 +118,13 @@ def fewest_blocks(
         blocks = flat(choose(count))
         smaller = copy_blocks(model, ())
         for block in blocks:
-            adapter_for(smaller).drop_block(smaller, block)
+            compressible(smaller).drop_block(block)
         left = spent(smaller, budget)
         if left <= wanted:
             return blocks
     raise BudgetError(
         f"{budget.unit}={budget.value!r} asks for {wanted:,}: without all {len(blocks)} blocks that may go {left:,} "
-        "are left. Ask for more, or allow more blocks in CompressionConfig(candidates=...)."
+        "are left. Ask for more, or allow more blocks in `candidates`."
     )
 
 
@@ -145,8 +140,8 @@ def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], rou
     Raises:
         BudgetError: If it cannot be met with one node, or one multiple, a block.
     """
-    adapter, wanted = adapter_for(model), target(model, budget)
-    hidden = {block: adapter.hidden_features(model, block) for block in candidates}
+    adapter, wanted = compressible(model), target(model, budget)
+    hidden = {block: adapter.hidden_features(block) for block in candidates}
     widest = max(hidden.values())
 
     def kept(step: int) -> dict[int, int]:
@@ -170,5 +165,5 @@ def _pruned(model: nn.Module, kept: Mapping[int, int]) -> nn.Module:
     """A model whose MLPs are so narrow, for what it costs."""
     smaller = copy_blocks(model, ())
     for block, nodes in kept.items():
-        adapter_for(smaller).prune_block(smaller, block, range(nodes))
+        compressible(smaller).prune_block(block, range(nodes))
     return smaller

@@ -3,76 +3,48 @@
 A module that holds a method registers it; after `import dcvit.methods` the table is complete.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import nn
 
-from dcvit.config import CompressionConfig, MimickingConfig, ReconstructionConfig
-from dcvit.distributed import ALONE, Ranks
+from dcvit.budget import ADDITIVE, Budget
+from dcvit.config import MethodConfig
+from dcvit.context import RunContext
+from dcvit.data.images import FewShotImages
+from dcvit.data.synthesis import ProxySet
 from dcvit.errors import BudgetError, DcvitError, UnsupportedModelError
-from dcvit.images import FewShotImages
-from dcvit.latency import Stopwatch, time_forward
-from dcvit.models import adapter_for
-from dcvit.planning import ADDITIVE, Budget, Plan
-from dcvit.progress import Progress, silent
-from dcvit.ranking import Trial
-from dcvit.reconstruction import Reconstruction
-from dcvit.recovery import Recovery
-from dcvit.refinement import Refinement
-from dcvit.run_store import NOTHING_KEPT, Store
-from dcvit.synthesis import MetricSet
+from dcvit.history import Plan, Reconstruction, Recovery, Refinement, Trial
+from dcvit.metrics.latency import Stopwatch, time_forward
+from dcvit.models import compressible
 
-__all__ = ["METHODS", "Method", "Outcome", "Task", "Timer", "method", "register"]
+__all__ = ["METHODS", "Method", "Outcome", "Task", "method_of", "register"]
 
-
-@dataclass
-class Timer:
-    """Wall-clock seconds of each stage, added up over its runs."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_initialized():
-            for device in range(torch.cuda.device_count()):
-                if torch.cuda.memory_allocated(device):  # else asking it would set it up
-                    torch.cuda.synchronize(device)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+Config = TypeVar("Config", bound=MethodConfig, covariant=True)
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Generic[Config]):
     """What a method is given.
 
     Attributes:
         teacher: The original, frozen.
         images: The few-shot set.
         budget: What the student may cost.
-        config: Every knob; each method says which ones it reads.
-        timer: Takes the time of the stages.
-        progress: Told how it goes.
+        config: The method's settings; their type says which method.
+        context: How the run is carried out; its seed and impl are the config's.
         stopwatch: Times one pass, for a budget of latency.
-        metric_set: Images of the caller's to rank blocks on.
-        store: Keeps finished units of work, see `dcvit.run_store`.
-        ranks: The processes that share the work.
+        proxy_set: Images of the caller's to rank blocks on.
     """
 
     teacher: nn.Module
     images: FewShotImages
     budget: Budget
-    config: CompressionConfig
-    timer: Timer = field(default_factory=Timer)
-    progress: Progress = silent
+    config: Config
+    context: RunContext
     stopwatch: Stopwatch = time_forward
-    metric_set: MetricSet | None = None
-    store: Store = NOTHING_KEPT
-    ranks: Ranks = ALONE
+    proxy_set: ProxySet | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +60,7 @@ class Outcome:
         steps: How each mimicking went.
         reconstructions: How each block was fitted, front to back.
         refinement: How the student mimicked after that.
-        metric_set: What blocks were ranked on.
+        proxy_set: What blocks were ranked on.
     """
 
     student: nn.Module
@@ -98,7 +70,7 @@ class Outcome:
     steps: tuple[Recovery, ...] = ()
     reconstructions: tuple[Reconstruction, ...] = ()
     refinement: Refinement | None = None
-    metric_set: MetricSet | None = None
+    proxy_set: ProxySet | None = None
     pruning_trials: tuple[Trial, ...] = ()
 
 
@@ -107,30 +79,25 @@ class Method:
     """A way to compress a model.
 
     Attributes:
-        name: What `dcvit.compress(method=...)` takes.
+        name: What `dcvit.compress(method=...)` takes for the default of `config`.
+        config: The type of its settings, which names the method in that call.
         title: What it does, in a line.
         source: The paper.
-        families: The model families that it handles, see `ModelAdapter.family`.
-        recovery: The kind of `CompressionConfig.recovery` that it reads, with its defaults where no config is given;
-            `None` if it changes no weight.
+        families: The model families that it handles, see `ModelView.family`.
         compress: The method. It refuses what it cannot do before any long work.
-        units: What the budgets that it meets are of, see `dcvit.planning.UNITS`.
-        resumable: Whether it does its units through `Task.store`, so that a run that was killed goes on, and shares
-            its work over `Task.ranks`.
+        units: What the budgets that it meets are of, see `dcvit.budget.UNITS`.
+        resumable: Whether it does its units through its context's store, so that a run that was killed goes on, and
+            shares its work over the context's ranks.
     """
 
     name: str
+    config: type[MethodConfig]
     title: str
     source: str
     families: tuple[str, ...]
-    recovery: type[ReconstructionConfig] | type[MimickingConfig] | None
-    compress: Callable[[Task], Outcome]
+    compress: Callable[[Task[Any]], Outcome]
     units: tuple[str, ...] = ADDITIVE
     resumable: bool = False
-
-    def config(self) -> CompressionConfig:
-        """The settings that it has by default."""
-        return CompressionConfig() if self.recovery is None else CompressionConfig(recovery=self.recovery())
 
     def require_family(self, model: nn.Module) -> None:
         """Refuse a model of a family that the method does not handle.
@@ -138,7 +105,7 @@ class Method:
         Raises:
             UnsupportedModelError: Naming the methods that do.
         """
-        family = adapter_for(model).family
+        family = compressible(model).family
         if family not in self.families:
             others = ", ".join(other.name for other in METHODS.values() if family in other.families)
             raise UnsupportedModelError(
@@ -164,18 +131,27 @@ METHODS: dict[str, Method] = {}
 """All methods, by name."""
 
 
-def register(method: Method) -> Method:
+def register(method: Method) -> None:
     """Enter a method in the table."""
     METHODS[method.name] = method
-    return method
 
 
-def method(name: str) -> Method:
-    """A method by its name.
+def method_of(given: str | MethodConfig) -> tuple[Method, MethodConfig]:
+    """The method that a config is of, or a name stands for, and its settings.
+
+    Args:
+        given: A config, or the name of a method, which stands for its default config.
 
     Raises:
-        DcvitError: If there is none of that name.
+        DcvitError: If it is neither.
     """
-    if name not in METHODS:
-        raise DcvitError(f"method={name!r}: expected one of {', '.join(METHODS)} (`dcvit methods` describes them).")
-    return METHODS[name]
+    if isinstance(given, str) and given in METHODS:
+        return METHODS[given], METHODS[given].config()
+    for method in METHODS.values():
+        if type(given) is method.config:
+            return method, given
+    types = ", ".join(method.config.__name__ for method in METHODS.values())
+    raise DcvitError(
+        f"method={given!r}: expected a config ({types}), or the name of a method, one of {', '.join(METHODS)} "
+        "(`dcvit methods` describes them)."
+    )

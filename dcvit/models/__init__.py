@@ -1,12 +1,13 @@
 """The only part of dcvit that knows timm: one adapter per model family.
 
-The algorithm sees a model through `ModelAdapter`. `require_supported` refuses what cannot be compressed,
-by name and before any work; `adapter_for` then finds the adapter wherever one is needed.
+The algorithm sees a model through `ModelView`. `require_supported` refuses what cannot be compressed,
+by name and before any work; `compressible` then finds the adapter wherever one is needed.
 """
 
-from dcvit.models.adapter import ModelAdapter, OutputLayer, adapter_for, adapters, require_supported
+from dcvit.models.base import ModelView, OutputLayer
 from dcvit.models.blocks import CompressedBlock, MlpHalf
-from dcvit.models.eva import EvaAdapter  # imported, adapters make saved models known to timm
+from dcvit.models.cnn import CnnView
+from dcvit.models.eva import EvaView
 from dcvit.models.loading import (
     CONFIG_FILE,
     DEMO_MODEL,
@@ -16,29 +17,31 @@ from dcvit.models.loading import (
     load_model,
     preprocessing,
 )
-from dcvit.models.modeling_dcvit import DroppedBlock
-from dcvit.models.residual_cnn import ResidualCnnAdapter
-from dcvit.models.swin import SwinAdapter
+from dcvit.models.modeling.shared import DroppedBlock
+from dcvit.models.registry import compressible, families, require_supported
+from dcvit.models.standalone import standalone_source
+from dcvit.models.swin import SwinView
 from dcvit.models.vision_transformer import create_vision_transformer
 
 __all__ = [
     "CONFIG_FILE",
     "DEMO_MODEL",
     "WEIGHTS_FILE",
+    "CnnView",
     "CompressedBlock",
     "DroppedBlock",
-    "EvaAdapter",
+    "EvaView",
     "MlpHalf",
-    "ModelAdapter",
+    "ModelView",
     "OutputLayer",
-    "ResidualCnnAdapter",
-    "SwinAdapter",
-    "adapter_for",
-    "adapters",
+    "SwinView",
+    "compressible",
     "create_vision_transformer",
+    "families",
     "hub_repository",
     "input_size",
     "load_model",
     "preprocessing",
     "require_supported",
+    "standalone_source",
 ]

@@ -9,8 +9,8 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from dcvit.costs import Cost, linear_cost
-from dcvit.models import modeling_dcvit
-from dcvit.models.modeling_dcvit import TimmModule, layer_scale
+from dcvit.models.modeling import shared
+from dcvit.models.modeling.shared import TimmModule, layer_scale
 from dcvit.ops import Impl, attention, dropped_mlp
 
 __all__ = ["CompressedBlock", "MlpHalf", "WholeBlock", "attention_half", "mlp_half_cost"]
@@ -19,14 +19,14 @@ _INSIDE_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
 """Parts of timm's `Attention` that `dcvit.ops.attention` leaves out, because they do nothing."""
 
 
-class MlpHalf(modeling_dcvit.MlpHalf):
+class MlpHalf(shared.MlpHalf):
     """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
 
     Where the MLP is the plain one, it is one call of `dcvit.ops.dropped_mlp`, with the norm, LayerScale and residual
     fused; else the modules run one by one.
 
     Args:
-        block: A timm block, see `modeling_dcvit.MlpHalf`; its MLP branch is taken over, not copied.
+        block: A timm block, see `modeling.shared.MlpHalf`; its MLP branch is taken over, not copied.
     """
 
     def __init__(self, block: TimmModule) -> None:

@@ -26,20 +26,13 @@ from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost
 from dcvit.errors import UnsupportedModelError
-from dcvit.models import modeling_dcvit
 from dcvit.models.blocks import CompressedBlock, mlp_half_cost
-from dcvit.models.isotropic import IsotropicAdapter, require_one_answer
-from dcvit.models.modeling_dcvit import (
-    EVA_ARCHITECTURE,
-    EVA_FILES,
-    DroppedBlock,
-    MlpHalf,
-    TimmModule,
-    build_eva,
-)
-from dcvit.models.rebuilding import base_of, layer_settings, num_params, require_same, timm_type
+from dcvit.models.isotropic import IsotropicView, require_one_answer
+from dcvit.models.modeling.eva import ARCHITECTURE, FILES, build, create
+from dcvit.models.modeling.shared import DroppedBlock, MlpHalf, TimmModule
+from dcvit.models.rebuild import base_of, layer_settings, num_params, require_same, timm_type
 
-__all__ = ["EvaAdapter", "PlacedBlock"]
+__all__ = ["EvaView", "PlacedBlock"]
 
 Places = dict[str, Any]
 """What timm's model hands to a block beside its tokens."""
@@ -64,7 +57,7 @@ class PlacedBlock(nn.Module):
         return moved
 
 
-class EvaAdapter(IsotropicAdapter):
+class EvaView(IsotropicView):
     """timm's `Eva` and `Beit`.
 
     Modifications:
@@ -80,22 +73,22 @@ class EvaAdapter(IsotropicAdapter):
     models = "EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, BEiT, BEiT v2"
     classes: tuple[type[nn.Module], ...] = (Eva, Beit)
     source = "arXiv 2211.07636, 2303.11331, 2508.10104, 2106.08254"
-    architecture = EVA_ARCHITECTURE
+    architecture = ARCHITECTURE
 
-    def check(self, model: TimmModule) -> None:
-        """See `ModelAdapter.check`."""
-        if timm_type(model) not in self.classes:
+    def check(self) -> None:
+        if timm_type(self.model) not in self.classes:
             raise UnsupportedModelError(
-                f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
+                f"The model is a {type(self.model).__qualname__}, a subclass that dcvit does not know; it could not be "
                 "rebuilt from its saved form."
             )
-        if type(model.patch_embed) is not PatchEmbed or model.patch_embed.img_size is None:
+        embed = self.model.patch_embed
+        if type(self.model.patch_embed) is not PatchEmbed or self.model.patch_embed.img_size is None:
             raise UnsupportedModelError(
-                f"patch_embed is a {type(model.patch_embed).__qualname__} for images of {model.patch_embed.img_size}; "
+                f"patch_embed is a {type(embed).__qualname__} for images of {embed.img_size}; "
                 "only timm's PatchEmbed for images of one size is supported."
             )
-        require_one_answer(model)
-        for i, block in enumerate(model.blocks):
+        require_one_answer(self.model)
+        for i, block in enumerate(self.model.blocks):
             if type(block) not in (EvaBlock, EvaBlockPostNorm, BeitBlock) and not isinstance(
                 block, (MlpHalf, DroppedBlock)
             ):
@@ -109,72 +102,68 @@ class EvaAdapter(IsotropicAdapter):
                     f"blocks.{i}.attn is a {type(attention).__qualname__}; only timm's EvaAttention, AttentionRope and "
                     "Beit's Attention, whose cost is known, are supported."
                 )
-        if not any(hasattr(block, "attn") for block in model.blocks):
+        if not any(hasattr(block, "attn") for block in self.model.blocks):
             raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
-        self._model_args(model)
+        self._model_args()
 
-    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        """See `ModelAdapter.embed`."""
-        patches = model.patch_embed(images)
-        if isinstance(model, Eva):
-            return model.norm_pre(model._pos_embed(patches)[0])
-        tokens = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
-        return model.pos_drop(tokens if model.pos_embed is None else tokens + model.pos_embed)
+    def embed(self, images: Tensor) -> Tensor:
+        patches = self.model.patch_embed(images)
+        if isinstance(self.model, Eva):
+            return self.model.norm_pre(self.model._pos_embed(patches)[0])
+        tokens = torch.cat([self.model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return self.model.pos_drop(tokens if self.model.pos_embed is None else tokens + self.model.pos_embed)
 
-    def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
-        """See `ModelAdapter.run_blocks`."""
-        places = _places(model)
+    def run_blocks(self, state: Tensor, first: int, stop: int) -> Tensor:
+        places = _places(self.model)
         for block in range(first, stop):
-            state = model.blocks[block](state, **places[block])
+            state = self.model.blocks[block](state, **places[block])
         return state
 
-    def block(self, model: TimmModule, block: int) -> nn.Module:
-        """See `ModelAdapter.block`."""
+    def block(self, block: int) -> nn.Module:
         with torch.no_grad():
-            return PlacedBlock(model.blocks[block], _places(model)[block])
+            return PlacedBlock(self.model.blocks[block], _places(self.model)[block])
 
-    def fuse(self, model: TimmModule) -> None:
-        """See `ModelAdapter.fuse`; attention with positions has no op of dcvit's."""
+    def fuse(self) -> None:
+        """Leave the model as it is: dcvit has no op for attention with positions."""
 
-    def halves(self, model: TimmModule, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
-        """See `ModelAdapter.halves`; `None` where the norms lie behind attention and MLP."""
-        module = model.blocks[block]
-        if type(module) not in (EvaBlock, BeitBlock):
+    def halves(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+        module = self.model.blocks[block]
+        if type(module) not in (EvaBlock, BeitBlock):  # in others the norms lie behind attention and MLP
             return None
         with torch.no_grad():
-            return partial(_attention_half, module, _places(model)[block]), CompressedBlock(module)
+            return partial(_attention_half, module, _places(self.model)[block]), CompressedBlock(module)
 
-    def _block_costs(self, model: TimmModule) -> tuple[list[BlockCost], int]:
-        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        return [_block_cost(block, tokens) for block in model.blocks], tokens
+    def _block_costs(self) -> tuple[list[BlockCost], int]:
+        tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
+        return [_block_cost(block, tokens) for block in self.model.blocks], tokens
 
-    def _stem_parameters(self, model: TimmModule) -> list[nn.Parameter]:
-        shared = (getattr(model, name, None) for name in ("rope", "rel_pos_bias"))
+    def _stem_parameters(self) -> list[nn.Parameter]:
+        shared = (getattr(self.model, name, None) for name in ("rope", "rel_pos_bias"))
         positions = [parameter for module in shared if module is not None for parameter in module.parameters()]
-        return super()._stem_parameters(model) + positions
+        return super()._stem_parameters() + positions
 
-    def _model_args(self, model: TimmModule) -> dict[str, Any]:
-        """The arguments of `build_eva` for a model, as values for JSON.
+    def _model_args(self) -> dict[str, Any]:
+        """The arguments of `modeling.eva.build` for a model, as values for JSON.
 
         Raises:
             UnsupportedModelError: Naming the first part that they would not reproduce.
         """
         args: dict[str, Any] = {
-            **_base(model),
-            "img_size": list(model.patch_embed.img_size),
-            "num_classes": self.num_classes(model),
-            "in_chans": model.patch_embed.proj.in_channels,
-            "global_pool": model.global_pool,
+            **_base(self.model),
+            "img_size": list(self.model.patch_embed.img_size),
+            "num_classes": self.num_classes(),
+            "in_chans": self.model.patch_embed.proj.in_channels,
+            "global_pool": self.model.global_pool,
         }
         with torch.device("meta"):
-            whole: TimmModule = build_eva(**args, per_layer_config={})
+            whole: TimmModule = build(**args, per_layer_config={})
             args["per_layer_config"] = {
                 str(i): settings
-                for i, (block, original) in enumerate(zip(model.blocks, whole.blocks, strict=False))
+                for i, (block, original) in enumerate(zip(self.model.blocks, whole.blocks, strict=False))
                 if (settings := layer_settings(block, original.mlp.fc2.in_features)) is not None
             }
-            twin = build_eva(**args, compressed_block=CompressedBlock)
-        require_same(model, twin, f"{args['base']} of timm", "_base in dcvit/models/eva.py")
+            twin = build(**args, compressed_block=CompressedBlock)
+        require_same(self.model, twin, f"{args['base']} of timm", "_base in dcvit/models/eva.py")
         return args
 
 
@@ -204,7 +193,7 @@ def _base(model: TimmModule) -> dict[str, Any]:
             raise UnsupportedModelError(
                 f"{name}={value!r}: the model was created with an argument that config.json cannot hold. Leave it out."
             ) from error
-    return base_of(base, args, EVA_FILES)
+    return base_of(base, args, FILES)
 
 
 def _places(model: TimmModule) -> list[Places]:
@@ -244,4 +233,4 @@ def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
 @register_model
 def dcvit_eva(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Timm's entry point for Evas and Beits that dcvit compressed; the arguments come from `config.json`."""
-    return modeling_dcvit.create_eva(pretrained, compressed_block=CompressedBlock, **kwargs)
+    return create(pretrained, compressed_block=CompressedBlock, **kwargs)

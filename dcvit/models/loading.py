@@ -20,24 +20,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dcvit.errors import ImagesError, UnsupportedModelError
-from dcvit.files import UnusableFileError, open_regular, own_file, read_table
-from dcvit.models.adapter import adapter_for
 from dcvit.models.building import Building, TooLargeError
-from dcvit.models.modeling_dcvit import (
-    ARCHITECTURE,
-    CNN_ARCHITECTURE,
-    CNN_FILES,
-    EVA_ARCHITECTURE,
-    EVA_FILES,
-    SWIN_ARCHITECTURE,
-    build,
-    build_cnn,
-    build_eva,
-    build_swin,
-    parameter_names,
-    require_arguments,
-    shape_arguments,
-)
+from dcvit.models.modeling import cnn, eva, swin, vision_transformer
+from dcvit.models.modeling.shared import parameter_names, require_arguments, shape_arguments
+from dcvit.models.registry import compressible
+from dcvit.runtime.files import UnusableFileError, open_regular, own_file, read_table
 
 __all__ = [
     "CONFIG_FILE",
@@ -86,10 +73,10 @@ _RATES = {"drop_path_rate", "drop_rate"}
 """Arguments that do not shape a model, and that any of timm's takes."""
 
 _ARGUMENTS = {
-    ARCHITECTURE: parameter_names([build, VisionTransformer]),
-    EVA_ARCHITECTURE: parameter_names([build_eva]) | _RATES,
-    SWIN_ARCHITECTURE: parameter_names([build_swin, SwinTransformer, SwinTransformerV2]),
-    CNN_ARCHITECTURE: parameter_names([build_cnn]) | _RATES,
+    vision_transformer.ARCHITECTURE: parameter_names([vision_transformer.build, VisionTransformer]),
+    eva.ARCHITECTURE: parameter_names([eva.build]) | _RATES,
+    swin.ARCHITECTURE: parameter_names([swin.build, SwinTransformer, SwinTransformerV2]),
+    cnn.ARCHITECTURE: parameter_names([cnn.build]) | _RATES,
 }
 """Those that the models take which dcvit saves, by the name of their architecture."""
 
@@ -100,8 +87,8 @@ _TABLES = ("base_args", "embed_norm_layer", "norm_layer", "per_layer_config")
 """Of these arguments, those that are tables. Who takes them looks at their entries."""
 
 _FILES = (
-    *EVA_FILES,
-    *CNN_FILES,
+    *eva.FILES,
+    *cnn.FILES,
     *(f"timm.models.{name}" for name in ("deit", "swin_transformer", "swin_transformer_v2", "vision_transformer")),
 )
 """Where timm has the families that dcvit knows."""
@@ -364,7 +351,7 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
         UnsupportedModelError: If that cannot be told.
     """
     try:
-        return adapter_for(model).input_size(model)
+        return compressible(model).input_size()
     except UnsupportedModelError:
         size = getattr(model, "pretrained_cfg", {}).get("input_size")
         if size is None:
@@ -390,7 +377,7 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
 def _preprocessing(model: nn.Module) -> Preprocessing:
     config = resolve_model_data_config(model)
-    channels, height, width = adapter_for(model).input_size(model)
+    channels, height, width = compressible(model).input_size()
     mean, std = tuple(map(float, config["mean"])), tuple(map(float, config["std"]))
     if len(mean) != channels or len(std) != channels:  # timm's defaults are RGB; other channels get their average
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels

@@ -17,34 +17,18 @@ from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
-from dcvit.models import modeling_dcvit
-from dcvit.models.adapter import OutputLayer
+from dcvit.models.base import ModelView, OutputLayer
 from dcvit.models.blocks import CompressedBlock, mlp_half_cost
-from dcvit.models.modeling_dcvit import (
-    ACTIVATIONS,
-    SWIN_ARCHITECTURE,
-    DroppedBlock,
-    TimmModule,
-    build_swin,
-    keep_hidden_nodes,
-    swin_places,
-)
-from dcvit.models.rebuilding import (
-    layer_settings,
-    named_key,
-    norm_spec,
-    num_params,
-    rebuilt,
-    require_same,
-    saved_config,
-)
+from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule, keep_hidden_nodes
+from dcvit.models.modeling.swin import ARCHITECTURE, build, create, swin_places
+from dcvit.models.rebuild import layer_settings, named_key, norm_spec, num_params, rebuilt, require_same, saved_config
 
-__all__ = ["SwinAdapter"]
+__all__ = ["SwinView"]
 
 _WHOLE = (SwinTransformerBlock, SwinTransformerV2Block)
 
 
-class SwinAdapter:
+class SwinView(ModelView):
     """timm's `SwinTransformer` and `SwinTransformerV2`. A state is `[B, H, W, D]`.
 
     Modifications:
@@ -64,217 +48,197 @@ class SwinAdapter:
     pointwise_nodes = True
     mac_weight = 1.0
 
-    def check(self, model: TimmModule) -> None:
-        """See `ModelAdapter.check`."""
-        if type(model) not in self.classes:
+    @property
+    def tv_exponent(self) -> float:
+        """As published for Swin."""
+        return 1.0
+
+    def check(self) -> None:
+        if type(self.model) not in self.classes:
             raise UnsupportedModelError(
-                f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know; it could not be "
+                f"The model is a {type(self.model).__qualname__}, a subclass that dcvit does not know; it could not be "
                 "rebuilt from its saved form."
             )
-        depths = [len(stage.blocks) for stage in model.layers]
+        depths = [len(stage.blocks) for stage in self.model.layers]
         if 0 in depths:
             raise UnsupportedModelError(
                 f"Stage {depths.index(0)} of the model has no blocks (depths={depths}): expected at least one block in "
                 "each stage."
             )
-        if not model.head.global_pool.pool_type and self.num_classes(model):
+        if not self.model.head.global_pool.pool_type and self.num_classes():
             raise UnsupportedModelError(
                 "The model classifies each position (global_pool=''): call model.reset_classifier(0) for a backbone, "
                 "or give it a pooling."
             )
-        self._model_args(model)
+        self._model_args()
 
-    def input_size(self, model: TimmModule) -> tuple[int, int, int]:
-        """See `ModelAdapter.input_size`."""
-        height, width = model.patch_embed.img_size
-        return model.patch_embed.proj.in_channels, height, width
+    def input_size(self) -> tuple[int, int, int]:
+        height, width = self.model.patch_embed.img_size
+        return self.model.patch_embed.proj.in_channels, height, width
 
-    def dynamic_input(self, model: TimmModule) -> bool:
-        """See `ModelAdapter.dynamic_input`."""
-        return not model.patch_embed.strict_img_size
+    def dynamic_input(self) -> bool:
+        return not self.model.patch_embed.strict_img_size
 
-    def tokens(self, model: TimmModule, images: Tensor) -> Tensor:
-        """See `ModelAdapter.tokens`."""
-        return self.as_tokens(model.forward_features(images))
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.as_tokens(self.model.forward_features(images))
 
-    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        """See `ModelAdapter.embed`."""
-        return model.patch_embed(images)
+    def embed(self, images: Tensor) -> Tensor:
+        return self.model.patch_embed(images)
 
-    def prepare(self, model: TimmModule, state: Tensor, block: int) -> Tensor:
-        """See `ModelAdapter.prepare`; the patch merging in front of a stage."""
-        blocks, index = swin_places(model)[block]
-        stage = next(stage for stage in model.layers if stage.blocks is blocks)
+    def prepare(self, state: Tensor, block: int) -> Tensor:
+        """Merge patches in front of a stage."""
+        blocks, index = swin_places(self.model)[block]
+        stage = next(stage for stage in self.model.layers if stage.blocks is blocks)
         return state if index or isinstance(stage.downsample, nn.Identity) else stage.downsample(state)
 
-    def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
-        """See `ModelAdapter.run_blocks`."""
+    def run_blocks(self, state: Tensor, first: int, stop: int) -> Tensor:
         for block in range(first, stop):
-            state = self.block(model, block)(self.prepare(model, state, block))
+            state = self.block(block)(self.prepare(state, block))
         return state
 
     def as_tokens(self, state: Tensor) -> Tensor:
-        """See `ModelAdapter.as_tokens`."""
         return state.flatten(1, 2)
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
-        """See `ModelAdapter.from_tokens`."""
         return tokens.unsqueeze(2)
 
-    def num_blocks(self, model: TimmModule) -> int:
-        """See `ModelAdapter.num_blocks`."""
-        return sum(len(stage.blocks) for stage in model.layers)
+    def num_blocks(self) -> int:
+        return sum(len(stage.blocks) for stage in self.model.layers)
 
-    def groups(self, model: TimmModule) -> Sequence[tuple[int, ...]]:
-        """See `ModelAdapter.groups`; the pairs of each stage, and a last block without a partner alone."""
+    def groups(self) -> Sequence[tuple[int, ...]]:
+        """The pairs of each stage; a last block without a partner is alone."""
         groups: list[tuple[int, ...]] = []
         first = 0
-        for stage in model.layers:
+        for stage in self.model.layers:
             stop = first + len(stage.blocks)
             groups += [tuple(range(block, min(block + 2, stop))) for block in range(first, stop, 2)]
             first = stop
         return groups
 
-    def final_norm(self, model: TimmModule, state: Tensor) -> Tensor:
-        """See `ModelAdapter.final_norm`."""
-        return self.as_tokens(model.norm(state))
+    def final_norm(self, state: Tensor) -> Tensor:
+        return self.as_tokens(self.model.norm(state))
 
-    def num_classes(self, model: TimmModule) -> int:
-        """See `ModelAdapter.num_classes`."""
-        return int(model.num_classes)
+    def num_classes(self) -> int:
+        return int(self.model.num_classes)
 
-    def logits(self, model: TimmModule, tokens: Tensor) -> Tensor:
-        """See `ModelAdapter.logits`; pooling does not ask where a token was."""
-        return model.forward_head(self.from_tokens(tokens))
+    def logits(self, tokens: Tensor) -> Tensor:
+        # Pooling does not ask where a token was.
+        return self.model.forward_head(self.from_tokens(tokens))
 
-    def has_class_token(self, model: TimmModule) -> bool:
-        """See `ModelAdapter.has_class_token`."""
+    def has_class_token(self) -> bool:
         return False
 
-    def features(self, model: TimmModule, tokens: Tensor) -> Tensor:
-        """See `ModelAdapter.features`; without pooling the mean over the tokens."""
-        features = model.forward_head(self.from_tokens(tokens), pre_logits=True)
+    def features(self, tokens: Tensor) -> Tensor:
+        # Without pooling they are the mean over the tokens.
+        features = self.model.forward_head(self.from_tokens(tokens), pre_logits=True)
         return features if features.ndim == 2 else features.mean(dim=(1, 2))
 
-    def hidden_features(self, model: TimmModule, block: int) -> int:
-        """See `ModelAdapter.hidden_features`."""
-        module: TimmModule = self.block(model, block)
+    def hidden_features(self, block: int) -> int:
+        module: TimmModule = self.block(block)
         return 0 if isinstance(module, DroppedBlock) else int(module.mlp.fc2.in_features)
 
-    def cost(self, model: TimmModule) -> ModelCost:
-        """See `ModelAdapter.cost`; windows are counted with their padding."""
-        grid = model.patch_embed.grid_size
-        conv = model.patch_embed.proj
+    def cost(self) -> ModelCost:
+        # Windows are counted with their padding.
+        grid = self.model.patch_embed.grid_size
+        conv = self.model.patch_embed.proj
         outside = Cost(weight_macs=grid[0] * grid[1] * conv.weight.numel())
         blocks = []
-        for stage in model.layers:
+        for stage in self.model.layers:
             if not isinstance(stage.downsample, nn.Identity):
                 grid = tuple(-(-side // 2) for side in grid)
                 outside += Cost(weight_macs=grid[0] * grid[1] * stage.downsample.reduction.weight.numel())
             blocks += [_block_cost(block, grid) for block in stage.blocks]
-        if isinstance(model.head.fc, nn.Linear):
-            outside += Cost(weight_macs=model.head.fc.weight.numel())
+        if isinstance(self.model.head.fc, nn.Linear):
+            outside += Cost(weight_macs=self.model.head.fc.weight.numel())
         parts = [part for block in blocks for part in (block.attention, block.mlp)]
         macs = Cost(
             outside.weight_macs + sum(part.weight_macs for part in parts), sum(part.attention_macs for part in parts)
         )
-        return ModelCost(total=macs + Cost(params=num_params(model)), blocks=tuple(blocks))
+        return ModelCost(total=macs + Cost(params=num_params(self.model)), blocks=tuple(blocks))
 
-    def compress_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
-        """See `ModelAdapter.compress_block`."""
-        blocks, index = swin_places(model)[block]
+    def compress_block(self, block: int, kept: Sequence[int]) -> None:
+        blocks, index = swin_places(self.model)[block]
         module = blocks[index]
         keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
         blocks[index] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
 
-    def prune_block(self, model: TimmModule, block: int, kept: Sequence[int]) -> None:
-        """See `ModelAdapter.prune_block`."""
-        blocks, index = swin_places(model)[block]
+    def prune_block(self, block: int, kept: Sequence[int]) -> None:
+        blocks, index = swin_places(self.model)[block]
         keep_hidden_nodes(blocks[index].mlp, torch.as_tensor(kept, dtype=torch.int64))
 
-    def prune_obstacle(self, model: TimmModule, block: int) -> str | None:
-        """See `ModelAdapter.prune_obstacle`."""
-        return None if self.hidden_features(model, block) else "has no hidden nodes"
+    def prune_obstacle(self, block: int) -> str | None:
+        return None if self.hidden_features(block) else "has no hidden nodes"
 
-    def hidden_filters(self, model: TimmModule, block: int) -> Tensor:
-        """See `ModelAdapter.hidden_filters`."""
-        module: TimmModule = self.block(model, block)
+    def hidden_filters(self, block: int) -> Tensor:
+        module: TimmModule = self.block(block)
         return module.mlp.fc1.weight
 
-    def hidden_layer(self, model: TimmModule, block: int) -> nn.Linear:
-        """See `ModelAdapter.hidden_layer`."""
-        module: TimmModule = self.block(model, block)
+    def hidden_layer(self, block: int) -> nn.Linear:
+        module: TimmModule = self.block(block)
         return module.mlp.fc2
 
-    def fuse(self, model: TimmModule) -> None:
-        """See `ModelAdapter.fuse`; attention in windows has no op of dcvit's."""
+    def fuse(self) -> None:
+        """Leave the model as it is: dcvit has no op for attention in windows."""
 
-    def drop_block(self, model: TimmModule, block: int) -> None:
-        """See `ModelAdapter.drop_block`."""
-        blocks, index = swin_places(model)[block]
+    def drop_block(self, block: int) -> None:
+        blocks, index = swin_places(self.model)[block]
         blocks[index] = DroppedBlock()
 
-    def block(self, model: TimmModule, block: int) -> nn.Module:
-        """See `ModelAdapter.block`."""
-        blocks, index = swin_places(model)[block]
+    def block(self, block: int) -> nn.Module:
+        blocks, index = swin_places(self.model)[block]
         module: nn.Module = blocks[index]
         return module
 
-    def halves(self, model: TimmModule, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
-        """See `ModelAdapter.halves`; `None` in version 2."""
-        module: TimmModule = self.block(model, block)
+    def halves(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+        module: TimmModule = self.block(block)
         if not isinstance(module, SwinTransformerBlock):
             return None
         return lambda state: state + module.drop_path1(module._attn(module.norm1(state))), CompressedBlock(module)
 
-    def output_layer(self, model: TimmModule, block: int) -> OutputLayer | None:
-        """See `ModelAdapter.output_layer`; `None` in version 2, whose norm lies behind the layer."""
-        module: TimmModule = self.block(model, block)
+    def output_layer(self, block: int) -> OutputLayer | None:
+        """The last layer of a block's MLP; `None` in version 2, whose norm lies behind it."""
+        module: TimmModule = self.block(block)
         if isinstance(module, (SwinTransformerV2Block, DroppedBlock)) or getattr(module, "post_norm", False):
             return None
         return OutputLayer(module.mlp.fc2)
 
-    def absorbing_layers(self, model: TimmModule, block: int) -> tuple[None, None]:
-        """See `ModelAdapter.absorbing_layers`."""
+    def absorbing_layers(self, block: int) -> tuple[None, None]:
         return None, None
 
-    def parameters(self, model: TimmModule, first_block: int, last_block: int) -> list[nn.Parameter]:
-        """See `ModelAdapter.parameters`; patch merging goes with the block behind it."""
-        found = list(model.patch_embed.parameters()) if first_block == 0 else []
+    def parameters(self, first_block: int, last_block: int) -> list[nn.Parameter]:
+        # Patch merging goes with the block behind it.
+        found = list(self.model.patch_embed.parameters()) if first_block == 0 else []
         number = 0
-        for stage in model.layers:
+        for stage in self.model.layers:
             for index, block in enumerate(stage.blocks):
                 if first_block <= number <= last_block:
                     found += [*(stage.downsample.parameters() if index == 0 else ()), *block.parameters()]
                 number += 1
         return found
 
-    def body_parameters(self, model: TimmModule) -> list[nn.Parameter]:
-        """See `ModelAdapter.body_parameters`."""
-        return [*model.patch_embed.parameters(), *model.layers.parameters(), *model.norm.parameters()]
+    def body_parameters(self) -> list[nn.Parameter]:
+        return [*self.model.patch_embed.parameters(), *self.model.layers.parameters(), *self.model.norm.parameters()]
 
-    def rebuild(self, model: TimmModule) -> nn.Module:
-        """See `ModelAdapter.rebuild`."""
-        return rebuilt(model, SWIN_ARCHITECTURE, self.config(model))
+    def rebuild(self) -> nn.Module:
+        return rebuilt(self.model, ARCHITECTURE, self.config())
 
-    def config(self, model: TimmModule) -> Mapping[str, Any]:
-        """See `ModelAdapter.config`."""
+    def config(self) -> Mapping[str, Any]:
         return saved_config(
-            model, SWIN_ARCHITECTURE, self._model_args(model), input_size=self.input_size(model),
+            self.model, ARCHITECTURE, self._model_args(), input_size=self.input_size(),
             first_conv="patch_embed.proj",
-            classifier="head.fc", fixed_input_size=not self.dynamic_input(model),
+            classifier="head.fc", fixed_input_size=not self.dynamic_input(),
         )  # fmt: skip
 
-    def _model_args(self, model: TimmModule) -> dict[str, Any]:
+    def _model_args(self) -> dict[str, Any]:
         """The constructor arguments of a model, read off its modules, as values for JSON.
 
         Raises:
             UnsupportedModelError: Naming the first part that the arguments would not reproduce.
         """
-        args = _read_model_args(model)
+        args = _read_model_args(self.model)
         with torch.device("meta"):
-            twin = build_swin(**args, compressed_block=CompressedBlock)
-        require_same(model, twin, "Swin", "_read_model_args in dcvit/models/swin.py")
+            twin = build(**args, compressed_block=CompressedBlock)
+        require_same(self.model, twin, "Swin", "_read_model_args in dcvit/models/swin.py")
         return args
 
 
@@ -383,4 +347,4 @@ def _block_cost(block: TimmModule, grid: tuple[int, int]) -> BlockCost:
 @register_model
 def dcvit_swin_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Timm's entry point for Swins that dcvit compressed; the arguments come from `config.json`."""
-    return modeling_dcvit.create_swin(pretrained, compressed_block=CompressedBlock, **kwargs)
+    return create(pretrained, compressed_block=CompressedBlock, **kwargs)

@@ -25,33 +25,21 @@ from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost, linear_cost
 from dcvit.errors import UnsupportedModelError
-from dcvit.models import modeling_dcvit
 from dcvit.models.blocks import CompressedBlock, MlpHalf, WholeBlock, attention_half, mlp_half_cost
-from dcvit.models.isotropic import IsotropicAdapter, require_one_answer
-from dcvit.models.modeling_dcvit import (
-    ACTIVATIONS,
-    ARCHITECTURE,
-    BLOCKS,
+from dcvit.models.isotropic import IsotropicView, require_one_answer
+from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule
+from dcvit.models.modeling.variations import (
     ConvolutionalAttention,
-    DroppedBlock,
     FusingBlock,
     SharedBlock,
-    TimmModule,
-    build,
     keep_heads,
     share_weights,
 )
-from dcvit.models.rebuilding import (
-    layer_settings,
-    named_key,
-    norm_spec,
-    num_params,
-    require_same,
-    timm_type,
-)
+from dcvit.models.modeling.vision_transformer import ARCHITECTURE, BLOCKS, build, create
+from dcvit.models.rebuild import layer_settings, named_key, norm_spec, num_params, require_same, timm_type
 
 __all__ = [
-    "VisionTransformerAdapter",
+    "VisionTransformerView",
     "convolution_of",
     "create_vision_transformer",
     "fuse_tokens",
@@ -67,7 +55,7 @@ MADE_OF_BLOCKS = (FusingBlock, SharedBlock)
 """What timm's `Block` may have become, other than by a cut."""
 
 
-class VisionTransformerAdapter(IsotropicAdapter):
+class VisionTransformerView(IsotropicView):
     """timm's `VisionTransformer` and `VisionTransformerDistilled`.
 
     Modifications:
@@ -87,61 +75,63 @@ class VisionTransformerAdapter(IsotropicAdapter):
     source = "arXiv 2010.11929, 2012.12877"
     architecture = ARCHITECTURE
 
-    def check(self, model: TimmModule) -> None:
-        """See `ModelAdapter.check`."""
-        if type(model) not in self.classes:
+    @property
+    def tv_exponent(self) -> float:
+        """As published for ViT, or else for DeiT, which a distillation token tells, or timm's name of the model."""
+        name = str(getattr(self.model, "pretrained_cfg", {}).get("architecture", ""))
+        deit = isinstance(self.model, VisionTransformerDistilled) or name.startswith("deit")
+        return 1.0 if deit else 0.6
+
+    def check(self) -> None:
+        if type(self.model) not in self.classes:
             raise UnsupportedModelError(
-                f"The model is a {type(model).__qualname__}, a subclass of VisionTransformer that dcvit does not "
+                f"The model is a {type(self.model).__qualname__}, a subclass of VisionTransformer that dcvit does not "
                 "know; it could not be rebuilt from its saved form."
             )
-        require_one_answer(model)
-        self._model_args(model)
-        shared = [block for block, module in enumerate(model.blocks) if isinstance(module, SharedBlock)]
+        require_one_answer(self.model)
+        self._model_args()
+        shared = [block for block, module in enumerate(self.model.blocks) if isinstance(module, SharedBlock)]
         if shared:
             raise UnsupportedModelError(
                 f"The blocks {', '.join(map(str, shared))} share weights, and a cut of one would cut the others: "
                 "compress the original, to a smaller budget."
             )
 
-    def embed(self, model: TimmModule, images: Tensor) -> Tensor:
-        """See `ModelAdapter.embed`."""
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    def embed(self, images: Tensor) -> Tensor:
+        return self.model.norm_pre(self.model.patch_drop(self.model._pos_embed(self.model.patch_embed(images))))
 
-    def run_blocks(self, model: TimmModule, state: Tensor, first: int, stop: int) -> Tensor:
-        """See `ModelAdapter.run_blocks`."""
-        return model.blocks[first:stop](state)
+    def run_blocks(self, state: Tensor, first: int, stop: int) -> Tensor:
+        return self.model.blocks[first:stop](state)
 
-    def _block_costs(self, model: TimmModule) -> tuple[list[BlockCost], int]:
-        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    def _block_costs(self) -> tuple[list[BlockCost], int]:
+        tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
         blocks = []
-        for block in model.blocks:
+        for block in self.model.blocks:
             before, tokens = tokens, block.tokens_after(tokens) if isinstance(block, FusingBlock) else tokens
             blocks.append(_block_cost(block, before, tokens))
         return blocks, tokens
 
-    def fuse(self, model: TimmModule) -> None:
-        """See `ModelAdapter.fuse`."""
-        for i, block in enumerate(model.blocks):
+    def fuse(self) -> None:
+        for i, block in enumerate(self.model.blocks):
             if type(block) is Block and not block._forward_hooks and not block._forward_pre_hooks:
-                model.blocks[i] = WholeBlock(block)
+                self.model.blocks[i] = WholeBlock(block)
 
-    def halves(self, model: TimmModule, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
-        """See `ModelAdapter.halves`."""
-        module = model.blocks[block]
+    def halves(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+        module = self.model.blocks[block]
         if not isinstance(module, (Block, WholeBlock)):
             return None
         return partial(attention_half, module), CompressedBlock(module)
 
-    def _model_args(self, model: TimmModule) -> dict[str, Any]:
+    def _model_args(self) -> dict[str, Any]:
         """The constructor arguments of a model, read off its modules, as values for JSON.
 
         Raises:
             UnsupportedModelError: Naming the first part that the arguments would not reproduce.
         """
-        args = _read_model_args(model)
+        args = _read_model_args(self.model)
         with torch.device("meta"):
             twin = build(**args, compressed_block=CompressedBlock)
-        require_same(model, twin, "VisionTransformer", "_read_model_args in dcvit/models/vision_transformer.py")
+        require_same(self.model, twin, "VisionTransformer", "_read_model_args in dcvit/models/vision_transformer.py")
         return args
 
 
@@ -227,7 +217,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
 @register_model
 def dcvit_vision_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Timm's entry point for vision transformers that dcvit compressed; the arguments come from `config.json`."""
-    return modeling_dcvit.create(pretrained, compressed_block=CompressedBlock, **kwargs)
+    return create(pretrained, compressed_block=CompressedBlock, **kwargs)
 
 
 def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> nn.Module:

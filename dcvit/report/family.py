@@ -6,10 +6,10 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 from dcvit.errors import DcvitError, SaveFolderError
-from dcvit.records import field_types, from_plain
 from dcvit.report.charts import Group, Point, amount, number, scatter
 from dcvit.report.page import Figure, Key, Page, Section, Table, settings_table
 from dcvit.report.svg import Marker, finite
+from dcvit.serialization import field_types, from_plain
 
 __all__ = ["FamilyPoint", "Kind", "family_page", "saved_family_page"]
 

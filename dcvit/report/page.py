@@ -12,9 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from dcvit._version import __version__
-from dcvit.files import well_formed
 from dcvit.report.charts import marker_sample
 from dcvit.report.svg import Marker, Svg
+from dcvit.runtime.files import well_formed
 
 __all__ = ["Figure", "Gallery", "Key", "Page", "Picture", "Section", "Table", "Tile", "settings_table"]
 

@@ -3,7 +3,7 @@
 import base64
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,10 +13,20 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from dcvit.artifacts.card import cut_kind, part_names, shared_weights
+from dcvit.artifacts.result import (
+    FAMILY_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    ProxyImages,
+    Record,
+    check_report_file,
+    read_json,
+    read_record,
+)
+from dcvit.artifacts.saving import replace_file
 from dcvit.errors import DcvitError, SaveFolderError
-from dcvit.model_card import cut_kind, part_names, shared_weights
-from dcvit.ranking import Trial
-from dcvit.records import from_plain
+from dcvit.history import ModelFigures, Report, Trial
 from dcvit.report.charts import (
     Curve,
     Row,
@@ -32,19 +42,8 @@ from dcvit.report.charts import (
 from dcvit.report.family import saved_family_page
 from dcvit.report.page import Figure, Gallery, Key, Page, Picture, Section, Table, Tile, settings_table
 from dcvit.report.svg import Marker
-from dcvit.results import (
-    FAMILY_FILE,
-    REPORT_FILE,
-    RESULT_FILE,
-    MetricImages,
-    ModelFigures,
-    Record,
-    Report,
-    check_report_file,
-    read_json,
-    read_record,
-)
-from dcvit.saving import replace_file
+from dcvit.runtime.earlier import settings_of_earlier_versions
+from dcvit.serialization import from_plain
 
 __all__ = ["run_page", "write_page", "write_report"]
 
@@ -110,7 +109,7 @@ def run_page(record: Record) -> Page:
         f"{_budget(record)}; {_figure(used)} are used.",
     ]
     trials = _trials(record) if report.trials else None
-    sections = [_comparison(record), trials, _architecture(record), _recovery(record), _metric_set(record)]
+    sections = [_comparison(record), trials, _architecture(record), _recovery(record), _proxy_set(record)]
     return Page(
         title=f"{report.model}, compressed to {100 * used / original:.1f}\N{NO-BREAK SPACE}% of its {_unit(record)}",
         text=text,
@@ -306,7 +305,7 @@ def _trials(record: Record) -> Section:
     """How well each candidate recovers, and which were chosen."""
     plan, report = record.plan, record.report
     chosen = set(plan.blocks) - set(plan.pruned)
-    metric = METRICS.get(str(report.settings.get("metric")), "metric loss")
+    metric = METRICS.get(str(_ablation(report).get("metric")), "metric loss")
     if report.method == "practise":
         metric = "mimicking loss over the share of MACs saved"
     cut = "dropped" if cut_kind(record.values) == "dropped" else "compressed"
@@ -509,7 +508,7 @@ def _recovery(record: Record) -> Section:
     return Section("Recovery over time", text, items)
 
 
-def _metric_set(record: Record) -> Section | None:
+def _proxy_set(record: Record) -> Section | None:
     """The synthesised images and the loss that made them."""
     images = record.images
     if images is None:
@@ -522,7 +521,7 @@ def _metric_set(record: Record) -> Section | None:
         hint = "Cross-entropy and image prior. The images of the lowest loss are kept."
         items.append(_curves("Synthesis", [line], "iteration", "loss", hint))
     report = record.report
-    judges = report.settings.get("metric") == "mimicking" and report.reconstructions and report.num_images > 1
+    judges = _ablation(report).get("metric") == "mimicking" and report.reconstructions and report.num_images > 1
     ranked = "they and few-shot images held out rank the blocks" if judges else "they rank the blocks"
     text = f"{len(images.pixels)} images, made from the original model alone, for random classes; {ranked}."
     return Section("Synthesised images", [text], items)
@@ -549,8 +548,14 @@ def _settings(record: Record) -> Section:
     }
     items = [settings_table(run, "Run")]
     if report.settings:
-        items.append(settings_table(report.settings, "CompressionConfig"))
+        items.append(settings_table(report.settings, "Settings"))
     return Section("Settings and versions", items=[*items, settings_table(report.versions, "Versions")])
+
+
+def _ablation(report: Report) -> Mapping[str, Any]:
+    """What the settings say under `ablation`, in the words of this version."""
+    found = settings_of_earlier_versions(report.settings).get("ablation")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _not_recorded(record: Record) -> Iterator[str]:
@@ -560,7 +565,7 @@ def _not_recorded(record: Record) -> Iterator[str]:
     if not report.blocks:
         yield "the original's blocks, and so the drawing of the architecture: saved by an earlier dcvit"
     if record.images is None and report.method == "dcvit":
-        given = report.settings.get("metric_set") == "images"
+        given = _ablation(report).get("ranking_images") == "few-shot"
         reason = "blocks were ranked on the few-shot images, which are never saved" if given else (
             "blocks were ranked on images of the caller's, or the result was saved by an earlier dcvit"
         )  # fmt: skip
@@ -591,7 +596,7 @@ def _curves(title: str, lines: Sequence[Curve], x_label: str, y_label: str, text
     return Figure(title, lambda width: curves(width, lines, x_label, y_label), table, text)
 
 
-def _pictures(images: MetricImages) -> Iterator[Picture]:
+def _pictures(images: ProxyImages) -> Iterator[Picture]:
     for pixels, target in zip(images.pixels, images.targets.tolist(), strict=True):
         yield Picture(_data_uri(pixels), f"class {target}")
 

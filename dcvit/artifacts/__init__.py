@@ -1,0 +1,1 @@
+"""What a compression leaves behind: saved folders, model cards, exports, the hub."""

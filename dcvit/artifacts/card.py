@@ -1,0 +1,245 @@
+"""The model card: `README.md` of a saved model, drawn from the other files beside it.
+
+Its front matter is what the Hugging Face hub reads: https://huggingface.co/docs/hub/model-cards.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from huggingface_hub import ModelCardData
+
+from dcvit.runtime.files import well_formed
+
+__all__ = ["PartNames", "cut_kind", "model_card", "part_names", "shared_weights"]
+
+_HUB_LICENSES = ("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit")
+"""Licences that timm's models have and the hub knows by the same name; the hub takes others as `other`, with a name."""
+
+_LOAD = """\
+Where dcvit is installed:
+
+```python
+import dcvit, timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+```
+
+Where it is not, `modeling_dcvit.py` of this folder takes its place; it needs torch and timm (1.0.31 or newer) alone:
+
+```python
+import sys, timm
+
+sys.path.insert(0, "FOLDER")
+import modeling_dcvit  # makes the architecture known to timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+```
+
+That file holds what this model needs and no more; without dcvit, load each model in a process of its own.
+
+`FOLDER` is this folder; from the hub, `huggingface_hub.snapshot_download("OWNER/NAME")` brings it and returns its path.
+"""
+
+
+def model_card(result: Mapping[str, Any], config: Mapping[str, Any], *, dtype: str = "float32") -> str:
+    """The text of a model card; names that a file gives come as words or code, never as markdown or HTML.
+
+    Args:
+        result: What `result.json` holds.
+        config: What `config.json` holds.
+        dtype: In which the weights are stored.
+    """
+    report, preprocessing = result["report"], config["pretrained_cfg"]
+    license_ = preprocessing.get("license")
+    license_ = license_ if isinstance(license_, str) and license_ != "unknown" else None  # timm has both
+    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
+    versions = ", ".join(f"{_name(name)} {_name(version)}" for name, version in report["versions"].items())
+    sections = {
+        f"# {_name(report['model'])}, compressed": _what(result),
+        "## Figures": _figures(result),
+        "## How to load": _LOAD,
+        "## Images": _images(preprocessing),
+        "## Licence": _licence(license_),
+        "## Versions": f"Made with {versions}. Weights are stored in {dtype}.\n",
+    }
+    text = "\n".join(f"{title}\n\n{body}" for title, body in sections.items())
+    return well_formed(f"---\n{_front_matter(license_, report.get('base_model'), task).to_yaml()}\n---\n\n{text}")
+
+
+def _name(text: str) -> str:
+    """A name from a file as markdown: a plain word as it is, anything else as code, where nothing has a meaning."""
+    return text if re.fullmatch(r"[\w+-]+(\.[\d]+[\w+-]*)*", text) else _code(text)
+
+
+def _code(text: str) -> str:
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
+def _front_matter(license_: str | None, base_model: str | None, task: str) -> ModelCardData:
+    known_to_hub = license_ is None or license_ in _HUB_LICENSES
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag=task,
+        tags=["timm", "dcvit", "vision-transformer", "model-compression", task],
+        license=license_ if known_to_hub else "other",
+        license_name=None if known_to_hub else license_,
+        base_model=base_model,
+    )
+
+
+def cut_kind(result: Mapping[str, Any]) -> Literal["compressed", "pruned", "mixed", "dropped"]:
+    """What a model's blocks lost: attention and hidden nodes, hidden nodes alone, some this and some that, or all.
+
+    Args:
+        result: What `result.json` holds.
+    """
+    cut, pruned = result["plan"]["kept_nodes"], result["plan"].get("pruned", ())
+    if not cut:
+        return "dropped"
+    return "compressed" if not pruned else "pruned" if len(pruned) == len(cut) else "mixed"
+
+
+@dataclass(frozen=True)
+class PartNames:
+    """What the two parts of a block are called of which it can lose some.
+
+    Attributes:
+        mixing: What mixes positions.
+        pointwise: What looks at each alone.
+        nodes: The hidden nodes.
+        nodes_of_block: Likewise, with where they are.
+    """
+
+    mixing: str
+    pointwise: str
+    nodes: str
+    nodes_of_block: str
+
+
+def part_names(result: Mapping[str, Any]) -> PartNames:
+    """What the parts of a model's blocks are called: in a CNN other than in a transformer.
+
+    Args:
+        result: What `result.json` holds.
+    """
+    if result["report"].get("family") == "cnn":
+        return PartNames("spatial convolution", "filters", "filters", "filters")
+    return PartNames("attention", "MLP", "hidden nodes", "hidden nodes of the MLP")
+
+
+def shared_weights(plan: Mapping[str, Any]) -> list[str]:
+    """Which blocks share weights, in words, an entry each for attention and MLP; none where none do.
+
+    Args:
+        plan: The plan in `result.json`.
+    """
+    told = []
+    for name, part in (("attention_of", "attention"), ("mlp_of", "MLP")):
+        runs: dict[int, list[str]] = {}
+        for block, owner in plan.get(name, {}).items():
+            runs.setdefault(owner, []).append(str(block))
+        if runs:
+            told.append(f"one {part} for the blocks " + ", and one for ".join(", ".join(run) for run in runs.values()))
+    return told
+
+
+def _what(result: Mapping[str, Any]) -> str:
+    report, plan = result["report"], result["plan"]
+    images, blocks, version = report["num_images"], sorted(plan["blocks"]), _name(report["versions"]["dcvit"])
+    made = (
+        f"{_code(report['model'])}, made smaller by dcvit {version} from {images} unlabelled "
+        f"{'image' if images == 1 else 'images'}"
+    )
+    if report.get("method", "dcvit") != "dcvit":
+        made += f" with the method {_name(report['method'])}"
+    if rates := plan.get("token_keep_rates"):
+        rate = next(iter(rates.values()))
+        return f"{made}: behind the attention of the {_named(blocks)} the share {rate:g} of the patch tokens goes on.\n"
+    if shared := shared_weights(plan):
+        return f"{made}: {'; '.join(shared)}. Blocks count from 0, and each has a transformation of its own.\n"
+    if cut_kind(result) == "dropped":
+        return f"{made}: without the {_named(blocks)}.\n"
+    if heads := plan.get("kept_heads"):
+        listed = ", ".join(f"{block} ({len(kept)})" for block, kept in heads.items())
+        made += f", with fewer attention heads in the {_plural(heads)} {listed}"
+    if convolved := plan.get("convolved"):
+        listed = ", ".join(map(str, convolved))
+        made += f", with a convolution in the place of the attention of the {_plural(convolved)} {listed}"
+    left = sorted({len(nodes) for nodes in plan["kept_nodes"].values()})
+    names = part_names(result)
+    nodes = f"{plan['hidden_features']} {names.nodes_of_block} are left"
+    if len(left) > 1:
+        nodes = f"on average {nodes} ({left[0]} to {left[-1]})"
+    without = [block for block in blocks if block not in plan.get("pruned", ())]
+    if not without:
+        stays = "" if convolved or names.mixing != "attention" else f"{names.mixing} stays; "
+        return f"{made}: {stays}of the {_named(blocks)} {nodes}.\n"
+    if len(without) == len(blocks):
+        return f"{made}: without the {names.mixing} of {_named(blocks)}, where {nodes}.\n"
+    return f"{made}: without the {names.mixing} of {_named(without)}; of the {_named(blocks)} {nodes}.\n"
+
+
+def _named(blocks: Sequence[int]) -> str:
+    """Blocks in words."""
+    return f"{_plural(blocks)} {', '.join(map(str, blocks))} (counted from 0)"
+
+
+def _plural(blocks: Collection[Any]) -> str:
+    return "block" if len(blocks) == 1 else "blocks"
+
+
+def _images(preprocessing: Mapping[str, Any]) -> str:
+    channels, height, width = preprocessing["input_size"]
+    size = f"{channels} {'channel' if channels == 1 else 'channels'}, {height} × {width} px"
+    mean, std = (", ".join(f"{value:g}" for value in preprocessing[name]) for name in ("mean", "std"))
+    return (
+        f"{size}, normalised with mean ({mean}) and standard deviation ({std}). "
+        "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares them.\n"
+    )
+
+
+def _licence(license_: str | None) -> str:
+    if license_ is None:
+        return (
+            "Unknown: the original's configuration names none. The original's terms bind this model too; look them up "
+            "where it came from.\n"
+        )
+    return f"The original's, as its timm configuration gives it: {_name(license_)}.\n"
+
+
+def _figures(result: Mapping[str, Any]) -> str:
+    teacher, student = result["teacher"], result["student"]
+    rows = [
+        "| | original | compressed | ratio |",
+        "|---|---|---|---|",
+        *(
+            f"| {label} | {form.format(teacher[name])} | {form.format(student[name])} "
+            f"| {student[name] / teacher[name]:.4f} |"
+            for label, name, form in (
+                ("MACs per image", "macs", "{:,}"),
+                ("parameters", "params", "{:,}"),
+                (f"latency of {_batch(result['report'])}, ms", "latency_ms", "{:.2f}"),
+            )
+        ),
+    ]
+    if teacher["top1"] is not None:
+        rows.append(f"| top-1, % | {100 * teacher['top1']:.2f} | {100 * student['top1']:.2f} | |")
+    convention = result["plan"]["budget"]["convention"].replace("_", " ")
+    agreed = result["agreement"]
+    told = [
+        f"MACs are counted {convention}. The latency is that of the machine which compressed the model, and a rough "
+        "figure.",
+        f"The mean squared error between the output tokens of both on the unlabelled images is "
+        f"{result['report']['mimic_loss']:.4g}.",
+    ]
+    if agreed is not None:
+        told.append(f"Both name the same class for {100 * agreed:.2f} % of the images that they were compared on.")
+    return "\n".join(rows) + "\n\n" + " ".join(told) + "\n"
+
+
+def _batch(report: Mapping[str, Any]) -> str:
+    """The batch that was timed."""
+    count = report.get("latency_batch")
+    return "a batch" if count is None else f"a batch of {count}"

@@ -1,0 +1,1 @@
+"""`compress` and `sweep`, and what every run begins and ends with."""

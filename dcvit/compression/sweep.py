@@ -1,0 +1,521 @@
+"""The dense family: many sizes of one model from one search.
+
+Everything that does not depend on the budget is done once: the proxy set, the views and the teacher's tokens for them,
+the trials, which say what each block would lose at any number of hidden nodes, and the step sizes. A size then costs
+its blocks' reconstruction and, where mimicking refines it, a share of a single compression's steps.
+"""
+
+import json
+import os
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dcvit.artifacts.result import (
+    FAMILY_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    CompressionResult,
+    check_folder,
+    check_output_folder,
+    check_report_file,
+    load,
+    read_json,
+    read_together,
+)
+from dcvit.artifacts.saving import replacing_folder, require_writable, write_text
+from dcvit.budget import ADDITIVE, Budget
+from dcvit.compression.compress import DEFAULT, checked_images, open_store
+from dcvit.compression.finish import finish
+from dcvit.compression.out_of_memory import within_memory
+from dcvit.config import DCViT
+from dcvit.context import RunContext
+from dcvit.costs import MacConvention
+from dcvit.data.images import FewShotImages, Images
+from dcvit.data.synthesis import ProxySet
+from dcvit.errors import BudgetError, DcvitError, SaveFolderError
+from dcvit.history import ModelFigures, Plan
+from dcvit.methods import Task, make_proxy_set, method_of
+from dcvit.methods.dcvit.reconstructed import Prepared, compress_prepared, prepare
+from dcvit.metrics.latency import QUICK_TIMING, Timing, measure_latency, time_forward
+from dcvit.models import compressible, load_model
+from dcvit.models.teacher import freeze, fuse
+from dcvit.recovery.finetune import STEP_SIZES, Schedule
+from dcvit.report import FamilyPoint
+from dcvit.runtime.environment import versions
+from dcvit.runtime.files import digest, is_draft, kind_of
+from dcvit.runtime.precision import InPrecision, Precision
+from dcvit.runtime.process_state import own_state
+from dcvit.runtime.progress import Progress, Timer, silent
+from dcvit.search.plan import plan
+from dcvit.serialization import from_plain
+
+__all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
+
+DEFAULT_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+"""Shares of the original's MACs that a sweep goes through unless told otherwise."""
+
+REFINEMENT_SHARE = 1 / 3
+"""Of a single compression's refinement steps, those that each member gets, and about as many of its views.
+
+The first member finds the step size for all.
+"""
+
+TIMING = replace(QUICK_TIMING, max_seconds=10.0)
+"""Of every member, in turn."""
+
+ONE_RUN = Timing(runs=1, warmup=1)
+"""Of a member that is timed with the others later."""
+
+NEAR = 0.005
+"""A member that is smaller than what is asked for by at most this share of the original is taken for it."""
+
+FORMAT = 1
+
+DIGEST = "result_sha256"
+"""The entry of a member in the index with the SHA-256 of its `result.json`, which has those of its other files."""
+
+MEMBER = r"macs-[0-9]{1,19}"
+"""What a member's folder is called, see `Family.name`."""
+
+
+@dataclass
+class Family:
+    """Compressed models of one original, largest first.
+
+    Attributes:
+        original: Figures of the original.
+        members: The compressed models.
+    """
+
+    original: ModelFigures
+    members: list[CompressionResult]
+    _search: "_Search | None" = field(default=None, repr=False)
+
+    def at(
+        self,
+        *,
+        macs: float | int | None = None,
+        params: float | int | None = None,
+        latency_ms: float | None = None,
+        progress: Progress = silent,
+    ) -> CompressionResult:
+        """The best member that costs no more than asked for.
+
+        A family that `sweep` has just made compresses a new member where none is within 0.5 % of the original below
+        the target; a loaded one has not kept what that needs, and gives its largest member that fits.
+
+        Args:
+            macs: A share of the original, or an absolute number of MACs per image. One of the three is given.
+            params: Likewise for parameters.
+            latency_ms: Milliseconds that a batch of the few-shot images took when the members were measured.
+            progress: Told how a new member comes along.
+
+        Raises:
+            BudgetError: If the target is out of range, or none or more than one is given.
+        """
+        given = [name for name, value in (("macs", macs), ("params", params), ("latency_ms", latency_ms)) if value]
+        if len(given) != 1:
+            raise BudgetError(
+                f"Family.at({', '.join(given)}): expected exactly one of macs, params and latency_ms, for example "
+                "family.at(macs=0.8)."
+            )
+        if latency_ms is not None:
+            return self._within_latency(latency_ms, progress)
+        budget = Budget(macs=macs, params=params, convention=self._convention)
+        original: int = getattr(self.original, budget.unit)
+        target = budget.target_of(original)
+
+        def amount(member: CompressionResult) -> int:
+            spent: int = getattr(member.report.student, budget.unit)
+            return spent
+
+        best = max((m for m in self.members if amount(m) <= target), key=amount, default=None)
+        if best is not None and target - amount(best) <= NEAR * original:
+            return best
+        if self._search is not None:
+            return self._add(budget, progress)
+        if best is not None:
+            return best
+        smallest = min(map(amount, self.members))
+        raise BudgetError(
+            f"{budget.unit}={budget.value!r} asks for {target:,}: the smallest member has {smallest:,}. Ask for more, "
+            "or sweep again with this budget."
+        )
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        points: Sequence[FamilyPoint] | None = None,
+        judged_on: str | None = None,
+        page: Callable[[Mapping[str, Any]], str] | None = None,
+    ) -> dict[str, Any]:
+        """Save every member to a folder of its own, and `family.json`, which lists them, all at once.
+
+        Args:
+            folder: Created if missing.
+            overwrite: Replace an earlier family in that folder, with all of its members. Nothing else is ever replaced.
+            points: What the report is to show, where figures other than the members' own are at hand.
+            judged_on: The images that those figures are of.
+            page: The HTML of `report.html`, from what `family.json` holds.
+
+        Returns:
+            What `family.json` holds.
+
+        Raises:
+            SaveFolderError: If the folder holds something else, or an earlier family and `overwrite` is not set; or if
+                it cannot be written, and then what was there stays.
+        """
+        check_family_folder(folder, overwrite=overwrite)
+        report = self.members[0].report
+        index: dict[str, Any] = {
+            "format": FORMAT,
+            "model": report.model,
+            "num_images": report.num_images,
+            "original": asdict(self.original),
+            "members": [{"folder": self.name(member), **self.figures(member)} for member in self.members],
+            "points": [asdict(point) for point in (self.points() if points is None else points)],
+            "judged_on": judged_on or f"the {report.num_images} few-shot images",
+            "settings": report.settings,
+            "versions": versions(),
+        }
+        with replacing_folder(folder, first=FAMILY_FILE) as draft:
+            for member, entry in zip(self.members, index["members"], strict=True):
+                member.save(draft / entry["folder"])
+                entry[DIGEST] = digest(draft / entry["folder"] / RESULT_FILE)
+            write_text(draft / FAMILY_FILE, json.dumps(index, indent=2) + "\n")
+            if page is not None:
+                write_text(draft / REPORT_FILE, page(index))
+        return index
+
+    def points(self) -> list[FamilyPoint]:
+        """The original and the members, with their own figures, for `dcvit.report.family_page`."""
+        first = self.original
+        points = [FamilyPoint("original", "original", first.macs, first.params, first.latency_ms, None, first.top1)]
+        for member in self.members:
+            student = member.report.student
+            points.append(
+                FamilyPoint(
+                    self.name(member), "dcvit", student.macs, student.params, student.latency_ms,
+                    member.report.agreement, student.top1,
+                )
+            )  # fmt: skip
+        return points
+
+    @staticmethod
+    def name(member: CompressionResult) -> str:
+        """A member's folder."""
+        return f"macs-{member.report.student.macs}"
+
+    def figures(self, member: CompressionResult) -> dict[str, Any]:
+        """What the index says of a member: budget, structure, cost and quality."""
+        report = member.report
+        return {
+            "budget": member.plan.to_dict()["budget"],
+            "blocks": {str(block): len(member.plan.kept_nodes[block]) for block in member.plan.blocks},
+            "pruned": list(member.plan.pruned),
+            "macs_share": report.student.macs / self.original.macs,
+            **asdict(report.student),
+            "agreement": report.agreement,
+            "mimic_loss": report.mimic_loss,
+        }
+
+    @property
+    def _convention(self) -> MacConvention:
+        return self.members[0].plan.budget.convention
+
+    def _add(self, budget: Budget, progress: Progress) -> CompressionResult:
+        search = self._search
+        assert search is not None
+        planned = plan(search.original, budget, search.config)
+
+        def compressed(config: DCViT) -> CompressionResult:
+            return search.compress(planned, config, RunContext(config.seed, config.impl, progress=progress))
+
+        member = within_memory(compressed, search.config)
+        for known in self.members:
+            if _alike(known, member):
+                return known
+        (member,) = _timed(search, [member], self.original.latency_ms)
+        self.members.append(member)
+        self.members.sort(key=lambda other: other.report.student.macs, reverse=True)
+        return member
+
+    def _within_latency(self, latency_ms: float, progress: Progress) -> CompressionResult:
+        """The largest member that is fast enough; a new one, where the measured latencies leave room for it."""
+        fitting = [member for member in self.members if member.report.student.latency_ms <= latency_ms]
+        best = max(fitting, key=lambda member: member.report.student.macs, default=None)
+        if best is None:
+            fastest = min(member.report.student.latency_ms for member in self.members)
+            raise BudgetError(
+                f"latency_ms={latency_ms:g}: the fastest member takes {fastest:.3g} ms. Ask for more, or sweep smaller "
+                "budgets."
+            )
+        larger = [member for member in self.members if member.report.student.macs > best.report.student.macs]
+        if self._search is None or not larger:
+            return best
+        # Latency is all but linear in the MACs between two sizes: where between them the target should lie.
+        above = min(larger, key=lambda member: member.report.student.macs)
+        low, high = best.report.student, above.report.student
+        macs = int(np.interp(latency_ms, [low.latency_ms, high.latency_ms], [low.macs, high.macs]))
+        if macs - low.macs <= NEAR * self.original.macs or high.macs - macs <= NEAR * self.original.macs:
+            return best
+        found = self._add(Budget(macs=macs, convention=self._convention), progress)
+        return found if found.report.student.latency_ms <= latency_ms else best
+
+
+@dataclass
+class _Search:
+    """What the members share, and how one more is made."""
+
+    model: str | nn.Module
+    original: nn.Module
+    images: FewShotImages
+    proxy_set: ProxySet
+    prepared: Prepared
+    config: DCViT
+    step_sizes: Sequence[float] = STEP_SIZES
+
+    @own_state()
+    def compress(self, planned: Plan, config: DCViT, context: RunContext) -> CompressionResult:
+        """A member, not yet timed with the others; `config` is this one's, or takes fewer images at once."""
+        refinement = Schedule(round(REFINEMENT_SHARE * self.prepared.refinement_steps), self.step_sizes)
+        outcome = compress_prepared(self.prepared, planned, config, context, refinement=refinement)
+        if outcome.refinement is not None and outcome.refinement.step_size > 0:
+            self.step_sizes = (outcome.refinement.step_size,)
+        task = Task(self.original, self.images, planned.budget, config, context)
+        return finish(self.model, task, replace(outcome, proxy_set=self.proxy_set), timing=ONE_RUN)
+
+
+def sweep(
+    model: str | nn.Module,
+    images: Images | FewShotImages,
+    budgets: Iterable[float | int | Budget] = DEFAULT_SHARES,
+    method: str | DCViT = DEFAULT,
+    *,
+    proxy_set: ProxySet | None = None,
+    run_dir: str | Path | None = None,
+    progress: Progress = silent,
+) -> Family:
+    """Compress a model to many sizes from one search.
+
+    Args:
+        model: A timm model, or a name that `timm.create_model` takes. Unchanged.
+        images: The few-shot set, see `dcvit.data.images.load_images`. Labels are never read.
+        budgets: What the members may cost: shares of the original's MACs, absolute numbers of MACs, or `Budget`s.
+        method: How; its `recovery` must be a `ReconstructionConfig`, as it is but for `DCViT.paper()`.
+        proxy_set: Images to rank blocks on, in place of synthesised ones.
+        run_dir: A folder for finished work, as of `dcvit.compress`.
+        progress: Told how it goes.
+
+    Returns:
+        The family, largest member first.
+
+    Raises:
+        UnsupportedModelError, ImagesError, RunStoreError: As `dcvit.compress` does.
+        BudgetError: If there is no budget, two are the same, or one cannot be met.
+        DcvitError: If `method` is another one, or recovers by distillation.
+        All of them before any long work.
+    """
+    _, config = method_of(method)
+    if not isinstance(config, DCViT):
+        raise DcvitError(f"method={method!r}: a sweep is of dcvit's own method; pass DCViT() or leave it out.")
+    recovery = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
+    fewer = max(recovery.num_views, round(REFINEMENT_SHARE * recovery.refinement_views))
+    config = config.with_(recovery=replace(recovery, refinement_views=min(fewer, recovery.refinement_views)))
+    with own_state():
+        timer = Timer()
+        with timer("prepare"):
+            original = freeze(load_model(model))
+            config = config.with_tv_exponent(compressible(original).tv_exponent)
+            plans = _plans(original, budgets, config)
+            few_shot = checked_images(images, proxy_set, original, progress)
+            teacher = fuse(original, config.impl)
+        asked = [planned.budget.to_dict() for planned in plans]
+        with open_store(run_dir, original, few_shot, proxy_set, config, budgets=asked) as store:
+            context = RunContext(config.seed, config.impl, progress=progress, store=store, timer=timer)
+
+            def searched(config: DCViT) -> tuple[_Search, list[CompressionResult]]:
+                with timer("proxy set"):
+                    ranked_on = proxy_set or make_proxy_set(teacher, few_shot, config, context)
+                prepared = prepare(teacher, few_shot, ranked_on, plans[len(plans) // 2], config, context)
+                search = _Search(model, original, few_shot, ranked_on, prepared, config)
+                members: list[CompressionResult] = []
+                for planned in plans:
+                    of_member = replace(context.within(f"size-{len(members) + 1}"), timer=Timer())
+                    member = search.compress(planned, config, of_member)
+                    if not members:  # the first bears the time that all share
+                        seconds = {**timer.seconds, **member.report.seconds}
+                        member = replace(member, report=replace(member.report, seconds=seconds))
+                    members.append(member)
+                    progress("sizes", len(members), len(plans), member.report.mimic_loss)
+                return search, members
+
+            search, members = within_memory(searched, config)
+    # Where little can be chosen, several budgets come to one structure.
+    members = [m for i, m in enumerate(members) if not any(_alike(m, other) for other in members[:i])]
+    members = _timed(search, members)
+    return Family(members[0].report.teacher, members, search)
+
+
+def _alike(one: CompressionResult, other: CompressionResult) -> bool:
+    """Whether two members cost the same, as those of one structure do."""
+    costs = [(member.report.student.macs, member.report.student.params) for member in (one, other)]
+    return costs[0] == costs[1]
+
+
+def _timed(
+    search: _Search, members: Sequence[CompressionResult], original_ms: float | None = None
+) -> list[CompressionResult]:
+    """The members with latencies that were measured in turn, so that they compare.
+
+    Args:
+        search: What they share.
+        members: The members.
+        original_ms: What the original took when others were measured: so that these compare with them.
+    """
+    models = {"original": search.original, **{str(i): member.model for i, member in enumerate(members)}}
+    batch = search.images.normalised[: min(members[0].plan.budget.batch_size, search.config.at_once)]
+    clock = InPrecision(time_forward, Precision.of_caller())
+    latency = measure_latency(models, batch, TIMING, stopwatch=clock)
+    ours = latency["original"].median_ms
+    theirs = ours if original_ms is None else original_ms
+    timed = []
+    for i, member in enumerate(members):
+        report, found = member.report, latency[str(i)]
+        report = replace(
+            report,
+            teacher=replace(report.teacher, latency_ms=theirs),
+            student=replace(report.student, latency_ms=found.median_ms * theirs / ours),
+            latency_ratio=found.ratio_to(latency["original"]),
+            latency_batch=len(batch),
+        )
+        timed.append(replace(member, report=report))
+    return timed
+
+
+def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config: DCViT) -> list[Plan]:
+    """The plan of each budget, largest first.
+
+    Raises:
+        BudgetError: If there is none, two are the same, they count different things, or one cannot be met.
+    """
+    wanted = [budget if isinstance(budget, Budget) else Budget(macs=budget) for budget in budgets]
+    if not wanted:
+        raise BudgetError("budgets=(): expected at least one, for example (0.9, 0.8, 0.7).")
+    if len({(budget.unit, budget.convention) for budget in wanted}) > 1:
+        raise BudgetError("budgets: expected all of one unit and one convention, so that they can be put in order.")
+    if wanted[0].unit not in ADDITIVE:
+        raise BudgetError(f"budgets of {wanted[0].unit}: expected one of {', '.join(ADDITIVE)}; ask the family for it.")
+    plans = sorted((plan(original, budget, config) for budget in wanted), key=lambda p: p.target, reverse=True)
+    for larger, smaller in pairwise(plans):
+        if larger.cost == smaller.cost:
+            raise BudgetError(
+                f"budgets: {larger.budget.value!r} and {smaller.budget.value!r} come to the same structure; leave one "
+                "of them out."
+            )
+    return plans
+
+
+def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a family cannot be saved to, before any long work.
+
+    Raises:
+        SaveFolderError: If it is a file, cannot be written, holds something else, or an earlier family and `overwrite`
+            is not set; if that family is broken, or holds a file that dcvit did not write.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    require_writable(folder)
+    present = {name for name in os.listdir(folder) if not is_draft(name)} if folder.is_dir() else set()
+    if not present:
+        return
+    if FAMILY_FILE not in present:
+        raise SaveFolderError(f"{str(folder)!r} holds something else: name a folder that is empty or does not exist.")
+    if not overwrite:
+        raise SaveFolderError(
+            f"{str(folder)!r} holds an earlier family: name another folder, or pass overwrite (--overwrite)."
+        )
+    check_report_file(folder / REPORT_FILE)
+    earlier = [name for name in _read_index(folder).folders if kind_of(folder / name) in (None, "a folder")]
+    foreign = sorted(present - {FAMILY_FILE, REPORT_FILE, *earlier})
+    if foreign:
+        raise SaveFolderError(
+            f"{str(folder)!r} holds something else beside an earlier family ({', '.join(foreign[:3])}), and would be "
+            "replaced as a whole: move that away, or name another folder."
+        )
+    for name in earlier:
+        check_output_folder(folder / name, overwrite=True)
+
+
+def load_family(folder: str | Path) -> Family:
+    """A family that `Family.save` wrote.
+
+    Args:
+        folder: The folder with `family.json`.
+
+    Raises:
+        SaveFolderError: If it holds no family, or one of its members is missing, broken, or of another family.
+    """
+    return read_together(Path(folder) / FAMILY_FILE, lambda: _load_family(Path(folder)))
+
+
+def _load_family(folder: Path) -> Family:
+    index = _read_index(folder)
+    members = []
+    for name, recorded in zip(index.folders, index.digests, strict=True):
+        if (folder / name).is_symlink():
+            raise SaveFolderError(f"{str(folder / name)!r} is a link: put the member's folder itself in its place.")
+        members.append(load(folder / name))
+        if recorded not in (None, digest(folder / name / RESULT_FILE)):  # earlier versions saved none
+            raise SaveFolderError(
+                f"{str(folder / name)!r} is not the member that {FAMILY_FILE} was saved with: copy the whole folder "
+                "again, or sweep again."
+            )
+    return Family(index.original, members)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What `family.json` holds that a family is loaded from."""
+
+    original: ModelFigures
+    folders: tuple[str, ...]
+    digests: tuple[Any, ...]
+
+
+def _read_index(folder: Path) -> _Index:
+    """The index of a family.
+
+    Raises:
+        SaveFolderError: If it is not one, or names members that are not folders beside it.
+    """
+    path = folder / FAMILY_FILE
+    index = read_json(path)
+    try:
+        original = from_plain(ModelFigures, index["original"])
+        names = [member["folder"] for member in index["members"]]
+        digests = tuple(member.get(DIGEST) for member in index["members"])
+    except (AttributeError, LookupError, TypeError) as error:
+        raise SaveFolderError(
+            f"{str(path)!r} is not an index of a family ({error!r}): sweep again, to another folder."
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(MEMBER, name):
+            raise SaveFolderError(
+                f"{str(path)!r} names the member {reprlib.repr(name)}: expected a folder beside it, such as macs-1000."
+            )
+    if len(set(names)) < len(names):
+        raise SaveFolderError(f"{str(path)!r} names a member twice: sweep again, to another folder.")
+    if not names:
+        raise SaveFolderError(f"{str(path)!r} lists no members: sweep again, to another folder.")
+    return _Index(original, tuple(names), digests)

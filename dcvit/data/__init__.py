@@ -1,0 +1,1 @@
+"""The few-shot images: loading, augmentation, and synthesis from the model itself."""

@@ -1,0 +1,124 @@
+"""AutoFormer: the sub-network of a budget that does best with the original's own weights, found by evolution.
+
+Source: Chen, Peng, Fu and Ling, "AutoFormer: Searching Transformers for Visual Recognition" (ICCV 2021, arXiv
+2107.00651). Weights are entangled: a sub-network of h heads and r hidden nodes has the first h heads and the first r
+nodes of the supernet's block, so that all sub-networks can be judged without training any. An evolutionary search keeps
+the best of a population, crosses them over and mutates them.
+
+As it is applied here:
+
+- The supernet is the pretrained original. The paper trains it for 500 epochs so that its parts work alone, which few
+  images cannot do.
+- Heads and nodes of each block are searched; width and depth stay, for slices of a width that was not trained for it
+  compute nothing.
+- A sub-network is judged by its mimicking loss on the few-shot images, for want of labels, and mimics after the search.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcvit.methods.baselines.mimicking import DistilledConfig
+from dcvit.methods.baselines.units import Space, Structure, Unit, recovered
+from dcvit.methods.registry import Method, Outcome, Task, register
+from dcvit.models import compressible
+from dcvit.runtime.seeding import derive_seed
+
+__all__ = ["GENERATIONS", "MUTATION", "PARENTS", "POPULATION", "AutoFormer", "autoformer", "entangled"]
+
+POPULATION, GENERATIONS, PARENTS = 16, 6, 4
+"""The paper has 50, 20 and 10."""
+
+MUTATION = 0.2
+"""Probability with which a block's choice is drawn anew."""
+
+JUDGED = 16
+"""So many images judge a sub-network."""
+
+Genome = Mapping[int, tuple[float, float]]
+"""By block, what its heads and its nodes are worth: the larger, the more of them are kept."""
+
+
+@dataclass(frozen=True)
+class AutoFormer(DistilledConfig):
+    """AutoFormer (arXiv 2107.00651): the best sub-network of the original's first heads and hidden nodes."""
+
+
+def autoformer(task: Task[AutoFormer]) -> Outcome:
+    """Search a sub-network that meets the budget, and let it mimic the original.
+
+    Args:
+        task: What to compress, with what, to which budget.
+
+    Raises:
+        BudgetError: If the budget cannot be met.
+    """
+    teacher, mimicking = task.teacher, task.config.distillation
+    space = Space(teacher, task.config.candidates)
+    space.require(task.budget)
+    adapter = compressible(teacher)
+    draw = random.Random(derive_seed(task.context.seed, "autoformer"))
+    batches = task.images.normalised[:JUDGED].split(mimicking.at_once)
+
+    @torch.no_grad()
+    def loss(structure: Structure, wanted: list[Tensor]) -> float:
+        student = structure.of(teacher)
+        return sum(
+            len(images) * float((compressible(student).tokens(images) - tokens).square().mean())
+            for images, tokens in zip(batches, wanted, strict=True)
+        )
+
+    with task.context.timer("ranking"):
+        with torch.no_grad():
+            wanted = [adapter.tokens(images) for images in batches]
+        found: dict[float, tuple[Genome, Structure]] = {}
+        uniform: Genome = dict.fromkeys(space.blocks, (1.0, 1.0))
+        population = [uniform, *(_drawn(space, draw) for _ in range(POPULATION - 1))]
+        task.context.progress("evolution", 0, GENERATIONS, None)
+        for generation in range(GENERATIONS):
+            for genome in population:
+                structure = space.best(entangled(space, genome), task.budget)
+                found[loss(structure, wanted)] = genome, structure
+            best = sorted(found)[:PARENTS]
+            parents = [found[value][0] for value in best]
+            population = [_child(space, draw.choice(parents), draw.choice(parents), draw) for _ in range(POPULATION)]
+            task.context.progress("evolution", generation + 1, GENERATIONS, best[0])
+    return recovered(task, space, found[min(found)][1])
+
+
+register(
+    Method(
+        name="autoformer",
+        config=AutoFormer,
+        title="the first heads and hidden nodes of each block, as many as an evolutionary search finds best",
+        source="AutoFormer, arXiv 2107.00651",
+        families=("vit",),
+        compress=autoformer,
+    )
+)
+
+
+def entangled(space: Space, genome: Genome) -> dict[Unit, float]:
+    """Scores of units such that of each block always the first are kept, and more of those that a genome says.
+
+    The j-th of U units of worth w scores w (1 − j / U): worth 1 everywhere keeps the same share everywhere.
+    """
+    return {
+        unit: genome[unit.block][unit.kind == "node"] * (1 - unit.number / space.count(unit.kind, unit.block))
+        for unit in space.units()
+    }
+
+
+def _drawn(space: Space, draw: random.Random) -> Genome:
+    return {block: (draw.uniform(0.5, 2), draw.uniform(0.5, 2)) for block in space.blocks}
+
+
+def _child(space: Space, one: Genome, other: Genome, draw: random.Random) -> Genome:
+    """Each block's choice from one of two parents, some drawn anew."""
+    fresh = _drawn(space, draw)
+    return {
+        block: fresh[block] if draw.random() < MUTATION else draw.choice((one, other))[block] for block in space.blocks
+    }

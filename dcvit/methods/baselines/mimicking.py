@@ -1,0 +1,48 @@
+"""What methods for the whole data end with: the student mimics the original's output tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from dcvit.config import DistillationConfig, MethodConfig
+from dcvit.history import Recovery
+from dcvit.methods.registry import Task
+from dcvit.recovery.distill import find_learning_rate, recover
+
+__all__ = ["DistilledConfig", "mimic"]
+
+
+@dataclass(frozen=True)
+class DistilledConfig(MethodConfig):
+    """What the methods read that end with distillation.
+
+    Attributes:
+        candidates: See `MethodConfig`; all blocks if `None`.
+        seed: See `MethodConfig`.
+        impl: See `MethodConfig`.
+        distillation: How the student recovers.
+    """
+
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+
+def mimic(task: Task[DistilledConfig], student: nn.Module, blocks: Sequence[int]) -> Recovery:
+    """Train a student, in place, to give the output tokens of the original.
+
+    Args:
+        task: Its config says how.
+        student: The smaller model.
+        blocks: Those of its blocks that are not the original's.
+    """
+    mimicking, context = task.config.distillation, task.context
+
+    def find() -> float:
+        return find_learning_rate(
+            student, task.teacher, task.images, blocks, mimicking, context.derived("learning rate")
+        )
+
+    with context.timer("learning rate"):
+        mimicking = mimicking.with_learning_rate(find)
+    with context.timer("compression"):
+        return recover(student, task.teacher, task.images, blocks, mimicking, context.derived("recovery"))

@@ -1,0 +1,238 @@
+"""PRACTISE: drop whole blocks, those that recover best for the latency they save.
+
+Source: Wang and Wu, "Practical Network Acceleration with Tiny Sets" (arXiv 2202.07861), sections 3.2 to 3.4. The score
+of a block is R(B) / τ(B): R(B) is the mimicking loss that is left when the block alone is dropped and the rest has
+recovered on the few-shot images, τ(B) the share of latency that this saves. The blocks of least score go together, and
+the rest recovers once more. The loss is the mean squared error of what the network gives before its pooling.
+
+As it is applied here:
+
+- τ is the share of MACs that a block takes. A measured latency differs from run to run, and with it the order of blocks
+  that are nearly alike; equal seeds must give equal results. The blocks of a ViT take equal shares, so R alone orders
+  them there.
+- In a trial of a CNN only the adaptors around the gap recover (`dcvit.methods.baselines.adaptors`); the final recovery
+updates
+  them together with the weights that the config's `updated` names, then they are absorbed. Where no neighbour can
+  absorb one, those weights recover in the trial too.
+- A ViT has no place for adaptors: behind the residual stream comes a norm, which a linear map does not pass. What
+  recovers is what `updated` names, the front of the model by default, as in DC-ViT's comparison (arXiv 2403.18708).
+- Of a Swin, shifted pairs go, as in that comparison.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from dcvit.context import RunContext
+from dcvit.costs import Cost
+from dcvit.data.images import FewShotImages
+from dcvit.errors import DcvitError
+from dcvit.history import Recovery, Trial
+from dcvit.methods.baselines.adaptors import absorb_adaptors, adaptors, insert_adaptors
+from dcvit.methods.baselines.mimicking import DistilledConfig
+from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, plan_of
+from dcvit.methods.registry import Method, Outcome, Task, register
+from dcvit.models import compressible, require_supported
+from dcvit.models.surgery import drop_block
+from dcvit.recovery.distill import find_learning_rate, mimicking_loss, output_tokens, recover
+from dcvit.runtime.progress import Progress, silent
+from dcvit.search.sensitivity import Contest, run_trials
+
+__all__ = ["BlockDropping", "Practise", "block_dropping", "drop_blocks", "practise"]
+
+
+@dataclass(frozen=True)
+class Practise(DistilledConfig):
+    """PRACTISE (arXiv 2202.07861): whole blocks dropped, those that recover best for what they save.
+
+    Attributes:
+        candidates: Blocks that may be dropped, from 0; `None` is all but the first and the last.
+        seed: See `MethodConfig`.
+        impl: See `MethodConfig`.
+        distillation: How the student recovers, in each trial and at the end.
+        halving: Whether hopeless trials stop early, see `dcvit.config.Ablation`.
+    """
+
+    halving: bool = False
+
+
+def practise(task: Task[Practise]) -> Outcome:
+    """Drop as few whole blocks as meet the budget, those of least score first.
+
+    Args:
+        task: What to compress, with what, to which budget.
+
+    Raises:
+        BudgetError: If the budget cannot be met.
+    """
+    teacher, budget, config = task.teacher, task.budget, task.config
+    cost = compressible(teacher).cost()
+    groups = candidate_groups(teacher, config.candidates)
+
+    def saving(group: tuple[int, ...]) -> int:
+        whole = sum((cost.blocks[block].attention + cost.blocks[block].mlp for block in group), Cost())
+        return whole.params if budget.unit == "file_size" else budget.amount(whole)
+
+    # Of the blocks that save least most must go: trials that stop early never leave fewer.
+    cheapest = sorted(groups, key=saving)
+    most = len(fewest_blocks(teacher, budget, lambda count: cheapest[:count], len(cheapest))) // len(groups[0])
+    with task.context.timer("learning rate"):
+        config = _with_learning_rate(teacher, task.images, groups, config, task.context)
+    with task.context.timer("ranking"):
+        trials = _try_blocks(teacher, task.images, groups, config, most, task.context)
+        order = _ordered(trials, groups)
+        blocks = fewest_blocks(teacher, budget, lambda count: order[:count], len(order))
+    with task.context.timer("compression"):
+        student, recovery = _drop_and_recover(teacher, task.images, blocks, config, task.context)
+    plan = plan_of(teacher, student, budget, blocks, flat(groups))
+    return Outcome(student, plan, trials, recovery.learning_rate, steps=(recovery,))
+
+
+register(
+    Method(
+        name="practise",
+        config=Practise,
+        title="whole blocks dropped, those that recover best for what they save",
+        source="PRACTISE, arXiv 2202.07861",
+        families=("vit", "eva", "swin", "cnn"),
+        compress=practise,
+    )
+)
+
+
+@dataclass(frozen=True)
+class BlockDropping:
+    """What `block_dropping` gives back.
+
+    Attributes:
+        model: The smaller model.
+        blocks: The blocks that were dropped, best first.
+        trials: The trial of each candidate, best first.
+        recovery: The final recovery.
+    """
+
+    model: nn.Module
+    blocks: tuple[int, ...]
+    trials: tuple[Trial, ...]
+    recovery: Recovery
+
+
+def block_dropping(
+    teacher: nn.Module,
+    images: FewShotImages,
+    num_blocks: int,
+    config: Practise,
+    *,
+    trials: Sequence[Trial] | None = None,
+    progress: Progress = silent,
+) -> BlockDropping:
+    """`practise` for a number of blocks instead of a budget.
+
+    The blocks are dropped at once and the rest recovers for `num_blocks` times the epochs of a trial: as long as
+    progressive compression of as many blocks.
+
+    Args:
+        teacher: The original, frozen.
+        images: The few-shot set.
+        num_blocks: How many blocks go, of a Swin how many pairs.
+        config: How blocks are tried, and the student recovers.
+        trials: Those of an earlier call with the same model, images and config, which need not be run again.
+        progress: Told after each epoch.
+
+    Raises:
+        DcvitError: If fewer than one or more than the candidates are to go.
+    """
+    require_supported(teacher)
+    groups = candidate_groups(teacher, config.candidates)
+    if not 1 <= num_blocks <= len(groups):
+        raise DcvitError(f"num_blocks={num_blocks}: expected 1 to {len(groups)}, the candidates that may go.")
+    context = RunContext(config.seed, config.impl, progress=progress)
+    config = _with_learning_rate(teacher, images, groups, config, context)
+    if trials is None:
+        trials = _try_blocks(teacher, images, groups, config, num_blocks, context)
+    blocks = flat(_ordered(trials, groups)[:num_blocks])
+    student, recovery = _drop_and_recover(teacher, images, blocks, config, context)
+    return BlockDropping(compressible(student).rebuild().eval(), blocks, tuple(trials), recovery)
+
+
+def drop_blocks(model: nn.Module, blocks: Sequence[int]) -> nn.Module:
+    """A copy of the model without some blocks, not recovered."""
+    for block in blocks:
+        model = drop_block(model, block)
+    return model
+
+
+def _with_learning_rate(
+    teacher: nn.Module,
+    images: FewShotImages,
+    groups: Sequence[tuple[int, ...]],
+    config: Practise,
+    context: RunContext,
+) -> Practise:
+    """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
+    group = groups[len(groups) // 2]
+
+    def find() -> float:
+        return find_learning_rate(
+            drop_blocks(teacher, group), teacher, images, group, config.distillation, context.derived("learning rate")
+        )
+
+    return replace(config, distillation=config.distillation.with_learning_rate(find))
+
+
+def _try_blocks(
+    teacher: nn.Module,
+    images: FewShotImages,
+    groups: Sequence[tuple[int, ...]],
+    config: Practise,
+    num_chosen: int,
+    context: RunContext,
+) -> tuple[Trial, ...]:
+    """Each candidate dropped alone and recovered, least score first; a pair goes by the number of its last block."""
+    targets = output_tokens(teacher, images.normalised, config.distillation.at_once)
+    original, by_last = _macs(teacher), {group[-1]: group for group in groups}
+
+    saved: dict[nn.Module, float] = {}
+
+    def cut(block: int) -> nn.Module:
+        student = drop_blocks(teacher, by_last[block])
+        saved[student] = 1 - _macs(student) / original
+        insert_adaptors(student, by_last[block])
+        return student
+
+    def score(student: nn.Module) -> float:
+        return mimicking_loss(student, targets, images, config.distillation, impl=context.impl) / saved[student]
+
+    contest = Contest(list(by_last), cut, score, num_chosen, config.halving, adaptors)
+    trials, _ = run_trials(teacher, images, contest, config.distillation, context)
+    return trials
+
+
+def _ordered(trials: Sequence[Trial], groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The groups of blocks in the order of their trials."""
+    by_last = {group[-1]: group for group in groups}
+    return [by_last[trial.block] for trial in trials]
+
+
+def _drop_and_recover(
+    teacher: nn.Module, images: FewShotImages, blocks: Sequence[int], config: Practise, context: RunContext
+) -> tuple[nn.Module, Recovery]:
+    """The student without some blocks, and how it recovered."""
+    student = drop_blocks(teacher, blocks)
+    insert_adaptors(student, blocks)
+    recovery = recover(
+        student,
+        teacher,
+        images,
+        blocks,
+        replace(config.distillation, epochs=config.distillation.epochs * len(blocks)),
+        context.derived("step", len(blocks)),
+        stage=f"recovery without blocks {', '.join(map(str, sorted(blocks)))}",
+    )
+    absorb_adaptors(student)
+    return student, recovery
+
+
+def _macs(model: nn.Module) -> int:
+    return compressible(model).cost().total.macs("with_attention_products")

@@ -1,0 +1,113 @@
+"""S2ViTE: heads and hidden nodes that matter least to the loss go, by first-order scores; they may come back.
+
+Source: Chen, Cheng, Gan, Yuan, Zhang and Wang, "Chasing Sparsity in Vision Transformers: An End-to-End Exploration"
+(NeurIPS 2021, arXiv 2106.04533). A head or a node is scored by
+
+    Σ over images of  |∂L / ∂g|
+
+where the gate g multiplies what the unit gives: the first-order change of the loss without it, or with it where g = 0.
+Structures are explored while the share of pruned units grows: each round scores all units anew, so that one that went
+early may come back for one that matters less.
+
+As it is applied here:
+
+- The paper trains on labelled ImageNet for 600 epochs between the rounds of exploration. Here `ROUNDS` rounds follow
+  one another on the few-shot images, without training between them, and the student then mimics the original's tokens.
+- There are no labels: L is the cross-entropy with the class that the original names.
+- The paper prunes a given share of heads and another of nodes. One budget decides of both here, so a unit's score is
+  divided by the MACs that it takes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcvit.budget import Budget
+from dcvit.methods.baselines.mimicking import DistilledConfig
+from dcvit.methods.baselines.units import Gates, Space, Structure, gated, open_gates, recovered, scores_of
+from dcvit.methods.registry import Method, Outcome, Task, register
+from dcvit.metrics.cost import spent
+from dcvit.models import compressible
+from dcvit.models.pseudo_head import class_logits
+
+__all__ = ["ROUNDS", "S2ViTE", "first_order_scores", "s2vite"]
+
+ROUNDS = 5
+"""Steps in which the budget tightens from the original to what is asked for."""
+
+
+@dataclass(frozen=True)
+class S2ViTE(DistilledConfig):
+    """S2ViTE (arXiv 2106.04533): heads and hidden nodes pruned by first-order scores."""
+
+
+def s2vite(task: Task[S2ViTE]) -> Outcome:
+    """Prune heads and nodes by first-order scores in rounds, and let the rest mimic the original.
+
+    Args:
+        task: What to compress, with what, to which budget.
+
+    Raises:
+        BudgetError: If the budget cannot be met.
+    """
+    teacher, budget, mimicking = task.teacher, task.budget, task.config.distillation
+    space = Space(teacher, task.config.candidates)
+    wanted, original = space.require(budget), spent(teacher, budget)
+    macs = space.savings(Budget(macs=0.5))
+    structure = space.without(())
+    with task.context.timer("ranking"):
+        batches = [(images, _classes(teacher, images)) for images in task.images.normalised.split(mimicking.at_once)]
+        task.context.progress("scores", 0, ROUNDS, None)
+        for number in range(1, ROUNDS + 1):
+            scores = scores_of(first_order_scores(space, structure, batches))
+            left = wanted if number == ROUNDS else original - (original - wanted) * number // ROUNDS
+            step = Budget(**{budget.unit: left}, convention=budget.convention)
+            by_cost = {unit: score / macs.get((unit.kind, unit.block), 1) for unit, score in scores.items()}
+            structure = space.best(by_cost, step)
+            task.context.progress("scores", number, ROUNDS, None)
+    return recovered(task, space, structure)
+
+
+register(
+    Method(
+        name="s2vite",
+        config=S2ViTE,
+        title="heads and hidden nodes pruned by first-order scores in rounds, then the output tokens mimicked",
+        source="S2ViTE, arXiv 2106.04533",
+        families=("vit",),
+        compress=s2vite,
+    )
+)
+
+
+def first_order_scores(space: Space, structure: Structure, batches: Sequence[tuple[Tensor, Tensor]]) -> Gates:
+    """What each unit matters to the loss of the original with the units of a structure open, the others closed.
+
+    Args:
+        space: Of the original.
+        structure: Says which gates are open.
+        batches: Images, `[B, C, H, W]` each, and the classes that the original names, `[B]`.
+    """
+    model, _adapter = space.model, compressible(space.model)
+    device = next(model.parameters()).device
+    gates = {key: torch.zeros_like(gate) for key, gate in open_gates(space, device).items()}
+    for (kind, block), gate in gates.items():
+        gate[list((structure.heads if kind == "head" else structure.nodes)[block])] = 1.0
+    totals = {key: torch.zeros_like(gate) for key, gate in gates.items()}
+    for images, classes in batches:
+        own = {key: gate.expand(len(images), -1).clone().requires_grad_() for key, gate in gates.items()}
+        with torch.enable_grad(), gated(model, own):
+            loss = F.cross_entropy(class_logits(model, compressible(model).tokens(images)), classes, reduction="sum")
+            slopes = torch.autograd.grad(loss, list(own.values()))
+        for key, slope in zip(own, slopes, strict=True):
+            totals[key] += slope.abs().sum(0)
+    return totals
+
+
+def _classes(model: nn.Module, images: Tensor) -> Tensor:
+    """The class that a model names of each image, `[B]`."""
+    with torch.no_grad():
+        return class_logits(model, compressible(model).tokens(images)).argmax(-1)

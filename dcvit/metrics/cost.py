@@ -1,0 +1,23 @@
+"""What a model costs, in the unit of a budget."""
+
+from torch import nn
+
+from dcvit.budget import Budget
+from dcvit.costs import file_size
+from dcvit.metrics.memory import trace_activation_memory
+from dcvit.models import compressible
+
+__all__ = ["spent"]
+
+
+def spent(model: nn.Module, budget: Budget) -> int:
+    """Return what a model costs, in a budget's unit.
+
+    Raises:
+        BudgetError: If the budget is of latency, which has to be measured.
+    """
+    if budget.unit == "file_size":
+        return file_size(model.state_dict())
+    if budget.unit == "activation_memory":
+        return trace_activation_memory(model, budget.batch_size)
+    return budget.amount(compressible(model).cost().total)

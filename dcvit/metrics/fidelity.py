@@ -1,0 +1,99 @@
+"""Step 4: how far a student is from its teacher, on images that it did not learn from.
+
+Published (`"cross_entropy"`, DC-ViT, arXiv 2403.18708): the cross-entropy between the class distributions of teacher
+and student, on the synthesised proxy set, less the teacher's with itself, so that 0 is perfect: the Kullback-Leibler
+divergence, which orders students alike.
+
+Default (`"mimicking"`): the relative mimicking error over all output tokens,
+
+    r = ‖s − t‖² / ‖t − mean(t)‖²,
+
+on the proxy set and, where there are any, on the few-shot images held out of the reconstruction; the geometric mean
+of the two. Each set misleads in its own way: synthesised images are far from photographs, which exaggerates the first
+blocks, and held-out images are few and much like those that were learnt from. All tokens say more than one class
+distribution, and a backbone without classes has no other judge.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dcvit.config import MetricKind
+from dcvit.models import compressible
+from dcvit.models.pseudo_head import class_logits
+from dcvit.runtime.spill import Stack
+
+__all__ = ["Metric"]
+
+
+class Metric:
+    """The teacher's answers, and how far a student's are from them.
+
+    Args:
+        teacher: The original.
+        image_sets: Sets of images `[M, C, H, W]`, normalised; of several the geometric mean of the losses is taken.
+        kind: What is compared.
+        batch_size: Images a pass.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, image_sets: Sequence[Tensor], kind: MetricKind, batch_size: int = 64
+    ) -> None:
+        self._judges = [_Judge(teacher, images, kind, batch_size) for images in image_sets]
+
+    def loss(self, student: nn.Module, first_block: int | None = None) -> float:
+        """How far a student is from its teacher; lower is better.
+
+        Args:
+            student: The student.
+            first_block: A block before which it agrees with the teacher, which saves computing what lies before;
+                `None` where nothing is known.
+        """
+        losses = [judge.loss(student, first_block) for judge in self._judges]
+        if len(losses) == 1:
+            return losses[0]
+        return math.exp(sum(math.log(max(loss, 1e-30)) for loss in losses) / len(losses))
+
+
+class _Judge:
+    """The teacher's tokens before each block, and what a student's output is compared with."""
+
+    def __init__(self, teacher: nn.Module, images: Tensor, kind: MetricKind, batch_size: int) -> None:
+        adapter = compressible(teacher)
+        self._images, self._kind, self._batch_size = images, kind, batch_size
+        depth = adapter.num_blocks()
+        with torch.no_grad():
+            self._before = [Stack() for _ in range(depth)]
+            outputs = []
+            for batch in images.split(batch_size):
+                tokens = adapter.embed(batch)
+                for block, before in enumerate(self._before):
+                    before.append(tokens)
+                    tokens = adapter.run_blocks(tokens, block, block + 1)
+                outputs.append(adapter.final_norm(tokens))
+            self._expected = [self._answer(teacher, tokens) for tokens in outputs]
+        mean = torch.cat([tokens.flatten(0, 1) for tokens in outputs]).mean(0)
+        self._spread = sum(float((tokens - mean).double().square().sum()) for tokens in outputs)
+
+    @torch.no_grad()
+    def loss(self, student: nn.Module, first_block: int | None) -> float:
+        adapter = compressible(student)
+        depth, size = len(self._before), self._batch_size
+        total = 0.0
+        for images, before, expected in zip(
+            self._images.split(size), self._before[first_block or 0].split(size), self._expected, strict=True
+        ):
+            tokens = before if first_block is not None else adapter.embed(images)
+            tokens = adapter.final_norm(adapter.run_blocks(tokens, first_block or 0, depth))
+            found = self._answer(student, tokens)
+            if self._kind == "cross_entropy":
+                total += float((expected.exp() * (expected - found)).sum())
+            else:
+                total += float((expected - found).double().square().sum())
+        return total / (len(self._images) if self._kind == "cross_entropy" else max(self._spread, 1e-30))
+
+    def _answer(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Log-probabilities `[B, K]` from output tokens `[B, N, D]`, or these themselves."""
+        return class_logits(model, tokens).log_softmax(-1) if self._kind == "cross_entropy" else tokens

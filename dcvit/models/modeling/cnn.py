@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CNNs of residual blocks that dcvit compressed, in torch and timm alone."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from timm.models import build_model_with_cfg, register_model, regnet, resnet
+from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, SqueezeExcite
+from timm.models.efficientnet import EfficientNet
+from torch import Tensor, nn
+
+from dcvit.models.modeling.shared import DroppedBlock, TimmModule, create_base
+
+__all__ = [
+    "ARCHITECTURE",
+    "FILES",
+    "Pointwise",
+    "PointwiseBlock",
+    "build",
+    "cnn_places",
+    "cnn_stages",
+    "create",
+    "cut_cnn",
+    "dcvit_residual_cnn",
+    "expansion",
+    "filter_path",
+    "first_layers",
+    "keep_filters",
+    "last_activation",
+]
+
+ARCHITECTURE = "dcvit_residual_cnn"
+"""The name under which timm's registry knows compressed CNNs."""
+
+
+FILES = ("timm.models.resnet", "timm.models.efficientnet", "timm.models.regnet")
+"""Where timm has the architectures that a compressed CNN may be of."""
+
+
+class Pointwise(nn.Conv2d):
+    """A 1×1 convolution with bias, which may have no channels to take or to give."""
+
+    bias: nn.Parameter
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[B, C, H, W]` to `[B, K, H, W]`."""
+        if self.out_channels == 0:
+            return x.new_empty(len(x), 0, *x.shape[2:])
+        if self.in_channels == 0:
+            return self.bias.view(-1, 1, 1).expand(len(x), -1, *x.shape[2:])
+        return super().forward(x)
+
+
+class PointwiseBlock(nn.Module):
+    """A residual block that looks at each position alone: act2(x + conv2(act1(conv1(x)))), both convolutions 1×1.
+
+    `conv1` is the block's own first convolution, with the taps of each filter summed and its norm folded in; its
+    channels are the hidden nodes. `conv2` starts at zero and takes the place of all that followed.
+
+    Args:
+        block: A residual block of timm's, see `expansion`; not changed.
+    """
+
+    conv1: Pointwise
+    conv2: Pointwise
+    act1: TimmModule
+    act2: TimmModule
+
+    def __init__(self, block: TimmModule) -> None:
+        super().__init__()
+        conv, norm, act = expansion(block)
+        weight = conv.weight
+        with torch.no_grad():
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            shift = norm.bias - norm.running_mean * scale
+            if conv.bias is not None:
+                shift = shift + conv.bias * scale
+            self.conv1 = Pointwise(conv.in_channels, conv.out_channels).to(weight)
+            self.conv1.weight.copy_(weight.sum(dim=(2, 3), keepdim=True) * scale.view(-1, 1, 1, 1))
+            self.conv1.bias.copy_(shift)
+            self.conv2 = Pointwise(conv.out_channels, conv.in_channels).to(weight)
+            self.conv2.weight.zero_()
+            self.conv2.bias.zero_()
+        self.act1 = copy.deepcopy(act)
+        name = last_activation(block)
+        self.act2 = nn.Identity() if name is None else copy.deepcopy(getattr(block, name))
+        self.requires_grad_(weight.requires_grad).train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[B, D, H, W]` to the same shape."""
+        return self.act2(x + self.conv2(self.act1(self.conv1(x))))
+
+
+def build(
+    *,
+    base: str,
+    base_args: Mapping[str, Any],
+    num_classes: int,
+    in_chans: int,
+    global_pool: str,
+    per_layer_config: Mapping[str, Mapping[str, Any]],
+    **kwargs: Any,
+) -> nn.Module:
+    """The CNN that the `model_args` of a `config.json` describe, freshly initialised.
+
+    Args:
+        base: The timm architecture that was compressed.
+        base_args: More arguments of it.
+        num_classes: Classes of the head.
+        in_chans: Channels of the images.
+        global_pool: The pooling.
+        per_layer_config: By the number of a residual block (see `cnn_places`): `skip` names `block` or `convolution`,
+            or nothing where only filters went; `intermediate_size` is how many are left.
+        kwargs: Drop rates, which timm's scripts pass.
+    """
+    model = create_base(
+        base, base_args, FILES, kwargs, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool
+    )
+    cut_cnn(model, per_layer_config)
+    return model
+
+
+def cut_cnn(model: nn.Module, per_layer_config: Mapping[str, Mapping[str, Any]]) -> None:
+    """In place: a CNN's blocks become what `per_layer_config` says of them, see `build`."""
+    places = cnn_places(model)
+    for number, settings in per_layer_config.items():
+        stage, name = places[int(number)]
+        if "block" in settings["skip"]:
+            setattr(stage, name, DroppedBlock())
+            continue
+        if "convolution" in settings["skip"]:
+            setattr(stage, name, PointwiseBlock(getattr(stage, name)))
+        keep_filters(getattr(stage, name), torch.arange(settings["intermediate_size"]))
+
+
+def cnn_stages(model: TimmModule) -> list[TimmModule]:
+    """The sequences of blocks of a ResNet, EfficientNet or RegNet."""
+    if isinstance(model, EfficientNet):
+        return list(model.blocks)
+    prefix = "layer" if isinstance(model, resnet.ResNet) else "s"
+    return [
+        stage for name, stage in model.named_children() if name.startswith(prefix) and name[len(prefix) :].isdigit()
+    ]
+
+
+def cnn_places(model: TimmModule) -> list[tuple[TimmModule, str]]:
+    """Where the residual blocks of a CNN are: a stage, and the name in it. Other blocks have no number."""
+    return [
+        (stage, name)
+        for stage in cnn_stages(model)
+        for name, block in stage.named_children()
+        if isinstance(block, (PointwiseBlock, DroppedBlock)) or expansion(block) is not None
+    ]
+
+
+def expansion(block: TimmModule) -> Any:
+    """The first convolution of a residual block with the norm and the activation behind it.
+
+    `None` unless the block adds to its input, and that convolution is of all channels and has a plain BatchNorm.
+    """
+    found = first_layers(block)
+    if found is None:
+        return None
+    if type(block) in (resnet.BasicBlock, resnet.Bottleneck):
+        adds = block.downsample is None and block.stride == 1
+    elif type(block) is regnet.Bottleneck:
+        adds = isinstance(block.downsample, nn.Identity)
+    else:
+        adds = block.has_skip and getattr(block, "conv_s2d", None) is None
+    conv, norm, _ = found
+    plain = type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and isinstance(conv, nn.Conv2d)
+    return found if adds and plain and conv.groups == 1 else None
+
+
+def first_layers(block: TimmModule) -> tuple[TimmModule, TimmModule, TimmModule] | None:
+    """The first convolution of a block with the norm and the activation behind it; `None` of another kind of block."""
+    if type(block) in (resnet.BasicBlock, resnet.Bottleneck):
+        return block.conv1, block.bn1, block.act1
+    if type(block) is InvertedResidual:
+        return block.conv_pw, block.bn1, getattr(block.bn1, "act", None)
+    if type(block) is EdgeResidual:
+        return block.conv_exp, block.bn1, getattr(block.bn1, "act", None)
+    if type(block) is regnet.Bottleneck:
+        return block.conv1.conv, block.conv1.bn, getattr(block.conv1.bn, "act", None)
+    return None
+
+
+def last_activation(block: TimmModule) -> str | None:
+    """The name of the activation behind a residual block's sum; `None` where there is none."""
+    if type(block) in (resnet.Bottleneck, regnet.Bottleneck):
+        return "act3"
+    return "act2" if type(block) in (resnet.BasicBlock, PointwiseBlock) else None
+
+
+def filter_path(block: TimmModule) -> list[tuple[TimmModule, int]]:
+    """The layers of a residual block that hold its hidden filters.
+
+    They are those of its first convolution, of a bottleneck those of the second, whose maps a 1×1 convolution takes.
+
+    Args:
+        block: A residual block, see `expansion`, or what a compressed one became.
+
+    Returns:
+        From the convolution of the filters to the one that takes what they give, each with the dimension of its weight
+        along which they lie.
+    """
+    if isinstance(block, PointwiseBlock):
+        return [(block.conv1, 0), (block.conv2, 1)]
+    conv, norm, _ = expansion(block)
+    path = [(conv, 0), (norm, 0)]
+    if type(block) is resnet.BasicBlock:
+        return [*path, (block.conv2, 1)]
+    if type(block) is resnet.Bottleneck:
+        return [(block.conv2, 0), (block.bn2, 0), (block.conv3, 1)]
+    last = block.conv_pwl if hasattr(block, "conv_pwl") else block.conv3.conv
+    if type(block) is regnet.Bottleneck:
+        path = [(block.conv2.conv, 0), (block.conv2.bn, 0)]
+    elif type(block) is InvertedResidual:
+        path += [(block.conv_dw, 0), (block.bn2, 0)]
+    if type(block.se) is SqueezeExcite:
+        path += [(block.se.conv_reduce, 1), (block.se.conv_expand, 0)]
+    elif type(block.se) is not nn.Identity:
+        path.append((block.se, 0))
+    return [*path, (last, 1)]
+
+
+@torch.no_grad()
+def keep_filters(block: TimmModule, kept: Tensor) -> None:
+    """In place: only some hidden filters of a block stay.
+
+    Args:
+        block: A block of whose `filter_path` every layer is a BatchNorm or a convolution, of all channels or depthwise.
+        kept: Their numbers `[K]`, in the order in which they stay.
+    """
+    for layer, dim in filter_path(block):
+        for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            if tensor.ndim <= dim:  # the bias of what takes the filters; the batches that a BatchNorm counted
+                continue
+            values = tensor.index_select(dim, kept.to(tensor.device))
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(layer, name, nn.Parameter(values, requires_grad=tensor.requires_grad) if is_parameter else values)
+        if not isinstance(layer, nn.Conv2d):
+            layer.num_features = len(kept)
+        elif dim == 1:
+            layer.in_channels = len(kept)
+        else:
+            layer.out_channels = len(kept)
+            if layer.groups > 1:
+                layer.in_channels = layer.groups = len(kept)
+
+
+def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a CNN the way timm builds its own, with its weights if `pretrained`; the arguments are `build`'s."""
+    return build_model_with_cfg(
+        build,
+        ARCHITECTURE,
+        pretrained,
+        pretrained_strict=True,
+        feature_cfg={"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": kwargs["base"].startswith("reg")},
+        **kwargs,
+    )
+
+
+def dcvit_residual_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Timm's entry point for CNNs that dcvit compressed; the arguments come from `config.json`."""
+    return create(pretrained, **kwargs)
+
+
+# As a module of dcvit, or where dcvit is imported, dcvit registers the architecture, with its own blocks.
+if not __package__ and not timm.is_model(ARCHITECTURE):
+    register_model(dcvit_residual_cnn)

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compressed models of several families are made of, and how a file may describe them.
+
+See `dcvit.models.standalone` for how this package becomes the one file of a saved folder.
+"""
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import timm
+import torch
+from timm.layers import (
+    GluMlp,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    QuickGELU,
+    RmsNorm,
+    RmsNormFp32,
+    SimpleNorm,
+    SimpleNormFp32,
+    SwiGLU,
+)
+from timm.layers.activations import GELU, GELUTanh
+from timm.models.eva import EvaBlockPostNorm
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.vision_transformer import ResPostBlock
+from torch import Tensor, nn
+
+__all__ = [
+    "ACTIVATIONS",
+    "NORMS",
+    "POST_NORM",
+    "CompressedBlock",
+    "DroppedBlock",
+    "MlpHalf",
+    "TimmModule",
+    "compress_blocks",
+    "create_base",
+    "keep_hidden_nodes",
+    "layer_scale",
+    "linear_columns",
+    "linear_rows",
+    "norm_channels",
+    "norm_from",
+    "parameter_names",
+    "require_arguments",
+    "require_base",
+    "shape_arguments",
+]
+
+LARGEST_ARGUMENT = 1 << 16
+"""No size of timm's architectures is above it."""
+
+
+TimmModule: TypeAlias = Any
+"""A module of timm's, whose attributes its type does not tell."""
+
+
+# What `config.json` names.
+NORMS: dict[str, type[nn.Module]] = {
+    "layernorm": LayerNorm,
+    "layernormfp32": LayerNormFp32,
+    "rmsnorm": RmsNorm,
+    "rmsnormfp32": RmsNormFp32,
+    "simplenorm": SimpleNorm,
+    "simplenormfp32": SimpleNormFp32,
+    "torch_layernorm": nn.LayerNorm,
+}
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "timm_gelu": GELU,
+    "gelu_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+}
+
+
+POST_NORM = (ResPostBlock, SwinTransformerV2Block, EvaBlockPostNorm)
+"""Blocks whose norms lie behind attention and MLP."""
+
+
+class MlpHalf(nn.Module):
+    """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
+
+    Args:
+        block: A timm `Block`, `ResPostBlock`, or block of a Swin, an Eva or a Beit; its MLP branch is taken over, not
+            copied.
+    """
+
+    norm2: TimmModule
+    mlp: TimmModule
+    ls2: TimmModule
+    drop_path2: TimmModule
+
+    def __init__(self, block: TimmModule) -> None:
+        super().__init__()
+        self.post_norm = isinstance(block, POST_NORM)
+        self.norm2 = block.norm2
+        self.mlp = block.mlp
+        self.ls2 = layer_scale(block)
+        self.drop_path2 = block.drop_path2
+
+    def mlp_half(self, x: Tensor) -> Tensor:
+        """Tokens `[B, N, D]` or `[B, H, W, D]`, to the same shape."""
+        branch: Tensor = self.norm2(self.mlp(x)) if self.post_norm else self.ls2(self.mlp(self.norm2(x)))
+        return x + self.drop_path2(branch)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """A Swin tells its blocks the image size; without windows it makes no difference."""
+
+
+def layer_scale(block: TimmModule) -> nn.Module:
+    """The LayerScale behind a block's MLP, which in timm's Eva and Beit is a parameter alone."""
+    if (gamma := getattr(block, "gamma_2", None)) is None:
+        found: nn.Module = getattr(block, "ls2", nn.Identity())
+        return found
+    scale = LayerScale(len(gamma))
+    scale.gamma = gamma
+    return scale
+
+
+class CompressedBlock(MlpHalf):
+    """A transformer block without attention and with fewer hidden nodes."""
+
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        """Tokens to tokens; the attention arguments of timm's blocks have nothing to act on."""
+        return self.mlp_half(x)
+
+
+class DroppedBlock(nn.Module):
+    """What is left of a block that was dropped whole: its output is its input."""
+
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        """Tokens, unchanged."""
+        return x
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """A Swin tells its blocks the image size; without windows it makes no difference."""
+
+
+def require_base(base: Any, base_args: Any, files: Collection[str]) -> None:
+    """Refuse what a `config.json` says of a timm architecture, unless building it is all that this can lead to.
+
+    `timm.create_model` would also take a folder or a repository for a name, and arguments that read, download or
+    cache files.
+
+    Args:
+        base: The name of the architecture.
+        base_args: Arguments of it.
+        files: The modules of timm that it may be of.
+
+    Raises:
+        ValueError: If it is not of these modules, or an argument does not shape a model.
+    """
+    name = base if isinstance(base, str) and base.isidentifier() and timm.is_model(base) else None
+    if name is None or timm.model_entrypoint(name).__module__ not in files:
+        raise ValueError(
+            f"base={base!r}: expected the name of an architecture of {', '.join(files)}, as timm.list_models() has it."
+        )
+    require_arguments("base_args", base_args, shape_arguments(name))
+
+
+def shape_arguments(architecture: str) -> set[str]:
+    """The arguments of a timm architecture that shape it: those of the classes of modules in its file.
+
+    What `timm.create_model` itself takes, such as where to find weights and where to put them, is not among them.
+    """
+    file = sys.modules[timm.model_entrypoint(architecture).__module__]
+    classes = [value for value in vars(file).values() if isinstance(value, type) and issubclass(value, nn.Module)]
+    return parameter_names(base for value in classes for base in value.__mro__ if "timm.models" in base.__module__)
+
+
+def parameter_names(makers: Iterable[Callable[..., Any]]) -> set[str]:
+    """The names of the arguments that functions or classes take, but for where and how numbers are stored."""
+    return {name for maker in makers for name in inspect.signature(maker).parameters} - {"device", "dtype"}
+
+
+def require_arguments(where: str, args: Any, names: Collection[str]) -> None:
+    """Refuse arguments from a file that could do more than shape a model.
+
+    Args:
+        where: What the file calls them.
+        args: By name.
+        names: Those that may be there.
+
+    Raises:
+        ValueError: Naming the first that may not, or whose value is neither a number, a word nor a list of these.
+    """
+    if not isinstance(args, Mapping):
+        raise ValueError(f"{where}={args!r}: expected a table of arguments.")
+    for name, value in args.items():
+        if name not in names:
+            raise ValueError(f"{where} has {name!r}, which is not among the arguments that shape a model of its kind.")
+        if not _is_plain(value):
+            raise ValueError(
+                f"{where} has {name}={value!r}: expected a word, a number of at most {LARGEST_ARGUMENT}, or a list of "
+                "these."
+            )
+
+
+def _is_plain(value: Any, nested: int = 2) -> bool:
+    if isinstance(value, (list, tuple)):
+        return nested > 0 and all(_is_plain(item, nested - 1) for item in value)
+    if isinstance(value, (int, float)):
+        return abs(value) <= LARGEST_ARGUMENT  # which NaN is not
+    return value is None or value == "" or (isinstance(value, str) and value.isidentifier())
+
+
+def create_base(
+    base: str, base_args: Mapping[str, Any], files: Collection[str], more: Mapping[str, Any], **read: Any
+) -> TimmModule:
+    """A timm architecture, whole, that says of itself how it was made.
+
+    Args:
+        base: Its name.
+        base_args: Arguments that a model does not tell.
+        files: The modules of timm that it may be of.
+        more: Arguments that are not its own, but of this use of it: drop rates.
+        read: Those that are read off it.
+    """
+    require_base(base, {**base_args, **more}, files)
+    model: TimmModule = timm.create_model(base, pretrained=False, **read, **base_args, **more)
+    model.dcvit_base = {"base": base, "base_args": dict(base_args)}
+    return model
+
+
+def compress_blocks(
+    places: Sequence[tuple[TimmModule, int]],
+    per_layer_config: Mapping[str, Mapping[str, Any]],
+    compressed_block: type[nn.Module],
+) -> None:
+    """In place: transformer blocks become what `per_layer_config` says of them.
+
+    Args:
+        places: By the number of a block, the list that holds it and its index there.
+        per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
+            nodes.
+        compressed_block: Made of each block whose attention is skipped.
+    """
+    for number, settings in per_layer_config.items():
+        blocks, index = places[int(number)]
+        if "mlp" in settings["skip"]:
+            blocks[index] = DroppedBlock()
+            continue
+        keep_hidden_nodes(blocks[index].mlp, torch.arange(settings["intermediate_size"]))
+        if "attention" in settings["skip"]:
+            blocks[index] = compressed_block(blocks[index])
+
+
+@torch.no_grad()
+def keep_hidden_nodes(mlp: TimmModule, kept: Tensor) -> None:
+    """In place: only some hidden nodes of an MLP stay.
+
+    Args:
+        mlp: One of `MLPS`.
+        kept: Their numbers `[K]`, in the order in which they stay.
+    """
+    hidden = mlp.fc2.in_features
+    kept = kept.to(mlp.fc2.weight.device)
+    if type(mlp) is GluMlp:
+        mlp.fc1 = linear_rows(mlp.fc1, torch.cat([kept, kept + hidden]))
+    elif type(mlp) is SwiGLU:
+        mlp.fc1_g, mlp.fc1_x = linear_rows(mlp.fc1_g, kept), linear_rows(mlp.fc1_x, kept)
+    else:
+        mlp.fc1 = linear_rows(mlp.fc1, kept)
+    if not isinstance(mlp.norm, nn.Identity):
+        mlp.norm = norm_channels(mlp.norm, kept)
+    mlp.fc2 = linear_columns(mlp.fc2, kept)
+
+
+def norm_from(spec: Mapping[str, Any]) -> Any:
+    """The norm that a `config.json` describes, ready to be made for a width."""
+    return partial(NORMS[spec["type"]], eps=spec["eps"])
+
+
+def linear_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
+    """A copy of a linear layer with some of its outputs."""
+    kept = copy.deepcopy(layer)
+    kept.out_features = len(rows)
+    kept.weight = nn.Parameter(layer.weight[rows], requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None:
+        kept.bias = nn.Parameter(layer.bias[rows], requires_grad=layer.bias.requires_grad)
+    return kept
+
+
+def linear_columns(layer: nn.Linear, columns: Tensor) -> nn.Linear:
+    """A copy of a linear layer with some of its inputs."""
+    kept = copy.deepcopy(layer)
+    kept.in_features = len(columns)
+    kept.weight = nn.Parameter(layer.weight[:, columns].contiguous(), requires_grad=layer.weight.requires_grad)
+    return kept
+
+
+def norm_channels(norm: TimmModule, channels: Tensor) -> nn.Module:
+    """A copy of a norm with some of its channels."""
+    if len(channels) == 0:
+        return nn.Identity()
+    kept: TimmModule = copy.deepcopy(norm)
+    kept.normalized_shape = (len(channels),)
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(kept, name, nn.Parameter(parameter[channels], requires_grad=parameter.requires_grad))
+    return kept

@@ -1,0 +1,189 @@
+"""What adapters share to rebuild a model from its saved form, and to refuse what that would lose."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
+from timm.models.beit import Beit
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from dcvit.errors import UnsupportedModelError
+from dcvit.models.blocks import CompressedBlock, WholeBlock
+from dcvit.models.modeling.eva import CutBeit
+from dcvit.models.modeling.shared import NORMS, DroppedBlock, TimmModule, require_base
+
+__all__ = [
+    "base_of",
+    "layer_settings",
+    "named_key",
+    "norm_spec",
+    "num_params",
+    "rebuilt",
+    "require_same",
+    "saved_config",
+    "timm_type",
+]
+
+_STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
+"""Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
+
+
+def require_same(model: nn.Module, twin: nn.Module, family: str, reader: str) -> None:
+    """Refuse a model that differs from what its saved form would become.
+
+    Args:
+        model: The model.
+        twin: Built from what was read off it, on the meta device.
+        family: What the twin is, for the message.
+        reader: The function that read it, likewise.
+
+    Raises:
+        UnsupportedModelError: Naming the first part that differs.
+    """
+    original, found = _signature(model), _signature(twin)
+    for name in sorted(original.keys() | found.keys()):
+        if original.get(name) != found.get(name):
+            raise UnsupportedModelError(
+                f"The model's part {name or '(root)'} is {original.get(name, 'absent')}, where a "
+                f"{family} built from its sizes has {found.get(name, 'nothing')}: dcvit could not "
+                f"rebuild it from its saved form. Replace that part, or extend {reader}."
+            )
+
+
+def saved_config(
+    model: TimmModule,
+    architecture: str,
+    args: Mapping[str, Any],
+    *,
+    input_size: tuple[int, int, int],
+    first_conv: str | None,
+    classifier: str | list[str] | None,
+    **of_input: Any,
+) -> Mapping[str, Any]:
+    """A model's `config.json`, as timm reads it.
+
+    Args:
+        model: The model.
+        architecture: The name in timm's registry that builds it.
+        args: What that takes, with `num_classes` and `global_pool`.
+        input_size: Channels, height and width of its images.
+        first_conv: The name of the layer that takes the images.
+        classifier: That of the head, or of several.
+        **of_input: What else timm records of the input.
+    """
+    return {
+        "architecture": architecture,
+        "num_classes": args["num_classes"],
+        "num_features": int(model.num_features),
+        "global_pool": args["global_pool"],
+        "model_args": args,
+        "pretrained_cfg": {
+            **_preprocessing_cfg(model),
+            "input_size": input_size,
+            **of_input,
+            "num_classes": args["num_classes"],
+            "first_conv": first_conv,
+            "classifier": classifier,
+        },
+    }
+
+
+def base_of(base: Any, args: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """What `config.json` says of the timm architecture that was or will be cut, and its arguments.
+
+    Raises:
+        UnsupportedModelError: If they could not be read from there again.
+    """
+    try:
+        require_base(base, args, files)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"The model could not be rebuilt from its saved form: {error} Create it with timm.create_model, by that "
+            "name and with such arguments."
+        ) from error
+    return {"base": base, "base_args": args}
+
+
+def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> nn.Module:
+    """A new timm model of an architecture with the weights of another.
+
+    Args:
+        model: Whose weights, device, dtype and mode it gets.
+        architecture: A name in timm's registry.
+        config: The model's `config.json`.
+    """
+    weight = next(model.parameters())
+    pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
+    with torch.device("meta"):  # what is initialised there draws no random numbers
+        new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
+    new.to(weight.dtype).to_empty(device=weight.device).load_state_dict(model.state_dict())
+    buffers = dict(model.named_buffers())
+    for name, buffer in new.named_buffers():  # `state_dict` leaves out those that are not saved
+        buffer.copy_(buffers[name])
+    return new.train(model.training)
+
+
+def _preprocessing_cfg(model: TimmModule) -> dict[str, Any]:
+    """Of a model's `pretrained_cfg`: preprocessing, licence and labels, not where its own weights came from."""
+    source = getattr(model, "pretrained_cfg", {})
+    keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license", "label_names", "label_descriptions")
+    return {key: source[key] for key in keep if source.get(key) is not None}
+
+
+def _signature(model: TimmModule) -> dict[str, str]:
+    """Each module's type and settings, each parameter's and buffer's shape, by name."""
+    parts = {
+        name: f"{timm_type(module).__qualname__}({module.extra_repr()})"
+        for name, module in model.named_modules()
+        if not isinstance(module, _STATELESS)
+    }
+    tensors = {name: f"Tensor{list(t.shape)}" for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    norms = {
+        name + ".eps": str(getattr(module, "eps", None))
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(NORMS.values()))
+    }
+    return parts | tensors | norms
+
+
+def timm_type(module: nn.Module) -> type[nn.Module]:
+    """A module's type, as timm has it."""
+    ours: dict[type[nn.Module], type[nn.Module]] = {WholeBlock: Block, CutBeit: Beit}
+    return ours.get(type(module), type(module))
+
+
+def layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
+    """What differs in a block from a whole one of so many hidden nodes, in transformers' `per_layer_config` keys."""
+    if isinstance(block, DroppedBlock):
+        return {"skip": ["attention", "mlp"]}
+    hidden = int(block.mlp.fc2.in_features)
+    if isinstance(block, CompressedBlock):
+        return {"skip": ["attention"], "intermediate_size": hidden}
+    return {"skip": [], "intermediate_size": hidden} if hidden < widest else None
+
+
+def named_key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module]) -> str:
+    """The key of a type in a table of the modelling files.
+
+    Raises:
+        UnsupportedModelError: If it is not there, naming the part.
+    """
+    for key, value in table.items():
+        if value is kind:
+            return key
+    raise UnsupportedModelError(
+        f"{part} is a {kind.__qualname__}; supported are {', '.join(t.__qualname__ for t in table.values())}."
+    )
+
+
+def norm_spec(part: str, norm: TimmModule) -> dict[str, Any]:
+    """What `config.json` says of a norm."""
+    return {"type": named_key(NORMS, part, type(norm)), "eps": norm.eps}
+
+
+def num_params(module: TimmModule) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,69 @@
+"""From a model to the view of its family."""
+
+import torch
+from torch import nn
+
+from dcvit.errors import UnsupportedModelError
+from dcvit.models.base import ModelView
+
+__all__ = ["compressible", "families", "require_supported"]
+
+
+def families() -> tuple[type[ModelView], ...]:
+    """One adapter for each family."""
+    from dcvit.models.cnn import CnnView
+    from dcvit.models.eva import EvaView
+    from dcvit.models.swin import SwinView
+    from dcvit.models.vision_transformer import VisionTransformerView
+
+    return VisionTransformerView, EvaView, SwinView, CnnView
+
+
+def compressible(model: nn.Module) -> ModelView:
+    """The adapter of a model's family. Cheap; it does not look inside the model.
+
+    Raises:
+        UnsupportedModelError: If no family fits.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"model={model!r} is a {type(model).__name__}: expected a timm model, or a name that timm knows."
+        )
+    for family in families():
+        if isinstance(model, family.classes):
+            return family(model)
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    known = ", ".join(f"{one.__name__}" for family in families() for one in family.classes)
+    raise UnsupportedModelError(
+        f"Models of type {kind} are not supported; timm's {known} are (`dcvit families` lists the families). "
+        "Another family needs an adapter in dcvit/models/ (see ModelView)."
+    )
+
+
+def require_supported(model: nn.Module) -> ModelView:
+    """The adapter of a model, after looking for anything in it that cannot be handled.
+
+    Raises:
+        UnsupportedModelError: Naming the part: its type, a dtype other than float32 or float64, a device that is
+            neither CPU nor CUDA, or more than one of them.
+    """
+    adapter = compressible(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    places = {(tensor.dtype, tensor.device) for tensor in tensors if tensor.is_floating_point()}
+    if len(places) > 1:
+        listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
+        raise UnsupportedModelError(f"The model's parameters are {listed}: move them to one dtype and device.")
+    ((dtype, device),) = places
+    if device.type == "meta":
+        raise UnsupportedModelError("The model is on the meta device, without weights: load it on a CPU or a GPU.")
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedModelError(
+            f"The model is on {device}: compression runs on a CPU or a CUDA GPU, move it there."
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise UnsupportedModelError(
+            f"The model's parameters are {dtype}: recovery needs full precision, call model.float() first "
+            "(the compressed model can be cast back)."
+        )
+    adapter.check()
+    return adapter

@@ -1,0 +1,1 @@
+"""How a compressed model gets back what it lost: ridge regression, reconstruction, distillation, fine-tuning."""

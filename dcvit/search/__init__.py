@@ -1,0 +1,1 @@
+"""Which structure meets a budget at the least loss."""

@@ -1,0 +1,187 @@
+"""Several processes share one compression: what each does, that they end alike, and that a dead one costs little."""
+
+import os
+import signal
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dcvit
+from dcvit import cli
+from dcvit.errors import DistributedError
+from dcvit.runtime.checkpoint import Unit
+from dcvit.runtime.distributed import Ranks, on_devices
+from tests.conftest import CUT_REFINED, PUBLISHED, QUICK
+
+BUDGET = dcvit.Budget(macs=0.7)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_contiguous_and_cover_everything(size: int) -> None:
+    things = list(range(5))
+    parts = [things[Ranks(rank, size).share(5)] for rank in range(size)]
+    assert [thing for part in parts for thing in part] == things
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 5), (2, 5), (3, 5), (4, 2), (8, 1)])
+def test_a_batch_in_parts_has_the_mean_of_the_whole(size: int, count: int) -> None:
+    values = torch.arange(10.0).square()
+    index = torch.tensor([7, 1, 8, 2, 9])[:count]
+    parts = [Ranks(rank, size).batch(index) for rank in range(size)]
+    assert sum(share * float(values[part].mean()) for part, share in parts) / size == pytest.approx(
+        float(values[index].mean())
+    )
+
+
+def collectives(ranks: Ranks, device: str) -> dict[str, object]:
+    """What the processes tell each other, with parts of different length."""
+    assert device == "cpu"
+    part = torch.full((ranks.rank, 2), float(ranks.rank), dtype=torch.float64)  # the first has none
+    total = torch.tensor([ranks.rank + 1.0])
+    ranks.sum(total)
+    unit = Unit({"of": ranks.rank, "pair": (1, 2)}, {"w": torch.full((2,), float(ranks.rank))})
+    sent = ranks.send(unit if ranks.rank == 1 else None, source=1)
+    return {
+        "gathered": ranks.gather(part).tolist(),
+        "total": total.tolist(),
+        "sent": (sent.values, sent.tensors["w"].tolist()),
+        "first": ranks.of_first(lambda: Unit(ranks.rank)).values,
+    }
+
+
+def test_what_ranks_tell_each_other() -> None:
+    assert on_devices(["cpu"] * 3, collectives) == {
+        "gathered": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]],
+        "total": [6.0],
+        "sent": ({"of": 1, "pair": [1, 2]}, [1.0, 1.0]),
+        "first": 0,
+    }
+
+
+def queued(folder: Path, ranks: Ranks, device: str) -> dict[str, Any]:
+    """Units from a queue: a slow rank takes fewer, all get all, and no unit is worked out twice."""
+    done: list[str] = []
+
+    def work(name: str) -> Unit:
+        time.sleep(2.0 if ranks.rank == 0 else 0.01)
+        done.append(name)
+        return Unit(name.upper(), {"by": torch.tensor(ranks.rank)})
+
+    names = [f"u{i}" for i in range(6)]
+    told: list[tuple[int, bool]] = []
+
+    def tell(count: int, unit: Unit | None) -> None:
+        told.append((count, unit is None))
+
+    with ranks.store(folder, {"of": "queue"}) as store:
+        units = store.units({name: partial(work, name) for name in names}, tell)
+        later = store.units({"u6": partial(work, "u6")}, tell)
+    with ranks.store(folder, {"of": "queue"}) as store:
+        again = store.units({name: partial(work, name) for name in names}, tell)
+    mine = ranks.send(Unit(done), source=1).values
+    told_there = ranks.send(Unit(told), source=1).values
+    return {
+        "values": [unit.values for unit in (*units.values(), *later.values(), *again.values())],
+        "of_the_slow": len(done),
+        "of_the_fast": len(mine),
+        "twice": len(set(done + mine)) < len(done + mine),
+        "begun": [[count for count, begins in each if begins] for each in (told, told_there)],
+        "finished": sorted(count for each in (told, told_there) for count, begins in each if not begins),
+    }
+
+
+def test_a_queue_gives_a_fast_rank_more(tmp_path: Path) -> None:
+    found = on_devices(["cpu", "cpu"], partial(queued, tmp_path / "run"))
+    assert found["values"] == [f"U{i}" for i in range(7)] + [f"U{i}" for i in range(6)]
+    assert found["of_the_slow"] + found["of_the_fast"] == 7
+    assert found["of_the_fast"] > found["of_the_slow"] > 0
+    assert not found["twice"]
+    assert found["begun"] == [[0, 0, 6]] * 2
+    assert found["finished"] == sorted([*range(1, 7), 1])
+    assert len(list((tmp_path / "run" / "units").glob("*.json"))) == 7
+
+
+@pytest.mark.parametrize("config", [QUICK, CUT_REFINED, PUBLISHED], ids=["searched", "refined", "published"])
+def test_two_processes_end_as_one_does(config: dcvit.DCViT, model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    alone = dcvit.compress(model, images, BUDGET, config)
+    shared = dcvit.compress(model, images, BUDGET, config, devices=["cpu", "cpu"], run_dir=tmp_path / "run")
+    assert [(t.block, t.metric_loss) for t in shared.report.trials] == [
+        (t.block, t.metric_loss) for t in alone.report.trials
+    ]
+    assert shared.plan == alone.plan
+    assert shared.report.mimic_loss == pytest.approx(alone.report.mimic_loss, rel=0.05)
+    # All is kept: one process goes on from it, and has nothing left to do.
+    resumed = dcvit.compress(model, images, BUDGET, config, run_dir=tmp_path / "run")
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, shared.model.state_dict()[name]), name
+
+
+def test_one_device_starts_no_process(model: nn.Module, images: Tensor) -> None:
+    alone = dcvit.compress(model, images, BUDGET, QUICK)
+    on_one = dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu"])
+    for name, tensor in on_one.model.state_dict().items():
+        assert torch.equal(tensor, alone.model.state_dict()[name]), name
+
+
+def test_what_cannot_be_shared_is_refused(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(dcvit.DcvitError, match=r"method='practise' on several devices: only dcvit shares its work"):
+        dcvit.compress(model, images, BUDGET, method="practise", devices=["cpu", "cpu"])
+    halving = PUBLISHED.with_(ablation=dcvit.config.Ablation(halving=True))
+    with pytest.raises(dcvit.DcvitError, match=r"halving=True on several devices"):
+        dcvit.compress(model, images, BUDGET, halving, devices=["cpu", "cpu"])
+    with pytest.raises(dcvit.DcvitError, match=r"devices=\['cpu'\] with 2 ranks: each rank has a device"):
+        dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu"], ranks=Ranks(0, 2))
+
+
+def test_what_a_process_refuses_the_caller_sees(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(dcvit.errors.BudgetError, match=r"macs=0\.01"):
+        dcvit.compress(model, images, dcvit.Budget(macs=0.01), QUICK, devices=["cpu", "cpu"])
+
+
+def test_what_the_first_process_alone_refuses_the_caller_sees(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """While the others wait for it."""
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(dcvit.errors.RunStoreError, match=r"holds something else \(notes\.txt\)"):
+        dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu", "cpu"], run_dir=tmp_path)
+
+
+def other_settings(ranks: Ranks, device: str) -> str:
+    """Each rank has settings of its own; what the first is told."""
+    try:
+        ranks.require_same({"seed": ranks.rank})
+    except DistributedError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_were_given_different_things_are_told() -> None:
+    assert on_devices(["cpu", "cpu"], other_settings) == (
+        "rank 1 was not given what rank 0 was: seed was 0 there and is 1 here. Start all ranks with one command, on "
+        "machines that hold the same files."
+    )
+
+
+def test_a_process_that_dies_is_named() -> None:
+    with pytest.raises(DistributedError, match=r"The process on cpu died \(exit code -9"):
+        on_devices(["cpu", "cpu"], die)
+
+
+def die(ranks: Ranks, device: str) -> None:
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.sum(torch.zeros(1))
+
+
+def test_only_compress_is_shared_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "launched", lambda device: nullcontext(Ranks(0, 2)))
+    assert cli.main(["methods"]) == cli.EXIT_BAD_INPUT
+    assert "methods: only compress shares its work; start one process, not 2." in capsys.readouterr().err
