@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from dcvit.config import SynthesisConfig
 from dcvit.context import STANDALONE, RunContext
-from dcvit.models import preprocessing, require_supported
+from dcvit.models import compressible, preprocessing, require_supported
 from dcvit.models.pseudo_head import class_logits, num_classes
 from dcvit.models.surgery import copy_blocks
 from dcvit.ops import synthesis_step
@@ -79,13 +79,14 @@ def synthesize(
         The images of the iteration with the lowest loss, inside the valid pixel range.
     """
     config = config or SynthesisConfig()
-    adapter = require_supported(model)
+    require_supported(model)
+    model = copy_blocks(model, ())  # it gets hooks, which are the caller's only if the model is
+    adapter = compressible(model)
     parameter = next(model.parameters())
     channels, height, width = adapter.input_size()
     low, high = (bound.to(parameter) for bound in preprocessing(model).pixel_range)
     rolls = round(config.jitter * height), round(config.jitter * width)
 
-    model = copy_blocks(model, ())  # it gets hooks, which are the caller's only if the model is
     has_bn = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     at_once = config.num_images if has_bn else config.at_once
 

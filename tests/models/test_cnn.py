@@ -436,7 +436,7 @@ def layers_of(model: nn.Module, few: Tensor, fit: Any, block: int) -> tuple[nn.C
     teacher = freeze(model.double())
     task = Task(teacher, dcvit.load_images(few.double(), teacher), dcvit.Budget(macs=0.9), LAYERWISE, RunContext())
     outcome = fit(task)
-    _adapter, bare = compressible(teacher), copy.deepcopy(teacher)
+    bare = copy.deepcopy(teacher)
     for number, nodes in outcome.plan.kept_nodes.items():
         compressible(bare).prune_block(number, nodes)
 
@@ -495,10 +495,9 @@ def test_cd_fits_patches_by_least_squares(
 @pytest.mark.parametrize("kind", ["basic", "mnasnet"])
 def test_cd_leaves_a_model_alone_of_which_nothing_goes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = create(kind).double()
-    adapter = compressible(model)
     monkeypatch.setattr(
         "dcvit.methods.baselines.layerwise.widest_mlps",
-        lambda model, _, blocks, __: {block: adapter.hidden_features(block) for block in blocks},
+        lambda model, _, blocks, __: {block: compressible(model).hidden_features(block) for block in blocks},
     )
     few = dcvit.load_images(torch.randn(4, 3, SIZE, SIZE, dtype=torch.float64), model)
     student = cd(Task(model, few, dcvit.Budget(macs=0.9), LAYERWISE, RunContext())).student
