@@ -19,6 +19,7 @@ from dcvit.serialization import from_plain
 __all__ = [
     "CURVE",
     "BlockShape",
+    "ComparisonRow",
     "Cut",
     "LatencyModel",
     "ModelFigures",
@@ -490,3 +491,28 @@ class Cut:
 
     hidden_features: int
     attention: bool = False
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One method of a demonstration on one few-shot set.
+
+    Attributes:
+        method: Its name.
+        seed: Which few-shot set, and the seed of everything random.
+        top1: Share of held-out digits classified rightly.
+        agreement: Share of held-out digits on which it agrees with the original.
+        macs: Per image, attention products included.
+        params: Number of parameters.
+        latency_ms: Median time of a batch of 64.
+        blocks: What was dropped or compressed, best first.
+    """
+
+    method: str
+    seed: int
+    top1: float
+    agreement: float
+    macs: int
+    params: int
+    latency_ms: float
+    blocks: tuple[int, ...]

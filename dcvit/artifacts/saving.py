@@ -29,6 +29,7 @@ from dcvit.runtime.files import (
     sync,
     take_after,
     take_owner,
+    well_formed,
 )
 
 __all__ = ["or_elsewhere", "replace_file", "replacing_folder", "require_writable", "write_text"]
@@ -100,7 +101,7 @@ def replace_file(path: str | Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned_drafts(path)
         with replacing(path) as draft:
-            draft.write_bytes(_encoded(text))
+            draft.write_bytes(well_formed(text).encode())
     except OSError as error:
         raise SaveFolderError(
             f"{str(path)!r} cannot be written ({_reason(error)}): make room, or name another file."
@@ -114,7 +115,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: If that fails.
     """
     with create(path) as file:
-        file.write(_encoded(text))
+        file.write(well_formed(text).encode())
 
 
 def or_elsewhere(save: Callable[[Path], _Saved], path: str | Path) -> _Saved:
@@ -209,11 +210,6 @@ def _sync_all(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for path in (*(Path(parent, name) for name in names), Path(parent)):
             sync(path)
-
-
-def _encoded(text: str) -> bytes:
-    """UTF-8; half of a surrogate pair, which a file name may hold, becomes a question mark."""
-    return text.encode("utf-8", "replace")
 
 
 def _reason(error: OSError | SafetensorError) -> str:

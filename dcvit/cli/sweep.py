@@ -113,7 +113,7 @@ def _dropped_points(
     """Whole blocks dropped and recovered by mimicking, down to the smallest member."""
     config = Practise(distillation=PUBLISHED_DEMO_CONFIG.distillation) if arguments.data == "digits" else Practise()
     config = config.with_(seed=arguments.seed, impl=arguments.impl)
-    _adapter, convention = compressible(original), members[-1].plan.budget.convention
+    convention = members[-1].plan.budget.convention
     smallest = members[-1].report.student.macs
     models: dict[str, nn.Module] = {"original": original}
     trials = None

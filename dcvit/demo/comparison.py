@@ -14,7 +14,7 @@ from dcvit.compression.compress import compress
 from dcvit.config import AugmentationConfig, DCViT, DistillationConfig, ReconstructionConfig, SynthesisConfig
 from dcvit.data.images import load_images
 from dcvit.demo.digits import Digits
-from dcvit.history import ModelFigures
+from dcvit.history import ComparisonRow, ModelFigures
 from dcvit.methods.baselines.practise import Practise, block_dropping, drop_blocks
 from dcvit.metrics.agreement import agreement, top1
 from dcvit.metrics.latency import QUICK_TIMING, measure_latency
@@ -30,7 +30,6 @@ __all__ = [
     "PUBLISHED_DEMO_CONFIG",
     "THIS_METHOD",
     "Comparison",
-    "Row",
     "Settings",
     "compare",
 ]
@@ -78,31 +77,6 @@ DEMO_SETTINGS = Settings()
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method on one few-shot set.
-
-    Attributes:
-        method: Its name.
-        seed: Which few-shot set, and the seed of everything random.
-        top1: Share of held-out digits classified rightly.
-        agreement: Share of held-out digits on which it agrees with the original.
-        macs: Per image, attention products included.
-        params: Number of parameters.
-        latency_ms: Median time of a batch of 64.
-        blocks: What was dropped or compressed, best first.
-    """
-
-    method: str
-    seed: int
-    top1: float
-    agreement: float
-    macs: int
-    params: int
-    latency_ms: float
-    blocks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All rows, and the result of the first seed.
 
@@ -111,7 +85,7 @@ class Comparison:
         result: This method's result on the first seed, with top-1 on the held-out digits filled in.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     result: CompressionResult
 
     @property
@@ -170,7 +144,7 @@ def compare(
         progress: Told how it goes.
     """
     teacher = freeze(load_model(model))
-    rows: list[Row] = []
+    rows: list[ComparisonRow] = []
     results: list[CompressionResult] = []
     for seed in seeds:
         config = replace(settings.config, seed=seed)
@@ -196,14 +170,14 @@ def compare(
             assert agreed is not None
             accuracy = top1(candidate, digits.test_images, digits.test_labels)
             macs = cost.macs("with_attention_products")
-            rows.append(Row(name, seed, accuracy, agreed, macs, cost.params, latency[name].median_ms, blocks))
+            rows.append(ComparisonRow(name, seed, accuracy, agreed, macs, cost.params, latency[name].median_ms, blocks))
         results.append(result)
     by_method = {row.method: row for row in rows if row.seed == seeds[0]}
     return Comparison(tuple(rows), _with_top1(results[0], by_method["original"], by_method[THIS_METHOD]))
 
 
-def _with_top1(result: CompressionResult, teacher: Row, student: Row) -> CompressionResult:
-    def figures(row: Row, of: ModelFigures) -> ModelFigures:
+def _with_top1(result: CompressionResult, teacher: ComparisonRow, student: ComparisonRow) -> CompressionResult:
+    def figures(row: ComparisonRow, of: ModelFigures) -> ModelFigures:
         return replace(of, latency_ms=row.latency_ms, top1=row.top1)
 
     report = result.report

@@ -52,16 +52,17 @@ def closeness(
         The share of the images for which they name the same class, as `agreement` has it, and the mean squared
         difference of their output tokens; where the student has fewer of them, of what the heads take.
     """
-    adapter = compressible(teacher)
+    views = [compressible(model) for model in (student, teacher)]
+    named = views[1].num_classes() >= 2
     same, loss = 0, 0.0
     for batch in images.split(batch_size):
-        tokens = [compressible(model).tokens(batch) for model in (student, teacher)]
+        tokens = [view.tokens(batch) for view in views]
         compared = tokens
         if tokens[0].shape != tokens[1].shape:
-            pooled = [compressible(m).features(t) for m, t in zip((student, teacher), tokens, strict=True)]
+            pooled = [view.features(of) for view, of in zip(views, tokens, strict=True)]
             compared = [features.unsqueeze(1) for features in pooled]
         loss += len(batch) * float(mimic_loss(compared[0], compared[1]))
-        if adapter.num_classes() >= 2:
-            classes = [compressible(m).logits(t).argmax(-1) for m, t in zip((student, teacher), tokens, strict=True)]
+        if named:
+            classes = [view.logits(of).argmax(-1) for view, of in zip(views, tokens, strict=True)]
             same += int((classes[0] == classes[1]).sum())
-    return (same / len(images) if adapter.num_classes() >= 2 else None), loss / len(images)
+    return (same / len(images) if named else None), loss / len(images)

@@ -326,16 +326,16 @@ class _Views:
     @torch.no_grad()
     def _see(self, views: Tensor) -> _Batch:
         """Run the teacher once, and keep its tokens where a student starts."""
-        _adapter, teacher = compressible(self._teacher), self._teacher
-        depth = compressible(teacher).num_blocks()
+        teacher = compressible(self._teacher)
+        depth = teacher.num_blocks()
         kept: dict[int, list[Tensor]] = {start: [] for start in self._starts}
         outputs: list[Tensor] = []
         for images in views.split(self._config.at_once):
-            tokens, at = compressible(teacher).embed(images), 0
+            tokens, at = teacher.embed(images), 0
             for start in self._starts:
-                tokens, at = compressible(teacher).run_blocks(tokens, at, start), start
+                tokens, at = teacher.run_blocks(tokens, at, start), start
                 kept[start].append(tokens if start > 0 else images)
-            outputs.append(compressible(teacher).final_norm(compressible(teacher).run_blocks(tokens, at, depth)))
+            outputs.append(teacher.final_norm(teacher.run_blocks(tokens, at, depth)))
         return _Batch({start: torch.cat(parts) for start, parts in kept.items()}, torch.cat(outputs))
 
 

@@ -292,8 +292,9 @@ def _with_all_nodes(student: nn.Module, block: int, rows: Rows) -> tuple[_OnToke
     if rows.nodes.shape[1]:
         return _OnTokens(student, block), adapter.output_layer(block)
     whole = copy_blocks(student, [block])
-    compressible(whole).compress_block(block, range(compressible(whole).hidden_features(block)))
-    return _OnTokens(whole, block), compressible(whole).output_layer(block)
+    view = compressible(whole)
+    view.compress_block(block, range(view.hidden_features(block)))
+    return _OnTokens(whole, block), view.output_layer(block)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from dcvit.artifacts.result import (
 )
 from dcvit.artifacts.saving import replace_file
 from dcvit.errors import DcvitError, SaveFolderError
-from dcvit.history import ModelFigures, Report, Trial
+from dcvit.history import ComparisonRow, ModelFigures, Report, Trial
 from dcvit.report.charts import (
     Curve,
     Row,
@@ -245,20 +245,6 @@ class _Spread:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A method on one few-shot set, see `dcvit.demo.comparison.Row`."""
-
-    method: str
-    seed: int
-    top1: float
-    agreement: float
-    macs: int
-    params: int
-    latency_ms: float
-    blocks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Compared:
     """A method of a demonstration."""
 
@@ -269,7 +255,7 @@ class _Compared:
     latency_ms: _Spread
     macs: int
     params: int
-    rows: tuple[_Row, ...]
+    rows: tuple[ComparisonRow, ...]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from dcvit.errors import DamagedUnitWarning, DcvitWarning, RunStoreError
 from dcvit.runtime.earlier import run_of_earlier_versions
-from dcvit.runtime.files import DRAFT_MARK, kind_of, open_regular, probe_folder, read_table, replacing
+from dcvit.runtime.files import DRAFT_MARK, digest, kind_of, open_regular, probe_folder, read_table, replacing
 from dcvit.serialization import from_plain
 
 try:
@@ -251,7 +251,7 @@ class RunStore(Store):
                 raise ValueError(f"it is a copy of {kept.unit.name!r}")
             unit = Unit(kept.unit.values)
             if kept.unit.tensors is not None:
-                if _digest_file(tensors) != kept.unit.tensors:
+                if digest(tensors) != kept.unit.tensors:
                     raise ValueError("its tensors were changed")
                 unit = Unit(kept.unit.values, _load(tensors))
             if check is not None:
@@ -266,11 +266,11 @@ class RunStore(Store):
     def keep(self, name: str, unit: Unit) -> None:
         """See `Store`."""
         values, tensors = self._paths(name)
-        digest = None
+        sha256 = None
         if unit.tensors:
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in unit.tensors.items()}
-            digest = _replace(tensors, lambda path: save_file(plain, path))
-        kept = vars(_Entry(self.prefix + name, unit.values, digest))
+            sha256 = _replace(tensors, lambda path: save_file(plain, path))
+        kept = vars(_Entry(self.prefix + name, unit.values, sha256))
         _replace(values, lambda path: path.write_text(json.dumps({"unit": kept, "sha256": _digest(kept)}) + "\n"))
 
 
@@ -418,14 +418,6 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_file(path: Path) -> str:
-    total = hashlib.sha256()
-    with open_regular(path) as file:
-        while piece := file.read(1 << 20):
-            total.update(piece)
-    return total.hexdigest()
-
-
 def _load(path: Path) -> dict[str, Tensor]:
     """The tensors of a file.
 
@@ -446,7 +438,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> str:
             raise OSError(f"{str(path.parent)!r} is {kind}")
         with replacing(path) as draft:
             write(draft)
-            return _digest_file(draft)
+            return digest(draft)
     except (OSError, SafetensorError) as error:
         raise RunStoreError(
             f"{str(path)!r} cannot be written ({error}). What was finished before is kept: make room, or make the "

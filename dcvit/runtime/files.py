@@ -27,6 +27,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "DRAFT_MARK",
     "MOST_JSON_BYTES",
     "UnusableFileError",
     "create",

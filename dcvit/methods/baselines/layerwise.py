@@ -154,8 +154,9 @@ def fit_layerwise(task: Task[LayerwiseConfig], fit: Fit) -> Outcome:
                 task.context.progress("layers", len(reports), len(counts), after)
             if len(reports) == len(counts):
                 break
-            passed = _pass(adapter, teacher, block, states.split(recovery.batch_size))
-            students = _pass(adapter, student, block, students.split(recovery.batch_size)) if reports else passed
+            passed = _pass(adapter, block, states.split(recovery.batch_size))
+            behind = students.split(recovery.batch_size)
+            students = _pass(compressible(student), block, behind) if reports else passed
             states = passed
     plan = plan_of(teacher, student, budget, candidates, candidates, kept_nodes=kept, pruned=candidates)
     return Outcome(student, plan, reconstructions=tuple(reports))
@@ -231,10 +232,10 @@ class Equations:
         return self.used if self.judging is None else self.used + self.judging
 
 
-def _pass(adapter: ModelView, model: nn.Module, block: int, states: Iterable[Tensor]) -> Stack:
-    """What the next block takes, from what a block takes."""
-    module = compressible(model).block(block)
-    return Stack(compressible(model).prepare(module(state), block + 1) for state in states)
+def _pass(model: ModelView, block: int, states: Iterable[Tensor]) -> Stack:
+    """Return what the next block takes, from what a block takes."""
+    module = model.block(block)
+    return Stack(model.prepare(module(state), block + 1) for state in states)
 
 
 def _patches(layer: nn.Conv2d, state: Tensor, places: Tensor) -> Tensor:

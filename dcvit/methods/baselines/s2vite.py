@@ -91,7 +91,7 @@ def first_order_scores(space: Space, structure: Structure, batches: Sequence[tup
         structure: Says which gates are open.
         batches: Images, `[B, C, H, W]` each, and the classes that the original names, `[B]`.
     """
-    model, _adapter = space.model, compressible(space.model)
+    model = space.model
     device = next(model.parameters()).device
     gates = {key: torch.zeros_like(gate) for key, gate in open_gates(space, device).items()}
     for (kind, block), gate in gates.items():
