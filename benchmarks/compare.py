@@ -45,7 +45,7 @@ MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/contestants.py", "benchmarks
 FAMILIES = {
     "digits": "vit", "photographs": "vit", "dinov2": "vit", "swin": "swin", "resnet": "cnn", "efficientnet": "cnn",
 }  # fmt: skip
-UNITS = ("macs", "params")
+METRICS = ("macs", "params")
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SEEDS = 5
 
@@ -61,11 +61,11 @@ class Request:
         seed: Draws the few-shot set, and seeds the method.
         num_images: Few-shot images.
         threads: Of torch.
-        epochs: Of each recovery by mimicking; the method's own if `None`.
+        epochs: Of each recovery by distillation; the method's own if `None`.
         ablation: What is changed of the published procedure; `None` for a method as it is.
         imagenet: Folder of ImageNet, with the bed's name that of the model; `None` for a bed of the repository.
         held_out: Validation images of ImageNet.
-        unit: What the budget is of, one of `UNITS`.
+        unit: What the budget is of, one of `METRICS`.
     """
 
     bed: str
@@ -92,7 +92,7 @@ class Request:
 
     @property
     def epochs_read(self) -> int | None:
-        """The epochs, where there is mimicking that reads them."""
+        """The epochs, where there is distillation that reads them."""
         trains = self.ablation is not None or parts_of(METHODS[self.method].config(), TrainingConfig)
         return self.epochs if trains else None
 
@@ -175,12 +175,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="all if not given")
     parser.add_argument("--budgets", nargs="+", type=share, default=list(BUDGETS),
                         help="shares of the MACs to take away (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--unit", nargs="+", choices=UNITS, default=["macs"],
+    parser.add_argument("--unit", nargs="+", choices=METRICS, default=["macs"],
                         help="what the budgets are of (default: macs)")  # fmt: skip
     parser.add_argument("--seeds", type=count, default=SEEDS, help="how many few-shot sets (default: %(default)s)")
     parser.add_argument("--num-images", nargs="+", type=count, metavar="N",
                         help="few-shot images (default: 50, with --imagenet 50 100 500 1000)")  # fmt: skip
-    parser.add_argument("--epochs", type=count, help="of each recovery by mimicking; the methods' own if not given")
+    parser.add_argument("--epochs", type=count, help="of each recovery by distillation; the methods' own if not given")
     parser.add_argument("--ablate", nargs="*", choices=ABLATIONS, metavar="ABLATION",
                         help="the published procedure, one thing changed: " + ", ".join(map(repr, ABLATIONS))
                         + "; all without a name")  # fmt: skip
@@ -207,7 +207,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     methods = options.methods
     if options.ablate is not None:
         ablations, methods = list(options.ablate or ABLATIONS), ["dcvit"]
-    asked = [(unit, name) for unit in options.unit for name in methods if unit in METHODS[name].units]
+    asked = [(unit, name) for unit in options.unit for name in methods if unit in METHODS[name].metrics]
     if options.imagenet is not None:
         numbers = options.num_images or [50, 100, 500, 1000]
         return [
@@ -288,7 +288,7 @@ def report(records: Sequence[Record]) -> str:
         "goes, unless it says of what. MACs, parameters and latency are shares of the original's that are left, in per "
         "cent; latency is measured in turn with the original, in one thread of a shared machine. Agreement with the "
         "original and top-1 are of held-out images, in per cent. r = ‖s − t‖² / ‖t − mean(t)‖² over their output "
-        "tokens; 0 is exact. Epochs are those of each recovery by mimicking, where a method has one.",
+        "tokens; 0 is exact. Epochs are those of each recovery by distillation, where a method has one.",
     ]
     for of_kind, what in ((whole, ""), (ablated, ", ablations of the published procedure")):
         for bed in dict.fromkeys(record.request.bed for record in of_kind):
@@ -356,4 +356,4 @@ def _place(record: Record) -> tuple[Any, ...]:
     bed = beds.index(request.bed) if request.bed in beds else len(beds)
     ablation = -1 if request.ablation is None else list(ABLATIONS).index(request.ablation)
     method = -1 if request.method == "dcvit" else methods.index(request.method)
-    return bed, UNITS.index(request.unit), request.budget, request.num_images, method, ablation, request.seed
+    return bed, METRICS.index(request.unit), request.budget, request.num_images, method, ablation, request.seed

@@ -25,7 +25,7 @@ OTHER_DOMAIN = "images of another domain"
 Change = Callable[[DCViT], DCViT]
 
 
-def _mimicking(**changes: object) -> Change:
+def _distillation(**changes: object) -> Change:
     return lambda config: replace(config, recovery=replace(config.distillation, **changes))  # type: ignore[arg-type]
 
 
@@ -36,9 +36,9 @@ def _ablated(**changes: object) -> Change:
 ABLATIONS: dict[str, Change] = {
     PUBLISHED: lambda config: config,
     "few-shot images as proxy set": _ablated(ranking_images="few-shot"),
-    "class token alone mimicked": _mimicking(tokens="class"),
-    "all blocks updated": _mimicking(updated="all"),
-    "blocks around updated": _mimicking(updated="around"),
+    "class token alone mimicked": _distillation(tokens="class"),
+    "all blocks updated": _distillation(updated="all"),
+    "blocks around updated": _distillation(updated="around"),
     "all blocks at once": _ablated(progressive=False),
     OTHER_DOMAIN: lambda config: config,
 }
@@ -52,7 +52,7 @@ def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: 
         name: The method.
         bed: Says which views suit its images.
         seed: Of all that is random.
-        epochs: Of each recovery by mimicking, with a twentieth of them to warm up; the method's own if not given.
+        epochs: Of each recovery by distillation, with a twentieth of them to warm up; the method's own if not given.
         ablation: One of `ABLATIONS`, of the published procedure.
     """
     config = METHODS[name].config()

@@ -20,7 +20,7 @@ import dcvit
 from benchmarks.compress import median_interval
 from benchmarks.harness import header
 from dcvit.models import compressible, load_model
-from dcvit.models.surgery import compress_block, draw_kept_nodes
+from dcvit.models.surgery import compress_block, draw_kept_units
 from dcvit.search.plan import plan as make_plan
 
 ORIGINAL, COMPRESSED = "original", "compressed"
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cut(model: nn.Module, macs: float) -> nn.Module:
-    """The model at a share of its MACs: the first candidate blocks are cut, hidden nodes drawn at random."""
+    """The model at a share of its MACs: the first candidate blocks are cut, hidden units drawn at random."""
     plan = make_plan(model, dcvit.Budget(macs=macs))
     student = model
     for block in plan.candidates[: plan.num_blocks]:
-        student = compress_block(student, block, draw_kept_nodes(model, block, plan.hidden_features, seed=0))
+        student = compress_block(student, block, draw_kept_units(model, block, plan.hidden_features, seed=0))
     return student
 
 

@@ -150,14 +150,14 @@ def cases() -> list[Case]:
     """ViT-B with batch 64, which is counted, then sizes that take the other configurations."""
     half, single = torch.bfloat16, torch.float32
     found = [
-        *(_mimic(c, 64, 197, 768, dtype, True) for c in (1, 6) for dtype in (half, single)),
+        *(_distil(c, 64, 197, 768, dtype, True) for c in (1, 6) for dtype in (half, single)),
         _prior(64, 224),
         _step(64, 224),
         *(_mlp(64 * 197, 768, 3072, k, dtype, True) for dtype in (half, single) for k in (1536, None)),
     ]
     for width in (192, 384, 1024, 1535):
-        found += [_mimic(2, 64, 257, width, dtype, False) for dtype in (half, single)]
-    found += [_mimic(1, 64, 197, 768, torch.float16, False), _mlp(64 * 197, 768, 3072, 1536, torch.float16, False)]
+        found += [_distil(2, 64, 257, width, dtype, False) for dtype in (half, single)]
+    found += [_distil(1, 64, 197, 768, torch.float16, False), _mlp(64 * 197, 768, 3072, 1536, torch.float16, False)]
     for rows, width, kept in (
         (64 * 257, 192, 256),
         (64 * 257, 384, 768),
@@ -181,24 +181,24 @@ def _op(name: str) -> Any:
     return importlib.import_module(f"dcvit.ops.{name}")
 
 
-def _mimic(c: int, b: int, n: int, d: int, dtype: torch.dtype, counted: bool) -> Case:
+def _distil(c: int, b: int, n: int, d: int, dtype: torch.dtype, counted: bool) -> Case:
     student, teacher, losses = _meta(c, b, n, d, dtype=dtype), _meta(b, n, d, dtype=dtype), _meta(c)
 
     def launch() -> None:
-        kernels = _kernels("mimic_loss")
-        kernels.mimic_loss(student, teacher, None, True)
+        kernels = _kernels("distillation_loss")
+        kernels.distillation_loss(student, teacher, None, True)
         if not counted:
-            kernels.mimic_loss(student, teacher, _meta(n), False)
-            kernels.mimic_loss_rescale(student, losses)
-            kernels.mimic_loss_backward(losses, student, teacher, None)
+            kernels.distillation_loss(student, teacher, _meta(n), False)
+            kernels.distillation_loss_rescale(student, losses)
+            kernels.distillation_loss_backward(losses, student, teacher, None)
 
     def eager() -> None:
         leaf = student.clone().requires_grad_()
         with counting():
-            _op("mimic_loss").eager(leaf, teacher, None).sum().backward()
+            _op("distillation_loss").eager(leaf, teacher, None).sum().backward()
 
     title = f"[{c}, {b}, {n}, {d}] {_short(dtype)}, loss and gradient"
-    return Case("mimic_loss", title, launch, eager if counted else None)
+    return Case("distillation_loss", title, launch, eager if counted else None)
 
 
 def _prior(b: int, size: int) -> Case:
@@ -248,8 +248,8 @@ def _mlp(rows: int, width: int, hidden: int, kept: int | None, dtype: torch.dtyp
             y = _op("dropped_mlp").eager(*leaves[:5], idx, *leaves[5:7], 1e-6, leaves[7], True)
             torch.autograd.grad(y, leaves, x)
 
-    nodes = f"{hidden} nodes" if kept is None else f"{kept} of {hidden} nodes"
-    title = f"[{rows}, {width}], {nodes}, {_short(dtype)}, forward and backward"
+    units = f"{hidden} nodes" if kept is None else f"{kept} of {hidden} nodes"
+    title = f"[{rows}, {width}], {units}, {_short(dtype)}, forward and backward"
     return Case("dropped_mlp", title, launch, eager if counted else None)
 
 
@@ -260,10 +260,10 @@ def _short(dtype: torch.dtype) -> str:
 # --- what must be moved and computed ---------------------------------------------------------------------------------
 
 WRITTEN = {
-    "mimic_loss_fwd_kernel": ("partial", "unit"),
-    "mimic_loss_mean_kernel": ("losses",),
-    "mimic_loss_bwd_kernel": ("gradient",),
-    "mimic_loss_rescale_kernel": ("unit",),
+    "distillation_loss_fwd_kernel": ("partial", "unit"),
+    "distillation_loss_mean_kernel": ("losses",),
+    "distillation_loss_bwd_kernel": ("gradient",),
+    "distillation_loss_rescale_kernel": ("unit",),
     "tv_prior_fwd_kernel": ("partial", "snapshot"),
     "tv_prior_norms_kernel": ("value", "norms", "image_norms"),
     "tv_prior_bwd_kernel": ("gradient",),
@@ -276,14 +276,17 @@ WRITTEN = {
 }
 """The arguments that each kernel writes; a kernel that is not here fails the report."""
 
-READ_AND_WRITTEN = {"mimic_loss_rescale_kernel": ("unit",), "synthesis_step_fwd_kernel": ("exp_avg", "exp_avg_sq")}
+READ_AND_WRITTEN = {
+    "distillation_loss_rescale_kernel": ("unit",),
+    "synthesis_step_fwd_kernel": ("exp_avg", "exp_avg_sq"),
+}
 
 ROW_LENGTHS = ("width", "kept", "out")
 
 OPERATIONS = {
-    "mimic_loss_fwd_kernel": ("student", 5),
-    "mimic_loss_bwd_kernel": ("student", 3),
-    "mimic_loss_rescale_kernel": ("unit", 1),
+    "distillation_loss_fwd_kernel": ("student", 5),
+    "distillation_loss_bwd_kernel": ("student", 3),
+    "distillation_loss_rescale_kernel": ("unit", 1),
     "tv_prior_fwd_kernel": ("images", 14),
     "tv_prior_bwd_kernel": ("images", 22),
     "synthesis_step_fwd_kernel": ("images", 36),
@@ -593,8 +596,8 @@ def _cuda_row(code: Code) -> Row | str:
 
 
 CUDA_MOVES = {
-    "mimic_pass_kernel": (True, True),
-    "mimic_rescale_kernel": (True, True),
+    "distillation_pass_kernel": (True, True),
+    "distillation_rescale_kernel": (True, True),
     "prior_sums_kernel": (True, False),
     "prior_gradient_kernel": (True, True),
     "synthesis_step_kernel": (True, True),
@@ -608,7 +611,7 @@ CUDA_MOVES = {
 """CUDA kernels that memory bounds: whether they read and whether they write whole tensors, which must be wide."""
 
 CUDA_SMALL = (
-    "weight_sum_kernel", "mimic_losses_kernel", "image_sums_kernel", "prior_value_kernel", "prior_slopes_kernel",
+    "weight_sum_kernel", "distillation_losses_kernel", "image_sums_kernel", "prior_value_kernel", "prior_slopes_kernel",
     "finish_sums_kernel", "pack_kernel", "unpack_kernel",
 )  # fmt: skip
 """CUDA kernels that add partial sums up, or gather the kept part of a weight."""

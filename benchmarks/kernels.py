@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.harness import REFERENCE, ROOT, device, header, settings
 
-OPS = ("mimic_loss", "tv_prior", "synthesis_step", "dropped_mlp", "attention")
+OPS = ("distillation_loss", "tv_prior", "synthesis_step", "dropped_mlp", "attention")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ time.
 With `--full N` so many more runs write to a file system of a few MiB that other files fill up at a random moment, and
 go on once there is room (this needs the right to mount one).
 
-With `--ranks N` so many processes of torch's launcher share a run, and one of them is killed in the middle of each
+With `--processes N` so many processes of torch's launcher share a run, and one of them is killed in the middle of each
 stage, once each; the launcher starts them again. Then the weights must be those of as many processes left alone.
 """
 
@@ -55,7 +55,7 @@ STAGES = ("synthesis", "views", "trials", "pruning trials", "step sizes", "recon
 FULL_BYTES = 8 << 20
 """Of the file system that is filled up: more than a run takes."""
 
-Units = dict[str, tuple[int, int]]
+Entries = dict[str, tuple[int, int]]
 """Of each finished unit its file's inode and time of writing."""
 
 
@@ -107,33 +107,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             return fill(folder / f"full-{number}", wanted, alone, random.Random(options.seed * 100_000 + number))
 
         stories = told(
-            "kills", killed, options.kills, options.at_once, lambda told: sum(len(s.killed_at) for s in told)
+            "kills", killed, options.kills, options.micro_batch_size, lambda told: sum(len(s.killed_at) for s in told)
         )
-        full = told("full disks", filled, options.full, options.at_once, len)
+        full = told("full disks", filled, options.full, options.micro_batch_size, len)
         shared: list[Story] = []
-        if options.ranks:
-            code, error = finish(folder / "shared", options.ranks)
+        if options.processes:
+            code, error = finish(folder / "shared", options.processes)
             if code:
                 print(error, file=sys.stderr)
                 return 1
             same = digest(folder / "shared")
 
             def rank_killed(number: int) -> Story:
-                return kill_rank(folder / f"shared-{number}", same, STAGES[number], options.ranks)
+                return kill_rank(folder / f"shared-{number}", same, STAGES[number], options.processes)
 
-            shared = told(f"kills of one of {options.ranks} ranks", rank_killed, len(STAGES), 1, len)
+            shared = told(f"kills of one of {options.processes} ranks", rank_killed, len(STAGES), 1, len)
     return 1 if any(story.error for story in (*stories, *full, *shared)) else 0
 
 
 def told(
-    title: str, run: Callable[[int], Story], wanted: int, at_once: int, count: Callable[[Sequence[Story]], int]
+    title: str, run: Callable[[int], Story], wanted: int, micro_batch_size: int, count: Callable[[Sequence[Story]], int]
 ) -> list[Story]:
     """Run until there are enough, and print how they went."""
     stories: list[Story] = []
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(micro_batch_size) as pool:
         while count(stories) < wanted:
             first = len(stories)
-            for story in pool.map(run, range(first, first + min(10 * at_once, wanted - count(stories)))):
+            for story in pool.map(run, range(first, first + min(10 * micro_batch_size, wanted - count(stories)))):
                 stories.append(story)
                 if story.error:
                     print(f"run {len(stories) - 1}: {story}", file=sys.stderr)
@@ -151,7 +151,7 @@ def told(
 def kill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Story:
     """One run that is killed at least once."""
     killed_at: list[float] = []
-    units: Units = {}
+    entries: Entries = {}
     kills = moments.randint(1, MOST_KILLS)
     for start in range(1, MOST_KILLS + 2):
         moment = moments.uniform(0.2, 0.9) * alone if len(killed_at) < kills else None
@@ -163,39 +163,39 @@ def kill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Sto
             process.communicate()
             killed_at.append(round(moment or 0.0, 2))
             now = finished(folder)
-            again = [name for name, file in units.items() if now.get(name) != file]
+            again = [name for name, file in entries.items() if now.get(name) != file]
             if again:
-                return Story(start, tuple(killed_at), len(units), f"done again: {', '.join(again)}")
-            units = now
+                return Story(start, tuple(killed_at), len(entries), f"done again: {', '.join(again)}")
+            entries = now
             if not (folder / WEIGHTS).is_file():  # else it was over: what is saved is saved at once
                 continue
         else:
             if process.returncode:
-                return Story(start, tuple(killed_at), len(units), f"exit code {process.returncode}: {error}")
+                return Story(start, tuple(killed_at), len(entries), f"exit code {process.returncode}: {error}")
         same = digest(folder) == wanted
-        return Story(start, tuple(killed_at), len(units), "" if same else "other weights")
-    return Story(MOST_KILLS + 1, tuple(killed_at), len(units), "it never ended")
+        return Story(start, tuple(killed_at), len(entries), "" if same else "other weights")
+    return Story(MOST_KILLS + 1, tuple(killed_at), len(entries), "it never ended")
 
 
-def kill_rank(folder: Path, wanted: str, stage: str, ranks: int) -> Story:
+def kill_rank(folder: Path, wanted: str, stage: str, processes: int) -> Story:
     """One run of several processes, of which one is killed in the middle of a stage."""
-    process = started(folder, ranks)
+    process = started(folder, processes)
     while process.poll() is None and not (stage_file(folder).is_file() and stage_file(folder).read_text() == stage):
         time.sleep(0.01)
     if process.poll() is not None:
         return Story(1, (), 0, f"it ended before {stage}: {process.communicate()[1]}")
     time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    units = finished(folder)
+    entries = finished(folder)
     os.kill(int(children[STAGES.index(stage) % len(children)]), signal.SIGKILL)
     _, error = process.communicate()
     if process.returncode:
-        return Story(2, (), len(units), f"killed in {stage}: exit code {process.returncode}: {error}")
+        return Story(2, (), len(entries), f"killed in {stage}: exit code {process.returncode}: {error}")
     now = finished(folder)
-    again = [name for name, file in units.items() if now.get(name) != file]
+    again = [name for name, file in entries.items() if now.get(name) != file]
     same = digest(folder) == wanted
     problem = f"done again: {again}" if again else "" if same else "other weights"
-    return Story(2, (), len(units), problem and f"killed in {stage}: {problem}")
+    return Story(2, (), len(entries), problem and f"killed in {stage}: {problem}")
 
 
 def fill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Story:
@@ -247,12 +247,12 @@ def compress_digits(out: Path, kept: Path) -> int:
             stage_file(out).write_text(stage)
 
     try:
-        with launched() as ranks:
+        with launched() as processes:
             result = dcvit.compress(
                 bed.model, bed.images, Budget(macs=0.7), CONFIG,
-                run_dir=kept, ranks=ranks, progress=note if ranks.leads else silent,
+                run_dir=kept, processes=processes, progress=note if processes.is_main else silent,
             )  # fmt: skip
-        if ranks.leads:
+        if processes.is_main:
             result.save(out)
     except dcvit.DcvitError as error:
         print(error, file=sys.stderr)
@@ -260,11 +260,11 @@ def compress_digits(out: Path, kept: Path) -> int:
     return 0
 
 
-def started(folder: Path, ranks: int = 1) -> "subprocess.Popen[str]":
+def started(folder: Path, processes: int = 1) -> "subprocess.Popen[str]":
     """The run, with one thread for each process."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=1"]
     return subprocess.Popen(
-        [sys.executable, *(launcher if ranks > 1 else []), "-m", "benchmarks", "kills", "--child", str(folder),
+        [sys.executable, *(launcher if processes > 1 else []), "-m", "benchmarks", "kills", "--child", str(folder),
          str(run_dir(folder))],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -280,17 +280,17 @@ def stage_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.stage")
 
 
-def finish(folder: Path, ranks: int = 1) -> tuple[int, str]:
+def finish(folder: Path, processes: int = 1) -> tuple[int, str]:
     """Run it to its end: exit code, and what it said."""
-    process = started(folder, ranks)
+    process = started(folder, processes)
     _, error = process.communicate()
     return process.returncode, error
 
 
-def finished(folder: Path) -> Units:
+def finished(folder: Path) -> Entries:
     """The units that are there."""
-    units = run_dir(folder) / "units"
-    return {path.name: ((stat := path.stat()).st_ino, stat.st_mtime_ns) for path in units.glob("*.json")}
+    entries = run_dir(folder) / "units"
+    return {path.name: ((stat := path.stat()).st_ino, stat.st_mtime_ns) for path in entries.glob("*.json")}
 
 
 def digest(folder: Path) -> str:

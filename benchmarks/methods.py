@@ -21,7 +21,7 @@ from dcvit.errors import BudgetError
 from dcvit.history import Plan
 from dcvit.methods.baselines.practise import Practise, block_dropping
 from dcvit.models import compressible
-from dcvit.models.surgery import compress_block, draw_kept_nodes
+from dcvit.models.surgery import compress_block, draw_kept_units
 from dcvit.models.teacher import freeze, fuse
 from dcvit.recovery.distill import recover
 from dcvit.runtime.progress import Progress, silent
@@ -160,7 +160,7 @@ def num_whole_blocks(model: nn.Module, budget: Budget) -> int:
     if left <= target:
         return len(candidates)
     raise BudgetError(
-        f"{budget.unit}={budget.value!r} asks for {target:,}: without all {len(candidates)} blocks that may go "
+        f"{budget.metric}={budget.value!r} asks for {target:,}: without all {len(candidates)} blocks that may go "
         f"{left:,} are left. Ask for more."
     )
 
@@ -228,7 +228,7 @@ def shortened(config: DCViT, allowance: float, recoveries: int, iteration: float
 def _step_seconds(bed: TestBed, planned: Plan, config: DCViT) -> tuple[float, float]:
     """Seconds of an iteration of the synthesis, and of an epoch of the last candidate's recovery, the longest."""
     teacher, block = fuse(freeze(bed.model), config.impl), planned.candidates[-1]
-    kept = draw_kept_nodes(teacher, block, planned.hidden_features, config.seed)
+    kept = draw_kept_units(teacher, block, planned.hidden_features, config.seed)
     student, images = compress_block(teacher, block, kept, config.impl), load_images(bed.images, teacher)
     steps = TIMED_STEPS + 1
     synthesis = replace(config.synthesis, iterations=steps)

@@ -1,7 +1,7 @@
 """The throw-away version of closed-form recovery, the one to beat: what an afternoon with plain torch gives.
 
-Random hidden nodes, one ridge regression per block with a fixed λ towards zero, the images and four random views of
-each. Blocks are ranked by the mimicking loss on the few-shot images themselves; the best are then solved front to back
+Random hidden units, one ridge regression per block with a fixed λ towards zero, the images and four random views of
+each. Blocks are ranked by the distillation loss on the few-shot images themselves; the best are then solved front to back
 on the student's own activations.
 """
 
@@ -17,7 +17,7 @@ from dcvit.data.augment import augment
 from dcvit.data.images import FewShotImages
 from dcvit.errors import DcvitError
 from dcvit.models import compressible
-from dcvit.models.surgery import draw_kept_nodes
+from dcvit.models.surgery import draw_kept_units
 from dcvit.runtime.seeding import generator
 from dcvit.search.plan import plan
 
@@ -43,19 +43,19 @@ def naive_closed_form(
         images: The few-shot set.
         budget: Met by the published formulas' k and r_d.
         augmentation: Of the random views.
-        seed: Draws views and hidden nodes.
+        seed: Draws views and hidden units.
 
     Returns:
         The compressed model, and the compressed blocks, best first.
     """
-    adapter, planned = compressible(teacher), plan(teacher, budget)
+    view, planned = compressible(teacher), plan(teacher, budget)
     drawing, every = generator(seed, "naive views"), range(len(images))
     drawn = [augment(images, every, augmentation, drawing) for _ in range(NUM_VIEWS)]
     views = torch.cat([images.normalised, *drawn])
-    tokens = torch.cat([adapter.embed(batch) for batch in views.split(BATCH_SIZE)])
-    kept = {block: draw_kept_nodes(teacher, block, planned.hidden_features, seed) for block in planned.candidates}
-    depth = len(adapter.cost().blocks)
-    target = adapter.tokens(images.normalised)
+    tokens = torch.cat([view.embed(batch) for batch in views.split(BATCH_SIZE)])
+    kept = {block: draw_kept_units(teacher, block, planned.hidden_features, seed) for block in planned.candidates}
+    depth = len(view.cost().blocks)
+    target = view.tokens(images.normalised)
 
     losses: dict[int, float] = {}
     for block, before, after in _walk(teacher, tokens):
@@ -66,47 +66,47 @@ def naive_closed_form(
             losses[block] = float((output - target).square().mean())
     chosen = tuple(sorted(losses, key=losses.__getitem__)[: planned.num_blocks])
 
-    student, given = copy.deepcopy(teacher), tokens
+    student, inputs = copy.deepcopy(teacher), tokens
     for block, _, after in _walk(teacher, tokens):
         if block in chosen:
-            solve_block(student, block, kept[block], given, after)
-        given = _run(student, given, block, block + 1)
+            solve_block(student, block, kept[block], inputs, after)
+        inputs = _run(student, inputs, block, block + 1)
     return compressible(student).rebuild().eval(), chosen
 
 
 @torch.no_grad()
-def solve_block(student: nn.Module, block: int, kept: tuple[int, ...], given: Tensor, wanted: Tensor) -> None:
+def solve_block(student: nn.Module, block: int, kept: tuple[int, ...], inputs: Tensor, targets: Tensor) -> None:
     """Compress a block in place, and fit its second MLP layer to all that it is to add to its input.
 
     Args:
         student: The model that the block belongs to.
         block: The block, from 0.
-        kept: The hidden nodes that stay.
-        given: What the block gets, `[B, N, D]`.
-        wanted: What it should give, `[B, N, D]`.
+        kept: The hidden units that stay.
+        inputs: What the block gets, `[B, N, D]`.
+        targets: What it should give, `[B, N, D]`.
 
     Raises:
         DcvitError: If the block's output is not its input plus that layer's.
     """
-    adapter = compressible(student)
-    adapter.compress_block(block, kept)
-    found = adapter.output_layer(block)
+    view = compressible(student)
+    view.compress_block(block, kept)
+    found = view.output_layer(block)
     if found is None or found.layer.bias is None:
         raise DcvitError(f"Block {block} does not end in a linear layer with a bias: no closed form fits it.")
     layer, scale = found.layer, found.scale
     hidden: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0].flatten(0, 1).double()))
-    _run(student, given, block, block + 1)
+    _run(student, inputs, block, block + 1)
     handle.remove()
-    nodes, missing = torch.cat(hidden), (wanted - given).flatten(0, 1).double()
+    units, missing = torch.cat(hidden), (targets - inputs).flatten(0, 1).double()
     if scale is not None:
         missing = missing / scale  # LayerScale comes after the layer
-    penalty = RIDGE * nodes.square().sum(0).mean()
-    mean, constant = nodes.mean(0), missing.mean(0)  # the bias is not penalised
-    nodes = nodes - mean
-    gram = nodes.T @ nodes
+    penalty = RIDGE * units.square().sum(0).mean()
+    mean, constant = units.mean(0), missing.mean(0)  # the bias is not penalised
+    units = units - mean
+    gram = units.T @ units
     gram.diagonal().add_(penalty)
-    weight = torch.linalg.solve(gram, nodes.T @ (missing - constant))
+    weight = torch.linalg.solve(gram, units.T @ (missing - constant))
     layer.weight.copy_(weight.T)
     layer.bias.copy_(constant - mean @ weight)
 

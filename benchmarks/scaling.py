@@ -1,7 +1,7 @@
 """What a large compression takes, computed from what its units take here: `python -m benchmarks scaling`.
 
 The work of each stage is counted (`dcvit.costs`, and the sizes of `DCViT`), and divided by the rate at
-which this device was just seen to do such work: models' passes, with gradients and without, products of hidden nodes,
+which this device was just seen to do such work: models' passes, with gradients and without, products of hidden units,
 greedy selection, Cholesky factors. Spread over more devices, what is shared (docs/distributed.md) is divided by their
 number, and what they tell each other is added, at a link's rate that is given. `--check` compares with a compression
 that is run now.
@@ -48,7 +48,7 @@ class Rates:
     Attributes:
         forward: MACs of a model's pass.
         backward: MACs of a pass with gradients, counted three times.
-        gram: MACs of products of hidden nodes.
+        gram: MACs of products of hidden units.
         select: Multiply-adds of greedy selection, in float64.
         solve: Multiply-adds of Cholesky factors and solutions, in float64.
     """
@@ -66,7 +66,7 @@ class Work:
 
     Attributes:
         alone: Seconds by stage that one process works while the others wait.
-        queued: Seconds of one trial, and how many there are, by kind.
+        queued: Seconds of one probe, and how many there are, by kind.
         split: Seconds by stage that are divided evenly.
         told: Bytes that are reduced over all processes.
         memory: Bytes by kind that each process holds.
@@ -169,11 +169,11 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.DCViT) -
         rates: Of the device that will do it.
         config: The settings.
     """
-    adapter, recovery = compressible(model), config.reconstruction
-    cost = adapter.cost()
+    view, recovery = compressible(model), config.reconstruction
+    cost = view.cost()
     macs, depth = cost.total.macs("with_attention_products"), len(cost.blocks)
     hidden, width = cost.blocks[1].hidden_features, int(model.num_features)
-    channels, height, _ = adapter.input_size()
+    channels, height, _ = view.input_size()
     block_macs = cost.blocks[1].mlp.weight_macs
     tokens = block_macs // (2 * width * hidden)
     steps = num_steps(model, recovery)
@@ -183,13 +183,13 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.DCViT) -
     cut, pruned = round(COMPRESSED * depth), round(COMPRESSED * depth)
     mlp = 2 * width * hidden  # MACs of a row
 
-    def solutions(nodes: int) -> float:
-        return RIDGES_TRIED * (nodes**3 / 3 + 2 * nodes**2 * width) / rates.solve
+    def solutions(units: int) -> float:
+        return RIDGES_TRIED * (units**3 / 3 + 2 * units**2 * width) / rates.solve
 
     curve = sum(solutions(round(share * hidden)) for share in CURVE)
     metric = (config.synthesis.num_images + HELD_OUT_VIEWS) * macs / 2 / rates.forward  # half of the model, in the mean
-    trial = few * (mlp / rates.forward + hidden**2 / rates.gram) + (0.75 * hidden) ** 2 / 2 * hidden / rates.select
-    trial += curve + metric
+    probe = few * (mlp / rates.forward + hidden**2 / rates.gram) + (0.75 * hidden) ** 2 / 2 * hidden / rates.select
+    probe += curve + metric
     gradients = 3 * 0.8 * rows * (mlp / 2) / rates.backward
     one_block = rows * (mlp / rates.forward + hidden**2 / rates.gram)
     passes = steps * (1 + len(STEP_SIZES) / PILOT_SHARE) * recovery.refinement_batch
@@ -212,7 +212,7 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.DCViT) -
             "step sizes": len(recovery.step_sizes) * (few / rows * (one_block + gradients) + 2 * solutions(kept)),
             "solutions of blocks": (cut + pruned) * 2 * solutions(kept),
         },
-        queued={"trials": (trial, depth - 2), "pruning trials": (trial, depth)},
+        queued={"trials": (probe, depth - 2), "pruning trials": (probe, depth)},
         split={
             "teacher's pass": views * macs / rates.forward,
             "student's passes": views * macs / rates.forward,

@@ -1,6 +1,6 @@
 """How useful a proxy set is, and what it costs: `python -m benchmarks synthesis`.
 
-Each candidate block of a test bed's model is compressed alone, to a quarter of its hidden nodes, and recovered in
+Each candidate block of a test bed's model is compressed alone, to a quarter of its hidden units, and recovered in
 closed form. Its true loss is r over the output tokens of the held-out images (`benchmarks.testbeds.Measures`). Metric
 sets then judge the same students, and the rank correlation (Spearman) with the true order says how well each orders
 them. Compared are the set that `dcvit.compress` makes, the published one (2000 iterations), and noise that no iteration
@@ -27,7 +27,7 @@ from dcvit.config import DCViT, MetricKind, ReconstructionConfig, SynthesisConfi
 from dcvit.context import RunContext
 from dcvit.data.images import load_images
 from dcvit.data.synthesis import synthesize
-from dcvit.history import Cut
+from dcvit.history import BlockSpec
 from dcvit.methods.dcvit.reconstructed import HELD_OUT_VIEWS
 from dcvit.metrics.fidelity import Metric
 from dcvit.models import compressible
@@ -36,21 +36,21 @@ from dcvit.recovery.reconstruct import BlockProblem, reconstruct_block
 from dcvit.search.space import choose_candidates
 
 KEPT = 0.25
-"""Share of the hidden nodes that a tried block keeps."""
+"""Share of the hidden units that a tried block keeps."""
 
 VIEWS = 250
 """Views that the blocks are solved on: what is compared is the judges, not the students."""
 
 METRICS: dict[str, MetricKind] = {
     "cross-entropy": "cross_entropy",
-    "mimicking": "mimicking",
-    "mimicking, held-out images too": "mimicking",
+    "distillation": "distillation",
+    "distillation, held-out images too": "distillation",
 }
 """What the students are judged by."""
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """What one proxy set makes of the candidates.
 
     Attributes:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(header())
     rows = []
     for name in options.beds:
-        judged: dict[str, list[Judged]] = {}
+        judged: dict[str, list[Evaluated]] = {}
         for seed in range(options.seeds):
             for label, result in _compare(BEDS[name](seed), seed, options.iterations).items():
                 judged.setdefault(label, []).append(result)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Judged]:
+def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Evaluated]:
     config = DCViT(seed=seed)
     recovery = replace(config.reconstruction, augmentation=bed.augmentation, num_views=VIEWS)
     views = draw_views(bed.model, load_images(bed.images, bed.model), recovery, seed)
@@ -100,7 +100,7 @@ def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Judged]:
         f"noise: {default.num_images} images": replace(default, iterations=1),
     }
 
-    def judge(settings: SynthesisConfig) -> Judged:
+    def judge(settings: SynthesisConfig) -> Evaluated:
         start = time.perf_counter()
         made = synthesize(bed.model, replace(settings, flip=bed.augmentation.flip), RunContext(seed)).images
         seconds = time.perf_counter() - start
@@ -110,19 +110,19 @@ def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Judged]:
             metric = Metric(bed.model, [made, *held_out], kind)
             losses = [metric.loss(student, block) for block, student in students.items()]
             correlation[name] = float(spearmanr(losses, true).statistic)
-        return Judged(seconds, correlation)
+        return Evaluated(seconds, correlation)
 
     return {label: judge(settings) for label, settings in synthesis.items()}
 
 
 def _students(model: nn.Module, views: Views, config: ReconstructionConfig, seed: int) -> dict[int, nn.Module]:
     """The model with each candidate block compressed alone and solved, by block."""
-    states, adapter = TeacherStates(model, views, config.batch_size), compressible(model)
+    states, view = TeacherStates(model, views, config.batch_size), compressible(model)
     students = {}
     for block in choose_candidates(model, None):
         students[block] = copy.deepcopy(model)
-        count = round(KEPT * adapter.hidden_features(block))
+        count = round(KEPT * view.hidden_features(block))
         rows = states.rows(block).thinned()
-        problem = BlockProblem(block, Cut(count), rows)
+        problem = BlockProblem(block, BlockSpec(count), rows)
         reconstruct_block(students[block], problem, config, context=RunContext(seed), refit=False)
     return students

@@ -46,21 +46,21 @@ class Budget:
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        given = {unit: getattr(self, unit) for unit in UNITS if getattr(self, unit) is not None}
+        given = {metric: getattr(self, metric) for metric in METRICS if getattr(self, metric) is not None}
         if len(given) != 1:
-            shown = ", ".join(f"{unit}={value!r}" for unit, value in given.items())
+            shown = ", ".join(f"{metric}={value!r}" for metric, value in given.items())
             raise BudgetError(
-                f"Budget({shown}): expected exactly one of {', '.join(UNITS)}, "
+                f"Budget({shown}): expected exactly one of {', '.join(METRICS)}, "
                 "for example Budget(macs=0.75) for three quarters of the original's MACs."
             )
         if self.convention not in MAC_CONVENTIONS:
             raise BudgetError(f"convention={self.convention!r}: expected one of {', '.join(MAC_CONVENTIONS)}.")
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise BudgetError(f"batch_size={self.batch_size!r}: expected an int, 1 or more.")
-        value, unit = self.value, self.unit
+        value, metric = self.value, self.metric
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise BudgetError(f"{unit}={value!r}: expected a float (fraction) or an int (absolute number).")
-        if unit == "latency_ms":
+            raise BudgetError(f"{metric}={value!r}: expected a float (fraction) or an int (absolute number).")
+        if metric == "latency_ms":
             if not 0 < value < math.inf:
                 raise BudgetError(
                     f"latency_ms={value!r}: expected a positive number of milliseconds; "
@@ -69,36 +69,36 @@ class Budget:
             return
         if isinstance(value, float) and not 0.0 < value < 1.0:
             raise BudgetError(
-                f"{unit}={value!r}: a float is a fraction of the original and lies between 0 and 1, both "
+                f"{metric}={value!r}: a float is a fraction of the original and lies between 0 and 1, both "
                 f"excluded. {self._absolute}"
             )
-        if isinstance(value, int) and (unit == "latency" or value <= 0):
+        if isinstance(value, int) and (metric == "latency" or value <= 0):
             wanted = (
-                "expected a fraction of the original" if unit == "latency" else "an absolute number must be positive"
+                "expected a fraction of the original" if metric == "latency" else "an absolute number must be positive"
             )
-            raise BudgetError(f"{unit}={value!r}: {wanted}. {self._absolute}")
+            raise BudgetError(f"{metric}={value!r}: {wanted}. {self._absolute}")
 
     @property
-    def unit(self) -> str:
+    def metric(self) -> str:
         """The name of the field that is given, for example `"macs"`."""
-        return next(unit for unit in UNITS if getattr(self, unit) is not None)
+        return next(metric for metric in METRICS if getattr(self, metric) is not None)
 
     @property
     def value(self) -> float | int:
         """The figure that was given."""
-        value: float | int = getattr(self, self.unit)
+        value: float | int = getattr(self, self.metric)
         return value
 
     @property
     def measured(self) -> bool:
         """Whether it is of latency, which planning has to measure."""
-        return self.unit in ("latency", "latency_ms")
+        return self.metric in ("latency", "latency_ms")
 
     @property
     def _absolute(self) -> str:
-        if self.unit == "latency":
+        if self.metric == "latency":
             return "For milliseconds pass latency_ms=."
-        return f"Pass an int for an absolute number of {self.unit}."
+        return f"Pass an int for an absolute number of {self.metric}."
 
     def amount(self, cost: Cost) -> int:
         """How many MACs or parameters a part costs.
@@ -106,9 +106,9 @@ class Budget:
         Raises:
             BudgetError: If the budget is of something that a part's cost does not tell.
         """
-        if self.unit not in ("macs", "params"):
-            raise BudgetError(f"{self.unit}: a part's cost tells MACs and parameters only.")
-        return cost.macs(self.convention) if self.unit == "macs" else cost.params
+        if self.metric not in ("macs", "params"):
+            raise BudgetError(f"{self.metric}: a part's cost tells MACs and parameters only.")
+        return cost.macs(self.convention) if self.metric == "macs" else cost.params
 
     def target(self, cost: Cost) -> int:
         """The absolute target for a model of this cost, of MACs or parameters."""
@@ -121,13 +121,13 @@ class Budget:
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that make this budget."""
-        batch = {"batch_size": self.batch_size} if self.unit in PER_BATCH else {}
-        return {self.unit: self.value, "convention": self.convention, **batch}
+        batch = {"batch_size": self.batch_size} if self.metric in PER_BATCH else {}
+        return {self.metric: self.value, "convention": self.convention, **batch}
 
 
-UNITS = ("macs", "params", "file_size", "activation_memory", "latency", "latency_ms")
+METRICS = ("macs", "params", "file_size", "activation_memory", "latency", "latency_ms")
 """What a budget can be of; the names of `Budget`'s fields."""
 
 
 ADDITIVE = ("macs", "params", "file_size")
-"""Those of which every block and every hidden node takes its own part, whatever else is compressed."""
+"""Those of which every block and every hidden unit takes its own part, whatever else is compressed."""

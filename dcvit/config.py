@@ -20,9 +20,9 @@ __all__ = [
 
 Tokens = Literal["all", "class"]
 Updated = Literal["front", "around", "all"]
-Nodes = Literal["greedy", "random"]
+Units = Literal["greedy", "random"]
 Structure = Literal["searched", "fewest"]
-MetricKind = Literal["mimicking", "cross_entropy"]
+MetricKind = Literal["distillation", "cross_entropy"]
 RankingImages = Literal["synthetic", "few-shot"]
 
 Config = TypeVar("Config", bound="MethodConfig")
@@ -61,10 +61,10 @@ class _Batched(Protocol):
     """Settings that say how many images pass through a model at once."""
 
     @property
-    def at_once(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images that pass through a model at once."""
 
-    def with_at_most(self: Part, count: int) -> Part:
+    def with_micro_batch_at_most(self: Part, count: int) -> Part:
         """The same with at most so many images at once, which changes results by rounding alone."""
 
 
@@ -116,13 +116,13 @@ class CalibrationConfig:
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
 
     @property
-    def at_once(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images that pass through a model at once."""
         return self.batch_size
 
-    def with_at_most(self: "Calibration", count: int) -> "Calibration":
+    def with_micro_batch_at_most(self: "Calibration", count: int) -> "Calibration":
         """The same with at most so many images at once."""
-        return replace(self, batch_size=min(count, self.at_once))
+        return replace(self, batch_size=min(count, self.micro_batch_size))
 
 
 Calibration = TypeVar("Calibration", bound=CalibrationConfig)
@@ -139,7 +139,7 @@ class ReconstructionConfig(CalibrationConfig):
         augmentation: See `CalibrationConfig`.
         batch_size: See `CalibrationConfig`; the gradients of a refinement step's parts add up.
         refinement_views: As `num_views`, where refinement follows, which goes over them many times.
-        nodes: Which hidden nodes a block keeps: those that explain the missing output best (`"greedy"`), or
+        units: Which hidden units a block keeps: those that explain the missing output best (`"greedy"`), or
             `"random"` ones as published.
         epochs: Of the gradient steps after the closed form, passes over the rows; 0 leaves it at the closed form.
         step_sizes: Candidates of the gradient steps' size, as a share of a parameter tensor's root mean square; the
@@ -155,7 +155,7 @@ class ReconstructionConfig(CalibrationConfig):
     """
 
     refinement_views: int = 2500
-    nodes: Nodes = "greedy"
+    units: Units = "greedy"
     epochs: int = 6
     step_sizes: tuple[float, ...] = (0.01, 0.03, 0.1)
     batch_rows: int = 256
@@ -166,7 +166,7 @@ class ReconstructionConfig(CalibrationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self.refinement_views >= 1, "refinement_views", self.refinement_views, "1 or more")
-        _check_choice("nodes", self.nodes, Nodes)
+        _check_choice("units", self.units, Units)
         _check(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         _freeze_positive(self, "step_sizes")
         _check(self.batch_rows >= 1, "batch_rows", self.batch_rows, "1 or more")
@@ -217,13 +217,13 @@ class TrainingConfig:
         _check(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", self.micro_batch, "1 or more, or None")
 
     @property
-    def at_once(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images that pass through a model at once."""
         return self.batch_size if self.micro_batch is None else min(self.batch_size, self.micro_batch)
 
-    def with_at_most(self: Training, count: int) -> Training:
+    def with_micro_batch_at_most(self: Training, count: int) -> Training:
         """The same with at most so many images at once."""
-        return replace(self, micro_batch=min(count, self.at_once))
+        return replace(self, micro_batch=min(count, self.micro_batch_size))
 
     def with_learning_rate(self: Training, find: Callable[[], float]) -> Training:
         """The same with a number for the learning rate: what `find` finds if it is `"auto"`."""
@@ -232,10 +232,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig(TrainingConfig):
-    """Feature distillation, DC-ViT's token mimicking: the student learns to give the teacher's output tokens.
+    """Feature distillation, DC-ViT's token distillation: the student learns to give the teacher's output tokens.
 
     Attributes:
-        epochs: See `TrainingConfig`; also those of each trial, where a method tries blocks so.
+        epochs: See `TrainingConfig`; also those of each probe, where a method tries blocks so.
         learning_rate: See `TrainingConfig`.
         learning_rates: See `TrainingConfig`.
         weight_decay: See `TrainingConfig`.
@@ -250,7 +250,7 @@ class DistillationConfig(TrainingConfig):
         updated: Which part of the student is updated. `"front"`: the stem and every block up to one after the last
             compressed one. `"around"`: one block before the first compressed one to one after the last.
             `"all"`: everything but the head. The head, and what pools for it, is always frozen.
-        lock_step: Of the students that train together (all candidates of the trials, all learning rates), how many go
+        lock_step: Of the students that train together (all candidates of the probes, all learning rates), how many go
             through a batch at once. Activations of so many are in memory, but weights and optimiser states of all.
             Changes speed and memory alone.
     """
@@ -320,13 +320,13 @@ class SynthesisConfig:
         _check(self.bn_weight >= 0, "bn_weight", self.bn_weight, "0 or more")
 
     @property
-    def at_once(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images that pass through the model at once."""
         return self.num_images if self.micro_batch is None else min(self.num_images, self.micro_batch)
 
-    def with_at_most(self, count: int) -> "SynthesisConfig":
+    def with_micro_batch_at_most(self, count: int) -> "SynthesisConfig":
         """The same with at most so many images at once."""
-        return replace(self, micro_batch=min(count, self.at_once))
+        return replace(self, micro_batch=min(count, self.micro_batch_size))
 
 
 @dataclass(frozen=True)
@@ -338,16 +338,16 @@ class Ablation:
     Attributes:
         ranking_images: What blocks are ranked on: synthesised images, or the few-shot images.
         metric: How a student is compared with its teacher on them, see `dcvit.metrics.fidelity`: by all output tokens
-            (`"mimicking"`), or by class distributions as published.
+            (`"distillation"`), or by class distributions as published.
         progressive: Of distillation: compress block by block, best first, or all at once with the same number of
             epochs.
-        halving: Of distillation: whether hopeless trials stop early: twice, the worse half by metric loss, but never so
+        halving: Of distillation: whether hopeless probes stop early: twice, the worse half by metric loss, but never so
             many that fewer blocks are left than are to be compressed. Of blocks that come out close together it may
             choose others; `dcvit.search.sensitivity.RUNGS` says when they stop, and what was measured.
     """
 
     ranking_images: RankingImages = "synthetic"
-    metric: MetricKind = "mimicking"
+    metric: MetricKind = "distillation"
     progressive: bool = True
     halving: bool = False
 
@@ -388,18 +388,18 @@ class MethodConfig:
         _check_choice("impl", self.impl, Impl)
 
     @property
-    def at_once(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images that pass through a model at once, at most."""
-        return max(part.at_once for part in self._parts().values())
+        return max(part.micro_batch_size for part in self._parts().values())
 
-    def with_at_most(self: Config, count: int) -> Config:
+    def with_micro_batch_at_most(self: Config, count: int) -> Config:
         """The same with at most so many images at once, which changes results by rounding alone."""
-        smaller: dict[str, Any] = {name: part.with_at_most(count) for name, part in self._parts().items()}
+        smaller: dict[str, Any] = {name: part.with_micro_batch_at_most(count) for name, part in self._parts().items()}
         return replace(self, **smaller)
 
     def halved(self: Config) -> Config | None:
         """The same with half as many images at once; `None` at one image."""
-        return None if self.at_once == 1 else self.with_at_most(-(-self.at_once // 2))
+        return None if self.micro_batch_size == 1 else self.with_micro_batch_at_most(-(-self.micro_batch_size // 2))
 
     def with_(self: Config, **changes: Any) -> Config:
         """A copy with some fields changed."""
@@ -417,7 +417,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class DCViT(MethodConfig):
-    """DC-ViT (arXiv 2403.18708) and what dcvit made of it: attention and hidden nodes out of the blocks that recover
+    """DC-ViT (arXiv 2403.18708) and what dcvit made of it: attention and hidden units out of the blocks that recover
     best.
 
     The defaults are for a few hundred images and one machine. Other presets: `fast`, `best` and `paper`.
@@ -432,11 +432,11 @@ class DCViT(MethodConfig):
         synthesis: How the proxy set is made, the images that blocks are ranked on.
         num_blocks: k, how many blocks lose their attention, if it is to be a certain number; then the others stay as
             they are.
-        round_to: Kept hidden nodes are rounded down to a multiple of this, 8 for example where hardware likes that; the
+        round_to: Kept hidden units are rounded down to a multiple of this, 8 for example where hardware likes that; the
             budget holds.
         structure: As published (`"fewest"`): as few blocks as meet the budget, the ones of least metric loss, lose
-            their attention, all with the same share of hidden nodes. Or (`"searched"`): the blocks, the nodes that each
-            keeps and whether its attention stays, of which the trials promise the least loss in all. Where the budget
+            their attention, all with the same share of hidden units. Or (`"searched"`): the blocks, the units that each
+            keeps and whether its attention stays, of which the probes promise the least loss in all. Where the budget
             is of latency or activation memory it is the fewest all the same.
         ablation: What only an ablation turns.
     """
@@ -492,8 +492,8 @@ class DCViT(MethodConfig):
     def paper(cls, **changes: Any) -> "DCViT":
         """The published settings: DC-ViT (arXiv 2403.18708 and its supplementary), at a cost of (L + k) · 2000 epochs.
 
-        The trials train in lock step: random views are drawn once for all of them, not anew for each block. Nothing
-        else differs from trials one after another.
+        The probes train in lock step: random views are drawn once for all of them, not anew for each block. Nothing
+        else differs from probes one after another.
 
         Args:
             **changes: Fields to change, for example `seed=2021`.
@@ -549,7 +549,7 @@ class DCViT(MethodConfig):
 
     @property
     def halving(self) -> bool:
-        """Whether hopeless trials stop early."""
+        """Whether hopeless probes stop early."""
         return self.ablation.halving
 
     def with_tv_exponent(self, of_family: float) -> "DCViT":

@@ -6,7 +6,7 @@ import torch
 
 from dcvit.ops import Impl
 from dcvit.runtime.checkpoint import NOTHING_KEPT, Store
-from dcvit.runtime.distributed import ALONE, Ranks
+from dcvit.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from dcvit.runtime.progress import Progress, Timer, silent
 from dcvit.runtime.seeding import derive_seed, generator
 
@@ -20,7 +20,7 @@ class RunContext:
     Attributes:
         seed: Everything random follows from it.
         impl: The implementation of the ops.
-        ranks: The processes that share the work, see `dcvit.runtime.distributed`.
+        processes: The processes that share the work, see `dcvit.runtime.distributed`.
         progress: It is called after each step of a stage, see `dcvit.runtime.progress`.
         store: It keeps finished work, see `dcvit.runtime.checkpoint`.
         timer: It takes the time of the stages.
@@ -28,7 +28,7 @@ class RunContext:
 
     seed: int = 0
     impl: Impl = "auto"
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
     progress: Progress = silent
     store: Store = NOTHING_KEPT
     timer: Timer = field(default_factory=Timer)
@@ -41,9 +41,9 @@ class RunContext:
         """Return the same with a store of its own for work whose names begin so."""
         return replace(self, store=self.store.within(prefix))
 
-    def alone(self) -> "RunContext":
+    def single_process(self) -> "RunContext":
         """Return the same for work that this process does by itself."""
-        return replace(self, ranks=ALONE)
+        return replace(self, processes=SINGLE_PROCESS)
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """Return a new generator of random numbers for one purpose, see `dcvit.runtime.seeding.generator`."""

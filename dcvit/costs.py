@@ -68,20 +68,20 @@ class BlockCost:
     Attributes:
         attention: What goes with the attention: its norm, projections, products and LayerScale.
         mlp: The whole MLP branch, norm and LayerScale included.
-        hidden_node: One hidden node of the MLP; `mlp` has `hidden_features` of them.
-        hidden_features: Number of hidden nodes, 4d in a plain ViT.
-        pruned_node: What a hidden node takes while the attention is there, if not `hidden_node`: in a CNN a filter.
+        hidden_unit: One hidden unit of the MLP; `mlp` has `hidden_features` of them.
+        hidden_features: Number of hidden units, 4d in a plain ViT.
+        pruned_node: What a hidden unit takes while the attention is there, if not `hidden_unit`: in a CNN a filter.
     """
 
     attention: Cost
     mlp: Cost
-    hidden_node: Cost
+    hidden_unit: Cost
     hidden_features: int
     pruned_node: Cost | None = None
 
-    def node(self, attention: bool) -> Cost:
-        """What one hidden node takes of a block with its attention or without it."""
-        return self.pruned_node if attention and self.pruned_node is not None else self.hidden_node
+    def unit(self, attention: bool) -> Cost:
+        """What one hidden unit takes of a block with its attention or without it."""
+        return self.pruned_node if attention and self.pruned_node is not None else self.hidden_unit
 
     @property
     def compressible(self) -> bool:

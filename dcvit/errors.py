@@ -6,7 +6,7 @@ that does not know dcvit can still catch them; the command line turns them into 
 
 __all__ = [
     "BudgetError",
-    "DamagedUnitWarning",
+    "DamagedEntryWarning",
     "DcvitError",
     "DcvitWarning",
     "DistributedError",
@@ -71,7 +71,7 @@ class DcvitWarning(UserWarning):
     """Base class of everything that dcvit puts up with and says."""
 
 
-class DamagedUnitWarning(DcvitWarning):
+class DamagedEntryWarning(DcvitWarning):
     """A unit on disk is not what was written; it is computed again."""
 
 

@@ -26,21 +26,21 @@ __all__ = [
     "Plan",
     "PlannedLatency",
     "Reconstruction",
-    "Recoverability",
     "Recovery",
     "Refinement",
     "Report",
+    "SensitivityCurve",
     "StructureTiming",
     "Trial",
-    "curve_nodes",
+    "curve_units",
 ]
 
 CURVE = (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
-"""Shares of the hidden nodes at which `dcvit.recovery.reconstruct.error_curve` looks."""
+"""Shares of the hidden units at which `dcvit.recovery.reconstruct.error_curve` looks."""
 
 
-def curve_nodes(hidden_features: int) -> tuple[int, ...]:
-    """The numbers of hidden nodes, of so many, at which `dcvit.recovery.reconstruct.error_curve` looks, ascending."""
+def curve_units(hidden_features: int) -> tuple[int, ...]:
+    """The numbers of hidden units, of so many, at which `dcvit.recovery.reconstruct.error_curve` looks, ascending."""
     return tuple(sorted({round(share * hidden_features) for share in CURVE}))
 
 
@@ -53,7 +53,7 @@ class LatencyModel:
         depth: Blocks of the model, L.
         original_ms: The whole original.
         block_ms: One block as it is.
-        compressed_ms: Hidden nodes kept, ascending, and what a compressed block with them takes.
+        compressed_ms: Hidden units kept, ascending, and what a compressed block with them takes.
     """
 
     batch_size: int
@@ -68,7 +68,7 @@ class LatencyModel:
         return self.original_ms - self.depth * self.block_ms
 
     def compressed(self, hidden_features: int) -> float:
-        """c(h), in milliseconds; never less than with fewer nodes."""
+        """c(h), in milliseconds; never less than with fewer units."""
         widths, times = zip(*self.compressed_ms, strict=True)
         return float(np.interp(hidden_features, widths, np.maximum.accumulate(times)))
 
@@ -84,7 +84,7 @@ class StructureTiming:
 
     Attributes:
         num_blocks: Compressed blocks.
-        hidden_features: Hidden nodes that each keeps.
+        hidden_features: Hidden units that each keeps.
         ratio: Its latency over the original's.
         error: The ratio's standard error.
     """
@@ -96,7 +96,7 @@ class StructureTiming:
 
     @property
     def structure(self) -> tuple[int, int]:
-        """Of compressed blocks the number, and the hidden nodes that each keeps."""
+        """Of compressed blocks the number, and the hidden units that each keeps."""
         return self.num_blocks, self.hidden_features
 
 
@@ -123,18 +123,18 @@ class PlannedLatency:
 
 @dataclass(frozen=True)
 class Plan:
-    """The structure that meets a budget; `compress` fills in which blocks and nodes.
+    """The structure that meets a budget; `compress` fills in which blocks and units.
 
     Attributes:
         budget: The budget that is met.
         target: The budget as an absolute number: MACs per image, parameters, bytes or milliseconds.
         num_blocks: k, how many blocks are cut: compressed, or pruned.
-        hidden_features: Hidden nodes that each of them keeps; where they differ, their mean, rounded down.
-        drop_ratio: r_d, the share of their hidden nodes that is dropped.
+        hidden_features: Hidden units that each of them keeps; where they differ, their mean, rounded down.
+        drop_ratio: r_d, the share of their hidden units that is dropped.
         candidates: The blocks among which those without attention are chosen, from 0.
         cost: What the compressed model will cost.
         blocks: The chosen blocks in the order of compression, best first; empty until ranked.
-        kept_nodes: For each chosen block, the indices of the hidden nodes kept, ascending.
+        kept_units: For each chosen block, the indices of the hidden units kept, ascending.
         pruned: Those of `blocks` that keep their attention, or have a convolution for it, ascending.
         kept_heads: For each block that lost heads, those that its attention keeps, ascending.
         convolved: The blocks in which a convolution took the place of the attention, ascending.
@@ -153,7 +153,7 @@ class Plan:
     candidates: tuple[int, ...]
     cost: Cost
     blocks: tuple[int, ...] = ()
-    kept_nodes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    kept_units: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     pruned: tuple[int, ...] = ()
     kept_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     convolved: tuple[int, ...] = ()
@@ -177,7 +177,7 @@ class Plan:
                 "params": self.cost.params,
             },
             "blocks": list(self.blocks),
-            "kept_nodes": {str(block): list(nodes) for block, nodes in self.kept_nodes.items()},
+            "kept_units": {str(block): list(units) for block, units in self.kept_units.items()},
             "pruned": list(self.pruned),
             "kept_heads": {str(block): list(heads) for block, heads in self.kept_heads.items()},
             "convolved": list(self.convolved),
@@ -203,7 +203,7 @@ class Recovery:
     """What a recovery did.
 
     Attributes:
-        loss_before: Mimicking loss on the unaugmented few-shot images before the first step.
+        loss_before: Distillation loss on the unaugmented few-shot images before the first step.
         loss_after: The same after the last step.
         losses: Training loss of each epoch.
         learning_rate: The peak learning rate.
@@ -235,13 +235,13 @@ class Reconstruction:
 
     Errors are shares of what the teacher's block adds to its input that stay unexplained on the held-out images, or on
     all where a single image leaves none to hold out: 0 is perfect, 1 is no better than leaving the block out. They are
-    a few per cent too low: nodes are chosen on all images, and blocks in front may have learnt from the held-out ones.
+    a few per cent too low: units are chosen on all images, and blocks in front may have learnt from the held-out ones.
 
     Attributes:
         block: The block, from 0.
-        ridge: λ of the closed form that the weights come from, a share of the mean squared hidden node; `None` where
+        ridge: λ of the closed form that the weights come from, a share of the mean squared hidden unit; `None` where
             there was none, or none was better than the original weights.
-        error_before: With the original weights of the kept nodes.
+        error_before: With the original weights of the kept units.
         error_closed_form: After the closed form, from the images that are not held out, if that was better; `None`
             where there was none.
         error_after: After the gradient steps, likewise.
@@ -270,34 +270,34 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
-class Recoverability:
-    """What cutting a block alone would cost, by the number of hidden nodes that it keeps.
+class SensitivityCurve:
+    """What cutting a block alone would cost, by the number of hidden units that it keeps.
 
     Attributes:
-        nodes: Numbers of hidden nodes, ascending, from 0 to all.
+        units: Numbers of hidden units, ascending, from 0 to all.
         losses: The metric loss at each.
     """
 
-    nodes: tuple[int, ...]
+    units: tuple[int, ...]
     losses: tuple[float, ...]
 
     def loss(self, kept: int) -> float:
-        """The metric loss at any number of hidden nodes, interpolated."""
-        return float(np.interp(kept, self.nodes, self.losses))
+        """The metric loss at any number of hidden units, interpolated."""
+        return float(np.interp(kept, self.units, self.losses))
 
 
 @dataclass(frozen=True)
-class Trial:
+class Probe:
     """One candidate block compressed alone and recovered.
 
     Attributes:
         block: The block, from 0.
         metric_loss: What it is ranked by, lower is better; where it was stopped, at that point.
-        recovery: How the mimicking went; `None` where the block was reconstructed.
+        recovery: How the distillation went; `None` where the block was reconstructed.
         reconstruction: How the reconstruction went; `None` where the student mimicked.
-        seconds: Wall-clock time; of trials in lock step each has an equal share.
-        recoverability: The metric loss expected at other numbers of hidden nodes, where the block was reconstructed.
-        epochs: Epochs of mimicking that it had, fewer than the others' where it was stopped; 0 where the block was
+        seconds: Wall-clock time; of probes in lock step each has an equal share.
+        sensitivity: The metric loss expected at other numbers of hidden units, where the block was reconstructed.
+        epochs: Epochs of distillation that it had, fewer than the others' where it was stopped; 0 where the block was
             reconstructed.
     """
 
@@ -306,11 +306,11 @@ class Trial:
     recovery: Recovery | None = None
     reconstruction: Reconstruction | None = None
     seconds: float = 0.0
-    recoverability: Recoverability | None = None
+    sensitivity: SensitivityCurve | None = None
     epochs: int = 0
 
-    def require_mimicked(self, config: DistillationConfig, *, halving: bool) -> None:
-        """Refuse what no trial that mimics by a config comes to.
+    def require_distilled(self, config: DistillationConfig, *, halving: bool) -> None:
+        """Refuse what no probe that mimics by a config comes to.
 
         Args:
             config: How it mimics.
@@ -319,21 +319,21 @@ class Trial:
         Raises:
             ValueError: If it says so.
         """
-        if self.recovery is None or (self.reconstruction, self.recoverability) != (None, None):
-            raise ValueError(f"the trial of block {self.block} did not mimic")
+        if self.recovery is None or (self.reconstruction, self.sensitivity) != (None, None):
+            raise ValueError(f"the probe of block {self.block} did not mimic")
         self.recovery.require_run(config)
         if self.epochs != len(self.recovery.losses) or (self.epochs < config.epochs and not halving):
-            raise ValueError(f"the trial of block {self.block} tells of {self.epochs} epochs")
+            raise ValueError(f"the probe of block {self.block} tells of {self.epochs} epochs")
         # Of a student that diverged both losses are NaN.
         if not math.isfinite(self.metric_loss) and math.isfinite(self.recovery.loss_after):
-            raise ValueError(f"the trial of block {self.block} has a metric loss of {self.metric_loss}")
+            raise ValueError(f"the probe of block {self.block} has a metric loss of {self.metric_loss}")
 
     def require_reconstructed(self, block: int, kept: int, hidden_features: int) -> None:
-        """Refuse what the trial of a block by reconstruction cannot have come to.
+        """Refuse what the probe of a block by reconstruction cannot have come to.
 
         Args:
             block: The block.
-            kept: The hidden nodes that it keeps.
+            kept: The hidden units that it keeps.
             hidden_features: Those that it has.
 
         Raises:
@@ -344,16 +344,16 @@ class Trial:
         self.reconstruction.require_of(block, epochs=0)
         if not 0 <= self.metric_loss < math.inf:
             raise ValueError(f"it has a metric loss of {self.metric_loss}")
-        profile = self.recoverability
+        profile = self.sensitivity
         if (profile is None) != (self.reconstruction.error_closed_form is None):
-            raise ValueError("it has either a closed form or losses at other numbers of hidden nodes: expected both")
+            raise ValueError("it has either a closed form or losses at other numbers of hidden units: expected both")
         if profile is None:
             return
-        if profile.nodes != curve_nodes(hidden_features) or len(profile.losses) != len(profile.nodes):
-            raise ValueError(f"its losses are not those at some numbers of {hidden_features} hidden nodes")
+        if profile.units != curve_units(hidden_features) or len(profile.losses) != len(profile.units):
+            raise ValueError(f"its losses are not those at some numbers of {hidden_features} hidden units")
         at_kept = profile.loss(kept)
         if not all(map(math.isfinite, profile.losses)) or not math.isclose(at_kept, self.metric_loss, rel_tol=1e-6):
-            raise ValueError(f"its losses give {at_kept} at {kept} hidden nodes: expected {self.metric_loss}")
+            raise ValueError(f"its losses give {at_kept} at {kept} hidden units: expected {self.metric_loss}")
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ class Refinement:
         step_size: Of the full run, a share of a tensor's root mean square; 0 if no pilot run made it better.
         steps: Gradient steps up to the best, pilot runs not counted.
         seconds: Wall-clock time.
-        judgements: Steps done and the error after them, each time that the full run was judged.
+        validations: Steps done and the error after them, each time that the full run was judged.
     """
 
     error_before: float
@@ -374,7 +374,7 @@ class Refinement:
     step_size: float
     steps: int
     seconds: float
-    judgements: tuple[tuple[int, float], ...] = ()
+    validations: tuple[tuple[int, float], ...] = ()
 
     def require_run(self, steps: int, step_sizes: Sequence[float]) -> None:
         """Refuse what a refinement cannot have done, see `refine`.
@@ -416,7 +416,7 @@ class BlockShape:
 
     Attributes:
         attention: Whether it has attention that could be removed.
-        hidden_features: Hidden nodes of its MLP.
+        hidden_features: Hidden units of its MLP.
     """
 
     attention: bool
@@ -433,13 +433,13 @@ class Report:
         student: Figures of the compressed model.
         num_images: Size of the few-shot set.
         agreement: Share of images for which both name the same class; `None` without classes.
-        mimic_loss: Final mimicking loss on the few-shot images.
-        learning_rate: Given or found: the peak learning rate of the mimicking, or the step size of reconstruction.
-        trials: The trial of each candidate block, best first.
-        pruning_trials: Of each block that might keep its attention and lose hidden nodes only, best first.
+        distillation_loss: Final distillation loss on the few-shot images.
+        learning_rate: Given or found: the peak learning rate of the distillation, or the step size of reconstruction.
+        probes: The probe of each candidate block, best first.
+        pruning_probes: Of each block that might keep its attention and lose hidden units only, best first.
         reconstructions: How each chosen block was reconstructed, front to back.
         refinement: How the student mimicked after that; `None` if it did not.
-        steps: How the published mimicking went after each progressive step; the first is the best trial's.
+        steps: How the published distillation went after each progressive step; the first is the best probe's.
         seed: The seed.
         latency_ratio: The student's latency over the teacher's, median over runs in turn.
         latency_batch: Images of the batch whose latencies the figures hold; `None` in results saved before it was
@@ -460,9 +460,9 @@ class Report:
     student: ModelFigures
     num_images: int
     agreement: float | None
-    mimic_loss: float
+    distillation_loss: float
     learning_rate: float
-    trials: tuple[Trial, ...]
+    probes: tuple[Probe, ...]
     reconstructions: tuple[Reconstruction, ...]
     refinement: Refinement | None
     steps: tuple[Recovery, ...]
@@ -476,16 +476,16 @@ class Report:
     blocks_after: tuple[BlockShape, ...] = ()
     method: str = "dcvit"
     base_model: str | None = None
-    pruning_trials: tuple[Trial, ...] = ()
+    pruning_probes: tuple[Probe, ...] = ()
     family: str | None = None
 
 
 @dataclass(frozen=True)
-class Cut:
+class BlockSpec:
     """What a block keeps.
 
     Attributes:
-        hidden_features: Hidden nodes.
+        hidden_features: Hidden units.
         attention: Whether attention stays, so that the block is pruned, or goes.
     """
 

@@ -47,11 +47,11 @@ class TestBed:
     @torch.no_grad()
     def predictions(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """Most likely class `[M]` from a model's output tokens `[M, T, D]`, through its head or the probe."""
-        adapter = compressible(model)
+        view = compressible(model)
         tokens = tokens.to(next(model.parameters()).device)
         if self.probe is None:
-            return adapter.logits(tokens).argmax(-1).cpu()
-        logits: Tensor = self.probe(adapter.features(tokens).cpu())
+            return view.logits(tokens).argmax(-1).cpu()
+        logits: Tensor = self.probe(view.features(tokens).cpu())
         return logits.argmax(-1)
 
     def top1(self, model: nn.Module, tokens: Tensor) -> float | None:

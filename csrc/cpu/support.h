@@ -40,7 +40,7 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
 }
 
 // A new tensor for an op that only memory bounds, in huge pages if it is large. What malloc maps for it is fresh memory
-// each time; touching that in pages of 4 KB took half of mimic_loss at [1, 64, 197, 768]. Ops with matrix products do
+// each time; touching that in pages of 4 KB took half of distillation_loss at [1, 64, 197, 768]. Ops with matrix products do
 // not ask: the gain is small beside the products, and the kernel may first have to make room.
 inline Tensor make_huge(const Tensor& like, std::initializer_list<int64_t> sizes) {
   Tensor tensor = make(like, sizes);

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from dcvit.runtime.files import well_formed
 
-__all__ = ["PartNames", "cut_kind", "model_card", "part_names", "shared_weights"]
+__all__ = ["PartNames", "model_card", "part_names", "pruning_kind", "shared_weights"]
 
 _HUB_LICENSES = ("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit")
 """Licences that timm's models have and the hub knows by the same name; the hub takes others as `other`, with a name."""
@@ -89,13 +89,13 @@ def _front_matter(license_: str | None, base_model: str | None, task: str) -> Mo
     )
 
 
-def cut_kind(result: Mapping[str, Any]) -> Literal["compressed", "pruned", "mixed", "dropped"]:
-    """What a model's blocks lost: attention and hidden nodes, hidden nodes alone, some this and some that, or all.
+def pruning_kind(result: Mapping[str, Any]) -> Literal["compressed", "pruned", "mixed", "dropped"]:
+    """What a model's blocks lost: attention and hidden units, hidden units alone, some this and some that, or all.
 
     Args:
         result: What `result.json` holds.
     """
-    cut, pruned = result["plan"]["kept_nodes"], result["plan"].get("pruned", ())
+    cut, pruned = result["plan"]["kept_units"], result["plan"].get("pruned", ())
     if not cut:
         return "dropped"
     return "compressed" if not pruned else "pruned" if len(pruned) == len(cut) else "mixed"
@@ -108,14 +108,14 @@ class PartNames:
     Attributes:
         mixing: What mixes positions.
         pointwise: What looks at each alone.
-        nodes: The hidden nodes.
-        nodes_of_block: Likewise, with where they are.
+        units: The hidden units.
+        units_of_block: Likewise, with where they are.
     """
 
     mixing: str
     pointwise: str
-    nodes: str
-    nodes_of_block: str
+    units: str
+    units_of_block: str
 
 
 def part_names(result: Mapping[str, Any]) -> PartNames:
@@ -126,7 +126,7 @@ def part_names(result: Mapping[str, Any]) -> PartNames:
     """
     if result["report"].get("family") == "cnn":
         return PartNames("spatial convolution", "filters", "filters", "filters")
-    return PartNames("attention", "MLP", "hidden nodes", "hidden nodes of the MLP")
+    return PartNames("attention", "MLP", "hidden units", "hidden units of the MLP")
 
 
 def shared_weights(plan: Mapping[str, Any]) -> list[str]:
@@ -159,7 +159,7 @@ def _what(result: Mapping[str, Any]) -> str:
         return f"{made}: behind the attention of the {_named(blocks)} the share {rate:g} of the patch tokens goes on.\n"
     if shared := shared_weights(plan):
         return f"{made}: {'; '.join(shared)}. Blocks count from 0, and each has a transformation of its own.\n"
-    if cut_kind(result) == "dropped":
+    if pruning_kind(result) == "dropped":
         return f"{made}: without the {_named(blocks)}.\n"
     if heads := plan.get("kept_heads"):
         listed = ", ".join(f"{block} ({len(kept)})" for block, kept in heads.items())
@@ -167,18 +167,18 @@ def _what(result: Mapping[str, Any]) -> str:
     if convolved := plan.get("convolved"):
         listed = ", ".join(map(str, convolved))
         made += f", with a convolution in the place of the attention of the {_plural(convolved)} {listed}"
-    left = sorted({len(nodes) for nodes in plan["kept_nodes"].values()})
+    left = sorted({len(units) for units in plan["kept_units"].values()})
     names = part_names(result)
-    nodes = f"{plan['hidden_features']} {names.nodes_of_block} are left"
+    units = f"{plan['hidden_features']} {names.units_of_block} are left"
     if len(left) > 1:
-        nodes = f"on average {nodes} ({left[0]} to {left[-1]})"
+        units = f"on average {units} ({left[0]} to {left[-1]})"
     without = [block for block in blocks if block not in plan.get("pruned", ())]
     if not without:
         stays = "" if convolved or names.mixing != "attention" else f"{names.mixing} stays; "
-        return f"{made}: {stays}of the {_named(blocks)} {nodes}.\n"
+        return f"{made}: {stays}of the {_named(blocks)} {units}.\n"
     if len(without) == len(blocks):
-        return f"{made}: without the {names.mixing} of {_named(blocks)}, where {nodes}.\n"
-    return f"{made}: without the {names.mixing} of {_named(without)}; of the {_named(blocks)} {nodes}.\n"
+        return f"{made}: without the {names.mixing} of {_named(blocks)}, where {units}.\n"
+    return f"{made}: without the {names.mixing} of {_named(without)}; of the {_named(blocks)} {units}.\n"
 
 
 def _named(blocks: Sequence[int]) -> str:
@@ -232,7 +232,7 @@ def _figures(result: Mapping[str, Any]) -> str:
         f"MACs are counted {convention}. The latency is that of the machine which compressed the model, and a rough "
         "figure.",
         f"The mean squared error between the output tokens of both on the unlabelled images is "
-        f"{result['report']['mimic_loss']:.4g}.",
+        f"{result['report']['distillation_loss']:.4g}.",
     ]
     if agreed is not None:
         told.append(f"Both name the same class for {100 * agreed:.2f} % of the images that they were compared on.")

@@ -31,7 +31,7 @@ def require_consistent(plan: Plan, report: "Report") -> None:
     _check_shapes(plan, report)
     _check_course(plan, report, depth)
     for name, figures in (("teacher", report.teacher), ("student", report.student)):
-        _check_figures(f"report.{name}", figures, plan.budget.unit)
+        _check_figures(f"report.{name}", figures, plan.budget.metric)
     for name in ("top1", "file_size", "activation_memory"):
         before, after = getattr(report.teacher, name), getattr(report.student, name)
         resaved = name == "file_size" and before is None  # saving measures the student's, which old results lack
@@ -51,7 +51,7 @@ def _check_plan(plan: Plan, depth: int | None) -> None:
         ("blocks", plan.blocks),
         ("pruned", plan.pruned),
         ("convolved", plan.convolved),
-        ("kept_nodes", tuple(plan.kept_nodes)),
+        ("kept_units", tuple(plan.kept_units)),
     ):
         _check_blocks(f"plan.{name}", blocks, depth)
     if not plan.blocks:
@@ -61,7 +61,7 @@ def _check_plan(plan: Plan, depth: int | None) -> None:
     for name, part, whole_name, whole in (
         ("pruned", plan.pruned, "blocks", plan.blocks),
         ("convolved", plan.convolved, "pruned", plan.pruned),
-        ("kept_nodes", plan.kept_nodes, "blocks", plan.blocks),
+        ("kept_units", plan.kept_units, "blocks", plan.blocks),
         ("kept_heads", plan.kept_heads, "blocks", plan.blocks),
         ("token_keep_rates", plan.token_keep_rates, "blocks", plan.blocks),
         ("attention_of", plan.attention_of, "blocks", plan.blocks),
@@ -70,9 +70,9 @@ def _check_plan(plan: Plan, depth: int | None) -> None:
         ("mlp_of", plan.mlp_of.values(), "mlp_of", plan.mlp_of),
     ):
         _check_within(f"plan.{name}", part, f"plan.{whole_name}", whole)
-    if plan.kept_nodes:
-        _check_within("plan.blocks", plan.blocks, "plan.kept_nodes", plan.kept_nodes)
-    for name, kept in (("kept_nodes", plan.kept_nodes), ("kept_heads", plan.kept_heads)):
+    if plan.kept_units:
+        _check_within("plan.blocks", plan.blocks, "plan.kept_units", plan.kept_units)
+    for name, kept in (("kept_units", plan.kept_units), ("kept_heads", plan.kept_heads)):
         for block, indices in kept.items():
             _check_ascending(f"plan.{name}[{block}]", indices)
 
@@ -82,12 +82,12 @@ def _check_shapes(plan: Plan, report: "Report") -> None:
     before, after = report.blocks, report.blocks_after
     if before and after and len(before) != len(after):
         raise ValueError(f"report.blocks_after has {len(after)} blocks, report.blocks {len(before)}")
-    for block, kept in plan.kept_nodes.items():
+    for block, kept in plan.kept_units.items():
         if before and kept and kept[-1] >= (hidden := before[block].hidden_features):
-            raise ValueError(f"plan.kept_nodes[{block}] keeps hidden node {kept[-1]} of {hidden}")
+            raise ValueError(f"plan.kept_units[{block}] keeps hidden unit {kept[-1]} of {hidden}")
         if after and len(kept) != (left := after[block].hidden_features):
             raise ValueError(
-                f"plan.kept_nodes[{block}] keeps {len(kept)} hidden nodes, report.blocks_after[{block}] has {left}"
+                f"plan.kept_units[{block}] keeps {len(kept)} hidden units, report.blocks_after[{block}] has {left}"
             )
     for block, (old, new) in enumerate(zip(before, after, strict=False)):  # after is empty in older results
         if old != new and block not in plan.blocks:
@@ -95,23 +95,23 @@ def _check_shapes(plan: Plan, report: "Report") -> None:
 
 
 def _check_course(plan: Plan, report: "Report", depth: int | None) -> None:
-    """Trials and recoveries."""
-    for name, trials in (("trials", report.trials), ("pruning_trials", report.pruning_trials)):
-        _check_blocks(f"report.{name}", [trial.block for trial in trials], depth)
-        for trial in trials:
-            if (curve := trial.recoverability) is None:
+    """Probes and recoveries."""
+    for name, probes in (("trials", report.probes), ("pruning_probes", report.pruning_probes)):
+        _check_blocks(f"report.{name}", [probe.block for probe in probes], depth)
+        for probe in probes:
+            if (curve := probe.sensitivity) is None:
                 continue
-            where = f"report.{name}: recoverability of block {trial.block}"
-            if len(curve.nodes) != len(curve.losses):
-                raise ValueError(f"{where} has {len(curve.nodes)} nodes and {len(curve.losses)} losses")
-            _check_ascending(where, curve.nodes)
+            where = f"report.{name}: sensitivity of block {probe.block}"
+            if len(curve.units) != len(curve.losses):
+                raise ValueError(f"{where} has {len(curve.units)} units and {len(curve.losses)} losses")
+            _check_ascending(where, curve.units)
     _check_blocks("report.reconstructions", [one.block for one in report.reconstructions], depth)
     if len(report.steps) not in (0, 1, len(plan.blocks)):
         raise ValueError(f"report.steps has {len(report.steps)} entries for {len(plan.blocks)} blocks")
 
 
-def _check_figures(where: str, figures: "ModelFigures", unit: str) -> None:
-    spent = "latency_ms" if unit == "latency" else unit
+def _check_figures(where: str, figures: "ModelFigures", metric: str) -> None:
+    spent = "latency_ms" if metric == "latency" else metric
     if getattr(figures, spent) is None:
         raise ValueError(f"{where}.{spent} is None: expected a number above 0")
     for name in ("macs", "params", "latency_ms", "file_size", "activation_memory"):

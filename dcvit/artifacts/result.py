@@ -85,7 +85,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 RESULT_FILES = (*SAVED_FILES, PROXY_SET_FILE, REPORT_FILE)
 
-MOST_METRIC_SET_BYTES, MOST_IMAGE_BYTES = 512 << 20, 64 << 20
+MOST_PROXY_SET_BYTES, MOST_IMAGE_BYTES = 512 << 20, 64 << 20
 """Of a proxy set that is read, which has 3,500 images of 224 x 224 then, and of an image in it."""
 
 EXPORTED_FILES = ("model.onnx", "model.pt2")
@@ -106,7 +106,7 @@ class CompressionResult:
 
     Attributes:
         model: The compressed model, an ordinary `nn.Module`.
-        plan: Its structure: blocks and kept nodes.
+        plan: Its structure: blocks and kept units.
         report: Figures, losses, timings.
         proxy_set: What the blocks were ranked on. It is saved only if it was synthesised.
     """
@@ -137,7 +137,7 @@ class CompressionResult:
             overwrite: Replace an earlier result in that folder, and what it was exported to there. Nothing else is ever
                 replaced.
             dtype: In which the weights are stored, one of `DTYPES`; the model's own if not given. timm loads them into
-                float32 whatever it is, so that a half-precision file halves the size and rounds the weights once.
+                float32 whatever it is, so that a half-precision file sublayers the size and rounds the weights once.
             more: Further entries of `result.json`.
             page: The HTML of `report.html`, from what is saved.
 
@@ -179,7 +179,7 @@ class CompressionResult:
             "hidden_features": plan["hidden_features"],
             "drop_ratio": plan["drop_ratio"],
             "agreement": report["agreement"],
-            "mimic_loss": report["mimic_loss"],
+            "distillation_loss": report["distillation_loss"],
             "seconds": report["seconds"],
             "seed": report["seed"],
             "versions": report["versions"],
@@ -362,11 +362,11 @@ def _of_earlier_versions(values: Mapping[str, Any]) -> None:
     """In place: what they did not write."""
     plan, report = values["plan"], values["report"]
     if "pruned" not in plan:
-        kept, after = map(int, plan["kept_nodes"]), report.get("blocks_after", ())
+        kept, after = map(int, plan["kept_units"]), report.get("blocks_after", ())
         plan["pruned"] = sorted(b for b in kept if b < len(after) and after[b]["attention"])
-    for trial in report["trials"]:
-        if "epochs" not in trial:
-            trial["epochs"] = 0 if trial["recovery"] is None else len(trial["recovery"]["losses"])
+    for probe in report["trials"]:
+        if "epochs" not in probe:
+            probe["epochs"] = 0 if probe["recovery"] is None else len(probe["recovery"]["losses"])
 
 
 def save_model(
@@ -453,7 +453,7 @@ def check_folder(folder: Path) -> None:
     """Refuse what is neither a folder nor a place for one.
 
     Raises:
-        SaveFolderError: If it is a file, or a link that leads nowhere.
+        SaveFolderError: If it is a file, or a link that is_main nowhere.
     """
     if folder.is_dir():
         return
@@ -595,7 +595,7 @@ def _read_metric_images(path: Path) -> ProxyImages | None:
     if not os.path.lexists(path):
         return None
     try:
-        with reading(path) as place, open_regular(place, most=MOST_METRIC_SET_BYTES) as file:
+        with reading(path) as place, open_regular(place, most=MOST_PROXY_SET_BYTES) as file:
             tensors = load_tensors(file.read())
         pixels, targets, losses = (tensors[name] for name in ("pixels", "targets", "losses"))
         if not _are_images(pixels) or targets.shape != pixels.shape[:1] or losses.ndim != 1:

@@ -59,7 +59,7 @@ def replacing_folder(folder: str | Path, *, first: str = "", last: str = "") -> 
     permissions; it and the files in it get its owner, where the process may.
 
     Args:
-        folder: Where; of a link to a folder, the folder that it leads to.
+        folder: Where; of a link to a folder, the folder that it is_main to.
         first: The file that is there whenever anything is, even where files are moved one by one.
         last: The file that is there only when everything is.
 

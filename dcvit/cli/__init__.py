@@ -33,7 +33,7 @@ from dcvit.cli.arguments import run_folder
 from dcvit.cli.command import Command
 from dcvit.errors import DcvitError, DcvitWarning, DistributedError
 from dcvit.runtime.checkpoint import RUN_FILE
-from dcvit.runtime.distributed import Ranks, launched
+from dcvit.runtime.distributed import ProcessGroup, launched
 from dcvit.runtime.output import Lenient
 from dcvit.runtime.progress import TerminalProgress
 
@@ -104,12 +104,12 @@ def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     progress = TerminalProgress()
     try:
-        with launched(getattr(arguments, "device", None)) as arguments.ranks, warnings.catch_warnings():
+        with launched(getattr(arguments, "device", None)) as arguments.processes, warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            if not arguments.ranks.leads:
+            if not arguments.processes.is_main:
                 progress = TerminalProgress(io.StringIO())
             values = _run(arguments, progress)
-        if arguments.ranks.leads:
+        if arguments.processes.is_main:
             print(json.dumps(values, indent=2) if arguments.json is True else arguments.command.show(values))
     except (DcvitError, OSError) as error:
         progress.close()
@@ -144,10 +144,12 @@ def _fill_closed_descriptors() -> None:
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
     """What a command comes to."""
     command: Command = arguments.command
-    ranks: Ranks = arguments.ranks
-    if ranks.size > 1 and not command.shared:
+    processes: ProcessGroup = arguments.processes
+    if processes.size > 1 and not command.shared:
         sharing = " and ".join(one.name for one in COMMANDS if one.shared)
-        raise DistributedError(f"{command.name}: only {sharing} shares its work; start one process, not {ranks.size}.")
+        raise DistributedError(
+            f"{command.name}: only {sharing} shares its work; start one process, not {processes.size}."
+        )
     return command.run(arguments, progress)
 
 

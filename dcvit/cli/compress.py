@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from dcvit.artifacts.card import cut_kind, shared_weights
+from dcvit.artifacts.card import pruning_kind, shared_weights
 from dcvit.artifacts.result import REPORT_FILE, CompressionResult, check_output_folder
 from dcvit.artifacts.saving import or_elsewhere
-from dcvit.budget import UNITS, Budget
+from dcvit.budget import METRICS, Budget
 from dcvit.cli.arguments import (
     DATA_HELP,
     TV_EXPONENT_HELP,
@@ -98,7 +98,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset", choices=tuple(PRESETS),
         help="settings before the options below: fast (the closed form alone), default, best (ten times the refinement "
-        "and four times the views), paper (the published ones, 2000 epochs a trial)",
+        "and four times the views), paper (the published ones, 2000 epochs a probe)",
     )  # fmt: skip
     parser.add_argument(
         "--recovery",
@@ -108,7 +108,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     default, published = DCViT(), DCViT.paper()
     parser.add_argument(
         "--epochs", type=int,
-        help=f"gradient steps: of each chosen block ({default.reconstruction.epochs}); distillation, of each trial and "
+        help=f"gradient steps: of each chosen block ({default.reconstruction.epochs}); distillation, of each probe and "
         f"each step ({DistillationConfig().epochs}, with --preset paper {published.distillation.epochs})",
     )  # fmt: skip
     parser.add_argument(
@@ -129,10 +129,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--structure", choices=("searched", "fewest"),
-        help="searched (default): blocks keep their attention where losing nodes alone costs less; fewest (--preset "
+        help="searched (default): blocks keep their attention where losing units alone costs less; fewest (--preset "
         "paper's): as few blocks as meet the budget lose it",
     )  # fmt: skip
-    parser.add_argument("--round-to", type=int, metavar="N", help="round kept hidden nodes down to a multiple")
+    parser.add_argument("--round-to", type=int, metavar="N", help="round kept hidden units down to a multiple")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same result")
     output_arguments(parser)
     run_argument(parser)
@@ -148,7 +148,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
     check_output_folder(arguments.out, overwrite=arguments.overwrite)
     budget = Budget(
-        **{unit: getattr(arguments, unit) for unit in UNITS},
+        **{metric: getattr(arguments, metric) for metric in METRICS},
         batch_size=arguments.budget_batch,
         convention=arguments.convention,
     )
@@ -160,9 +160,9 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     images, labels, _ = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed, progress)
     result = compress(
         model, images, budget, config,
-        run_dir=run_folder(arguments), ranks=arguments.ranks, devices=arguments.devices, progress=progress,
+        run_dir=run_folder(arguments), processes=arguments.processes, devices=arguments.devices, progress=progress,
     )  # fmt: skip
-    if not arguments.ranks.leads:
+    if not arguments.processes.is_main:
         return {}
     base_model = None if arguments.random_weights else hub_repository(arguments.model)
     result = replace(result, report=replace(result.report, model=arguments.model, base_model=base_model))
@@ -258,20 +258,20 @@ def _show(values: dict[str, Any]) -> str:
     if teacher["top1"] is not None:
         rows.append(("top-1 %", f"{100 * teacher['top1']:.2f}", f"{100 * student['top1']:.2f}", ""))
     agreed = "" if values["agreement"] is None else f"agreement on the images {100 * values['agreement']:.2f} %, "
-    nodes, convolved = values["plan"]["kept_nodes"], values["plan"]["convolved"]
+    units, convolved = values["plan"]["kept_units"], values["plan"]["convolved"]
     pruned = [block for block in values["plan"]["pruned"] if block not in convolved]
     if values["plan"]["token_keep_rates"]:
         rates = values["plan"]["token_keep_rates"].items()
         cut = f"Tokens end in blocks (share that goes on): {', '.join(f'{b} ({rate:g})' for b, rate in rates)}"
     elif shared := shared_weights(values["plan"]):
         cut = f"Shared weights: {'; '.join(shared)}"
-    elif cut_kind(values) == "dropped":
+    elif pruning_kind(values) == "dropped":
         cut = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
     else:
         compressed = [block for block in values["blocks"] if block not in values["plan"]["pruned"]]
         told = [
-            f"{name} blocks (hidden nodes kept): "
-            + ", ".join(f"{block} ({len(nodes[str(block)])})" for block in blocks)
+            f"{name} blocks (hidden units kept): "
+            + ", ".join(f"{block} ({len(units[str(block)])})" for block in blocks)
             for name, blocks in (("Compressed", compressed), ("Convolved", convolved), ("Pruned", pruned))
             if blocks
         ]
@@ -280,7 +280,7 @@ def _show(values: dict[str, Any]) -> str:
         cut = f"{'; '.join(told)}; drop ratio {values['drop_ratio']:.4f}"
     return (
         f"{table(rows)}\n\n{_latency_met(values)}"
-        f"{cut}; {agreed}mimicking loss {values['mimic_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
+        f"{cut}; {agreed}distillation loss {values['distillation_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
         f"{saved(values['out'], values['page'])}"
     )
 

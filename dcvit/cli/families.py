@@ -16,13 +16,13 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     return {
         "families": [
             {
-                "name": adapter.family,
-                "models": adapter.models,
-                "classes": [one.__name__ for one in adapter.classes],
-                "methods": [method.name for method in listed() if adapter.family in method.families],
-                "source": adapter.source,
+                "name": view.family,
+                "models": view.models,
+                "classes": [one.__name__ for one in view.classes],
+                "methods": [method.name for method in listed() if view.family in method.families],
+                "source": view.source,
             }
-            for adapter in families()
+            for view in families()
         ]
     }
 

@@ -28,7 +28,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     if arguments.model is None:
         return values
     model = load_model(arguments.model, pretrained=not arguments.random_weights)
-    adapter = require_supported(model)
+    view = require_supported(model)
     space = search_space(model, DCViT())
     total = space.cost.total
 
@@ -38,8 +38,8 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
 
     values["model"] = {
         "name": arguments.model,
-        "family": adapter.family,
-        "input_size": list(adapter.input_size()),
+        "family": view.family,
+        "input_size": list(view.input_size()),
         "macs": {convention: total.macs(convention) for convention in MAC_CONVENTIONS},
         "params": total.params,
         "blocks": len(space.cost.blocks),
@@ -72,10 +72,10 @@ def _show(values: dict[str, Any]) -> str:
                     ("blocks", f"{model['blocks']}, candidates {model['candidates'][0]} to {model['candidates'][-1]}"),
                     ("MACs of one attention", span(model["attention_macs"])),
                     ("MACs of one MLP", span(model["mlp_macs"])),
-                    ("hidden nodes of one MLP", span(model["hidden_features"])),
+                    ("hidden units of one MLP", span(model["hidden_features"])),
                     *(
-                        (f"--{unit} from, to", f"{low:.4f}, {high:.4f}")
-                        for unit, (low, high) in model["budget"].items()
+                        (f"--{metric} from, to", f"{low:.4f}, {high:.4f}")
+                        for metric, (low, high) in model["budget"].items()
                     ),
                 ]
             ),

@@ -19,7 +19,13 @@ def listed() -> list[Method]:
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
     return {
         "methods": [
-            {"name": m.name, "title": m.title, "families": list(m.families), "units": list(m.units), "source": m.source}
+            {
+                "name": m.name,
+                "title": m.title,
+                "families": list(m.families),
+                "metrics": list(m.metrics),
+                "source": m.source,
+            }
             for m in listed()
         ]
     }
@@ -28,7 +34,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
 def _show(values: dict[str, Any]) -> str:
     rows = [("name", "title", "families", "budgets of", "source")]
     for method in values["methods"]:
-        joined = (", ".join(method[key]) for key in ("families", "units"))
+        joined = (", ".join(method[key]) for key in ("families", "metrics"))
         rows.append((method["name"], method["title"], *joined, method["source"]))
     return table(rows, left=True)
 

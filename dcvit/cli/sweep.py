@@ -77,11 +77,11 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     family = sweep(model, images, arguments.macs, config, run_dir=run_folder(arguments), progress=progress)
     seconds = sum(sum(member.report.seconds.values()) for member in family.members)
     members = [replace(m, report=replace(m.report, model=arguments.model)) for m in family.members]
-    judges, judged_on, labels = images.normalised, f"the {len(images)} few-shot images", None
+    judges, evaluated_on, labels = images.normalised, f"the {len(images)} few-shot images", None
     if arguments.data == "digits":
         digits = load_digits()
         judges, labels = digits.test_images.to(arguments.device), digits.test_labels
-        judged_on = f"the {len(judges)} held-out digits"
+        evaluated_on = f"the {len(judges)} held-out digits"
     original = freeze(model)
     if labels is not None:
         known = top1(original, judges, labels)
@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     if arguments.block_dropping:
         points += _dropped_points(original, images, judges, labels, members, arguments, progress)
     save = partial(
-        family.save, overwrite=arguments.overwrite, points=points, judged_on=judged_on,
+        family.save, overwrite=arguments.overwrite, points=points, evaluated_on=evaluated_on,
         page=lambda values: saved_family_page(values).html(),
     )  # fmt: skip
     index = or_elsewhere(save, arguments.out)
@@ -110,16 +110,16 @@ def _dropped_points(
     arguments: argparse.Namespace,
     progress: TerminalProgress,
 ) -> list[FamilyPoint]:
-    """Whole blocks dropped and recovered by mimicking, down to the smallest member."""
+    """Whole blocks dropped and recovered by distillation, down to the smallest member."""
     config = Practise(distillation=PUBLISHED_DEMO_CONFIG.distillation) if arguments.data == "digits" else Practise()
     config = config.with_(seed=arguments.seed, impl=arguments.impl)
     convention = members[-1].plan.budget.convention
     smallest = members[-1].report.student.macs
     models: dict[str, nn.Module] = {"original": original}
-    trials = None
+    probes = None
     for count in range(1, len(candidate_groups(original, None)) + 1):
-        dropped = block_dropping(original, images, count, config, trials=trials, progress=progress)
-        trials = dropped.trials
+        dropped = block_dropping(original, images, count, config, probes=probes, progress=progress)
+        probes = dropped.probes
         blocks = ", ".join(map(str, sorted(dropped.blocks)))
         models[f"without block{'s' if count > 1 else ''} {blocks}"] = dropped.model
         if compressible(dropped.model).cost().total.macs(convention) <= smallest:
@@ -140,7 +140,7 @@ def _dropped_points(
 
 
 def _show(values: dict[str, Any]) -> str:
-    titles = ("", "MMACs", "share", "params", "latency ms", "top-1 %", "agreement %", "blocks (hidden nodes kept)")
+    titles = ("", "MMACs", "share", "params", "latency ms", "top-1 %", "agreement %", "blocks (hidden units kept)")
     rows: list[tuple[str, ...]] = [titles]
     blocks = {
         member["folder"]: ", ".join(
@@ -163,7 +163,7 @@ def _show(values: dict[str, Any]) -> str:
         )
     return (
         f"{table(rows)}\n\n"
-        f"Judged on {values['judged_on']}; the sweep took {values['seconds']:.0f} s.\n"
+        f"Judged on {values['evaluated_on']}; the sweep took {values['seconds']:.0f} s.\n"
         f"Saved to {values['out']}: dcvit.load_family({values['out']!r}), or each folder as a timm model; "
         f"report: {values['page']}."
     )

@@ -25,7 +25,7 @@ from dcvit.models import compressible, hub_repository, load_model
 from dcvit.models.teacher import freeze
 from dcvit.recovery.distill import require_tokens
 from dcvit.runtime.checkpoint import MemoryStore, Store, digest_images, digest_model
-from dcvit.runtime.distributed import ALONE, Ranks, on_devices
+from dcvit.runtime.distributed import SINGLE_PROCESS, ProcessGroup, on_devices
 from dcvit.runtime.environment import versions
 from dcvit.runtime.precision import InPrecision, Precision
 from dcvit.runtime.process_state import own_state
@@ -47,7 +47,7 @@ def compress(
     *,
     proxy_set: ProxySet | None = None,
     run_dir: str | Path | None = None,
-    ranks: Ranks = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     devices: Sequence[str] = (),
     progress: Progress = silent,
     stopwatch: Stopwatch = time_forward,
@@ -63,7 +63,7 @@ def compress(
         proxy_set: Images to rank blocks on, in place of synthesised ones.
         run_dir: A folder for finished work, see `dcvit.runtime.checkpoint`: the same call with the same folder goes on
             where an earlier one was stopped, and ends with the same weights. It can be deleted in the end.
-        ranks: The processes that share the work, see `dcvit.runtime.distributed`: each calls this with the same
+        processes: The processes that share the work, see `dcvit.runtime.distributed`: each calls this with the same
             arguments.
         devices: Start such processes on this machine, one for each, and share the work over them:
             `["cuda:0", "cuda:1"]` or `["cpu"] * 2`. A script must then guard what it does by
@@ -88,7 +88,7 @@ def compress(
         All of them before any long work; `NonFiniteError` also during it, where a student's values grow too large.
     """
     chosen, config = method_of(method)
-    chosen.require_unit(budget)
+    chosen.require_metric(budget)
     clock = InPrecision(stopwatch, Precision.of_caller())
     if run_dir is not None and not chosen.resumable:
         raise DcvitError(
@@ -96,14 +96,14 @@ def compress(
         )
     if proxy_set is not None and not isinstance(config, DCViT):
         raise DcvitError(f"proxy_set with method={chosen.name!r}: only dcvit ranks on one, leave it out.")
-    if ranks.size > 1 or len(devices) > 1:
-        _require_shareable(chosen, config, ranks, devices)
+    if processes.size > 1 or len(devices) > 1:
+        _require_shareable(chosen, config, processes, devices)
     if len(devices) > 1:
         call = {
             "model": model, "images": images, "budget": budget, "method": config, "proxy_set": proxy_set,
             "run_dir": run_dir, "progress": progress, "stopwatch": clock,
         }  # fmt: skip
-        result = on_devices(devices, partial(_as_rank, call))
+        result = on_devices(devices, partial(_as_process, call))
         assert result is not None  # the first process gives it
         return result if isinstance(model, str) else result.to(next(model.parameters()).device)
     with own_state():
@@ -119,33 +119,33 @@ def compress(
             few_shot = checked_images(images, proxy_set, original, progress)
             if stopwatch is not time_forward:
                 clock(original, few_shot.normalised[:1])  # it may refuse
-        with open_store(run_dir, original, few_shot, proxy_set, config, ranks, budget=budget.to_dict()) as store:
-            context = RunContext(config.seed, config.impl, ranks, progress, store, timer)
+        with open_store(run_dir, original, few_shot, proxy_set, config, processes, budget=budget.to_dict()) as store:
+            context = RunContext(config.seed, config.impl, processes, progress, store, timer)
             task = Task(original, few_shot, budget, config, context, clock, proxy_set)
 
             def completed(config: MethodConfig) -> CompressionResult:
                 given = replace(task, config=config)
                 return finish(model, given, chosen.compress(given), method=chosen.name)
 
-            return within_memory(completed, config, ranks).to(home)
+            return within_memory(completed, config, processes).to(home)
 
 
-def _require_shareable(method: Method, config: MethodConfig, ranks: Ranks, devices: Sequence[str]) -> None:
+def _require_shareable(method: Method, config: MethodConfig, processes: ProcessGroup, devices: Sequence[str]) -> None:
     """Refuse what several processes cannot do.
 
     Raises:
         DcvitError: If that is so.
     """
-    if ranks.size > 1 and devices:
+    if processes.size > 1 and devices:
         raise DcvitError(
-            f"devices={list(devices)} with {ranks.size} ranks: each rank has a device; leave one of them out."
+            f"devices={list(devices)} with {processes.size} ranks: each rank has a device; leave one of them out."
         )
     if not method.resumable:
         raise DcvitError(
             f"method={method.name!r} on several devices: only {_resumable()} shares its work; name one device."
         )
     if isinstance(config, DCViT) and isinstance(config.recovery, DistillationConfig) and config.halving:
-        raise DcvitError("halving=True on several devices: no one process sees all trials; leave one of them out.")
+        raise DcvitError("halving=True on several devices: no one process sees all probes; leave one of them out.")
 
 
 def _settled(config: MethodConfig, model: nn.Module) -> MethodConfig:
@@ -168,20 +168,20 @@ def _resumable() -> str:
     return ", ".join(name for name, method in METHODS.items() if method.resumable)
 
 
-def _as_rank(call: Mapping[str, Any], ranks: Ranks, device: str) -> CompressionResult | None:
+def _as_process(call: Mapping[str, Any], processes: ProcessGroup, device: str) -> CompressionResult | None:
     """Call `compress` in a process that `on_devices` started; return what the first found.
 
     Args:
-        call: The arguments by name, without `ranks` and `devices`.
-        ranks: The processes.
+        call: The arguments by name, without `processes` and `devices`.
+        processes: The processes.
         device: This one's.
     """
     model = call["model"]
     moved = {name: _moved(call[name], device) for name in ("images", "proxy_set")}
     original = copy.deepcopy(load_model(model)).to(device)
-    progress = call["progress"] if ranks.leads else silent
-    result = compress(**{**call, **moved, "model": original, "ranks": ranks, "progress": progress})
-    if not ranks.leads:
+    progress = call["progress"] if processes.is_main else silent
+    result = compress(**{**call, **moved, "model": original, "ranks": processes, "progress": progress})
+    if not processes.is_main:
         return None
     report = result.report
     if isinstance(model, str):
@@ -222,7 +222,7 @@ def open_store(
     images: FewShotImages,
     proxy_set: ProxySet | None,
     config: MethodConfig,
-    ranks: Ranks = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     **asked: Any,
 ) -> AbstractContextManager[Store]:
     """The store of a run (`dcvit.runtime.checkpoint.open_run`), opened with all that its result depends on.
@@ -233,14 +233,14 @@ def open_store(
         images: The few-shot set.
         proxy_set: The caller's, if there is one.
         config: The method's settings.
-        ranks: The processes that share the work.
+        processes: The processes that share the work.
         **asked: What is asked for, as plain values: a budget, or several.
 
     Raises:
         RunStoreError: As `open_run` does.
-        DistributedError: As `Ranks.store` does.
+        DistributedError: As `ProcessGroup.store` does.
     """
-    if run_dir is None and ranks.size == 1:
+    if run_dir is None and processes.size == 1:
         return nullcontext(MemoryStore())
     fingerprint = {
         **asked,
@@ -251,4 +251,4 @@ def open_store(
         "device": images.normalised.device.type,
         "versions": {name: version for name, version in versions().items() if name in ("dcvit", "torch", "timm")},
     }
-    return ranks.store(run_dir, fingerprint)
+    return processes.store(run_dir, fingerprint)

@@ -13,7 +13,7 @@ from dcvit.metrics.agreement import closeness
 from dcvit.metrics.cost import spent
 from dcvit.metrics.latency import PRECISE_TIMING, QUICK_TIMING, Stopwatch, Timing, example_images, measure_latency
 from dcvit.models import compressible, hub_repository
-from dcvit.runtime.checkpoint import Unit
+from dcvit.runtime.checkpoint import Entry
 from dcvit.serialization import from_plain
 
 __all__ = ["finish"]
@@ -43,10 +43,10 @@ def finish(
     with context.timer("report"):
         student = compressible(outcome.student).rebuild().eval()
 
-        def measured() -> Unit:
-            return Unit(asdict(_report(model, student, task, outcome, timing, method)))
+        def measured() -> Entry:
+            return Entry(asdict(_report(model, student, task, outcome, timing, method)))
 
-        report = from_plain(Report, context.ranks.of_first(measured).values)
+        report = from_plain(Report, context.processes.of_first(measured).values)
     seconds = dict(context.timer.seconds)
     return CompressionResult(student, outcome.plan, replace(report, seconds=seconds), outcome.proxy_set)
 
@@ -55,7 +55,7 @@ def _report(
     model: str | nn.Module, student: nn.Module, task: Task[MethodConfig], outcome: Outcome, timing: Timing, method: str
 ) -> Report:
     teacher, images, stopwatch = task.teacher, task.images, task.stopwatch
-    batch_size, budget = task.config.at_once, outcome.plan.budget
+    batch_size, budget = task.config.micro_batch_size, outcome.plan.budget
     subjects = {"teacher": teacher, "student": student}
     if budget.measured:
         batch = example_images(teacher, budget.batch_size)
@@ -69,7 +69,7 @@ def _report(
             params=cost.params,
             latency_ms=latency[name].median_ms,
             file_size=file_size(subject.state_dict()),
-            activation_memory=(spent(subject, budget) if budget.unit == "activation_memory" else None),
+            activation_memory=(spent(subject, budget) if budget.metric == "activation_memory" else None),
         )
         for name, subject in subjects.items()
     }
@@ -80,10 +80,10 @@ def _report(
         student=figures["student"],
         num_images=len(images),
         agreement=same,
-        mimic_loss=loss,
+        distillation_loss=loss,
         learning_rate=outcome.learning_rate,
-        trials=outcome.trials,
-        pruning_trials=outcome.pruning_trials,
+        probes=outcome.probes,
+        pruning_probes=outcome.pruning_probes,
         reconstructions=outcome.reconstructions,
         refinement=outcome.refinement,
         steps=outcome.steps,

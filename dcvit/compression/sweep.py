@@ -1,8 +1,8 @@
 """The dense family: many sizes of one model from one search.
 
 Everything that does not depend on the budget is done once: the proxy set, the views and the teacher's tokens for them,
-the trials, which say what each block would lose at any number of hidden nodes, and the step sizes. A size then costs
-its blocks' reconstruction and, where mimicking refines it, a share of a single compression's steps.
+the probes, which say what each block would lose at any number of hidden units, and the step sizes. A size then costs
+its blocks' reconstruction and, where distillation refines it, a share of a single compression's steps.
 """
 
 import json
@@ -130,11 +130,11 @@ class Family:
         if latency_ms is not None:
             return self._within_latency(latency_ms, progress)
         budget = Budget(macs=macs, params=params, convention=self._convention)
-        original: int = getattr(self.original, budget.unit)
+        original: int = getattr(self.original, budget.metric)
         target = budget.target_of(original)
 
         def amount(member: CompressionResult) -> int:
-            spent: int = getattr(member.report.student, budget.unit)
+            spent: int = getattr(member.report.student, budget.metric)
             return spent
 
         best = max((m for m in self.members if amount(m) <= target), key=amount, default=None)
@@ -146,7 +146,7 @@ class Family:
             return best
         smallest = min(map(amount, self.members))
         raise BudgetError(
-            f"{budget.unit}={budget.value!r} asks for {target:,}: the smallest member has {smallest:,}. Ask for more, "
+            f"{budget.metric}={budget.value!r} asks for {target:,}: the smallest member has {smallest:,}. Ask for more, "
             "or sweep again with this budget."
         )
 
@@ -156,7 +156,7 @@ class Family:
         *,
         overwrite: bool = False,
         points: Sequence[FamilyPoint] | None = None,
-        judged_on: str | None = None,
+        evaluated_on: str | None = None,
         page: Callable[[Mapping[str, Any]], str] | None = None,
     ) -> dict[str, Any]:
         """Save every member to a folder of its own, and `family.json`, which lists them, all at once.
@@ -165,7 +165,7 @@ class Family:
             folder: Created if missing.
             overwrite: Replace an earlier family in that folder, with all of its members. Nothing else is ever replaced.
             points: What the report is to show, where figures other than the members' own are at hand.
-            judged_on: The images that those figures are of.
+            evaluated_on: The images that those figures are of.
             page: The HTML of `report.html`, from what `family.json` holds.
 
         Returns:
@@ -184,7 +184,7 @@ class Family:
             "original": asdict(self.original),
             "members": [{"folder": self.name(member), **self.figures(member)} for member in self.members],
             "points": [asdict(point) for point in (self.points() if points is None else points)],
-            "judged_on": judged_on or f"the {report.num_images} few-shot images",
+            "evaluated_on": evaluated_on or f"the {report.num_images} few-shot images",
             "settings": report.settings,
             "versions": versions(),
         }
@@ -221,12 +221,12 @@ class Family:
         report = member.report
         return {
             "budget": member.plan.to_dict()["budget"],
-            "blocks": {str(block): len(member.plan.kept_nodes[block]) for block in member.plan.blocks},
+            "blocks": {str(block): len(member.plan.kept_units[block]) for block in member.plan.blocks},
             "pruned": list(member.plan.pruned),
             "macs_share": report.student.macs / self.original.macs,
             **asdict(report.student),
             "agreement": report.agreement,
-            "mimic_loss": report.mimic_loss,
+            "distillation_loss": report.distillation_loss,
         }
 
     @property
@@ -329,7 +329,7 @@ def sweep(
     _, config = method_of(method)
     if not isinstance(config, DCViT):
         raise DcvitError(f"method={method!r}: a sweep is of dcvit's own method; pass DCViT() or leave it out.")
-    recovery = config.reconstruction  # a family's sizes share their trials, which those of mimicking cannot
+    recovery = config.reconstruction  # a family's sizes share their probes, which those of distillation cannot
     fewer = max(recovery.num_views, round(REFINEMENT_SHARE * recovery.refinement_views))
     config = config.with_(recovery=replace(recovery, refinement_views=min(fewer, recovery.refinement_views)))
     with own_state():
@@ -357,7 +357,7 @@ def sweep(
                         seconds = {**timer.seconds, **member.report.seconds}
                         member = replace(member, report=replace(member.report, seconds=seconds))
                     members.append(member)
-                    progress("sizes", len(members), len(plans), member.report.mimic_loss)
+                    progress("sizes", len(members), len(plans), member.report.distillation_loss)
                 return search, members
 
             search, members = within_memory(searched, config)
@@ -384,7 +384,7 @@ def _timed(
         original_ms: What the original took when others were measured: so that these compare with them.
     """
     models = {"original": search.original, **{str(i): member.model for i, member in enumerate(members)}}
-    batch = search.images.normalised[: min(members[0].plan.budget.batch_size, search.config.at_once)]
+    batch = search.images.normalised[: min(members[0].plan.budget.batch_size, search.config.micro_batch_size)]
     clock = InPrecision(time_forward, Precision.of_caller())
     latency = measure_latency(models, batch, TIMING, stopwatch=clock)
     ours = latency["original"].median_ms
@@ -412,10 +412,12 @@ def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config:
     wanted = [budget if isinstance(budget, Budget) else Budget(macs=budget) for budget in budgets]
     if not wanted:
         raise BudgetError("budgets=(): expected at least one, for example (0.9, 0.8, 0.7).")
-    if len({(budget.unit, budget.convention) for budget in wanted}) > 1:
+    if len({(budget.metric, budget.convention) for budget in wanted}) > 1:
         raise BudgetError("budgets: expected all of one unit and one convention, so that they can be put in order.")
-    if wanted[0].unit not in ADDITIVE:
-        raise BudgetError(f"budgets of {wanted[0].unit}: expected one of {', '.join(ADDITIVE)}; ask the family for it.")
+    if wanted[0].metric not in ADDITIVE:
+        raise BudgetError(
+            f"budgets of {wanted[0].metric}: expected one of {', '.join(ADDITIVE)}; ask the family for it."
+        )
     plans = sorted((plan(original, budget, config) for budget in wanted), key=lambda p: p.target, reverse=True)
     for larger, smaller in pairwise(plans):
         if larger.cost == smaller.cost:

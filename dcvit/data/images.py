@@ -26,7 +26,7 @@ from dcvit.models import compressible, preprocessing
 from dcvit.models.loading import Preprocessing, is_deep
 from dcvit.runtime.files import open_regular
 from dcvit.runtime.progress import Progress, silent
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 
 __all__ = [
     "FINITE_IMAGES",
@@ -75,7 +75,7 @@ CONVERT = "convert them to 8 bits, for values below 4096 by Image.fromarray((arr
 NEARLY_CONSTANT = 2 / 255
 """An image of less standard deviation, in pixels from 0 to 1, is told of."""
 
-AT_ONCE = 64
+MICRO_BATCH_SIZE = 64
 """So many images are normalised and looked at in one step."""
 
 NAMED = 5
@@ -150,7 +150,7 @@ def load_images(images: Images | FewShotImages, model: nn.Module, progress: Prog
         check_images(images, model)
         images = images.detach()
         return _few_shot(
-            images, _Pictures(), prep, [look for part in images.split(AT_ONCE) for look in _Looks.of(part)]
+            images, _Pictures(), prep, [look for part in images.split(MICRO_BATCH_SIZE) for look in _Looks.of(part)]
         )
     if isinstance(images, str | Path):
         images = image_files(Path(images))
@@ -161,7 +161,7 @@ def load_images(images: Images | FewShotImages, model: nn.Module, progress: Prog
     else:
         items = _prepared(_images_of(images), prep)
 
-    normalised, at_own_size = Stack(), _Pictures()
+    normalised, at_own_size = SpilledBuffer(), _Pictures()
     looks: list[_Looks] = []
     for batch in _batches(_in_8_bits(_counted(items, images, progress), prep), at_own_size, prep, parameter):
         check_images(batch, model, first=len(looks))
@@ -192,7 +192,7 @@ def _batches(items: Iterable[Any], at_own_size: "_Pictures", prep: Preprocessing
         if isinstance(item, Image.Image):
             at_own_size.append(number, pil_to_tensor(prep.shrink(item)))
             levels.append(prep.crop(item))
-        if levels and (isinstance(item, Tensor) or len(levels) == AT_ONCE):
+        if levels and (isinstance(item, Tensor) or len(levels) == MICRO_BATCH_SIZE):
             yield prepared()
         if isinstance(item, Tensor):
             yield item[None].to(like.device)
@@ -210,7 +210,7 @@ def _few_shot(
     if not at_own_size:
         _warn_of_pixels(normalised[:8], prep)
     mean, std = (prep.mean, prep.std) if at_own_size else _normalisation(normalised, prep)
-    _judge_looks(looks, std, files)
+    _check_looks(looks, std, files)
     return FewShotImages(normalised, _Pixels(normalised, at_own_size, mean, std), mean, std, files)
 
 
@@ -323,7 +323,7 @@ class _Looks:
         ]
 
 
-def _judge_looks(looks: Sequence[_Looks], std: tuple[float, ...], files: Sequence[Path] | None) -> None:
+def _check_looks(looks: Sequence[_Looks], std: tuple[float, ...], files: Sequence[Path] | None) -> None:
     """Refuse images that are all alike, and warn of copies and of images of nearly one colour."""
 
     def name(number: int) -> str:
@@ -364,7 +364,7 @@ class _Pictures:
     """Pictures of different sizes, `[C, H, W]` of one dtype, by number."""
 
     def __init__(self) -> None:
-        self._values = Stack()
+        self._values = SpilledBuffer()
         self._places: dict[int, tuple[int, torch.Size]] = {}
 
     def __len__(self) -> int:
@@ -671,8 +671,8 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
         ImagesError: If there are none, or size, channels, dtype or device do not fit, or pixels are NaN or infinite.
     """
     _require_dense(images, name)
-    adapter = compressible(model)
-    channels, height, width = adapter.input_size()
+    view = compressible(model)
+    channels, height, width = view.input_size()
     parameter, shape = next(model.parameters()), list(images.shape)
     if images.device != parameter.device:
         raise ImagesError(
@@ -698,7 +698,7 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
                 else "set model.pretrained_cfg['input_size']."
             )
         )
-    finite = torch.cat([part.isfinite().flatten(1).all(1) for part in images.split(AT_ONCE)])
+    finite = torch.cat([part.isfinite().flatten(1).all(1) for part in images.split(MICRO_BATCH_SIZE)])
     bad = [first + i for i in (~finite).nonzero().flatten().tolist()]
     if bad:
         raise ImagesError(f"{name} {bad[:5]} have NaN or infinite pixels: remove or repair them.")
@@ -721,12 +721,12 @@ def require_finite(model: nn.Module, images: FewShotImages) -> None:
             raise NonFiniteError(
                 f"{bad:,} of {tensor.numel():,} values of {name} are NaN or infinite: load the model's weights again."
             )
-    adapter = compressible(model)
-    state, where = adapter.embed(images.normalised[:FINITE_IMAGES]), "what precedes block 0"
-    for block in range(adapter.num_blocks()):
+    view = compressible(model)
+    state, where = view.embed(images.normalised[:FINITE_IMAGES]), "what precedes block 0"
+    for block in range(view.num_blocks()):
         if not bool(state.isfinite().all()):
             break
-        state, where = adapter.run_blocks(state, block, block + 1), f"block {block}"
+        state, where = view.run_blocks(state, block, block + 1), f"block {block}"
     if not bool(state.isfinite().all()):
         raise NonFiniteError(
             f"Of the first {min(len(images), FINITE_IMAGES)} images {where} makes values that are NaN or infinite: "

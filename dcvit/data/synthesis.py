@@ -81,14 +81,14 @@ def synthesize(
     config = config or SynthesisConfig()
     require_supported(model)
     model = copy_blocks(model, ())  # it gets hooks, which are the caller's only if the model is
-    adapter = compressible(model)
+    view = compressible(model)
     parameter = next(model.parameters())
-    channels, height, width = adapter.input_size()
+    channels, height, width = view.input_size()
     low, high = (bound.to(parameter) for bound in preprocessing(model).pixel_range)
     rolls = round(config.jitter * height), round(config.jitter * width)
 
     has_bn = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    at_once = config.num_images if has_bn else config.at_once
+    micro_batch_size = config.num_images if has_bn else config.micro_batch_size
 
     drawing = context.generator("synthesis")
     with _bn_inputs(model) as bn_inputs:
@@ -105,12 +105,12 @@ def synthesize(
             shifts = tuple(int(torch.randint(-roll, roll + 1, (), generator=drawing)) for roll in rolls)
             mirrored = float(torch.rand((), generator=drawing, dtype=torch.float32)) < config.flip
             gradients, of_views = [], 0.0
-            for part, wanted in zip(images.split(at_once), targets.split(at_once), strict=True):
+            for part, wanted in zip(images.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
                 seen = part.detach().requires_grad_(True)
                 view = seen.roll(shifts, dims=(2, 3))
                 view = view.flip(3) if mirrored else view
                 bn_inputs.clear()
-                of_view = F.cross_entropy(class_logits(model, adapter.tokens(view)), wanted)
+                of_view = F.cross_entropy(class_logits(model, view.tokens(view)), wanted)
                 if bn_inputs:
                     of_view = of_view + config.bn_weight * bn_prior(bn_inputs)
                 of_view = len(part) / len(images) * of_view
@@ -126,7 +126,7 @@ def synthesize(
                 step=iteration + 1,
                 lr=rate,
                 betas=config.betas,
-                beta=adapter.tv_exponent if config.tv_exponent is None else config.tv_exponent,
+                beta=view.tv_exponent if config.tv_exponent is None else config.tv_exponent,
                 tv_weight=config.tv_weight,
                 l2_weight=config.l2_weight,
                 low=low,

@@ -30,7 +30,7 @@ def target(model: nn.Module, budget: Budget) -> int:
     original = spent(model, budget)
     wanted = budget.target_of(original)
     if wanted >= original:
-        raise BudgetError(f"{budget.unit}={budget.value!r}: the original has only {original:,}. Ask for less.")
+        raise BudgetError(f"{budget.metric}={budget.value!r}: the original has only {original:,}. Ask for less.")
     return wanted
 
 
@@ -123,29 +123,29 @@ def fewest_blocks(
         if left <= wanted:
             return blocks
     raise BudgetError(
-        f"{budget.unit}={budget.value!r} asks for {wanted:,}: without all {len(blocks)} blocks that may go {left:,} "
+        f"{budget.metric}={budget.value!r} asks for {wanted:,}: without all {len(blocks)} blocks that may go {left:,} "
         "are left. Ask for more, or allow more blocks in `candidates`."
     )
 
 
 def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], round_to: int) -> dict[int, int]:
-    """How many hidden nodes each block may keep, all the same share, so that a model meets a budget.
+    """How many hidden units each block may keep, all the same share, so that a model meets a budget.
 
     Args:
         model: The original.
         budget: What is left may cost so much.
-        candidates: The blocks that lose nodes.
-        round_to: Kept nodes are a multiple of it, or all of a block's.
+        candidates: The blocks that lose units.
+        round_to: Kept units are a multiple of it, or all of a block's.
 
     Raises:
-        BudgetError: If it cannot be met with one node, or one multiple, a block.
+        BudgetError: If it cannot be met with one unit, or one multiple, a block.
     """
-    adapter, wanted = compressible(model), target(model, budget)
-    hidden = {block: adapter.hidden_features(block) for block in candidates}
+    view, wanted = compressible(model), target(model, budget)
+    hidden = {block: view.hidden_features(block) for block in candidates}
     widest = max(hidden.values())
 
     def kept(step: int) -> dict[int, int]:
-        shares = {block: nodes * step // widest for block, nodes in hidden.items()}
+        shares = {block: units * step // widest for block, units in hidden.items()}
         return {block: min(hidden[block], max(round_to, n - n % round_to)) for block, n in shares.items()}
 
     def cost(step: int) -> int:
@@ -154,8 +154,8 @@ def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], rou
     step = bisect_right(range(1, widest), wanted, key=cost)
     if not step:
         raise BudgetError(
-            f"{budget.unit}={budget.value!r} asks for {wanted:,}: with {round_to} hidden "
-            f"{'node' if round_to == 1 else 'nodes'} in each of {len(hidden)} blocks {cost(1):,} are left. Ask for "
+            f"{budget.metric}={budget.value!r} asks for {wanted:,}: with {round_to} hidden "
+            f"{'unit' if round_to == 1 else 'units'} in each of {len(hidden)} blocks {cost(1):,} are left. Ask for "
             "more; this method keeps everything else."
         )
     return kept(step)
@@ -164,6 +164,6 @@ def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], rou
 def _pruned(model: nn.Module, kept: Mapping[int, int]) -> nn.Module:
     """A model whose MLPs are so narrow, for what it costs."""
     smaller = copy_blocks(model, ())
-    for block, nodes in kept.items():
-        compressible(smaller).prune_block(block, range(nodes))
+    for block, units in kept.items():
+        compressible(smaller).prune_block(block, range(units))
     return smaller

@@ -15,7 +15,7 @@ from dcvit.context import RunContext
 from dcvit.data.images import FewShotImages
 from dcvit.data.synthesis import ProxySet
 from dcvit.errors import BudgetError, DcvitError, UnsupportedModelError
-from dcvit.history import Plan, Reconstruction, Recovery, Refinement, Trial
+from dcvit.history import Plan, Probe, Reconstruction, Recovery, Refinement
 from dcvit.metrics.latency import Stopwatch, time_forward
 from dcvit.models import compressible
 
@@ -53,11 +53,11 @@ class Outcome:
 
     Attributes:
         student: The compressed model.
-        plan: Its structure. A block of `blocks` that is not in `kept_nodes` was dropped whole.
-        trials: Of each candidate block, best first, where the method tries them.
-        pruning_trials: Of each block that might keep its attention and lose hidden nodes only, likewise.
-        learning_rate: Given or found: of the mimicking, or the step size of reconstruction; 0 without gradient steps.
-        steps: How each mimicking went.
+        plan: Its structure. A block of `blocks` that is not in `kept_units` was dropped whole.
+        probes: Of each candidate block, best first, where the method tries them.
+        pruning_probes: Of each block that might keep its attention and lose hidden units only, likewise.
+        learning_rate: Given or found: of the distillation, or the step size of reconstruction; 0 without gradient steps.
+        steps: How each distillation went.
         reconstructions: How each block was fitted, front to back.
         refinement: How the student mimicked after that.
         proxy_set: What blocks were ranked on.
@@ -65,13 +65,13 @@ class Outcome:
 
     student: nn.Module
     plan: Plan
-    trials: tuple[Trial, ...] = ()
+    probes: tuple[Probe, ...] = ()
     learning_rate: float = 0.0
     steps: tuple[Recovery, ...] = ()
     reconstructions: tuple[Reconstruction, ...] = ()
     refinement: Refinement | None = None
     proxy_set: ProxySet | None = None
-    pruning_trials: tuple[Trial, ...] = ()
+    pruning_probes: tuple[Probe, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Method:
         source: The paper.
         families: The model families that it handles, see `ModelView.family`.
         compress: The method. It refuses what it cannot do before any long work.
-        units: What the budgets that it meets are of, see `dcvit.budget.UNITS`.
+        metrics: What the budgets that it meets are of, see `dcvit.budget.METRICS`.
         resumable: Whether it does its units through its context's store, so that a run that was killed goes on, and
             shares its work over the context's ranks.
     """
@@ -96,7 +96,7 @@ class Method:
     source: str
     families: tuple[str, ...]
     compress: Callable[[Task[Any]], Outcome]
-    units: tuple[str, ...] = ADDITIVE
+    metrics: tuple[str, ...] = ADDITIVE
     resumable: bool = False
 
     def require_family(self, model: nn.Module) -> None:
@@ -113,16 +113,16 @@ class Method:
                 f"{family}: choose one of {others}."
             )
 
-    def require_unit(self, budget: Budget) -> None:
+    def require_metric(self, budget: Budget) -> None:
         """Refuse a budget of what the method does not save.
 
         Raises:
             BudgetError: Naming the methods that do.
         """
-        if budget.unit not in self.units:
-            others = ", ".join(other.name for other in METHODS.values() if budget.unit in other.units)
+        if budget.metric not in self.metrics:
+            others = ", ".join(other.name for other in METHODS.values() if budget.metric in other.metrics)
             raise BudgetError(
-                f"{budget.unit}={budget.value!r}: method={self.name!r} meets budgets of {', '.join(self.units)} alone; "
+                f"{budget.metric}={budget.value!r}: method={self.name!r} meets budgets of {', '.join(self.metrics)} alone; "
                 f"ask for one of these, or choose one of {others}."
             )
 

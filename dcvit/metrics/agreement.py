@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dcvit.models import compressible
-from dcvit.ops import mimic_loss
+from dcvit.ops import distillation_loss
 
 __all__ = ["agreement", "closeness", "top1"]
 
@@ -40,7 +40,7 @@ def agreement(student: nn.Module, teacher: nn.Module, images: Tensor, batch_size
 def closeness(
     student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int = 64
 ) -> tuple[float | None, float]:
-    """How two models agree, and the mimicking loss of the one against the other; memory does not grow with the images.
+    """How two models agree, and the distillation loss of the one against the other; memory does not grow with the images.
 
     Args:
         student: The one.
@@ -61,7 +61,7 @@ def closeness(
         if tokens[0].shape != tokens[1].shape:
             pooled = [view.features(of) for view, of in zip(views, tokens, strict=True)]
             compared = [features.unsqueeze(1) for features in pooled]
-        loss += len(batch) * float(mimic_loss(compared[0], compared[1]))
+        loss += len(batch) * float(distillation_loss(compared[0], compared[1]))
         if named:
             classes = [view.logits(of).argmax(-1) for view, of in zip(views, tokens, strict=True)]
             same += int((classes[0] == classes[1]).sum())

@@ -16,8 +16,8 @@ def spent(model: nn.Module, budget: Budget) -> int:
     Raises:
         BudgetError: If the budget is of latency, which has to be measured.
     """
-    if budget.unit == "file_size":
+    if budget.metric == "file_size":
         return file_size(model.state_dict())
-    if budget.unit == "activation_memory":
+    if budget.metric == "activation_memory":
         return trace_activation_memory(model, budget.batch_size)
     return budget.amount(compressible(model).cost().total)

@@ -4,7 +4,7 @@ Published (`"cross_entropy"`, DC-ViT, arXiv 2403.18708): the cross-entropy betwe
 and student, on the synthesised proxy set, less the teacher's with itself, so that 0 is perfect: the Kullback-Leibler
 divergence, which orders students alike.
 
-Default (`"mimicking"`): the relative mimicking error over all output tokens,
+Default (`"distillation"`): the relative distillation error over all output tokens,
 
     r = ‖s − t‖² / ‖t − mean(t)‖²,
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dcvit.config import MetricKind
 from dcvit.models import compressible
 from dcvit.models.pseudo_head import class_logits
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 
 __all__ = ["Metric"]
 
@@ -41,7 +41,7 @@ class Metric:
     def __init__(
         self, teacher: nn.Module, image_sets: Sequence[Tensor], kind: MetricKind, batch_size: int = 64
     ) -> None:
-        self._judges = [_Judge(teacher, images, kind, batch_size) for images in image_sets]
+        self._validates = [_Validation(teacher, images, kind, batch_size) for images in image_sets]
 
     def loss(self, student: nn.Module, first_block: int | None = None) -> float:
         """How far a student is from its teacher; lower is better.
@@ -51,42 +51,42 @@ class Metric:
             first_block: A block before which it agrees with the teacher, which saves computing what lies before;
                 `None` where nothing is known.
         """
-        losses = [judge.loss(student, first_block) for judge in self._judges]
+        losses = [judge.loss(student, first_block) for judge in self._validates]
         if len(losses) == 1:
             return losses[0]
         return math.exp(sum(math.log(max(loss, 1e-30)) for loss in losses) / len(losses))
 
 
-class _Judge:
+class _Validation:
     """The teacher's tokens before each block, and what a student's output is compared with."""
 
     def __init__(self, teacher: nn.Module, images: Tensor, kind: MetricKind, batch_size: int) -> None:
-        adapter = compressible(teacher)
+        view = compressible(teacher)
         self._images, self._kind, self._batch_size = images, kind, batch_size
-        depth = adapter.num_blocks()
+        depth = view.num_blocks()
         with torch.no_grad():
-            self._before = [Stack() for _ in range(depth)]
+            self._before = [SpilledBuffer() for _ in range(depth)]
             outputs = []
             for batch in images.split(batch_size):
-                tokens = adapter.embed(batch)
+                tokens = view.embed(batch)
                 for block, before in enumerate(self._before):
                     before.append(tokens)
-                    tokens = adapter.run_blocks(tokens, block, block + 1)
-                outputs.append(adapter.final_norm(tokens))
+                    tokens = view.run_blocks(tokens, block, block + 1)
+                outputs.append(view.final_norm(tokens))
             self._expected = [self._answer(teacher, tokens) for tokens in outputs]
         mean = torch.cat([tokens.flatten(0, 1) for tokens in outputs]).mean(0)
         self._spread = sum(float((tokens - mean).double().square().sum()) for tokens in outputs)
 
     @torch.no_grad()
     def loss(self, student: nn.Module, first_block: int | None) -> float:
-        adapter = compressible(student)
+        view = compressible(student)
         depth, size = len(self._before), self._batch_size
         total = 0.0
         for images, before, expected in zip(
             self._images.split(size), self._before[first_block or 0].split(size), self._expected, strict=True
         ):
-            tokens = before if first_block is not None else adapter.embed(images)
-            tokens = adapter.final_norm(adapter.run_blocks(tokens, first_block or 0, depth))
+            tokens = before if first_block is not None else view.embed(images)
+            tokens = view.final_norm(view.run_blocks(tokens, first_block or 0, depth))
             found = self._answer(student, tokens)
             if self._kind == "cross_entropy":
                 total += float((expected.exp() * (expected - found)).sum())

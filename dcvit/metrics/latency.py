@@ -344,11 +344,11 @@ class _Autocast(nn.Module):
 def _require_mode(mode: Mode, device: torch.device) -> None:
     if mode not in MODES:
         raise DcvitError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
-    if mode in _HALF and not _has_half(device, _HALF[mode]):
+    if mode in _HALF and not _has_sublayer(device, _HALF[mode]):
         raise DcvitError(f"mode={mode!r}: this {device.type} has no {mode} arithmetic; leave that mode out.")
 
 
-def _has_half(device: torch.device, dtype: torch.dtype) -> bool:
+def _has_sublayer(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device computes in a half precision itself, where torch can tell."""
     if device.type == "cpu":  # emulated on others, slower than float32
         native = torch.ops.mkldnn

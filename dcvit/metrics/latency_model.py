@@ -1,6 +1,6 @@
 """A model of a model's latency, calibrated from measured blocks.
 
-With o the latency of the original, b of one whole block and c(h) of a compressed block with h hidden nodes, k
+With o the latency of the original, b of one whole block and c(h) of a compressed block with h hidden units, k
 compressed blocks of L take
 
     t(k, h) = rest + (L − k) · b + k · c(h),   rest = o − L · b
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from dcvit.history import LatencyModel, StructureTiming
 from dcvit.metrics.latency import PRECISE_TIMING, Stopwatch, example_images, measure_latency, time_forward
 from dcvit.models import compressible
-from dcvit.models.surgery import unrecovered
+from dcvit.models.surgery import pruned_skeleton
 from dcvit.runtime.progress import Progress, silent
 
 __all__ = ["calibrate", "time_structures"]
 
 WIDTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the hidden nodes at which a compressed block is measured."""
+"""Shares of the hidden units at which a compressed block is measured."""
 
 TIMING = replace(PRECISE_TIMING, warmup=3)
 """One measurement while planning."""
@@ -50,17 +50,17 @@ def calibrate(
         stopwatch: Times one run.
         progress: Told after each round.
     """
-    adapter = compressible(model)
+    view = compressible(model)
     images = example_images(model, batch_size)
-    nodes = adapter.hidden_features(blocks[0])
-    widths = sorted({round(share * nodes) for share in WIDTHS})
+    units = view.hidden_features(blocks[0])
+    widths = sorted({round(share * units) for share in WIDTHS})
 
     def chain(of: nn.Module) -> nn.Module:
         return nn.Sequential(*(compressible(of).block(block) for block in blocks)).eval()
 
     subjects: dict[str | int, nn.Module] = {"original": model, "blocks": chain(model)}
-    subjects |= {width: chain(unrecovered(model, dict.fromkeys(blocks, width))) for width in widths}
-    inputs: dict[str | int, Tensor] = dict.fromkeys(subjects, adapter.embed(images)) | {"original": images}
+    subjects |= {width: chain(pruned_skeleton(model, dict.fromkeys(blocks, width))) for width in widths}
+    inputs: dict[str | int, Tensor] = dict.fromkeys(subjects, view.embed(images)) | {"original": images}
     latency = measure_latency(subjects, inputs, TIMING, stopwatch=stopwatch, progress=progress, stage="calibration")
     original_ms = latency["original"].median_ms
 
@@ -69,7 +69,7 @@ def calibrate(
 
     return LatencyModel(
         batch_size=batch_size,
-        depth=adapter.num_blocks(),
+        depth=view.num_blocks(),
         original_ms=original_ms,
         block_ms=one("blocks"),
         compressed_ms=tuple((width, one(width)) for width in widths),
@@ -89,14 +89,14 @@ def time_structures(
 
     Args:
         model: The original.
-        structures: k and the hidden nodes kept, for each.
+        structures: k and the hidden units kept, for each.
         candidates: Blocks to compress; the first k are.
         batch_size: Images a batch.
         stopwatch: Times one run.
         progress: Told after each round.
     """
     subjects: dict[tuple[int, int] | None, nn.Module] = {None: model}
-    subjects |= {(k, hidden): unrecovered(model, dict.fromkeys(candidates[:k], hidden)) for k, hidden in structures}
+    subjects |= {(k, hidden): pruned_skeleton(model, dict.fromkeys(candidates[:k], hidden)) for k, hidden in structures}
     stage = "timing " + ", ".join(f"{k} blocks of {hidden}" for k, hidden in structures)
     images = example_images(model, batch_size)
     latency = measure_latency(subjects, images, TIMING, stopwatch=stopwatch, progress=progress, stage=stage)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dcvit.models import input_size
-from dcvit.models.surgery import choose_impl, unrecovered
+from dcvit.models.surgery import choose_impl, pruned_skeleton
 
 __all__ = ["measure_peak_memory", "trace_activation_memory"]
 
@@ -35,7 +35,7 @@ def trace_activation_memory(model: nn.Module, batch_size: int) -> int:
         batch_size: Images in the pass.
     """
     weight = next(model.parameters())
-    shadow = unrecovered(model, {})
+    shadow = pruned_skeleton(model, {})
     choose_impl(shadow, "eager")
     with FakeTensorMode() as fake:
         # Not its `state_dict`, which leaves out buffers that are not saved.

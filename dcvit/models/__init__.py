@@ -5,7 +5,7 @@ by name and before any work; `compressible` then finds the adapter wherever one 
 """
 
 from dcvit.models.base import ModelView, OutputLayer
-from dcvit.models.blocks import CompressedBlock, MlpHalf
+from dcvit.models.blocks import CompressedBlock, MlpSublayer
 from dcvit.models.cnn import CnnView
 from dcvit.models.eva import EvaView
 from dcvit.models.loading import (
@@ -31,7 +31,7 @@ __all__ = [
     "CompressedBlock",
     "DroppedBlock",
     "EvaView",
-    "MlpHalf",
+    "MlpSublayer",
     "ModelView",
     "OutputLayer",
     "SwinView",

@@ -47,7 +47,7 @@ class OutputLayer:
 
     @property
     def num_patches(self) -> int:
-        """Inputs of the layer for each node that it takes: the taps of a convolution's filter."""
+        """Inputs of the layer for each unit that it takes: the taps of a convolution's filter."""
         return math.prod(self.layer.weight.shape[2:])
 
     def weights(self) -> Tensor:
@@ -82,9 +82,9 @@ class ModelView(ABC):
         models: What it is of, in words.
         classes: Timm's classes that it handles.
         source: The papers of the architecture.
-        removed: What a compressed block loses beside hidden nodes, in a word.
+        removed: What a compressed block loses beside hidden units, in a word.
         keeps_ends: Whether the first and the last blocks stay whole unless the caller names them.
-        pointwise_nodes: Whether a block's hidden nodes look at each token alone; in a CNN filters look around.
+        pointwise_units: Whether a block's hidden units look at each token alone; in a CNN filters look around.
         mac_weight: How long a MAC takes in training, about, in those of a ViT's matrix products.
 
     `check` is called once, before any work; the other methods may assume that it passed.
@@ -99,7 +99,7 @@ class ModelView(ABC):
     source: str
     removed: str
     keeps_ends: bool
-    pointwise_nodes: bool
+    pointwise_units: bool
     mac_weight: float
 
     def __init__(self, model: TimmModule) -> None:
@@ -160,7 +160,7 @@ class ModelView(ABC):
 
     @abstractmethod
     def groups(self) -> Sequence[tuple[int, ...]]:
-        """All blocks, those together that are compressed together, to equal numbers of hidden nodes."""
+        """All blocks, those together that are compressed together, to equal numbers of hidden units."""
 
     @abstractmethod
     def final_norm(self, state: Tensor) -> Tensor:
@@ -187,27 +187,27 @@ class ModelView(ABC):
 
     @abstractmethod
     def hidden_features(self, block: int) -> int:
-        """Hidden nodes of a block's MLP."""
+        """Hidden units of a block's MLP."""
 
     @abstractmethod
     def compress_block(self, block: int, kept: Sequence[int]) -> None:
-        """In place: remove what mixes the tokens of a block, such as its attention, and all hidden nodes but `kept`."""
+        """In place: remove what mixes the tokens of a block, such as its attention, and all hidden units but `kept`."""
 
     @abstractmethod
     def prune_block(self, block: int, kept: Sequence[int]) -> None:
-        """In place: remove all hidden nodes of a block but `kept`, and nothing else; see `prune_obstacle`."""
+        """In place: remove all hidden units of a block but `kept`, and nothing else; see `prune_obstacle`."""
 
     @abstractmethod
     def prune_obstacle(self, block: int) -> str | None:
-        """What keeps `prune_block` from removing single hidden nodes of a block, as words behind its name, if any."""
+        """What keeps `prune_block` from removing single hidden units of a block, as words behind its name, if any."""
 
     @abstractmethod
     def hidden_filters(self, block: int) -> Tensor:
-        """The weights that make the hidden nodes of a block, a row each: `[K, F]`."""
+        """The weights that make the hidden units of a block, a row each: `[K, F]`."""
 
     @abstractmethod
     def hidden_layer(self, block: int) -> nn.Linear | nn.Conv2d:
-        """The layer that takes the hidden nodes of a block, compressed or not."""
+        """The layer that takes the hidden units of a block, compressed or not."""
 
     @abstractmethod
     def fuse(self) -> None:
@@ -225,15 +225,15 @@ class ModelView(ABC):
         """A block's module, from a state that `prepare` made to a state of the same shape."""
 
     @abstractmethod
-    def halves(self, block: int) -> "tuple[Callable[[Tensor], Tensor], nn.Module] | None":
+    def sublayers(self, block: int) -> "tuple[Callable[[Tensor], Tensor], nn.Module] | None":
         """Attention and MLP of a block that has both, one behind the other and each with its residual.
 
         The first takes a state and gives the one between the two; the second is a module with the block's own weights,
         which treats each token alone, as a compressed block does. `None` where a block is made otherwise, or where its
         MLP has no output layer (see `output_layer`).
 
-        The state between the two is one like others; without `pointwise_nodes` it holds more channels: first those of
-        the block's input, then the inputs of its output layer, node by node.
+        The state between the two is one like others; without `pointwise_units` it holds more channels: first those of
+        the block's input, then the inputs of its output layer, unit by unit.
         """
 
     @abstractmethod

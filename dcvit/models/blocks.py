@@ -13,27 +13,27 @@ from dcvit.models.modeling import shared
 from dcvit.models.modeling.shared import TimmModule, layer_scale
 from dcvit.ops import Impl, attention, dropped_mlp
 
-__all__ = ["CompressedBlock", "MlpHalf", "WholeBlock", "attention_half", "mlp_half_cost"]
+__all__ = ["CompressedBlock", "MlpSublayer", "WholeBlock", "attention_sublayer", "mlp_sublayer_cost"]
 
 _INSIDE_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
 """Parts of timm's `Attention` that `dcvit.ops.attention` leaves out, because they do nothing."""
 
 
-class MlpHalf(shared.MlpHalf):
+class MlpSublayer(shared.MlpSublayer):
     """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
 
     Where the MLP is the plain one, it is one call of `dcvit.ops.dropped_mlp`, with the norm, LayerScale and residual
     fused; else the modules run one by one.
 
     Args:
-        block: A timm block, see `modeling.shared.MlpHalf`; its MLP branch is taken over, not copied.
+        block: A timm block, see `modeling.shared.MlpSublayer`; its MLP branch is taken over, not copied.
     """
 
     def __init__(self, block: TimmModule) -> None:
         super().__init__(block)
         self.impl: Impl = getattr(block, "impl", "auto")
 
-    def mlp_half(self, x: Tensor) -> Tensor:
+    def mlp_sublayer(self, x: Tensor) -> Tensor:
         """Tokens `[B, N, D]` to `[B, N, D]`."""
         # Not by attribute, which nn.Module resolves in Python: that took as long as the op saves on small models.
         parts: dict[str, TimmModule] = self._modules
@@ -55,7 +55,7 @@ class MlpHalf(shared.MlpHalf):
                 residual=True,
                 impl=self.impl,
             )
-        return super().mlp_half(x)
+        return super().mlp_sublayer(x)
 
     def _fusible(self, norm: TimmModule, mlp: TimmModule, scale: TimmModule) -> bool:
         """Whether the fused op computes what the modules would: plain types, no hooks, nothing random active."""
@@ -80,15 +80,15 @@ class MlpHalf(shared.MlpHalf):
         )
 
 
-class CompressedBlock(MlpHalf):
-    """A transformer block without attention and with fewer hidden nodes."""
+class CompressedBlock(MlpSublayer):
+    """A transformer block without attention and with fewer hidden units."""
 
     def forward(self, x: Tensor, **arguments: Any) -> Tensor:
         """Tokens `[B, N, D]` to `[B, N, D]`; the attention arguments of timm's blocks have nothing to act on."""
-        return self.mlp_half(x)
+        return self.mlp_sublayer(x)
 
 
-class WholeBlock(MlpHalf):
+class WholeBlock(MlpSublayer):
     """timm's `Block`, computed with dcvit's ops while a model is compressed; no finished model holds one.
 
     Args:
@@ -101,9 +101,9 @@ class WholeBlock(MlpHalf):
 
     def forward(self, x: Tensor, **masks: Any) -> Tensor:
         """Tokens `[B, N, D]` to `[B, N, D]`; what timm's `Attention` takes goes to it."""
-        return self.mlp_half(self.attention_half(x, **masks))
+        return self.mlp_sublayer(self.attention_sublayer(x, **masks))
 
-    def attention_half(self, x: Tensor, **masks: Any) -> Tensor:
+    def attention_sublayer(self, x: Tensor, **masks: Any) -> Tensor:
         """The first half of the block, x + ls1(attn(norm1(x)))."""
         attn: TimmModule = self._modules["attn"]
         normed = self.norm1(x)
@@ -129,26 +129,26 @@ class WholeBlock(MlpHalf):
         )
 
 
-def attention_half(block: TimmModule, x: Tensor) -> Tensor:
+def attention_sublayer(block: TimmModule, x: Tensor) -> Tensor:
     """The first half of timm's `Block`, or of a `WholeBlock`: tokens `[B, N, D]` to `[B, N, D]`."""
     if isinstance(block, WholeBlock):
-        return block.attention_half(x)
+        return block.attention_sublayer(x)
     mixed: Tensor = block.drop_path1(block.ls1(block.attn(block.norm1(x))))
     return x + mixed
 
 
-def mlp_half_cost(block: TimmModule, tokens: int) -> tuple[Cost, Cost]:
-    """What the second half of a block costs, and one hidden node of it, for so many tokens."""
+def mlp_sublayer_cost(block: TimmModule, tokens: int) -> tuple[Cost, Cost]:
+    """What the second half of a block costs, and one hidden unit of it, for so many tokens."""
     mlp = block.mlp
     hidden, width = mlp.fc2.in_features, mlp.fc2.out_features
     first_layers = [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
-    rows = sum(layer.out_features for layer in first_layers)  # gate and value count twice per hidden node
+    rows = sum(layer.out_features for layer in first_layers)  # gate and value count twice per hidden unit
     fc1 = linear_cost(width, rows, tokens, bias=first_layers[0].bias is not None)
     fc2 = linear_cost(hidden, width, tokens, bias=mlp.fc2.bias is not None)
     others = [block.norm2, mlp.norm, layer_scale(block)]
     rest = sum(parameter.numel() for module in others for parameter in module.parameters())
-    per_node = len(first_layers) if type(mlp) is SwiGLU else 2 if type(mlp) is GluMlp else 1
-    node = linear_cost(width, per_node, tokens, bias=first_layers[0].bias is not None)
-    node += linear_cost(1, width, tokens, bias=False)
-    node += Cost(params=len(list(mlp.norm.parameters())))  # one weight, perhaps one bias, for each node
-    return fc1 + fc2 + Cost(params=rest), node
+    per_unit = len(first_layers) if type(mlp) is SwiGLU else 2 if type(mlp) is GluMlp else 1
+    unit = linear_cost(width, per_unit, tokens, bias=first_layers[0].bias is not None)
+    unit += linear_cost(1, width, tokens, bias=False)
+    unit += Cost(params=len(list(mlp.norm.parameters())))  # one weight, perhaps one bias, for each unit
+    return fc1 + fc2 + Cost(params=rest), unit

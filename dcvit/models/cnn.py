@@ -3,8 +3,8 @@
 Numbered are the blocks that add to their input, so that they can be left out; stems, and blocks that change the shape,
 go with the numbered block behind them. DC-ViT drops such blocks whole (arXiv 2403.18708). Here they are compressed as
 densely as a transformer's: the spatial convolution goes, as attention does there, and what stays looks at each position
-alone, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden nodes as the budget leaves (`PointwiseBlock`). A block that is
-pruned keeps all its layers: its hidden nodes are filters, which go with their channels in all layers up to the one that
+alone, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden units as the budget leaves (`PointwiseBlock`). A block that is
+pruned keeps all its layers: its hidden units are filters, which go with their channels in all layers up to the one that
 takes them (`filter_path`).
 
 Where an activation follows the sum, as in a ResNet, a state is the sum before it: what a block adds is then linear in
@@ -38,12 +38,12 @@ from dcvit.models.modeling.cnn import (
     cnn_places,
     cnn_stages,
     create,
-    cut_cnn,
     expansion,
     filter_path,
     first_layers,
     keep_filters,
     last_activation,
+    prune_cnn,
 )
 from dcvit.models.modeling.shared import DroppedBlock, TimmModule
 from dcvit.models.rebuild import base_of, num_params, rebuilt, require_same, saved_config
@@ -83,7 +83,7 @@ class CnnView(ModelView):
     source = "arXiv 1512.03385, 1611.05431, 1801.04381, 1905.11946, 2003.13678"
     removed = "convolution"
     keeps_ends = False
-    pointwise_nodes = False
+    pointwise_units = False
     mac_weight = 3.0  # depthwise convolutions: MobileNetV2, on one core of an AMD EPYC
 
     def check(self) -> None:
@@ -229,7 +229,7 @@ class CnnView(ModelView):
         """A block without the activation behind its sum, which shares its parameters with the model's."""
         return _without_activation(_at(self.model, block))
 
-    def halves(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+    def sublayers(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
         """All up to the layer that takes the hidden filters, and that layer with its BatchNorm.
 
         `None` where filters cannot go alone, or change what others give.
@@ -306,7 +306,7 @@ class CnnView(ModelView):
                 for i, places in enumerate(zip(cnn_places(self.model), cnn_places(twin), strict=False))
                 if (settings := _layer_settings(*(getattr(stage, name) for stage, name in places))) is not None
             }
-            cut_cnn(twin, args["per_layer_config"])
+            prune_cnn(twin, args["per_layer_config"])
         require_same(self.model, twin, f"{args['base']} of timm", "_base in dcvit/models/cnn.py")
         return args
 
@@ -449,12 +449,12 @@ def _block_cost(block: TimmModule, macs: int, positions: int) -> BlockCost:
         return BlockCost(Cost(), Cost(), Cost(), 0)
     hidden = _hidden_features(block)
     width = block.conv2.out_channels if isinstance(block, PointwiseBlock) else expansion(block)[0].in_channels
-    node = linear_cost(width, 1, positions, bias=True) + linear_cost(1, width, positions, bias=False)
-    pointwise = node * hidden + Cost(params=width)
+    unit = linear_cost(width, 1, positions, bias=True) + linear_cost(1, width, positions, bias=False)
+    pointwise = unit * hidden + Cost(params=width)
     whole = Cost(macs, 0, num_params(block))
     if isinstance(block, PointwiseBlock):
-        return BlockCost(Cost(), pointwise, node, hidden)
-    return BlockCost(whole - pointwise, pointwise, node, hidden, _filter_cost(block, positions))
+        return BlockCost(Cost(), pointwise, unit, hidden)
+    return BlockCost(whole - pointwise, pointwise, unit, hidden, _filter_cost(block, positions))
 
 
 def _filter_cost(block: TimmModule, positions: int) -> Cost:
@@ -473,7 +473,7 @@ def _of_one(parameter: Tensor, dim: int) -> int:
 def _prune_obstacle(block: TimmModule) -> str | None:
     """What keeps single hidden filters in a block, such as groups of channels that would have to go together."""
     if isinstance(block, DroppedBlock):
-        return "has no hidden nodes"
+        return "has no hidden units"
     names = {layer: name for name, layer in block.named_modules()}
     layers = [layer for layer, _ in filter_path(block)]
     for layer in layers:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost
 from dcvit.errors import UnsupportedModelError
-from dcvit.models.blocks import CompressedBlock, mlp_half_cost
+from dcvit.models.blocks import CompressedBlock, mlp_sublayer_cost
 from dcvit.models.isotropic import IsotropicView, require_one_answer
 from dcvit.models.modeling.eva import ARCHITECTURE, FILES, build, create
-from dcvit.models.modeling.shared import DroppedBlock, MlpHalf, TimmModule
+from dcvit.models.modeling.shared import DroppedBlock, MlpSublayer, TimmModule
 from dcvit.models.rebuild import base_of, layer_settings, num_params, require_same, timm_type
 
 __all__ = ["EvaView", "PlacedBlock"]
@@ -62,7 +62,7 @@ class EvaView(IsotropicView):
 
     Modifications:
         - a compressed block (`CompressedBlock`) loses `norm1`, `attn` with its position biases, `gamma_1` and
-          `drop_path1`, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped; of a
+          `drop_path1`, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden units that are dropped; of a
           SwiGLU both gate and value; its `gamma_2` is called `ls2.gamma`;
         - a pruned block loses those rows and columns alone;
         - a dropped block becomes a `DroppedBlock`;
@@ -90,7 +90,7 @@ class EvaView(IsotropicView):
         require_one_answer(self.model)
         for i, block in enumerate(self.model.blocks):
             if type(block) not in (EvaBlock, EvaBlockPostNorm, BeitBlock) and not isinstance(
-                block, (MlpHalf, DroppedBlock)
+                block, (MlpSublayer, DroppedBlock)
             ):
                 raise UnsupportedModelError(
                     f"blocks.{i} is a {type(block).__qualname__}; supported are timm's EvaBlock, EvaBlockPostNorm and "
@@ -126,12 +126,12 @@ class EvaView(IsotropicView):
     def fuse(self) -> None:
         """Leave the model as it is: dcvit has no op for attention with positions."""
 
-    def halves(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+    def sublayers(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
         module = self.model.blocks[block]
         if type(module) not in (EvaBlock, BeitBlock):  # in others the norms lie behind attention and MLP
             return None
         with torch.no_grad():
-            return partial(_attention_half, module, _places(self.model)[block]), CompressedBlock(module)
+            return partial(_attention_sublayer, module, _places(self.model)[block]), CompressedBlock(module)
 
     def _block_costs(self) -> tuple[list[BlockCost], int]:
         tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
@@ -209,7 +209,7 @@ def _places(model: TimmModule) -> list[Places]:
     return [{"rope": rope[block] if model.rope_mixed else rope} for block in range(len(model.blocks))]
 
 
-def _attention_half(block: TimmModule, places: Places, x: Tensor) -> Tensor:
+def _attention_sublayer(block: TimmModule, places: Places, x: Tensor) -> Tensor:
     """The first half of a block, x + gamma_1 ⊙ attn(norm1(x))."""
     mixed: Tensor = block.attn(block.norm1(x), **places)
     return x + block.drop_path1(mixed if block.gamma_1 is None else block.gamma_1 * mixed)
@@ -218,16 +218,16 @@ def _attention_half(block: TimmModule, places: Places, x: Tensor) -> Tensor:
 def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
     if isinstance(block, DroppedBlock):
         return BlockCost(Cost(), Cost(), Cost(), 0)
-    mlp, node = mlp_half_cost(block, tokens)
+    mlp, unit = mlp_sublayer_cost(block, tokens)
     hidden = block.mlp.fc2.in_features
     if isinstance(block, CompressedBlock):
-        return BlockCost(Cost(), mlp, node, hidden)
+        return BlockCost(Cost(), mlp, unit, hidden)
     layers = [layer for layer in block.attn.modules() if isinstance(layer, nn.Linear)]
     macs = tokens * sum(layer.weight.numel() for layer in layers)
     params = num_params(block.norm1) + num_params(block.attn)
     if getattr(block, "gamma_1", None) is not None:
         params += block.gamma_1.numel()
-    return BlockCost(Cost(macs, 2 * tokens * tokens * block.attn.proj.in_features, params), mlp, node, hidden)
+    return BlockCost(Cost(macs, 2 * tokens * tokens * block.attn.proj.in_features, params), mlp, unit, hidden)
 
 
 @register_model

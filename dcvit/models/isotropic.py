@@ -15,7 +15,7 @@ from dcvit.costs import BlockCost, Cost, ModelCost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView, OutputLayer
 from dcvit.models.blocks import CompressedBlock
-from dcvit.models.modeling.shared import POST_NORM, DroppedBlock, TimmModule, keep_hidden_nodes, layer_scale
+from dcvit.models.modeling.shared import POST_NORM, DroppedBlock, TimmModule, keep_hidden_units, layer_scale
 from dcvit.models.rebuild import num_params, rebuilt, saved_config
 
 __all__ = ["IsotropicView"]
@@ -31,7 +31,7 @@ class IsotropicView(ModelView):
     architecture: str
     removed = "attention"
     keeps_ends = True
-    pointwise_nodes = True
+    pointwise_units = True
     mac_weight = 1.0
 
     def input_size(self) -> tuple[int, int, int]:
@@ -105,17 +105,17 @@ class IsotropicView(ModelView):
 
     def compress_block(self, block: int, kept: Sequence[int]) -> None:
         module = self.model.blocks[block]
-        keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
+        keep_hidden_units(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
         self.model.blocks[block] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
 
     def prune_block(self, block: int, kept: Sequence[int]) -> None:
-        keep_hidden_nodes(self.model.blocks[block].mlp, torch.as_tensor(kept, dtype=torch.int64))
+        keep_hidden_units(self.model.blocks[block].mlp, torch.as_tensor(kept, dtype=torch.int64))
 
     def prune_obstacle(self, block: int) -> str | None:
-        return None if self.hidden_features(block) else "has no hidden nodes"
+        return None if self.hidden_features(block) else "has no hidden units"
 
     def hidden_filters(self, block: int) -> Tensor:
-        # A SwiGLU makes a hidden node of gate and value.
+        # A SwiGLU makes a hidden unit of gate and value.
         mlp = self.model.blocks[block].mlp
         if type(mlp) is SwiGLU:
             return torch.cat([mlp.fc1_g.weight, mlp.fc1_x.weight], dim=1)

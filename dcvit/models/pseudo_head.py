@@ -26,22 +26,22 @@ __all__ = ["class_logits", "num_classes"]
 
 def num_classes(model: nn.Module) -> int:
     """Classes that a model tells apart: its head's, or those of the random head, one for each feature."""
-    adapter = compressible(model)
-    classes = adapter.num_classes()
+    view = compressible(model)
+    classes = view.num_classes()
     if classes > 1:
         return classes
-    channels, height, width = adapter.input_size()
+    channels, height, width = view.input_size()
     blank = next(model.parameters()).new_zeros(1, channels, height, width)
     with torch.no_grad():
-        return int(adapter.features(adapter.tokens(blank)).shape[-1])
+        return int(view.features(view.tokens(blank)).shape[-1])
 
 
 def class_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """Class logits `[B, K]` from output tokens `[B, N, D]`, through the model's head or the random one."""
-    adapter = compressible(model)
-    if adapter.num_classes() > 1:
-        return adapter.logits(tokens)
-    features = adapter.features(tokens)
+    view = compressible(model)
+    if view.num_classes() > 1:
+        return view.logits(tokens)
+    features = view.features(tokens)
     width = features.shape[-1]
     logits: Tensor = width**0.5 * F.normalize(features, dim=-1) @ _rotation(width).to(features).T
     return logits

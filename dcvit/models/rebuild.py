@@ -12,7 +12,7 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import CompressedBlock, WholeBlock
-from dcvit.models.modeling.eva import CutBeit
+from dcvit.models.modeling.eva import PrunedBeit
 from dcvit.models.modeling.shared import NORMS, DroppedBlock, TimmModule, require_base
 
 __all__ = [
@@ -151,12 +151,12 @@ def _signature(model: TimmModule) -> dict[str, str]:
 
 def timm_type(module: nn.Module) -> type[nn.Module]:
     """A module's type, as timm has it."""
-    ours: dict[type[nn.Module], type[nn.Module]] = {WholeBlock: Block, CutBeit: Beit}
+    ours: dict[type[nn.Module], type[nn.Module]] = {WholeBlock: Block, PrunedBeit: Beit}
     return ours.get(type(module), type(module))
 
 
 def layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
-    """What differs in a block from a whole one of so many hidden nodes, in transformers' `per_layer_config` keys."""
+    """What differs in a block from a whole one of so many hidden units, in transformers' `per_layer_config` keys."""
     if isinstance(block, DroppedBlock):
         return {"skip": ["attention", "mlp"]}
     hidden = int(block.mlp.fc2.in_features)

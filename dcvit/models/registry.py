@@ -47,7 +47,7 @@ def require_supported(model: nn.Module) -> ModelView:
         UnsupportedModelError: Naming the part: its type, a dtype other than float32 or float64, a device that is
             neither CPU nor CUDA, or more than one of them.
     """
-    adapter = compressible(model)
+    view = compressible(model)
     tensors = [*model.parameters(), *model.buffers()]
     places = {(tensor.dtype, tensor.device) for tensor in tensors if tensor.is_floating_point()}
     if len(places) > 1:
@@ -65,5 +65,5 @@ def require_supported(model: nn.Module) -> ModelView:
             f"The model's parameters are {dtype}: recovery needs full precision, call model.float() first "
             "(the compressed model can be cast back)."
         )
-    adapter.check()
-    return adapter
+    view.check()
+    return view

@@ -1,4 +1,4 @@
-"""Cutting a model: attention and hidden nodes out of a block, or a block out of the model.
+"""Cutting a model: attention and hidden units out of a block, or a block out of the model.
 
 Source: DC-ViT (arXiv 2403.18708). Cuts return a new model and leave the given one alone.
 """
@@ -18,22 +18,22 @@ __all__ = [
     "choose_impl",
     "compress_block",
     "copy_blocks",
-    "cut_block",
-    "draw_kept_nodes",
+    "draw_kept_units",
     "drop_block",
+    "prune_mlp",
+    "pruned_skeleton",
     "share_parameters",
-    "unrecovered",
 ]
 
 
-def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: int) -> tuple[int, ...]:
-    """Which hidden nodes a compressed block keeps: drawn at random, ascending.
+def draw_kept_units(model: nn.Module, block: int, hidden_features: int, seed: int) -> tuple[int, ...]:
+    """Which hidden units a compressed block keeps: drawn at random, ascending.
 
     Args:
         model: The original model.
         block: The block, from 0.
-        hidden_features: How many nodes stay.
-        seed: The same seed and block draw the same nodes.
+        hidden_features: How many units stay.
+        seed: The same seed and block draw the same units.
     """
     available = compressible(model).hidden_features(block)
     kept = torch.randperm(available, generator=generator(seed, "kept nodes", block), device="cpu")[:hidden_features]
@@ -42,21 +42,21 @@ def draw_kept_nodes(model: nn.Module, block: int, hidden_features: int, seed: in
 
 def copy_blocks(model: nn.Module, blocks: Collection[int]) -> nn.Module:
     """A copy of a model in which some blocks have parameters of their own, and the others share the model's."""
-    adapter = compressible(model)
-    own = {id(parameter) for block in blocks for parameter in adapter.block(block).parameters()}
+    view = compressible(model)
+    own = {id(parameter) for block in blocks for parameter in view.block(block).parameters()}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
 def compress_block(model: nn.Module, block: int, kept: Sequence[int], impl: Impl = "auto") -> nn.Module:
-    """A copy of the model in which one block has no attention and only the hidden nodes `kept`."""
+    """A copy of the model in which one block has no attention and only the hidden units `kept`."""
     student = copy.deepcopy(model)
     compressible(student).compress_block(block, kept)
     choose_impl(student, impl)
     return student
 
 
-def cut_block(model: nn.Module, block: int, kept: Sequence[int], impl: Impl, *, keep_attention: bool) -> None:
-    """Remove from a block, in place, all hidden nodes but `kept`, and its attention unless that is kept."""
+def prune_mlp(model: nn.Module, block: int, kept: Sequence[int], impl: Impl, *, keep_attention: bool) -> None:
+    """Remove from a block, in place, all hidden units but `kept`, and its attention unless that is kept."""
     view = compressible(model)
     (view.prune_block if keep_attention else view.compress_block)(block, kept)
     choose_impl(model, impl)
@@ -77,12 +77,12 @@ def drop_block(model: nn.Module, block: int) -> nn.Module:
     return student
 
 
-def unrecovered(model: nn.Module, hidden_features: Mapping[int, int]) -> nn.Module:
+def pruned_skeleton(model: nn.Module, hidden_features: Mapping[int, int]) -> nn.Module:
     """A model of a compressed structure, for figures that its weights do not change: time and memory.
 
     Args:
         model: The original; what stays of it is shared, not copied.
-        hidden_features: How many hidden nodes each compressed block keeps, by block; the first ones are taken.
+        hidden_features: How many hidden units each compressed block keeps, by block; the first ones are taken.
     """
     student = copy_blocks(model, ())
     for block, kept in hidden_features.items():

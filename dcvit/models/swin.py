@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView, OutputLayer
-from dcvit.models.blocks import CompressedBlock, mlp_half_cost
-from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule, keep_hidden_nodes
+from dcvit.models.blocks import CompressedBlock, mlp_sublayer_cost
+from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule, keep_hidden_units
 from dcvit.models.modeling.swin import ARCHITECTURE, build, create, swin_places
 from dcvit.models.rebuild import layer_settings, named_key, norm_spec, num_params, rebuilt, require_same, saved_config
 
@@ -33,7 +33,7 @@ class SwinView(ModelView):
 
     Modifications:
         - a compressed block (`CompressedBlock`) loses its attention with `norm1`, so it has no windows, no shift and no
-          padding, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped;
+          padding, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden units that are dropped;
         - a dropped block becomes a `DroppedBlock`;
         - a pruned block loses those rows and columns alone;
         - everything else, patch merging and parameter names included, stays.
@@ -45,7 +45,7 @@ class SwinView(ModelView):
     source = "arXiv 2103.14030, 2111.09883"
     removed = "attention"
     keeps_ends = True
-    pointwise_nodes = True
+    pointwise_units = True
     mac_weight = 1.0
 
     @property
@@ -159,15 +159,15 @@ class SwinView(ModelView):
     def compress_block(self, block: int, kept: Sequence[int]) -> None:
         blocks, index = swin_places(self.model)[block]
         module = blocks[index]
-        keep_hidden_nodes(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
+        keep_hidden_units(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
         blocks[index] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
 
     def prune_block(self, block: int, kept: Sequence[int]) -> None:
         blocks, index = swin_places(self.model)[block]
-        keep_hidden_nodes(blocks[index].mlp, torch.as_tensor(kept, dtype=torch.int64))
+        keep_hidden_units(blocks[index].mlp, torch.as_tensor(kept, dtype=torch.int64))
 
     def prune_obstacle(self, block: int) -> str | None:
-        return None if self.hidden_features(block) else "has no hidden nodes"
+        return None if self.hidden_features(block) else "has no hidden units"
 
     def hidden_filters(self, block: int) -> Tensor:
         module: TimmModule = self.block(block)
@@ -189,7 +189,7 @@ class SwinView(ModelView):
         module: nn.Module = blocks[index]
         return module
 
-    def halves(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+    def sublayers(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
         module: TimmModule = self.block(block)
         if not isinstance(module, SwinTransformerBlock):
             return None
@@ -316,7 +316,7 @@ def _width(stage: TimmModule) -> int:
 def _ratio(stage: TimmModule, largest: int) -> float:
     """The `mlp_ratio` of a stage's widest block.
 
-    Half a node of a stage with `largest` channels more, so that timm's int(dim * ratio) does not lose one to rounding.
+    Half a unit of a stage with `largest` channels more, so that timm's int(dim * ratio) does not lose one to rounding.
     """
     widths = [block.mlp.fc1.out_features for block in stage.blocks if not isinstance(block, DroppedBlock)]
     return max(widths, default=0) / _width(stage) + 0.5 / largest
@@ -325,10 +325,10 @@ def _ratio(stage: TimmModule, largest: int) -> float:
 def _block_cost(block: TimmModule, grid: tuple[int, int]) -> BlockCost:
     if isinstance(block, DroppedBlock):
         return BlockCost(Cost(), Cost(), Cost(), 0)
-    mlp, node = mlp_half_cost(block, grid[0] * grid[1])
+    mlp, unit = mlp_sublayer_cost(block, grid[0] * grid[1])
     hidden, width = block.mlp.fc2.in_features, block.mlp.fc2.out_features
     if isinstance(block, CompressedBlock):
-        return BlockCost(Cost(), mlp, node, hidden)
+        return BlockCost(Cost(), mlp, unit, hidden)
     attn, area = block.attn, block.window_size[0] * block.window_size[1]
     windows = 1
     for side, window in zip(grid, block.window_size, strict=True):
@@ -341,7 +341,7 @@ def _block_cost(block: TimmModule, grid: tuple[int, int]) -> BlockCost:
         offsets = (2 * block.window_size[0] - 1) * (2 * block.window_size[1] - 1)
         macs += sum(offsets * layer.weight.numel() for layer in attn.cpb_mlp if isinstance(layer, nn.Linear))
     params = num_params(block.norm1) + num_params(attn)
-    return BlockCost(Cost(macs, 2 * windows * area * area * inner, params), mlp, node, hidden)
+    return BlockCost(Cost(macs, 2 * windows * area * area * inner, params), mlp, unit, hidden)
 
 
 @register_model

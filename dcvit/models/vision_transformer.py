@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost, linear_cost
 from dcvit.errors import UnsupportedModelError
-from dcvit.models.blocks import CompressedBlock, MlpHalf, WholeBlock, attention_half, mlp_half_cost
+from dcvit.models.blocks import CompressedBlock, MlpSublayer, WholeBlock, attention_sublayer, mlp_sublayer_cost
 from dcvit.models.isotropic import IsotropicView, require_one_answer
 from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule
 from dcvit.models.modeling.variations import (
@@ -60,7 +60,7 @@ class VisionTransformerView(IsotropicView):
 
     Modifications:
         - a compressed block (`CompressedBlock`) loses `norm1`, `attn`, `ls1` and `drop_path1`, and the rows of
-          `mlp.fc1` and columns of `mlp.fc2` of the hidden nodes that are dropped; of a SwiGLU both gate and value;
+          `mlp.fc1` and columns of `mlp.fc2` of the hidden units that are dropped; of a SwiGLU both gate and value;
         - a pruned block loses those rows and columns alone;
         - a dropped block becomes a `DroppedBlock`;
         - a block may lose heads, have a `ConvolutionalAttention` for its attention, and become a `FusingBlock` behind
@@ -116,11 +116,11 @@ class VisionTransformerView(IsotropicView):
             if type(block) is Block and not block._forward_hooks and not block._forward_pre_hooks:
                 self.model.blocks[i] = WholeBlock(block)
 
-    def halves(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
+    def sublayers(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
         module = self.model.blocks[block]
         if not isinstance(module, (Block, WholeBlock)):
             return None
-        return partial(attention_half, module), CompressedBlock(module)
+        return partial(attention_sublayer, module), CompressedBlock(module)
 
     def _model_args(self) -> dict[str, Any]:
         """The constructor arguments of a model, read off its modules, as values for JSON.
@@ -147,7 +147,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
     whole = [b for b in model.blocks if timm_type(b) in BLOCKS.values() or isinstance(b, MADE_OF_BLOCKS)]
     for i, block in enumerate(model.blocks):
-        if not isinstance(block, (*BLOCKS.values(), MlpHalf, DroppedBlock, *MADE_OF_BLOCKS)):
+        if not isinstance(block, (*BLOCKS.values(), MlpSublayer, DroppedBlock, *MADE_OF_BLOCKS)):
             raise UnsupportedModelError(
                 f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock. "
                 "Where attention and MLP run in parallel or in several branches, the cut is not defined."
@@ -156,7 +156,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
     block = next((b for b in whole if not isinstance(b.attn, ConvolutionalAttention)), whole[0])
     attention = block.attn
-    # Blocks are cut from the widest: what `build` makes loses nodes and gains none.
+    # Blocks are cut from the widest: what `build` makes loses units and gains none.
     mlp = max((b.mlp for b in model.blocks if not isinstance(b, DroppedBlock)), key=lambda mlp: mlp.fc2.in_features)
     intermediate_size = _fc1_features(mlp)
     if model.attn_pool is not None and model.attn_pool.mlp is not None:  # which is as wide as the uncut blocks
@@ -315,7 +315,7 @@ def share_block_weights(model: TimmModule, attention_of: Mapping[int, int], mlp_
 
 
 def _layer_settings(block: TimmModule, widest: int, embed_dim: int) -> dict[str, Any] | None:
-    """What differs in a block from a whole one of so many hidden nodes and so wide an attention, in the key names of
+    """What differs in a block from a whole one of so many hidden units and so wide an attention, in the key names of
     transformers' `per_layer_config`.
     """
     settings = layer_settings(block, widest)
@@ -356,10 +356,10 @@ def _fc1_features(mlp: TimmModule) -> int:
 def _block_cost(block: TimmModule, tokens: int, tokens_after: int) -> BlockCost:
     if isinstance(block, DroppedBlock):
         return BlockCost(Cost(), Cost(), Cost(), 0)
-    mlp_cost, node = mlp_half_cost(block, tokens_after)
+    mlp_cost, unit = mlp_sublayer_cost(block, tokens_after)
     hidden, width = block.mlp.fc2.in_features, block.mlp.fc2.out_features
     if isinstance(block, CompressedBlock):
-        return BlockCost(Cost(), mlp_cost, node, hidden)
+        return BlockCost(Cost(), mlp_cost, unit, hidden)
     attention = block.attn
     inner = attention.num_heads * attention.head_dim
     cost = linear_cost(inner, width, tokens, bias=False)
@@ -374,7 +374,7 @@ def _block_cost(block: TimmModule, tokens: int, tokens_after: int) -> BlockCost:
     if isinstance(block, SharedBlock):
         mixing, looking = _transformation_costs(block, tokens)
         cost, mlp_cost = cost + mixing, mlp_cost + looking
-    return BlockCost(cost, mlp_cost, node, hidden)
+    return BlockCost(cost, mlp_cost, unit, hidden)
 
 
 def _transformation_costs(block: SharedBlock, tokens: int) -> tuple[Cost, Cost]:

@@ -1,4 +1,4 @@
-"""The MLP of a compressed block: d -> kept hidden nodes -> d.
+"""The MLP of a compressed block: d -> kept hidden units -> d.
 
 Source: DC-ViT (arXiv 2403.18708). A compressed block has lost its attention and keeps a part of its MLP, so with the
 LayerNorm in front, LayerScale and the residual this op is all that is left of the block:
@@ -35,7 +35,7 @@ def dropped_mlp(
     residual: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Apply an MLP with exact (erf) GELU of which only some hidden nodes are kept.
+    """Apply an MLP with exact (erf) GELU of which only some hidden units are kept.
 
     Gradients reach every floating input that asks for one; rows of `w1` and `b1` and columns of `w2` that are not kept
     get zeros.
@@ -46,7 +46,7 @@ def dropped_mlp(
         b1: Its bias, `[H]`.
         w2: Second layer, `[E, H]`.
         b2: Its bias, `[E]`.
-        idx: The kept hidden nodes, int64 `[K]`, distinct and in `[0, H)`; `None` keeps all, so K = H.
+        idx: The kept hidden units, int64 `[K]`, distinct and in `[0, H)`; `None` keeps all, so K = H.
         norm_weight: Weight of a LayerNorm in front, `[D]`; `None` leaves the LayerNorm out.
         norm_bias: Its bias, `[D]`.
         norm_eps: Its epsilon.
@@ -157,7 +157,7 @@ def _kept_columns(w2: Tensor, idx: Tensor | None) -> Tensor:
     return w2 if idx is None else w2[:, idx]
 
 
-# Schema, with the kernels and fakes that go with it. M rows, K kept nodes.
+# Schema, with the kernels and fakes that go with it. M rows, K kept units.
 #
 # The forward returns what its backward needs if `save` is set: the pre-activations u [M, K] in the dtype of x, and the
 # rows' mean and 1/std [M, 2] in at least float32 if there is a LayerNorm. What is not saved has no rows.

@@ -13,7 +13,7 @@ from dcvit.data.augment import augment
 from dcvit.data.images import FewShotImages
 from dcvit.models import compressible
 from dcvit.runtime.seeding import generator
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 
 __all__ = ["FEW_ROWS", "HELD_OUT_EVERY", "Holdout", "Rows", "TeacherStates", "Views", "draw_views", "tokens_at"]
 
@@ -64,41 +64,43 @@ class Rows(Holdout):
     """The equations of one block.
 
     Attributes:
-        given: What the student's block gets, `[R, D]`; with what its output layer gets behind that, `[R, D + K]`, where
-            that layer does not see each token alone (see `ModelView.halves`).
-        wanted: What the teacher's block gives, `[R, D]`.
+        inputs: What the student's block gets, `[R, D]`; with what its output layer gets behind that, `[R, D + K]`, where
+            that layer does not see each token alone (see `ModelView.sublayers`).
+        targets: What the teacher's block gives, `[R, D]`.
         held_out: Which rows judge and are not learnt from, `[R]`.
     """
 
-    given: Tensor
-    wanted: Tensor
+    inputs: Tensor
+    targets: Tensor
     held_out: Tensor
 
     @property
-    def inputs(self) -> Tensor:
+    def residual(self) -> Tensor:
         """What the block adds to, `[R, D]`."""
-        return self.given[:, : self.wanted.shape[1]]
+        return self.inputs[:, : self.targets.shape[1]]
 
     @property
-    def nodes(self) -> Tensor:
+    def features(self) -> Tensor:
         """What the output layer gets `[R, K]`, where it is known; else `[R, 0]`."""
-        return self.given[:, self.wanted.shape[1] :]
+        return self.inputs[:, self.targets.shape[1] :]
 
-    def of_nodes(self, kept: Tensor) -> "Rows":
+    def with_features(self, kept: Tensor) -> "Rows":
         """The same for a block that keeps only some inputs of its output layer, by index."""
-        if not self.nodes.shape[1]:
+        if not self.features.shape[1]:
             return self
-        return Rows(torch.cat([self.inputs, self.nodes[:, kept.to(self.given.device)]], 1), self.wanted, self.held_out)
+        return Rows(
+            torch.cat([self.residual, self.features[:, kept.to(self.inputs.device)]], 1), self.targets, self.held_out
+        )
 
     def thinned(self) -> "Rows":
         """At most `FEW_ROWS` of them, drawn at random but always the same."""
-        if len(self.given) <= FEW_ROWS:
+        if len(self.inputs) <= FEW_ROWS:
             return self
-        return Rows(*_thinned(self.given, self.wanted, self.held_out))
+        return Rows(*_thinned(self.inputs, self.targets, self.held_out))
 
 
 FEW_ROWS = 16384
-"""Rows that suffice to choose nodes, whose products are the most expensive ones, and to try a block."""
+"""Rows that suffice to choose units, whose products are the most expensive ones, and to try a block."""
 
 
 def tokens_at(tokens: Tensor, places: Tensor) -> Tensor:
@@ -113,19 +115,19 @@ class Views(Holdout):
     Attributes:
         images: The few-shot images, then random views of them: `[V, C, H, W]`, normalised. Read them in parts.
         held_out: Which views are of held-out images, `[V]`.
-        lots: Random numbers, one for each token before the first block, `[V, N]`: those of the largest are drawn.
+        keys: Random numbers, one for each token before the first block, `[V, N]`: those of the largest are drawn.
         num_tokens: S, how many tokens of a view serve as equations; all where there are fewer.
     """
 
-    images: Stack
+    images: SpilledBuffer
     held_out: Tensor
-    lots: Tensor
+    keys: Tensor
     num_tokens: int
 
     def places(self, available: int, views: slice = slice(None)) -> Tensor:
         """Which of so many tokens are chosen `[V, S]`, of all views or some; later stages have fewer than the first."""
         # The places of the largest of random numbers are a draw without replacement.
-        return self.lots[views, :available].topk(min(self.num_tokens, available)).indices
+        return self.keys[views, :available].topk(min(self.num_tokens, available)).indices
 
     def rows(self, tokens: Tensor, views: slice = slice(None)) -> Tensor:
         """The chosen tokens `[V·S, D]` of all tokens `[V, N, D]`, of all views or some."""
@@ -178,58 +180,58 @@ class TeacherStates:
         keep_output: bool = False,
         context: RunContext = STANDALONE,
     ) -> None:
-        adapter, ranks, progress = compressible(teacher), context.ranks, context.progress
-        depth = adapter.num_blocks()
+        view, processes, progress = compressible(teacher), context.processes, context.progress
+        depth = view.num_blocks()
         self._held_out = views.held_out
-        given, wanted = [Stack() for _ in range(depth)], [Stack() for _ in range(depth)]
-        halves = {block: found for block in prunable if (found := adapter.halves(block)) is not None}
-        between = {block: Stack() for block in halves}
-        outputs = Stack()
+        inputs, targets = [SpilledBuffer() for _ in range(depth)], [SpilledBuffer() for _ in range(depth)]
+        sublayers = {block: found for block in prunable if (found := view.sublayers(block)) is not None}
+        between = {block: SpilledBuffer() for block in sublayers}
+        outputs = SpilledBuffer()
         count = len(views.images)
-        firsts, counts = ranks.batches(count, batch_size)
+        firsts, counts = processes.batches(count, batch_size)
         progress("views", 0, count, None)
         with torch.no_grad():
             for first in firsts:
                 part = slice(first, first + batch_size)
-                state = adapter.embed(views.images[part])
+                state = view.embed(views.images[part])
                 for block in range(depth):
-                    prepared = adapter.prepare(state, block)
+                    prepared = view.prepare(state, block)
                     # Where nothing lies between two blocks, what one takes is what the other gave, and kept once.
                     if block == 0 or prepared is not state:
-                        given[block].append(views.rows(adapter.as_tokens(prepared), part))
-                    if block in halves:
-                        attention, mlp = halves[block]
+                        inputs[block].append(views.rows(view.as_tokens(prepared), part))
+                    if block in sublayers:
+                        attention, mlp = sublayers[block]
                         middle = attention(prepared)
-                        between[block].append(views.few_rows(adapter.as_tokens(middle), part))
+                        between[block].append(views.few_rows(view.as_tokens(middle), part))
                         state = mlp(middle)
                     else:
-                        state = adapter.run_blocks(state, block, block + 1)
-                    wanted[block].append(views.rows(adapter.as_tokens(state), part))
+                        state = view.run_blocks(state, block, block + 1)
+                    targets[block].append(views.rows(view.as_tokens(state), part))
                 if keep_output:
-                    outputs.append(adapter.final_norm(state))
+                    outputs.append(view.final_norm(state))
                 progress("views", min(first + batch_size, count), count, None)
 
-        self._wanted = [ranks.gathered(stack, counts) for stack in wanted]
-        self._given = [
-            ranks.gathered(stack, counts) if len(stack) else self._wanted[block - 1]
-            for block, stack in enumerate(given)
+        self._targets = [processes.gathered(buffer, counts) for buffer in targets]
+        self._inputs = [
+            processes.gathered(buffer, counts) if len(buffer) else self._targets[block - 1]
+            for block, buffer in enumerate(inputs)
         ]
-        self._between = {block: ranks.gathered(stack, counts) for block, stack in between.items()}
-        self.output = ranks.gathered(outputs, counts) if keep_output else None
+        self._between = {block: processes.gathered(buffer, counts) for block, buffer in between.items()}
+        self.output = processes.gathered(outputs, counts) if keep_output else None
 
-    def rows(self, block: int, given: Tensor | None = None, *, few: bool = False) -> Rows:
+    def rows(self, block: int, inputs: Tensor | None = None, *, few: bool = False) -> Rows:
         """The equations of a block.
 
         Args:
             block: The block, from 0.
-            given: What a student's block gets, `[R, D]` or `[R, D + K]`; what the teacher's gets if not given.
-            few: `given` has those of `Rows.thinned` alone, and so have the others.
+            inputs: What a student's block gets, `[R, D]` or `[R, D + K]`; what the teacher's gets if not given.
+            few: `inputs` has those of `Rows.thinned` alone, and so have the others.
         """
-        wanted = self._wanted[block][:]
-        held_out = self._held_out.repeat_interleave(len(wanted) // len(self._held_out))
+        targets = self._targets[block][:]
+        held_out = self._held_out.repeat_interleave(len(targets) // len(self._held_out))
         if few:
-            wanted, held_out = _thinned(wanted, held_out)
-        return Rows(self._given[block][:] if given is None else given, wanted, held_out)
+            targets, held_out = _thinned(targets, held_out)
+        return Rows(self._inputs[block][:] if inputs is None else inputs, targets, held_out)
 
     def mlp_rows(self, block: int) -> Rows:
         """The equations of the MLP of a prunable block alone, thinned.
@@ -239,7 +241,7 @@ class TeacherStates:
         """
         return self.rows(block, self._between[block][:], few=True)
 
-    def give_up_mlp_rows(self, blocks: Iterable[int]) -> None:
+    def release_mlp_rows(self, blocks: Iterable[int]) -> None:
         """Free what `mlp_rows` needs of some blocks."""
         for block in blocks:
             self._between.pop(block, None)
@@ -265,19 +267,19 @@ def draw_views(
         held_out_every: One image of so many is held out, drawn at random.
     """
     count, augmentation = len(images), config.augmentation
-    wanted = config.num_views if num_views is None else num_views
-    folds = 0 if augmentation is None else max(0, wanted // count - 1)
+    total = config.num_views if num_views is None else num_views
+    folds = 0 if augmentation is None else max(0, total // count - 1)
     # Two of one seed, so that a seed still gives what it gave when torch's global generator drew the views.
     of_views, of_rows = generator(seed, "views"), generator(seed, "views")
     with torch.no_grad():
-        views = Stack([images.normalised])
+        views = SpilledBuffer([images.normalised])
         if augmentation is not None:
             for _ in range(folds):
                 views.append(augment(images, range(count), augmentation, of_views))
-        adapter = compressible(teacher)
-        available = adapter.as_tokens(adapter.embed(images.normalised[:1])).shape[1]
-        lots = torch.rand(len(views), available, generator=of_rows, dtype=torch.float32)
+        view = compressible(teacher)
+        available = view.as_tokens(view.embed(images.normalised[:1])).shape[1]
+        keys = torch.rand(len(views), available, generator=of_rows, dtype=torch.float32)
         held_out = torch.zeros(count, dtype=torch.bool)
         held_out[torch.randperm(count, generator=of_rows)[1::held_out_every]] = True
     device = images.normalised.device
-    return Views(views, held_out.repeat(folds + 1).to(device), lots.to(device), max(1, config.num_rows // len(views)))
+    return Views(views, held_out.repeat(folds + 1).to(device), keys.to(device), max(1, config.num_rows // len(views)))

@@ -1,4 +1,4 @@
-"""Steps 2 and 5: token mimicking, which makes a cut student behave like its teacher again.
+"""Steps 2 and 5: token distillation, which makes a cut student behave like its teacher again.
 
 Source: DC-ViT (arXiv 2403.18708). The loss is the mean squared error between all output tokens of student and teacher
 after the final norm; only the front part of the student is updated, which is both more accurate than updating
@@ -26,8 +26,8 @@ from dcvit.history import Recovery
 from dcvit.models import compressible
 from dcvit.models.surgery import share_parameters
 from dcvit.models.teacher import evaluating
-from dcvit.ops import Impl, mimic_loss
-from dcvit.runtime.distributed import Ranks
+from dcvit.ops import Impl, distillation_loss
+from dcvit.runtime.distributed import ProcessGroup
 from dcvit.runtime.optim import least, warmup_cosine
 from dcvit.runtime.process_state import own_state
 from dcvit.runtime.seeding import generator
@@ -37,12 +37,12 @@ __all__ = [
     "Selection",
     "Tail",
     "find_learning_rate",
-    "mimicking_loss",
     "output_tokens",
     "recover",
     "recover_together",
     "require_tokens",
     "split_held_out",
+    "token_loss",
     "updated_parameters",
 ]
 
@@ -133,23 +133,25 @@ def recover_together(
     """
     mark = time.perf_counter()
     require_tokens(teacher, config)
-    impl, ranks, progress = context.impl, context.ranks, context.progress
-    runs = [_Run(candidate, teacher, config, ranks) for candidate in candidates]
+    impl, processes, progress = context.impl, context.processes, context.progress
+    runs = [_Run(candidate, teacher, config, processes) for candidate in candidates]
     running = runs
     drawing = context.generator("recovery")
     with evaluating(teacher):
         views = _Views(teacher, images, {run.start for run in runs}, config, drawing)
         weight = _token_weight(views.targets, config)
-        before = [mimicking_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
+        before = [token_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
         progress(stage, 0, config.epochs, None)
         for epoch in range(config.epochs):
             for run in running:
                 run.begin_epoch(warmup_cosine(epoch, config.epochs, config.warmup_epochs))
             for indices in torch.randperm(len(images), generator=drawing).split(config.batch_size):
-                mine, share = ranks.batch(torch.arange(len(indices)))
+                mine, share = processes.batch(torch.arange(len(indices)))
                 batch = views.of(epoch, indices.tolist(), mine.tolist())
                 for first in range(0, len(running), config.lock_step):
-                    _step(running[first : first + config.lock_step], batch, weight, impl, share, config.at_once)
+                    _step(
+                        running[first : first + config.lock_step], batch, weight, impl, share, config.micro_batch_size
+                    )
             for run in running:
                 run.end_epoch(len(images))
             mark = _charge(running, mark)
@@ -159,7 +161,7 @@ def recover_together(
                 running = [run for i, run in enumerate(runs) if i in going]
     for run in runs:
         run.student.requires_grad_(False)
-    after = [mimicking_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
+    after = [token_loss(run.student, views.targets, images, config, impl=impl) for run in runs]
     _charge(runs, mark)
     return tuple(
         Recovery(loss_before, loss_after, tuple(run.losses), run.peak, run.seconds)
@@ -178,7 +180,9 @@ class _Run:
         seconds: So far.
     """
 
-    def __init__(self, candidate: Candidate, teacher: nn.Module, config: DistillationConfig, ranks: Ranks) -> None:
+    def __init__(
+        self, candidate: Candidate, teacher: nn.Module, config: DistillationConfig, processes: ProcessGroup
+    ) -> None:
         rate = config.learning_rate if candidate.learning_rate is None else candidate.learning_rate
         if rate == "auto":
             raise ValueError("learning_rate='auto': recover needs a number, find_learning_rate finds one.")
@@ -190,8 +194,8 @@ class _Run:
         self.start = _shared_prefix(self.student, teacher, updated)
         self.losses: list[float] = []
         self.seconds = 0.0
-        self._tail = ranks.parallel(Tail(self.student, self.start or None))
-        self._ranks = ranks
+        self._tail = processes.parallel(Tail(self.student, self.start or None))
+        self._processes = processes
         self._optimizer = torch.optim.AdamW(updated, lr=rate, weight_decay=config.weight_decay, fused=True)
         self._total: Tensor | float = 0.0
 
@@ -203,7 +207,7 @@ class _Run:
 
     def tokens(self, batch: "_Batch") -> Tensor:
         """Output tokens `[B, N, D]`."""
-        tokens: Tensor = self._tail(batch.given[self.start])
+        tokens: Tensor = self._tail(batch.inputs[self.start])
         return tokens
 
     def step(self, loss: Tensor, num_images: int) -> None:
@@ -215,7 +219,7 @@ class _Run:
     def end_epoch(self, num_images: int) -> None:
         """Note the epoch's loss."""
         total = torch.tensor([float(self._total)], dtype=torch.float64)
-        self._ranks.sum(total)
+        self._processes.sum(total)
         self.losses.append(float(total) / num_images)
 
 
@@ -231,19 +235,19 @@ class Tail(nn.Module):
         super().__init__()
         self.model, self.first = model, first
 
-    def forward(self, given: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Output tokens `[B, N, D]`."""
-        adapter = compressible(self.model)
+        view = compressible(self.model)
         if self.first is None:
-            return adapter.tokens(given)
-        tokens = adapter.run_blocks(given, self.first, adapter.num_blocks())
-        return adapter.final_norm(tokens)
+            return view.tokens(inputs)
+        tokens = view.run_blocks(inputs, self.first, view.num_blocks())
+        return view.final_norm(tokens)
 
 
 def _shared_prefix(student: nn.Module, teacher: nn.Module, updated: Sequence[nn.Parameter]) -> int:
     """How many of the student's first blocks, with the stem before them, are the teacher's and not updated."""
-    adapter, changing = compressible(student), {id(parameter) for parameter in updated}
-    depth = adapter.num_blocks()
+    view, changing = compressible(student), {id(parameter) for parameter in updated}
+    depth = view.num_blocks()
     for block in range(depth):
         ours, theirs = (compressible(model).parameters(block, block) for model in (student, teacher))
         if len(ours) != len(theirs) or any(id(parameter) in changing for parameter in ours):
@@ -258,24 +262,24 @@ class _Batch:
     """Some views.
 
     Attributes:
-        given: What a student takes that is computed from a block on, by block: the views `[B, C, H, W]` from 0 on,
+        inputs: What a student takes that is computed from a block on, by block: the views `[B, C, H, W]` from 0 on,
             else the teacher's tokens before the block, `[B, N, D]`.
         target: The teacher's output tokens, `[B, N, D]`.
     """
 
-    given: Mapping[int, Tensor]
+    inputs: Mapping[int, Tensor]
     target: Tensor
 
     def of(self, chosen: Sequence[int]) -> "_Batch":
         """The chosen ones of them."""
         index = torch.tensor(chosen, dtype=torch.long, device=self.target.device)
-        return _Batch({start: values[index] for start, values in self.given.items()}, self.target[index])
+        return _Batch({start: values[index] for start, values in self.inputs.items()}, self.target[index])
 
     def split(self, count: int) -> "list[_Batch]":
         """All of them in parts of so many."""
         parts = range(0, len(self.target), count)
         return [
-            _Batch({start: values[i : i + count] for start, values in self.given.items()}, self.target[i : i + count])
+            _Batch({start: values[i : i + count] for start, values in self.inputs.items()}, self.target[i : i + count])
             for i in parts
         ]
 
@@ -311,7 +315,7 @@ class _Views:
             self._fixed = [self._see(images.normalised)]
             self.targets = self._fixed[0].target
             return
-        self.targets = output_tokens(teacher, images.normalised, config.at_once)
+        self.targets = output_tokens(teacher, images.normalised, config.micro_batch_size)
         if config.fixed_views is not None:
             count = min(config.fixed_views, config.epochs)
             self._fixed = [self._see(augment(images, everyone, augmentation, drawing)) for _ in range(count)]
@@ -330,7 +334,7 @@ class _Views:
         depth = teacher.num_blocks()
         kept: dict[int, list[Tensor]] = {start: [] for start in self._starts}
         outputs: list[Tensor] = []
-        for images in views.split(self._config.at_once):
+        for images in views.split(self._config.micro_batch_size):
             tokens, at = teacher.embed(images), 0
             for start in self._starts:
                 tokens, at = teacher.run_blocks(tokens, at, start), start
@@ -340,7 +344,9 @@ class _Views:
 
 
 @torch.enable_grad()
-def _step(runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl, share: float, at_once: int) -> None:
+def _step(
+    runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl, share: float, micro_batch_size: int
+) -> None:
     """One gradient step of each student on the same batch; their activations are alive together.
 
     Args:
@@ -348,13 +354,13 @@ def _step(runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl
         batch: This rank's part of it.
         weight: Of the tokens.
         impl: Implementation of the ops.
-        share: What the part counts, see `Ranks.batch`.
-        at_once: Views that pass through a student at once.
+        share: What the part counts, see `ProcessGroup.batch`.
+        micro_batch_size: Views that pass through a student at once.
     """
     total, count = batch.target.new_zeros(len(runs)), len(batch.target)
-    for part in batch.split(at_once):
+    for part in batch.split(micro_batch_size):
         tokens = torch.stack([run.tokens(part) for run in runs])
-        losses = mimic_loss(tokens, part.target, weight=weight, impl=impl)
+        losses = distillation_loss(tokens, part.target, weight=weight, impl=impl)
         weighs = len(part.target) / count
         losses.backward(torch.full_like(losses, share * weighs))  # each student's gradient is that of its own loss
         total += weighs * losses.detach()
@@ -398,13 +404,13 @@ def find_learning_rate(
     """
     judged, used = split_held_out(images, context.seed)
     with evaluating(teacher):
-        target = output_tokens(teacher, judged.normalised, config.at_once)
+        target = output_tokens(teacher, judged.normalised, config.micro_batch_size)
     candidates = [Candidate(copy.deepcopy(student), tuple(blocks), rate) for rate in config.learning_rates]
     for candidate in candidates[1:]:
         updated = updated_parameters(candidate.student, blocks, config)
         share_parameters(candidate.student, candidates[0].student, but=updated)
-    recover_together(candidates, teacher, used, config, context.alone(), stage="learning rates")
-    losses = (mimicking_loss(candidate.student, target, judged, config, impl=context.impl) for candidate in candidates)
+    recover_together(candidates, teacher, used, config, context.single_process(), stage="learning rates")
+    losses = (token_loss(candidate.student, target, judged, config, impl=context.impl) for candidate in candidates)
     return least(dict(zip(config.learning_rates, losses, strict=True)))
 
 
@@ -422,12 +428,12 @@ def updated_parameters(student: nn.Module, blocks: Sequence[int], config: Distil
     head lie behind the front and stay as they are. What all blocks share goes with the stem: mixed rotary positions of
     an Eva, the shared position biases of a Beit.
     """
-    adapter = compressible(student)
+    view = compressible(student)
     last = max(blocks) + 1
     if config.updated == "all":
-        return adapter.body_parameters()
+        return view.body_parameters()
     first = 0 if config.updated == "front" else max(0, min(blocks) - 1)
-    return adapter.parameters(first, last)
+    return view.parameters(first, last)
 
 
 def require_tokens(teacher: nn.Module, config: DistillationConfig) -> None:
@@ -452,14 +458,14 @@ def _token_weight(targets: Tensor, config: DistillationConfig) -> Tensor | None:
 @torch.no_grad()
 def output_tokens(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """Output tokens `[N, T, D]` of a model for images `[N, C, H, W]`, without gradients."""
-    adapter = compressible(model)
-    return torch.cat([adapter.tokens(batch) for batch in images.split(batch_size)])
+    view = compressible(model)
+    return torch.cat([view.tokens(batch) for batch in images.split(batch_size)])
 
 
 @torch.no_grad()
-def mimicking_loss(
+def token_loss(
     student: nn.Module, targets: Tensor, images: FewShotImages, config: DistillationConfig, *, impl: Impl = "auto"
 ) -> float:
-    """The mimicking loss of a student on the unaugmented images, against the teacher's tokens `[N, T, D]`."""
-    tokens = output_tokens(student, images.normalised, config.at_once)
-    return float(mimic_loss(tokens, targets, weight=_token_weight(targets, config), impl=impl))
+    """The distillation loss of a student on the unaugmented images, against the teacher's tokens `[N, T, D]`."""
+    tokens = output_tokens(student, images.normalised, config.micro_batch_size)
+    return float(distillation_loss(tokens, targets, weight=_token_weight(targets, config), impl=impl))

@@ -1,11 +1,11 @@
-"""Mimicking that cannot harm: gradient steps on the output tokens, judged on held-out images.
+"""Distillation that cannot harm: gradient steps on the output tokens, judged on held-out images.
 
 A reconstructed student is so close to its teacher that a usual learning rate can throw it back for good: on a DINOv2
 ViT-S with a third of its MACs gone, 20 steps of 0.3 % of the weights' size each raised the held-out error by a quarter.
 So the step size is found from the model: short pilot runs of several, then a full run of the best. The held-out views
 judge, and the student that comes out is the best one seen, which may be the one that went in.
 
-The loss is the mimicking loss of all output tokens (DC-ViT, arXiv 2403.18708). Where the head reads but a few of them,
+The loss is the distillation loss of all output tokens (DC-ViT, arXiv 2403.18708). Where the head reads but a few of them,
 a class token for example, these weigh more (`READ_SHARE`). Updated are the blocks from the first compressed one to one
 after the last; what lies in front is computed once.
 """
@@ -25,11 +25,11 @@ from dcvit.config import ReconstructionConfig
 from dcvit.context import STANDALONE, RunContext
 from dcvit.history import Refinement
 from dcvit.models import compressible
-from dcvit.ops import mimic_loss
+from dcvit.ops import distillation_loss
 from dcvit.recovery.calibration import Views
 from dcvit.recovery.distill import Tail
 from dcvit.runtime.optim import Best, descend, pilot_runs, relative_adam, trainable, warmup_cosine
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 
 __all__ = ["Schedule", "num_steps", "refine", "token_weight"]
 
@@ -39,7 +39,7 @@ STEP_SIZES = (1e-3, 3e-3, 1e-2, 3e-2)
 PILOT_SHARE = 8
 """A pilot run takes one step for so many of the full run."""
 
-JUDGEMENTS = 8
+VALIDATIONS = 8
 """How often a full run is judged."""
 
 READ_SHARE = 0.3
@@ -61,7 +61,7 @@ held-out images falls from 0.056 to 0.052 and from 0.092 to 0.080, agreement ris
 93.6 %; about half of it comes from the views. 6000 views are no better.
 """
 
-JUDGED_VIEWS = 100
+VALIDATION_VIEWS = 100
 """Views of held-out images that judge."""
 
 
@@ -70,8 +70,8 @@ def num_steps(model: nn.Module, config: ReconstructionConfig) -> int:
 
     0 where that is less than `FEWEST_STEPS`.
     """
-    adapter = compressible(model)
-    macs = adapter.mac_weight * adapter.cost().total.macs("with_attention_products")
+    view = compressible(model)
+    macs = view.mac_weight * view.cost().total.macs("with_attention_products")
     affordable = config.refinement_macs / (3.0 * macs * config.refinement_batch)  # the backward takes two forwards
     steps = min(config.refinement_steps, int(affordable / (1 + len(STEP_SIZES) / PILOT_SHARE)))
     return steps if steps >= FEWEST_STEPS else 0
@@ -94,7 +94,7 @@ class Schedule:
 def refine(
     student: nn.Module,
     views: Views,
-    wanted: Stack,
+    targets: SpilledBuffer,
     blocks: Sequence[int],
     config: ReconstructionConfig,
     schedule: Schedule,
@@ -105,28 +105,28 @@ def refine(
     Args:
         student: The student.
         views: The images.
-        wanted: The teacher's output tokens for them, `[V, N, D]`.
+        targets: The teacher's output tokens for them, `[V, N, D]`.
         blocks: The compressed blocks.
         config: How.
         schedule: How long.
         context: Its seed orders the views; its ranks share the work, each with all views.
     """
     start, progress = time.perf_counter(), context.progress
-    training = _Training(student, views, wanted, blocks, config, context)
+    training = _Training(student, views, targets, blocks, config, context)
     best = Best(training.module, training.error())
-    before, judgements = best.error, list[tuple[int, float]]()
+    before, validations = best.error, list[tuple[int, float]]()
     with trainable(training.module):
         step_size, promise = training.pilot(schedule)
         if promise < before:
             progress("refinement", 0, schedule.steps, None)
-            for done, found in training.run(step_size, schedule.steps, JUDGEMENTS):
-                judgements.append((done, found))
+            for done, found in training.run(step_size, schedule.steps, VALIDATIONS):
+                validations.append((done, found))
                 best.see(found, done)
                 progress("refinement", done, schedule.steps, best.error)
         else:
             step_size = 0.0
     best.restore()
-    return Refinement(before, best.error, step_size, best.at, time.perf_counter() - start, tuple(judgements))
+    return Refinement(before, best.error, step_size, best.at, time.perf_counter() - start, tuple(validations))
 
 
 class _Training:
@@ -142,44 +142,44 @@ class _Training:
         self,
         student: nn.Module,
         views: Views,
-        wanted: Stack,
+        targets: SpilledBuffer,
         blocks: Sequence[int],
         config: ReconstructionConfig,
         context: RunContext,
     ) -> None:
-        adapter = compressible(student)
-        first, last = min(blocks), min(max(blocks) + 1, adapter.num_blocks() - 1)
-        self.module = nn.ModuleList([adapter.block(block) for block in range(first, last + 1)])
-        self._config, self._context, self._wanted = config, context, wanted
-        self._at_once = min(config.refinement_batch, config.batch_size)
-        self._given = self._in_front(student, views, first)
+        view = compressible(student)
+        first, last = min(blocks), min(max(blocks) + 1, view.num_blocks() - 1)
+        self.module = nn.ModuleList([view.block(block) for block in range(first, last + 1)])
+        self._config, self._context, self._targets = config, context, targets
+        self._micro_batch_size = min(config.refinement_batch, config.batch_size)
+        self._inputs = self._in_front(student, views, first)
         self._tail = Tail(student, first)
-        self._weight = token_weight(student, wanted[:1])
-        self._judged = views.validation[:JUDGED_VIEWS]
+        self._weight = token_weight(student, targets[:1])
+        self._validation = views.validation[:VALIDATION_VIEWS]
         self._used = views.training
         self._origin = copy.deepcopy(self.module.state_dict())
 
     @torch.no_grad()
-    def _in_front(self, student: nn.Module, views: Views, first: int) -> Stack:
+    def _in_front(self, student: nn.Module, views: Views, first: int) -> SpilledBuffer:
         """What the first of the blocks takes of all views."""
-        adapter, ranks = compressible(student), self._context.ranks
-        firsts, counts = ranks.batches(len(views.images), self._at_once)
-        given = Stack()
+        view, processes = compressible(student), self._context.processes
+        firsts, counts = processes.batches(len(views.images), self._micro_batch_size)
+        inputs = SpilledBuffer()
         for place in firsts:
-            tokens = adapter.embed(views.images[place : place + self._at_once])
-            given.append(adapter.run_blocks(tokens, 0, first))
-        return ranks.gathered(given, counts)
+            tokens = view.embed(views.images[place : place + self._micro_batch_size])
+            inputs.append(view.run_blocks(tokens, 0, first))
+        return processes.gathered(inputs, counts)
 
     @torch.no_grad()
     def error(self) -> float:
         """The error on the held-out views."""
-        ranks, wanted, weight = self._context.ranks, self._wanted, self._weight
-        missed = torch.zeros(1, dtype=torch.float64, device=wanted.device)
-        for index in self._judged[ranks.share(len(self._judged))].split(self._at_once):
-            squares = (self._tail(self._given[index]) - wanted[index]).double().square()
+        processes, targets, weight = self._context.processes, self._targets, self._weight
+        missed = torch.zeros(1, dtype=torch.float64, device=targets.device)
+        for index in self._validation[processes.share(len(self._validation))].split(self._micro_batch_size):
+            squares = (self._tail(self._inputs[index]) - targets[index]).double().square()
             missed += (squares if weight is None else squares * weight[:, None]).sum()
-        ranks.sum(missed)
-        return float(missed) / (len(self._judged) * math.prod(wanted.shape[1:]))
+        processes.sum(missed)
+        return float(missed) / (len(self._validation) * math.prod(targets.shape[1:]))
 
     def pilot(self, schedule: Schedule) -> tuple[float, float]:
         """Return the best step size, and the error that its pilot run left; 0 where there is nothing to choose."""
@@ -192,12 +192,12 @@ class _Training:
 
         return pilot_runs(schedule.step_sizes, left, partial(self._context.progress, "pilot runs"))
 
-    def run(self, step_size: float, length: int, judgements: int) -> Iterator[tuple[int, float]]:
+    def run(self, step_size: float, length: int, validations: int) -> Iterator[tuple[int, float]]:
         """Train from the origin; the steps done and the held-out error, at even distances and at the end."""
         self.module.load_state_dict(self._origin)
-        backward = partial(self._backward, self._context.ranks.parallel(self._tail))
+        backward = partial(self._backward, self._context.processes.parallel(self._tail))
         share = partial(warmup_cosine, total=length, warmup=length // 20)
-        marks = {length * (i + 1) // judgements for i in range(judgements)}
+        marks = {length * (i + 1) // validations for i in range(validations)}
         for step in descend(relative_adam(self.module, step_size), islice(self._batches(), length), backward, share):
             if step in marks:
                 yield step, self.error()
@@ -211,10 +211,10 @@ class _Training:
 
     def _backward(self, trained: nn.Module, batch: Tensor) -> None:
         """Add up the gradients of a batch of views."""
-        index, share = self._context.ranks.batch(batch)
+        index, share = self._context.processes.batch(batch)
         for part in index.split(self._config.batch_size):
-            found, wanted = trained(self._given[part]), self._wanted[part]
-            loss = mimic_loss(found, wanted, weight=self._weight, impl=self._context.impl)
+            found, targets = trained(self._inputs[part]), self._targets[part]
+            loss = distillation_loss(found, targets, weight=self._weight, impl=self._context.impl)
             (share * len(part) / len(index) * loss).backward()
 
 

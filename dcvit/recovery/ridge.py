@@ -48,8 +48,8 @@ class NormalEquations:
         """The sums over batches of inputs `[R, K]` and targets `[R, D]`, at least one batch."""
         gram = moment = None
         energy, count = torch.zeros((), dtype=torch.float64), 0
-        for inputs, targets in pairs:
-            for h, y in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
+        for residual, targets in pairs:
+            for h, y in zip(residual.split(CHUNK), targets.split(CHUNK), strict=True):
                 h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
                 products, moments = (h.T @ h).double(), (h.T @ y).double()
                 gram = products if gram is None else gram.add_(products)
@@ -83,14 +83,14 @@ class NormalEquations:
             anchor: W₀ transposed `[K, D]`; zero if not given.
             constant: Whether there is a c; its row is zero otherwise.
         """
-        inputs = self.num_inputs
+        residual = self.num_inputs
         gram, moment = self.gram.clone(), self.moment.clone()
         penalty = self._penalty(ridge)
-        gram.diagonal()[:inputs] += penalty
+        gram.diagonal()[:residual] += penalty
         if anchor is not None:
-            moment[:inputs] += penalty * anchor.double()
+            moment[:residual] += penalty * anchor.double()
         if not constant:
-            gram, moment = gram[:inputs, :inputs], moment[:inputs]
+            gram, moment = gram[:residual, :residual], moment[:residual]
         factor, failed = torch.linalg.cholesky_ex(gram)  # half the work of an LU, but rounding may make it fail
         solution: Tensor = torch.linalg.solve(gram, moment) if int(failed) else torch.cholesky_solve(moment, factor)
         return solution if constant else torch.cat([solution, solution.new_zeros(1, solution.shape[1])])
@@ -163,11 +163,11 @@ def select_inputs(equations: NormalEquations, count: int, ridge: float = 1e-2, *
 
 def _centred(equations: NormalEquations, ridge: float) -> tuple[Tensor, Tensor]:
     """The sums without the constant, penalised, and with few directions of the targets: `[K, K]` and `[K, ≤ D]`."""
-    inputs = equations.num_inputs
+    residual = equations.num_inputs
     # The constant comes first: it is always there.
-    ones, total = equations.gram[:inputs, inputs], equations.gram[inputs, inputs]
-    gram = equations.gram[:inputs, :inputs] - torch.outer(ones, ones) / total
-    moment = equations.moment[:inputs] - torch.outer(ones, equations.moment[inputs]) / total
+    ones, total = equations.gram[:residual, residual], equations.gram[residual, residual]
+    gram = equations.gram[:residual, :residual] - torch.outer(ones, ones) / total
+    moment = equations.moment[:residual] - torch.outer(ones, equations.moment[residual]) / total
     gram.diagonal().add_(equations._penalty(ridge))
     if moment.shape[1] > PRINCIPAL_TARGETS:
         moment = moment @ torch.linalg.eigh(moment.T @ moment).eigenvectors[:, -PRINCIPAL_TARGETS:]
@@ -175,12 +175,12 @@ def _centred(equations: NormalEquations, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def _select_one_by_one(gram: Tensor, moment: Tensor, count: int) -> Tensor:
-    inputs = len(gram)
+    residual = len(gram)
     diagonal = gram.diagonal().clone()
-    floor = 1e-12 * float(diagonal.max()) if inputs else 0.0
-    factor = gram.new_zeros(count, inputs)  # rows of Lᵀ
+    floor = 1e-12 * float(diagonal.max()) if residual else 0.0
+    factor = gram.new_zeros(count, residual)  # rows of Lᵀ
     chosen = torch.empty(count, dtype=torch.int64, device=gram.device)
-    taken = torch.zeros(inputs, dtype=torch.bool, device=gram.device)
+    taken = torch.zeros(residual, dtype=torch.bool, device=gram.device)
     for step in range(count):  # which a GPU is never waited for in
         gain = (moment.square().sum(1) / diagonal).masked_fill_(taken, -1.0)
         pivot = gain.argmax(0, keepdim=True)
@@ -198,14 +198,14 @@ def _select_one_by_one(gram: Tensor, moment: Tensor, count: int) -> Tensor:
 
 def _select_groups(gram: Tensor, moment: Tensor, count: int, size: int) -> Tensor:
     """The same with groups of inputs: the gain of each is that of all its inputs together."""
-    inputs, targets = moment.shape
-    groups = inputs // size
-    places = torch.arange(inputs, device=gram.device).view(groups, size)
+    residual, targets = moment.shape
+    groups = residual // size
+    places = torch.arange(residual, device=gram.device).view(groups, size)
     # What the chosen ones leave of each group: its own products, and those with the targets.
     own = gram[places[:, :, None], places[:, None, :]].clone()
     floor = 1e-12 * own.diagonal(dim1=1, dim2=2).amax()
     left = moment.view(groups, size, targets).clone()
-    factor = gram.new_zeros(count * size, inputs)  # rows of Lᵀ
+    factor = gram.new_zeros(count * size, residual)  # rows of Lᵀ
     chosen: list[int] = []
     taken = torch.zeros(groups, dtype=torch.bool, device=gram.device)
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)

@@ -141,17 +141,17 @@ def block_structure(
     after: Sequence[tuple[bool, int]],
     names: tuple[str, str, str],
 ) -> Svg:
-    """The blocks of two models side by side, the first at the top: attention, and an MLP as wide as its hidden nodes.
+    """The blocks of two models side by side, the first at the top: attention, and an MLP as wide as its hidden units.
 
     What the second lost stands there as an outline.
 
     Args:
         width: Of the drawing.
-        before: Of each block whether it has attention, and its hidden nodes.
+        before: Of each block whether it has attention, and its hidden units.
         after: The same of the second model.
-        names: What attention, MLP and hidden nodes are called.
+        names: What attention, MLP and hidden units are called.
     """
-    mixing, pointwise, nodes = names
+    mixing, pointwise, units = names
     pitch, top = (20, 46) if len(before) <= 16 else (17, 46)
     svg = Svg(width, top + pitch * len(before) + 6, "Architecture before and after compression, block by block")
     margin, gap = 26.0, 16.0
@@ -174,8 +174,8 @@ def block_structure(
                 state = mixing if has else f"{mixing} removed"
                 svg.rect(left, y, attention, size, css if has else "ghost", f"block {block}: {state}")
             if hidden < all_hidden:
-                svg.rect(mlp, y, unit * all_hidden, size, "ghost", f"block {block}: {number(all_hidden)} {nodes}")
-            svg.rect(mlp, y, unit * hidden, size, css, f"block {block}: {number(hidden)} {nodes}")
+                svg.rect(mlp, y, unit * all_hidden, size, "ghost", f"block {block}: {number(all_hidden)} {units}")
+            svg.rect(mlp, y, unit * hidden, size, css, f"block {block}: {number(hidden)} {units}")
     return svg
 
 

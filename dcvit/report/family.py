@@ -65,7 +65,7 @@ def family_page(
     *,
     title: str,
     text: Sequence[str] = (),
-    judged_on: str,
+    evaluated_on: str,
     latency_of: str = "one batch",
     settings: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
@@ -76,7 +76,7 @@ def family_page(
         points: One original, the members of the family, and what they are compared with.
         title: The heading.
         text: What was done, sentences.
-        judged_on: The images behind agreement and top-1, for example `"797 held-out digits"`.
+        evaluated_on: The images behind agreement and top-1, for example `"797 held-out digits"`.
         latency_of: What was timed, for example `"a batch of 64 on two CPU cores"`.
         settings: Of the run, nested as they like.
         versions: Of what computed it.
@@ -97,7 +97,7 @@ def family_page(
     figures = [_figure(ordered, original, cost, quality, latency_of) for cost, quality in pairs]
     sections = [
         Section("The sizes", _summary(ordered, pairs), [_table(ordered, original, pairs)]),
-        Section("Accuracy against cost", [f"Judged on {judged_on}."], figures),
+        Section("Accuracy against cost", [f"Judged on {evaluated_on}."], figures),
     ]
     tables = [
         settings_table(values, name) for name, values in (("Settings", settings), ("Versions", versions)) if values
@@ -127,7 +127,7 @@ def saved_family_page(index: Mapping[str, Any]) -> Page:
             saved.points,
             title=f"{saved.model} in {len(saved.members)} sizes",
             text=[f"Compressed from one search, with {saved.num_images} unlabelled images."],
-            judged_on=saved.judged_on,
+            evaluated_on=saved.evaluated_on,
             settings=saved.settings,
             versions=saved.versions,
         )
@@ -143,7 +143,7 @@ class _Index:
     num_images: int
     members: tuple[Mapping[str, Any], ...]
     points: tuple[FamilyPoint, ...]
-    judged_on: str
+    evaluated_on: str
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
 

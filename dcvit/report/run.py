@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from dcvit.artifacts.card import cut_kind, part_names, shared_weights
+from dcvit.artifacts.card import part_names, pruning_kind, shared_weights
 from dcvit.artifacts.result import (
     FAMILY_FILE,
     REPORT_FILE,
@@ -26,7 +26,7 @@ from dcvit.artifacts.result import (
 )
 from dcvit.artifacts.saving import replace_file
 from dcvit.errors import DcvitError, SaveFolderError
-from dcvit.history import ComparisonRow, ModelFigures, Report, Trial
+from dcvit.history import ComparisonRow, ModelFigures, Probe, Report
 from dcvit.report.charts import (
     Curve,
     Row,
@@ -54,7 +54,7 @@ PIXELATED = 64
 """Images up to this side are shown without loss, pixel by pixel; larger ones as thumbnails of twice the side."""
 
 METRICS = {
-    "mimicking": "relative error of the output tokens",
+    "distillation": "relative error of the output tokens",
     "cross_entropy": "cross-entropy of the class distributions",
 }
 
@@ -100,16 +100,16 @@ def run_page(record: Record) -> Page:
     """The page of a saved result; what the result does not hold is named on it."""
     plan, report = record.plan, record.report
     original, used = (_spent(record, figures) for figures in (report.teacher, report.student))
-    chosen = f"They were chosen among {len(plan.candidates)} candidates" if report.trials else "They were recovered"
-    if report.pruning_trials:
-        tried = f"{len(report.trials)} blocks without their attention and of {len(report.pruning_trials)} with it"
-        chosen = f"They were chosen by trials of {tried},"
+    chosen = f"They were chosen among {len(plan.candidates)} candidates" if report.probes else "They were recovered"
+    if report.pruning_probes:
+        tried = f"{len(report.probes)} blocks without their attention and of {len(report.pruning_probes)} with it"
+        chosen = f"They were chosen by probes of {tried},"
     text = [
         f"{_cut(record)} {chosen} with {report.num_images} unlabelled images{_by_method(report)}. The budget was "
         f"{_budget(record)}; {_figure(used)} are used.",
     ]
-    trials = _trials(record) if report.trials else None
-    sections = [_comparison(record), trials, _architecture(record), _recovery(record), _proxy_set(record)]
+    probes = _probes(record) if report.probes else None
+    sections = [_comparison(record), probes, _architecture(record), _recovery(record), _proxy_set(record)]
     return Page(
         title=f"{report.model}, compressed to {100 * used / original:.1f}\N{NO-BREAK SPACE}% of its {_unit(record)}",
         text=text,
@@ -127,7 +127,7 @@ def _cut(record: Record) -> str:
         return f"Behind the attention of these blocks a share of the patch tokens goes on: {listed}."
     if shared := shared_weights(record.values["plan"]):
         return f"Weights are shared: {'; '.join(shared)}."
-    if cut_kind(record.values) == "dropped":
+    if pruning_kind(record.values) == "dropped":
         return f"These blocks were dropped whole: {', '.join(map(str, sorted(plan.blocks)))}."
     told = []
     if plan.kept_heads:
@@ -138,13 +138,13 @@ def _cut(record: Record) -> str:
         (f"lost their {names.mixing}", [block for block in sorted(plan.blocks) if block not in plan.pruned]),
         ("have a convolution in the place of their attention", plan.convolved),
         (
-            f"lost {names.nodes} and keep their {names.mixing}",
+            f"lost {names.units} and keep their {names.mixing}",
             [block for block in plan.pruned if block not in plan.convolved],
         ),
     ):
         if blocks:
-            listed = ", ".join(f"{block} ({len(plan.kept_nodes[block]):,})" for block in blocks)
-            told.append(f"These blocks {lost} ({names.nodes} that each keeps): {listed}.")
+            listed = ", ".join(f"{block} ({len(plan.kept_units[block]):,})" for block in blocks)
+            told.append(f"These blocks {lost} ({names.units} that each keeps): {listed}.")
     return f"{' '.join(told)} The drop ratio is {plan.drop_ratio:.3f}."
 
 
@@ -172,9 +172,13 @@ def _tiles(record: Record) -> Iterator[Tile]:
         yield Tile("top-1", f"{after:.2f} %", f"original {before:.2f} %, {judged}")
     if report.refinement is not None:
         detail = "mean squared, output tokens, on held-out views"
-        yield Tile("mimicking error", number(report.refinement.error_after), detail)
+        yield Tile("distillation error", number(report.refinement.error_after), detail)
     else:
-        yield Tile("mimicking error", number(report.mimic_loss), "mean squared, output tokens, on the few-shot images")
+        yield Tile(
+            "distillation error",
+            number(report.distillation_loss),
+            "mean squared, output tokens, on the few-shot images",
+        )
 
 
 def _comparison(record: Record) -> Section | None:
@@ -227,7 +231,7 @@ def _comparison(record: Record) -> Section | None:
     sets = "one few-shot set" if seeds == 1 else f"{seeds} few-shot sets"
     text = [
         f"On images held out, from {record.report.num_images} unlabelled images a set, over {sets}. The smaller models "
-        "cost the same to within a hidden node. All that follows is of the first set."
+        "cost the same to within a hidden unit. All that follows is of the first set."
     ]
     return Section(
         "Methods compared",
@@ -287,22 +291,22 @@ def _compared(record: Record) -> Sequence[_Compared]:
     return found
 
 
-def _trials(record: Record) -> Section:
+def _probes(record: Record) -> Section:
     """How well each candidate recovers, and which were chosen."""
     plan, report = record.plan, record.report
     chosen = set(plan.blocks) - set(plan.pruned)
     metric = METRICS.get(str(_ablation(report).get("metric")), "metric loss")
     if report.method == "practise":
-        metric = "mimicking loss over the share of MACs saved"
-    cut = "dropped" if cut_kind(record.values) == "dropped" else "compressed"
-    losses = {trial.block: trial.metric_loss for trial in sorted(report.trials, key=lambda trial: trial.block)}
+        metric = "distillation loss over the share of MACs saved"
+    cut = "dropped" if pruning_kind(record.values) == "dropped" else "compressed"
+    losses = {probe.block: probe.metric_loss for probe in sorted(report.probes, key=lambda probe: probe.block)}
     ranked = Table(
         ("rank", "block", "metric loss", "chosen"),
         [
-            (str(rank), str(trial.block), number(trial.metric_loss), "yes" if trial.block in chosen else "")
-            for rank, trial in enumerate(report.trials, 1)
+            (str(rank), str(probe.block), number(probe.metric_loss), "yes" if probe.block in chosen else "")
+            for rank, probe in enumerate(report.probes, 1)
         ],
-        marked=_marked(report.trials, chosen),
+        marked=_marked(report.probes, chosen),
     )
     keys = [Key("chosen", "accent", "circle"), Key("not chosen", "plain", "circle")]
     figures = [
@@ -313,34 +317,34 @@ def _trials(record: Record) -> Section:
             f"Each candidate block is {cut} alone and recovered. Lower is better.",
             keys,
         ),
-        _stages_figure(report.trials, chosen, keys),
+        _stages_figure(report.probes, chosen, keys),
     ]
-    title, hint = "Expected loss by the hidden nodes that a block keeps", "What the trials say of each block alone"
+    title, hint = "Expected loss by the hidden units that a block keeps", "What the probes say of each block alone"
     figures += [
-        _profiles_figure(name, trials, cut_blocks, metric, f"{hint}; ✓ marks the {kind} ones.")
-        for name, trials, cut_blocks, kind in (
-            (title, report.trials, chosen, "chosen"),
-            (f"{title}, with attention", report.pruning_trials, set(plan.pruned), "pruned"),
+        _profiles_figure(name, probes, prune_mlps, metric, f"{hint}; ✓ marks the {kind} ones.")
+        for name, probes, prune_mlps, kind in (
+            (title, report.probes, chosen, "chosen"),
+            (f"{title}, with attention", report.pruning_probes, set(plan.pruned), "pruned"),
         )
-        if any(trial.recoverability is not None for trial in trials)
+        if any(probe.sensitivity is not None for probe in probes)
     ]
     return Section("Which blocks recover", items=figures)
 
 
-def _profiles_figure(title: str, trials: Sequence[Trial], chosen: set[int], metric: str, text: str) -> Figure:
-    """What each block would lose, by its hidden nodes."""
-    profiles = {trial.block: trial.recoverability for trial in trials if trial.recoverability is not None}
+def _profiles_figure(title: str, probes: Sequence[Probe], chosen: set[int], metric: str, text: str) -> Figure:
+    """What each block would lose, by its hidden units."""
+    profiles = {probe.block: probe.sensitivity for probe in probes if probe.sensitivity is not None}
     lines = [
-        Curve(f"block {block}" + (" ✓" if block in chosen else ""), tuple(zip(it.nodes, it.losses, strict=True)))
+        Curve(f"block {block}" + (" ✓" if block in chosen else ""), tuple(zip(it.units, it.losses, strict=True)))
         for block, it in sorted(profiles.items())
     ]
-    return _curves(title, lines, "hidden nodes kept", metric, text)
+    return _curves(title, lines, "hidden units kept", metric, text)
 
 
-def _stages_figure(trials: Sequence[Trial], chosen: set[int], keys: Sequence[Key]) -> Figure:
-    """Loss of each trial before and after its recovery."""
-    reconstructed = {trial.block: trial.reconstruction for trial in trials if trial.reconstruction is not None}
-    mimicked = {trial.block: trial.recovery for trial in trials if trial.recovery is not None}
+def _stages_figure(probes: Sequence[Probe], chosen: set[int], keys: Sequence[Key]) -> Figure:
+    """Loss of each probe before and after its recovery."""
+    reconstructed = {probe.block: probe.reconstruction for probe in probes if probe.reconstruction is not None}
+    mimicked = {probe.block: probe.recovery for probe in probes if probe.recovery is not None}
     stages: dict[str, Marker] = {"before recovery": "ring", "after recovery": "circle"}
     values: dict[int, tuple[float, float]]
     more: dict[int, tuple[str, ...]]
@@ -355,12 +359,12 @@ def _stages_figure(trials: Sequence[Trial], chosen: set[int], keys: Sequence[Key
         more = {block: (number(one.ridge),) for block, one in reconstructed.items()}
         extra: tuple[str, ...] = ("λ",)
     else:
-        label = "mimicking loss"
-        text = "Mean squared error of the output tokens on the few-shot images, before and after mimicking."
+        label = "distillation loss"
+        text = "Mean squared error of the output tokens on the few-shot images, before and after distillation."
         values = {block: (one.loss_before, one.loss_after) for block, one in mimicked.items()}
         more = {block: (number(one.learning_rate), str(len(one.losses))) for block, one in mimicked.items()}
         extra = ("learning rate", "epochs")
-    blocks, seconds = sorted(values), {trial.block: number(trial.seconds) for trial in trials}
+    blocks, seconds = sorted(values), {probe.block: number(probe.seconds) for probe in probes}
     table = Table(
         ("block", *stages, *extra, "seconds", "chosen"),
         [
@@ -391,13 +395,13 @@ def _architecture(record: Record) -> Section | None:
     if not record.report.blocks:
         return None
     before = [(block.attention, block.hidden_features) for block in record.report.blocks]
-    kept = {block: (False, len(nodes)) for block, nodes in record.plan.kept_nodes.items()}
+    kept = {block: (False, len(units)) for block, units in record.plan.kept_units.items()}
     after = [kept.get(block, shape) for block, shape in enumerate(before)]
     if record.report.blocks_after:
         after = [(block.attention, block.hidden_features) for block in record.report.blocks_after]
     names = part_names(record.values)
     table = Table(
-        ("block", *(f"{part} {when}" for part in (names.mixing, names.nodes) for when in ("before", "after"))),
+        ("block", *(f"{part} {when}" for part in (names.mixing, names.units) for when in ("before", "after"))),
         [
             (
                 str(block), _yes(old[0]), "convolution" if block in record.plan.convolved else _yes(new[0]),
@@ -409,9 +413,9 @@ def _architecture(record: Record) -> Section | None:
     )  # fmt: skip
     figure = Figure(
         "Blocks, from the first at the top to the last",
-        lambda width: block_structure(width, before, after, (names.mixing, names.pointwise, names.nodes)),
+        lambda width: block_structure(width, before, after, (names.mixing, names.pointwise, names.units)),
         table,
-        f"The wider a block's {names.pointwise}, the more {names.nodes}. Dashed: what was removed.",
+        f"The wider a block's {names.pointwise}, the more {names.units}. Dashed: what was removed.",
         [Key("cut block", "accent", "circle"), Key("as it was", "plain", "circle")],
     )
     return Section("Architecture before and after", items=[figure])
@@ -450,20 +454,22 @@ def _recovery(record: Record) -> Section:
     if report.refinement is not None:
         went = report.refinement
         if went.step_size == 0:
-            text.append("Mimicking on the output tokens made no pilot run better on held-out images: it was left out.")
+            text.append(
+                "Distillation on the output tokens made no pilot run better on held-out images: it was left out."
+            )
         else:
             text.append(
-                f"Mimicking on the output tokens: held-out error {number(went.error_before)} before, "
+                f"Distillation on the output tokens: held-out error {number(went.error_before)} before, "
                 f"{number(went.error_after)} after {went.steps} steps, which were kept (step size {went.step_size:g})."
             )
-        if went.judgements:
-            points = ((0, went.error_before), *went.judgements)
+        if went.validations:
+            points = ((0, went.error_before), *went.validations)
             hint = "Mean squared error of the output tokens on held-out views. The best is kept."
-            title = "Mimicking of the whole student, as held-out images judge it"
+            title = "Distillation of the whole student, as held-out images judge it"
             items.append(_curves(title, [Curve("student", points)], "step", "held-out error", hint))
     elif report.reconstructions:
         text.append(
-            "Mimicking on the output tokens was left out: the settings allow too few steps for a model of so many MACs "
+            "Distillation on the output tokens was left out: the settings allow too few steps for a model of so many MACs "
             "(refinement_steps, refinement_macs), or there was no image to hold out."
         )
     if report.steps:
@@ -477,7 +483,7 @@ def _recovery(record: Record) -> Section:
                     (name, *map(number, (step.loss_before, step.loss_after, step.learning_rate, step.seconds)))
                     for name, step in zip(names, report.steps, strict=True)
                 ],
-                title="Mimicking loss on the few-shot images, cut by cut",
+                title="Distillation loss on the few-shot images, cut by cut",
             )
         )
         lines = [
@@ -487,7 +493,7 @@ def _recovery(record: Record) -> Section:
         ]
         if lines:
             hint = "Training loss of each epoch, after each cut."
-            items.append(_curves("Mimicking after each cut", lines, "epoch", "mimicking loss", hint))
+            items.append(_curves("Distillation after each cut", lines, "epoch", "distillation loss", hint))
     if report.learning_rate:
         rate = "Peak learning rate" if report.steps else "Step size of the gradient steps on blocks"
         text.append(f"{rate}: {number(report.learning_rate)}.")
@@ -507,7 +513,7 @@ def _proxy_set(record: Record) -> Section | None:
         hint = "Cross-entropy and image prior. The images of the lowest loss are kept."
         items.append(_curves("Synthesis", [line], "iteration", "loss", hint))
     report = record.report
-    judges = _ablation(report).get("metric") == "mimicking" and report.reconstructions and report.num_images > 1
+    judges = _ablation(report).get("metric") == "distillation" and report.reconstructions and report.num_images > 1
     ranked = "they and few-shot images held out rank the blocks" if judges else "they rank the blocks"
     text = f"{len(images.pixels)} images, made from the original model alone, for random classes; {ranked}."
     return Section("Synthesised images", [text], items)
@@ -558,7 +564,7 @@ def _not_recorded(record: Record) -> Iterator[str]:
         yield f"synthesised images: {reason}"
     went = report.refinement
     if any(one.epochs and not one.errors for one in report.reconstructions) or (
-        went is not None and went.steps and not went.judgements
+        went is not None and went.steps and not went.validations
     ):
         yield "the errors over time: saved by an earlier dcvit"
 
@@ -604,7 +610,7 @@ def _data_uri(pixels: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-UNIT_NAMES = {
+METRIC_NAMES = {
     "macs": "MACs",
     "params": "parameters",
     "file_size": "bytes in a file",
@@ -616,14 +622,14 @@ UNIT_NAMES = {
 
 def _spent(record: Record, figures: ModelFigures) -> float:
     """What a model costs in the budget's unit."""
-    unit = record.plan.budget.unit
-    found: float | None = getattr(figures, "latency_ms" if unit == "latency" else unit)
-    assert found is not None, unit
+    metric = record.plan.budget.metric
+    found: float | None = getattr(figures, "latency_ms" if metric == "latency" else metric)
+    assert found is not None, metric
     return found
 
 
 def _unit(record: Record) -> str:
-    return UNIT_NAMES[record.plan.budget.unit]
+    return METRIC_NAMES[record.plan.budget.metric]
 
 
 def _figure(value: float) -> str:
@@ -633,14 +639,14 @@ def _figure(value: float) -> str:
 
 def _budget(record: Record) -> str:
     budget, plan = record.plan.budget, record.plan
-    shared = isinstance(budget.value, float) and budget.unit != "latency_ms"
+    shared = isinstance(budget.value, float) and budget.metric != "latency_ms"
     fraction = f", {100 * budget.value:g}\N{NO-BREAK SPACE}% of the original" if shared else ""
-    convention = f", {budget.convention.replace('_', ' ')}" if budget.unit == "macs" else ""
+    convention = f", {budget.convention.replace('_', ' ')}" if budget.metric == "macs" else ""
     return f"{_figure(plan.target)} {_unit(record)}{fraction}{convention}"
 
 
-def _marked(trials: Sequence[Trial], chosen: set[int]) -> frozenset[int]:
-    return frozenset(index for index, trial in enumerate(trials) if trial.block in chosen)
+def _marked(probes: Sequence[Probe], chosen: set[int]) -> frozenset[int]:
+    return frozenset(index for index, probe in enumerate(probes) if probe.block in chosen)
 
 
 def _start(closed_form: float | None, before: float) -> float:

@@ -7,7 +7,7 @@ A run's folder holds
     units/NAME.safetensors   its tensors, where it has any
     lock                     held by the process that works
 
-A unit is a proxy set, a plan that was measured, a trial, a reconstructed block, a step of mimicking. Each file is
+A unit is a proxy set, a plan that was measured, a probe, a reconstructed block, a step of distillation. Each file is
 written under a temporary name, synced and renamed, and the JSON last: a unit is there whole or not at all. What follows
 from units is computed again from the same seeds, and comes out the same.
 
@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dcvit.errors import DamagedUnitWarning, DcvitWarning, RunStoreError
+from dcvit.errors import DamagedEntryWarning, DcvitWarning, RunStoreError
 from dcvit.runtime.earlier import run_of_earlier_versions
 from dcvit.runtime.files import DRAFT_MARK, digest, kind_of, open_regular, probe_folder, read_table, replacing
 from dcvit.serialization import from_plain
@@ -67,19 +67,19 @@ __all__ = [
     "require_alike",
 ]
 
-RUN_FILE, LOCK_FILE, UNITS = "run.json", "lock", "units"
+RUN_FILE, LOCK_FILE, ENTRIES = "run.json", "lock", "units"
 FORMAT = 1
 
 _NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*")
-_UNIT_FILE = re.compile(rf"{_NAME.pattern}\.(json|safetensors)")
+_ENTRY_FILE = re.compile(rf"{_NAME.pattern}\.(json|safetensors)")
 _UNFINISHED = re.compile(  # what a process that died was writing: a name may be cut; older versions added `.part`
-    rf"\.{_NAME.pattern}[-.]?{re.escape(DRAFT_MARK)}[0-9a-f]{{16}}|({_UNIT_FILE.pattern}|{re.escape(RUN_FILE)})\.part"
+    rf"\.{_NAME.pattern}[-.]?{re.escape(DRAFT_MARK)}[0-9a-f]{{16}}|({_ENTRY_FILE.pattern}|{re.escape(RUN_FILE)})\.part"
 )
 _HOLDER = re.compile(r"(process [0-9]+ on [^\n]{1,255}\n)?")  # what a run writes into its lock
 
 
 @dataclass(frozen=True)
-class Unit:
+class Entry:
     """What a unit of work came to.
 
     Attributes:
@@ -91,7 +91,7 @@ class Unit:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Check = Callable[[Unit], object]
+Check = Callable[[Entry], object]
 """Raises `ValueError` or `TypeError` if the work could not have come to a unit; changes nothing."""
 
 NO_CHECKS: Mapping[str, Check] = MappingProxyType({})
@@ -101,11 +101,11 @@ class Store(ABC):
     """Where finished units go."""
 
     @abstractmethod
-    def find(self, name: str, check: Check | None = None) -> Unit | None:
+    def find(self, name: str, check: Check | None = None) -> Entry | None:
         """A unit that is finished; `None` if it is not, or not kept, or does not pass the check."""
 
     @abstractmethod
-    def keep(self, name: str, unit: Unit) -> None:
+    def keep(self, name: str, entry: Entry) -> None:
         """Keep a unit that is finished.
 
         Raises:
@@ -116,15 +116,15 @@ class Store(ABC):
     def within(self, prefix: str) -> "Store":
         """The same store for units whose names begin so."""
 
-    def unit(
+    def entry(
         self,
         name: str,
-        work: Callable[[], Unit],
-        restore: Callable[[Unit], object] | None = None,
+        work: Callable[[], Entry],
+        restore: Callable[[Entry], object] | None = None,
         *,
         check: Check | None = None,
         together: bool = False,
-    ) -> Unit:
+    ) -> Entry:
         """What the work comes to: from the store if it is done there, else now, and kept.
 
         Args:
@@ -146,40 +146,40 @@ class Store(ABC):
             restore(found)
         return found
 
-    def finished(self, names: Iterable[str], checks: Mapping[str, Check] = NO_CHECKS) -> dict[str, Unit]:
+    def finished(self, names: Iterable[str], checks: Mapping[str, Check] = NO_CHECKS) -> dict[str, Entry]:
         """Those of some units that are finished and pass their checks, by name."""
-        return {name: unit for name in names if (unit := self.find(name, checks.get(name))) is not None}
+        return {name: entry for name in names if (entry := self.find(name, checks.get(name))) is not None}
 
-    def units(
+    def entries(
         self,
-        works: Mapping[str, Callable[[], Unit]],
-        told: Callable[[int, Unit | None], None],
+        works: Mapping[str, Callable[[], Entry]],
+        on_progress: Callable[[int, Entry | None], None],
         checks: Mapping[str, Check] = NO_CHECKS,
-    ) -> dict[str, Unit]:
+    ) -> dict[str, Entry]:
         """Several that do not depend on each other, each done by one process of several.
 
         Args:
             works: By name, what computes it.
-            told: Called before any work with how many are finished already, and `None`; then after each that is worked
+            on_progress: Called before any work with how many are finished already, and `None`; then after each that is worked
                 out with how many are, and it.
             checks: By name, called with a unit from the store before it is used.
         """
-        units = self.finished(works, checks)
-        told(len(units), None)
-        for name in [name for name in works if name not in units]:
-            units[name] = works[name]()
-            self.keep(name, units[name])
-            told(len(units), units[name])
-        return {name: units[name] for name in works}
+        entries = self.finished(works, checks)
+        on_progress(len(entries), None)
+        for name in [name for name in works if name not in entries]:
+            entries[name] = works[name]()
+            self.keep(name, entries[name])
+            on_progress(len(entries), entries[name])
+        return {name: entries[name] for name in works}
 
 
 class _NothingKept(Store):
     """A store that forgets: work is done each time."""
 
-    def find(self, name: str, check: Check | None = None) -> Unit | None:
+    def find(self, name: str, check: Check | None = None) -> Entry | None:
         return None
 
-    def keep(self, name: str, unit: Unit) -> None:
+    def keep(self, name: str, entry: Entry) -> None:
         """Forget it."""
 
     def within(self, prefix: str) -> "Store":
@@ -198,17 +198,17 @@ class MemoryStore(Store):
         prefix: What the names of its units begin with.
     """
 
-    found: dict[str, Unit] = field(default_factory=dict)
+    found: dict[str, Entry] = field(default_factory=dict)
     prefix: str = ""
 
-    def find(self, name: str, check: Check | None = None) -> Unit | None:
+    def find(self, name: str, check: Check | None = None) -> Entry | None:
         """See `Store`; what this process has kept needs no check."""
         return self.found.get(self.prefix + name)
 
-    def keep(self, name: str, unit: Unit) -> None:
+    def keep(self, name: str, entry: Entry) -> None:
         """See `Store`; the tensors are copied."""
-        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in unit.tensors.items()}
-        self.found[self.prefix + name] = Unit(unit.values, tensors)
+        tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in entry.tensors.items()}
+        self.found[self.prefix + name] = Entry(entry.values, tensors)
 
     def within(self, prefix: str) -> "MemoryStore":
         """See `Store`."""
@@ -235,42 +235,42 @@ class RunStore(Store):
         name = self.prefix + name
         if not _NAME.fullmatch(name):
             raise ValueError(f"unit {name!r}: expected lower-case letters and digits, joined by - or .")
-        units = self.folder / UNITS
-        return units / f"{name}.json", units / f"{name}.safetensors"
+        entries = self.folder / ENTRIES
+        return entries / f"{name}.json", entries / f"{name}.safetensors"
 
-    def find(self, name: str, check: Check | None = None) -> Unit | None:
+    def find(self, name: str, check: Check | None = None) -> Entry | None:
         """See `Store`; a unit that is there but damaged is said to be."""
         values, tensors = self._paths(name)
         try:
             if kind_of(values) is None:
                 return None
             kept = from_plain(_Kept, read_table(values), "the file")
-            if kept.sha256 != _digest(vars(kept.unit)):
+            if kept.sha256 != _digest(vars(kept.entry)):
                 raise ValueError("its values were changed")
-            if kept.unit.name != self.prefix + name:
-                raise ValueError(f"it is a copy of {kept.unit.name!r}")
-            unit = Unit(kept.unit.values)
-            if kept.unit.tensors is not None:
-                if digest(tensors) != kept.unit.tensors:
+            if kept.entry.name != self.prefix + name:
+                raise ValueError(f"it is a copy of {kept.entry.name!r}")
+            entry = Entry(kept.entry.values)
+            if kept.entry.tensors is not None:
+                if digest(tensors) != kept.entry.tensors:
                     raise ValueError("its tensors were changed")
-                unit = Unit(kept.unit.values, _load(tensors))
+                entry = Entry(kept.entry.values, _load(tensors))
             if check is not None:
-                check(unit)
-            return unit
+                check(entry)
+            return entry
         except (OSError, ValueError, TypeError, RecursionError) as error:
             warnings.warn(
-                f"{str(values)!r} is damaged ({error}): this unit is computed again.", DamagedUnitWarning, stacklevel=2
+                f"{str(values)!r} is damaged ({error}): this unit is computed again.", DamagedEntryWarning, stacklevel=2
             )
             return None
 
-    def keep(self, name: str, unit: Unit) -> None:
+    def keep(self, name: str, entry: Entry) -> None:
         """See `Store`."""
         values, tensors = self._paths(name)
         sha256 = None
-        if unit.tensors:
-            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in unit.tensors.items()}
+        if entry.tensors:
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in entry.tensors.items()}
             sha256 = _replace(tensors, lambda path: save_file(plain, path))
-        kept = vars(_Entry(self.prefix + name, unit.values, sha256))
+        kept = vars(_Entry(self.prefix + name, entry.values, sha256))
         _replace(values, lambda path: path.write_text(json.dumps({"unit": kept, "sha256": _digest(kept)}) + "\n"))
 
 
@@ -294,11 +294,11 @@ class _Kept:
     """What a unit's file holds.
 
     Attributes:
-        unit: The unit.
+        entry: The unit.
         sha256: Of the unit as JSON with sorted keys.
     """
 
-    unit: _Entry
+    entry: _Entry
     sha256: str
 
 
@@ -381,10 +381,10 @@ def _delete(folder: Path, began: bool) -> None:
     if kind_of(folder / RUN_FILE) is not None:
         if not _is_run(_read_run(folder)):
             raise _foreign(folder, RUN_FILE)
-        for path in (*_regular_files(folder / UNITS, _UNIT_FILE), *_regular_files(folder / UNITS, _UNFINISHED)):
+        for path in (*_regular_files(folder / ENTRIES, _ENTRY_FILE), *_regular_files(folder / ENTRIES, _UNFINISHED)):
             path.unlink()
         with suppress(OSError):  # someone's file is in it, or it is none
-            (folder / UNITS).rmdir()
+            (folder / ENTRIES).rmdir()
         (folder / RUN_FILE).unlink()
     for path in _regular_files(folder, _UNFINISHED) if began else ():
         path.unlink()
@@ -466,7 +466,7 @@ def _require_folder(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise _unwritable(folder, error) from error
     if kind not in (None, "a folder"):
-        better = "the folder that it leads to" if kind == "a link" else "a folder that is empty or does not exist"
+        better = "the folder that it is_main to" if kind == "a link" else "a folder that is empty or does not exist"
         raise RunStoreError(f"run_dir={str(folder)!r} is {kind}, not a folder: name {better}.")
 
 
@@ -477,13 +477,13 @@ def _require_own(folder: Path) -> None:
         RunStoreError: If that is so.
         OSError: If it cannot be looked at.
     """
-    foreign = [*_foreign_in(folder, re.compile(rf"{re.escape(RUN_FILE)}|{LOCK_FILE}"), (UNITS,))]
-    if not foreign and kind_of(folder / UNITS) is not None:
-        foreign = [f"{UNITS}/{what}" for what in _foreign_in(folder / UNITS, _UNIT_FILE)]
+    foreign = [*_foreign_in(folder, re.compile(rf"{re.escape(RUN_FILE)}|{LOCK_FILE}"), (ENTRIES,))]
+    if not foreign and kind_of(folder / ENTRIES) is not None:
+        foreign = [f"{ENTRIES}/{what}" for what in _foreign_in(folder / ENTRIES, _ENTRY_FILE)]
     if foreign:
         raise _foreign(folder, ", ".join(foreign[:3]))
     if not _began(folder):
-        for place in (folder, folder / UNITS):
+        for place in (folder, folder / ENTRIES):
             for path in _regular_files(place, _UNFINISHED):
                 raise _foreign(folder, str(path.relative_to(folder)))
 
@@ -532,9 +532,9 @@ def _remove_unfinished(folder: Path) -> None:
     Raises:
         OSError: If not.
     """
-    for path in (*_regular_files(folder, _UNFINISHED), *_regular_files(folder / UNITS, _UNFINISHED)):
+    for path in (*_regular_files(folder, _UNFINISHED), *_regular_files(folder / ENTRIES, _UNFINISHED)):
         path.unlink()
-    probe_folder(folder / UNITS if (folder / UNITS).exists() else folder)
+    probe_folder(folder / ENTRIES if (folder / ENTRIES).exists() else folder)
 
 
 @contextmanager
@@ -591,7 +591,7 @@ def _open_lock(path: Path) -> BinaryIO:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether a path still leads to an open file, and not to none or another."""
+    """Whether a path still is_main to an open file, and not to none or another."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -639,19 +639,19 @@ def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     path = folder / RUN_FILE
     # As they come back from a file: tuples are lists there.
     wanted = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
-    units = bool(_regular_files(folder / UNITS, _UNIT_FILE))
+    entries = bool(_regular_files(folder / ENTRIES, _ENTRY_FILE))
 
     def note() -> None:
         _replace(path, lambda draft: draft.write_text(json.dumps(wanted, indent=2) + "\n"))
 
     if kind_of(path) is None:
-        if units:
+        if entries:
             raise RunStoreError(f"{str(folder)!r} has units but no {RUN_FILE}: delete it, or name another folder.")
         note()
         return
     found = run_of_earlier_versions(_read_run(folder))
     differing = list(differences(found, wanted))
-    if differing and _is_run(found) and found.keys() == wanted.keys() and not units:
+    if differing and _is_run(found) and found.keys() == wanted.keys() and not entries:
         note()  # that run finished nothing; it was refused, for example
     elif differing:
         raise RunStoreError(
@@ -679,11 +679,11 @@ _REPR.maxstring = _REPR.maxother = 80
 _REPR.maxlong = 30
 
 
-def require_one_of(candidates: Sequence[float], unit: Unit) -> None:
+def require_one_of(candidates: Sequence[float], entry: Entry) -> None:
     """Refuse a unit that holds none of the numbers among which one was sought.
 
     Raises:
         TypeError, ValueError: If that is so.
     """
-    if from_plain(float, unit.values) not in candidates:
-        raise ValueError(f"it holds {unit.values!r}: expected one of {', '.join(map(str, candidates))}")
+    if from_plain(float, entry.values) not in candidates:
+        raise ValueError(f"it holds {entry.values!r}: expected one of {', '.join(map(str, candidates))}")

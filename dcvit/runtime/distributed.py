@@ -1,21 +1,21 @@
 """A compression spread over processes that torch's launcher starts, on one machine or several.
 
-    torchrun --nproc-per-node 4 -m dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
+    torchrun --nproc-per-unit 4 -m dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
 
 Every process, a rank, is given the same model, images and settings, and ends with the same student:
 
-- Trials are taken from one queue in the launcher's c10d store, so that a fast rank takes more.
+- Probes are taken from one queue in the launcher's c10d store, so that a fast rank takes more.
 - The teacher sees the views once: each rank passes its share of the batches, and the tokens drawn are gathered.
 - A block's normal equations are summed over each rank's share of them, then over the ranks.
 - Gradient steps on a block, and those of the refinement, split each batch (DistributedDataParallel).
 - What all would do alike, such as the proxy set, the first rank does and sends to the others.
 
-Trials come out bit for bit as in one process on equal hardware with as many threads. Sums over ranks are in another
+Probes come out bit for bit as in one process on equal hardware with as many threads. Sums over ranks are in another
 order than in one process, so that weights agree with those of one process up to rounding; two runs of as many ranks
 agree bit for bit where all-reduce does (gloo does).
 
 A rank that dies takes its group with it, and torch's launcher starts all again (`--max-restarts`). They go on from the
-run's folder (`dcvit.runtime.checkpoint`), to which each rank writes the trials that it has done: it must be one that
+run's folder (`dcvit.runtime.checkpoint`), to which each rank writes the probes that it has done: it must be one that
 all reach.
 """
 
@@ -47,10 +47,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dcvit.errors import DcvitError, DistributedError
-from dcvit.runtime.checkpoint import NO_CHECKS, NOTHING_KEPT, Check, RunStore, Store, Unit, differences, open_run
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.checkpoint import NO_CHECKS, NOTHING_KEPT, Check, Entry, RunStore, Store, differences, open_run
+from dcvit.runtime.spill import SpilledBuffer
 
-__all__ = ["ALONE", "Ranks", "launched", "on_devices"]
+__all__ = ["SINGLE_PROCESS", "Ranks", "launched", "on_devices"]
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for what another computes. The launcher notices much earlier if one dies."""
@@ -62,13 +62,13 @@ OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadca
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """The processes of one compression, and which of them this is.
 
     Attributes:
-        rank: From 0; the first leads.
+        rank: From 0; the first is_main.
         size: How many there are.
-        queues: The launcher's store, where trials are queued; `None` where there is one process.
+        queues: The launcher's store, where probes are queued; `None` where there is one process.
     """
 
     rank: int = 0
@@ -76,7 +76,7 @@ class Ranks:
     queues: c10d.Store | None = field(default=None, repr=False)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the first rank, which saves and says what is to be said."""
         return self.rank == 0
 
@@ -109,9 +109,9 @@ class Ranks:
                 dist.broadcast(tensor, rank)
         return torch.cat(parts)
 
-    def gathered(self, stack: Stack, counts: bool) -> Stack:
+    def gathered(self, buffer: SpilledBuffer, counts: bool) -> SpilledBuffer:
         """The stacks of all ranks, one after another; one that does not count, see `batches`, is left out."""
-        return stack if self.size == 1 else Stack([self.gather(stack[:] if counts else stack[:0])])
+        return buffer if self.size == 1 else SpilledBuffer([self.gather(buffer[:] if counts else buffer[:0])])
 
     def sum(self, *values: Tensor) -> None:
         """Add up tensors over all ranks, in place; every rank gets the same bits."""
@@ -135,19 +135,19 @@ class Ranks:
         # A rank without any takes part with one that does not count: every gradient is reduced over all ranks.
         return (mine, self.size * len(mine) / len(index)) if len(mine) else (index[:1], 0.0)
 
-    def send(self, unit: Unit | None, source: int = 0) -> Unit:
+    def send(self, entry: Entry | None, source: int = 0) -> Entry:
         """What one rank has, on all of them.
 
         Args:
-            unit: On the rank that has it; ignored on the others.
+            entry: On the rank that has it; ignored on the others.
             source: That rank.
         """
         if self.size == 1:
-            assert unit is not None
-            return unit
+            assert entry is not None
+            return entry
         if self.rank == source:
-            assert unit is not None
-            data = torch.frombuffer(bytearray(_packed(unit)), dtype=torch.uint8)
+            assert entry is not None
+            data = torch.frombuffer(bytearray(_packed(entry)), dtype=torch.uint8)
             length = torch.tensor([len(data)])
         else:
             length = torch.zeros(1, dtype=torch.int64)
@@ -157,11 +157,11 @@ class Ranks:
         dist.broadcast(data, source)
         return _unpacked(data.numpy().tobytes())
 
-    def of_first(self, work: Callable[[], Unit]) -> Unit:
+    def of_first(self, work: Callable[[], Entry]) -> Entry:
         """What the first rank works out, on all of them."""
         if self.size == 1:
             return work()
-        return self.send(work() if self.leads else None)
+        return self.send(work() if self.is_main else None)
 
     def require_same(self, given: Mapping[str, Any]) -> None:
         """Refuse, on all ranks, to go on where one was not given what the first was.
@@ -172,10 +172,10 @@ class Ranks:
         Raises:
             DistributedError: Naming the first rank of which that is so, and what differs.
         """
-        of_first = self.send(Unit(dict(given))).values
+        of_first = self.send(Entry(dict(given))).values
         ours = "; ".join([*differences(of_first, json.loads(json.dumps(given)))][:3])
         for rank in range(1, self.size):
-            differing = self.send(Unit(ours), rank).values
+            differing = self.send(Entry(ours), rank).values
             if differing:
                 raise DistributedError(
                     f"rank {rank} was not given what rank 0 was: {differing}. Start all ranks with one command, on "
@@ -200,8 +200,8 @@ class Ranks:
             return
         self.require_same(fingerprint)
         assert self.queues is not None
-        queues = c10d.PrefixStore(self.send(Unit(secrets.token_hex(8))).values, self.queues)
-        if self.leads:
+        queues = c10d.PrefixStore(self.send(Entry(secrets.token_hex(8))).values, self.queues)
+        if self.is_main:
             with open_run(folder, fingerprint) as kept:
                 dist.barrier()
                 yield _Shared(kept, self, queues)
@@ -210,13 +210,13 @@ class Ranks:
             yield _Shared(NOTHING_KEPT if folder is None else RunStore(Path(folder).absolute()), self, queues)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 """One process."""
 
 
 @contextmanager
-def launched(device: str | None = None) -> Iterator[Ranks]:
-    """The ranks that torch's launcher started this process as one of; `ALONE` where it did not.
+def launched(device: str | None = None) -> Iterator[ProcessGroup]:
+    """The ranks that torch's launcher started this process as one of; `SINGLE_PROCESS` where it did not.
 
     Args:
         device: Of this process. `cuda` without a number, or none on a machine with GPUs, is the one of the process's
@@ -226,7 +226,7 @@ def launched(device: str | None = None) -> Iterator[Ranks]:
         DistributedError: If there are fewer GPUs than ranks on this machine.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     backend = "cpu:gloo"
     if device not in (None, "cpu", "cuda"):
@@ -237,7 +237,7 @@ def launched(device: str | None = None) -> Iterator[Ranks]:
         if local >= count:
             raise DistributedError(
                 f"rank {local} of this machine has no GPU, there are {count}: start {count} processes "
-                f"(--nproc-per-node {count})."
+                f"(--nproc-per-unit {count})."
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
@@ -248,7 +248,7 @@ def launched(device: str | None = None) -> Iterator[Ranks]:
         backend, store=c10d.PrefixStore(f"group-{attempt}", store), rank=rank, world_size=size, timeout=PATIENCE
     )
     try:
-        yield Ranks(rank, size, c10d.PrefixStore(f"queues-{attempt}", store))
+        yield ProcessGroup(rank, size, c10d.PrefixStore(f"queues-{attempt}", store))
     finally:
         dist.destroy_process_group()
 
@@ -256,7 +256,7 @@ def launched(device: str | None = None) -> Iterator[Ranks]:
 T = TypeVar("T")
 
 
-def on_devices(devices: Sequence[str], work: Callable[[Ranks, str], T]) -> T:
+def on_devices(devices: Sequence[str], work: Callable[[ProcessGroup, str], T]) -> T:
     """Start a process for each of some devices of this machine, by torch's launcher, and let them share work.
 
     Args:
@@ -290,7 +290,7 @@ def on_devices(devices: Sequence[str], work: Callable[[Ranks, str], T]) -> T:
 
 
 def _launched(
-    devices: Sequence[str], work: Callable[[Ranks, str], T], threads: int, folder: Path
+    devices: Sequence[str], work: Callable[[ProcessGroup, str], T], threads: int, folder: Path
 ) -> dict[int, T | DcvitError]:
     """What each process gives back, by rank; the folder is for what the launcher and they write."""
     told = folder / "error"
@@ -340,14 +340,16 @@ def _require_devices(devices: Sequence[str]) -> None:
             raise DistributedError(f"devices: {name!r} is not usable here (torch finds {count} GPUs).")
 
 
-def _on_device(work: Callable[[Ranks, str], T], devices: Sequence[str], threads: int, told: Path) -> T | DcvitError:
+def _on_device(
+    work: Callable[[ProcessGroup, str], T], devices: Sequence[str], threads: int, told: Path
+) -> T | DcvitError:
     """One process of `on_devices`; the first that may not go on leaves word why."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal interrupts all processes; the first one speaks for them
     torch.set_num_threads(threads)
     device = devices[int(os.environ["LOCAL_RANK"])]
     try:
-        with launched(device) as ranks:
-            return work(ranks, device)
+        with launched(device) as processes:
+            return work(processes, device)
     except DcvitError as error:  # for the caller, who asked
         with suppress(FileExistsError), told.open("xb") as file:
             pickle.dump(error, file)
@@ -359,80 +361,80 @@ class _Shared(Store):
 
     Args:
         kept: Keeps units on disk, or does not.
-        ranks: All of them.
+        processes: All of them.
         queues: Where they queue.
     """
 
-    def __init__(self, kept: Store, ranks: Ranks, queues: c10d.Store) -> None:
-        self._kept, self._ranks, self._queues = kept, ranks, queues
+    def __init__(self, kept: Store, processes: ProcessGroup, queues: c10d.Store) -> None:
+        self._kept, self._processes, self._queues = kept, processes, queues
 
-    def find(self, name: str, check: Check | None = None) -> Unit | None:
+    def find(self, name: str, check: Check | None = None) -> Entry | None:
         """See `Store`."""
         return self._kept.find(name, check)
 
-    def keep(self, name: str, unit: Unit) -> None:
+    def keep(self, name: str, entry: Entry) -> None:
         """See `Store`."""
-        self._kept.keep(name, unit)
+        self._kept.keep(name, entry)
 
     def within(self, prefix: str) -> "Store":
         """See `Store`."""
-        return _Shared(self._kept.within(prefix), self._ranks, c10d.PrefixStore(prefix, self._queues))
+        return _Shared(self._kept.within(prefix), self._processes, c10d.PrefixStore(prefix, self._queues))
 
-    def unit(
+    def entry(
         self,
         name: str,
-        work: Callable[[], Unit],
-        restore: Callable[[Unit], object] | None = None,
+        work: Callable[[], Entry],
+        restore: Callable[[Entry], object] | None = None,
         *,
         check: Check | None = None,
         together: bool = False,
-    ) -> Unit:
+    ) -> Entry:
         """See `Store`."""
-        found = self._kept.find(name, check) if self._ranks.leads else None
-        known: bool = self._ranks.send(Unit(found is not None)).values
-        if not known and (together or self._ranks.leads):
+        found = self._kept.find(name, check) if self._processes.is_main else None
+        known: bool = self._processes.send(Entry(found is not None)).values
+        if not known and (together or self._processes.is_main):
             found = work()
-            if self._ranks.leads:
+            if self._processes.is_main:
                 self._kept.keep(name, found)
             if together:
                 return found
-        unit = self._ranks.send(found)
-        if restore is not None and (known or not self._ranks.leads):
-            restore(unit)
-        return unit
+        entry = self._processes.send(found)
+        if restore is not None and (known or not self._processes.is_main):
+            restore(entry)
+        return entry
 
-    def units(
+    def entries(
         self,
-        works: Mapping[str, Callable[[], Unit]],
-        told: Callable[[int, Unit | None], None],
+        works: Mapping[str, Callable[[], Entry]],
+        on_progress: Callable[[int, Entry | None], None],
         checks: Mapping[str, Check] = NO_CHECKS,
-    ) -> dict[str, Unit]:
+    ) -> dict[str, Entry]:
         """See `Store`."""
-        kept = self.finished(works, checks) if self._ranks.leads else {}
-        names: list[str] = self._ranks.send(Unit(list(kept))).values
-        units = {name: self._ranks.send(kept.get(name)) for name in names}
-        told(len(units), None)
-        left = [name for name in works if name not in units]
+        kept = self.finished(works, checks) if self._processes.is_main else {}
+        names: list[str] = self._processes.send(Entry(list(kept))).values
+        entries = {name: self._processes.send(kept.get(name)) for name in names}
+        on_progress(len(entries), None)
+        left = [name for name in works if name not in entries]
         queue = c10d.PrefixStore("".join(left[:1]), self._queues)  # a name that no other queue of the run has
         while (place := queue.add("next", 1) - 1) < len(left):
             name = left[place]
-            unit = works[name]()
-            self._kept.keep(name, unit)
-            queue.set(f"unit {name}", base64.b64encode(_packed(unit)).decode())
-            told(len(units) + queue.add("finished", 1), unit)
+            entry = works[name]()
+            self._kept.keep(name, entry)
+            queue.set(f"unit {name}", base64.b64encode(_packed(entry)).decode())
+            on_progress(len(entries) + queue.add("finished", 1), entry)
         for name in left:
-            units[name] = _unpacked(base64.b64decode(queue.get(f"unit {name}")))
-        return {name: units[name] for name in works}
+            entries[name] = _unpacked(base64.b64decode(queue.get(f"unit {name}")))
+        return {name: entries[name] for name in works}
 
 
-def _packed(unit: Unit) -> bytes:
+def _packed(entry: Entry) -> bytes:
     """A unit as the bytes of a safetensors file, its values as JSON among them."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unit.tensors.items()}
-    tensors["values"] = torch.frombuffer(bytearray(json.dumps(unit.values).encode()), dtype=torch.uint8)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entry.tensors.items()}
+    tensors["values"] = torch.frombuffer(bytearray(json.dumps(entry.values).encode()), dtype=torch.uint8)
     return save(tensors)
 
 
-def _unpacked(data: bytes) -> Unit:
+def _unpacked(data: bytes) -> Entry:
     tensors = load(data)
     values = json.loads(tensors.pop("values").numpy().tobytes())
-    return Unit(values, tensors)
+    return Entry(values, tensors)

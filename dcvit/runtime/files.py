@@ -186,7 +186,7 @@ def own_file(folder: str | os.PathLike[str], name: str) -> Path:
     if target.parent not in homes:
         raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link to outside of the folder")
     if not target.exists():
-        raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link that leads nowhere")
+        raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link that is_main nowhere")
     return target
 
 
@@ -194,7 +194,7 @@ def create(path: str | os.PathLike[str]) -> BinaryIO:
     """Create a file for writing where there is none, with the permissions of the caller's umask.
 
     Raises:
-        FileExistsError: If there is anything of that name, a link that leads nowhere included.
+        FileExistsError: If there is anything of that name, a link that is_main nowhere included.
         OSError: If it cannot be created.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY

@@ -19,7 +19,7 @@ from dcvit.runtime.output import Lenient
 __all__ = ["Progress", "TerminalProgress", "Timer", "silent"]
 
 Progress = Callable[[str, int, int, float | None], None]
-"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"trials"`.
+"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"probes"`.
 
 Also when a stage begins, so that what its first step takes is known: with `done=0`, or with what an earlier run of the
 same has finished. A step that takes longer than others of its stage counts for more than one, so that `done / total` is

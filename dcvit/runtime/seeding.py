@@ -18,7 +18,7 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
     Args:
         seed: The user's seed.
-        *purpose: What it is for, for example `("trial", 3)`.
+        *purpose: What it is for, for example `("probe", 3)`.
     """
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in purpose]
     return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)

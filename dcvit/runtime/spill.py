@@ -25,7 +25,7 @@ IN_MEMORY = 16 << 20
 FILES = hasattr(os, "preadv")  # not on Windows
 
 
-class Stack:
+class SpilledBuffer:
     """Parts `[·, …]` of a tensor one after another; of a stack on the CPU in a file, once they take `IN_MEMORY`.
 
     The file is in the system's folder for temporary files (`TMPDIR`), has no name, and goes with the stack.

@@ -1,17 +1,17 @@
-"""Which blocks to compress and how many hidden nodes each of them keeps: the structure, searched.
+"""Which blocks to compress and how many hidden units each of them keeps: the structure, searched.
 
 The published method computes it (`dcvit.search.plan.plan`): as few blocks as meet the budget lose their attention, and
-all of them the same share of hidden nodes. But blocks differ, and many have hidden nodes that the others nearly
-determine, which can go while attention stays. A trial shows for each block, and for each of the two ways of cutting it,
-what it would lose at any number of nodes (`Recoverability`), and as long as losses are small those of different blocks
+all of them the same share of hidden units. But blocks differ, and many have hidden units that the others nearly
+determine, which can go while attention stays. A probe shows for each block, and for each of the two ways of cutting it,
+what it would lose at any number of units (`SensitivityCurve`), and as long as losses are small those of different blocks
 add up. So the best structure is the one of smallest sum that meets the budget,
 
-    min over blocks, ways w and nodes n   Σ loss_bw(n_b)   so that   Σ (attention_bw + (H_b − n_b) · node_b) ≈ o − p,
+    min over blocks, ways w and units n   Σ loss_bw(n_b)   so that   Σ (attention_bw + (H_b − n_b) · node_b) ≈ o − p,
 
 where attention_bw is what the block's attention takes if it goes, else 0; ≈ is at least that, and as near as numbers of
-nodes come. (A budget of less than one attention prunes, however little an attention would be missed.) Dynamic
-programming over the blocks finds it: numbers of nodes are multiples of H / 64, savings are counted in 2048ths of what
-must be saved, and what is left over after rounding is given back node by node.
+units come. (A budget of less than one attention prunes, however little an attention would be missed.) Dynamic
+programming over the blocks finds it: numbers of units are multiples of H / 64, savings are counted in 2048ths of what
+must be saved, and what is left over after rounding is given back unit by unit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,29 +19,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dcvit.history import Cut, Recoverability
+from dcvit.history import BlockSpec, SensitivityCurve
 
-__all__ = ["Part", "Way", "require_nodes", "search_structure"]
+__all__ = ["Part", "Way", "require_units", "search_structure"]
 
 LEVELS = 64
-"""Steps between no hidden node and all of them."""
+"""Steps between no hidden unit and all of them."""
 
 QUANTA = 2048
 """Steps between saving nothing and what must be saved."""
 
 
-def require_nodes(nodes: Sequence[int], available: int) -> None:
-    """Refuse numbers that are not those of different hidden nodes of a block, ascending.
+def require_units(units: Sequence[int], available: int) -> None:
+    """Refuse numbers that are not those of different hidden units of a block, ascending.
 
     Args:
-        nodes: The numbers.
-        available: How many hidden nodes the block has.
+        units: The numbers.
+        available: How many hidden units the block has.
 
     Raises:
         ValueError: If they are not.
     """
-    if list(nodes) != sorted({node for node in nodes if 0 <= node < available}):
-        raise ValueError(f"it names hidden nodes that are not different ones of {available} in ascending order")
+    if list(units) != sorted({unit for unit in units if 0 <= unit < available}):
+        raise ValueError(f"it names hidden units that are not different ones of {available} in ascending order")
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Way:
 
     Attributes:
         attention: Whether attention stays.
-        saving: What all its blocks save without dropping a hidden node, in the budget's unit.
-        node: What they save if each drops one hidden node.
-        recoverability: The sum of their losses.
+        saving: What all its blocks save without dropping a hidden unit, in the budget's unit.
+        unit: What they save if each drops one hidden unit.
+        sensitivity: The sum of their losses.
     """
 
     attention: bool
     saving: int
-    node: int
-    recoverability: Recoverability
+    unit: int
+    sensitivity: SensitivityCurve
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Part:
     """Blocks of one size that are cut together, or not at all.
 
     Attributes:
-        blocks: The blocks; each keeps as many hidden nodes as the others.
+        blocks: The blocks; each keeps as many hidden units as the others.
         ways: How they can be cut.
     """
 
@@ -75,41 +75,43 @@ class Part:
 
     @property
     def hidden_features(self) -> int:
-        """Hidden nodes of each block."""
-        return self.ways[0].recoverability.nodes[-1]
+        """Hidden units of each block."""
+        return self.ways[0].sensitivity.units[-1]
 
-    def smallest(self, round_to: int = 1) -> Cut:
+    def smallest(self, round_to: int = 1) -> BlockSpec:
         """The cut that saves most."""
         return max(self._of((0, round_to)), key=self.saving)
 
-    def way(self, cut: Cut) -> Way:
+    def way(self, spec: BlockSpec) -> Way:
         """The way of a cut."""
-        return next(way for way in self.ways if way.attention == cut.attention)
+        return next(way for way in self.ways if way.attention == spec.attention)
 
-    def saving(self, cut: Cut) -> int:
+    def saving(self, spec: BlockSpec) -> int:
         """What they save in all by a cut."""
-        way = self.way(cut)
-        return way.saving + (self.hidden_features - cut.hidden_features) * way.node
+        way = self.way(spec)
+        return way.saving + (self.hidden_features - spec.hidden_features) * way.unit
 
-    def loss(self, cut: Cut) -> float:
+    def loss(self, spec: BlockSpec) -> float:
         """What they lose in all by a cut."""
-        return self.way(cut).recoverability.loss(cut.hidden_features)
+        return self.way(spec).sensitivity.loss(spec.hidden_features)
 
-    def cuts(self, round_to: int) -> tuple[Cut, ...]:
+    def specs(self, round_to: int) -> tuple[BlockSpec, ...]:
         """Those that are looked at."""
         hidden = self.hidden_features
         return tuple(self._of(sorted({*range(0, hidden + 1, _unit(hidden, round_to)), hidden})))
 
-    def _of(self, numbers: Sequence[int]) -> Iterator[Cut]:
+    def _of(self, numbers: Sequence[int]) -> Iterator[BlockSpec]:
         for way in self.ways:
             # A pruned block has an MLP, and a smaller one than before.
-            yield from (Cut(n, way.attention) for n in numbers if not way.attention or 0 < n < self.hidden_features)
+            yield from (
+                BlockSpec(n, way.attention) for n in numbers if not way.attention or 0 < n < self.hidden_features
+            )
 
 
 def search_structure(
     parts: Sequence[Part], saving: int, *, num_blocks: int | None = None, round_to: int = 1
-) -> dict[int, Cut]:
-    """The structure of least loss among those that save enough, and hardly more: within a step of the numbers of nodes.
+) -> dict[int, BlockSpec]:
+    """The structure of least loss among those that save enough, and hardly more: within a step of the numbers of units.
 
     Where there are none, among all that save enough.
 
@@ -117,7 +119,7 @@ def search_structure(
         parts: The candidates.
         saving: What must be saved, in the budget's unit.
         num_blocks: How many blocks are to be cut; `None` leaves it open.
-        round_to: Numbers of hidden nodes are multiples of it; a block may keep all of them, too.
+        round_to: Numbers of hidden units are multiples of it; a block may keep all of them, too.
 
     Returns:
         What each block that is cut keeps: least loss first.
@@ -127,13 +129,13 @@ def search_structure(
     """
     quantum = max(1, saving // QUANTA)
     needed = -(-saving // quantum)
-    cuts = [part.cuts(round_to) for part in parts]
-    # No more is to be saved than grids of numbers of nodes ask for, unless nothing else saves enough.
-    grain = max(_unit(part.hidden_features, round_to) * way.node for part in parts for way in part.ways)
-    found = _least_loss(parts, cuts, quantum, range(needed, needed - (-grain // quantum) + 1), num_blocks)
+    specs = [part.specs(round_to) for part in parts]
+    # No more is to be saved than grids of numbers of units ask for, unless nothing else saves enough.
+    grain = max(_unit(part.hidden_features, round_to) * way.unit for part in parts for way in part.ways)
+    found = _least_loss(parts, specs, quantum, range(needed, needed - (-grain // quantum) + 1), num_blocks)
     if found is None:
         most = sum(part.saving(part.smallest(round_to)) for part in parts) // quantum
-        found = _least_loss(parts, cuts, quantum, range(needed, most + 1), num_blocks)
+        found = _least_loss(parts, specs, quantum, range(needed, most + 1), num_blocks)
     if found is None:  # unless rounding to quanta hid that the smallest of all can
         found = _most_saving(parts, num_blocks, round_to)
         if found is None or _saving(parts, found) < saving:
@@ -144,13 +146,13 @@ def search_structure(
 
 
 def _least_loss(
-    parts: Sequence[Part], cuts: Sequence[Sequence[Cut]], quantum: int, wanted: range, num_blocks: int | None
-) -> dict[int, Cut] | None:
+    parts: Sequence[Part], specs: Sequence[Sequence[BlockSpec]], quantum: int, wanted: range, num_blocks: int | None
+) -> dict[int, BlockSpec] | None:
     """Dynamic programming over the parts.
 
     Args:
         parts: The candidates.
-        cuts: Those of each that are looked at.
+        specs: Those of each that are looked at.
         quantum: What a quantum is.
         wanted: How many quanta may be saved.
         num_blocks: See `search_structure`.
@@ -165,13 +167,15 @@ def _least_loss(
     sums = np.full((sum(len(part.blocks) for part in parts) + 1 if counted else 1, wanted.stop), np.inf)
     sums[0, 0] = 0.0
     steps: list[np.ndarray] = []
-    savings = [[part.saving(cut) // quantum for cut in looked_at] for part, looked_at in zip(parts, cuts, strict=True)]
-    for part, looked_at, quanta in zip(parts, cuts, savings, strict=True):
+    savings = [
+        [part.saving(spec) // quantum for spec in looked_at] for part, looked_at in zip(parts, specs, strict=True)
+    ]
+    for part, looked_at, quanta in zip(parts, specs, savings, strict=True):
         step = len(part.blocks) if counted else 0
         best, choice = sums.copy(), np.full(sums.shape, -1)
-        for number, (cut, saved) in enumerate(zip(looked_at, quanta, strict=True)):
+        for number, (spec, saved) in enumerate(zip(looked_at, quanta, strict=True)):
             if saved < wanted.stop:
-                moved = sums[: len(sums) - step, : wanted.stop - saved] + part.loss(cut)
+                moved = sums[: len(sums) - step, : wanted.stop - saved] + part.loss(spec)
                 place = best[step:, saved:]
                 better = moved < place
                 place[better] = moved[better]
@@ -182,50 +186,50 @@ def _least_loss(
     if count >= len(sums) or not np.isfinite(sums[count, wanted.start :]).any():
         return None
     at = wanted.start + int(sums[count, wanted.start :].argmin())
-    found: dict[int, Cut] = {}
+    found: dict[int, BlockSpec] = {}
     for i in reversed(range(len(parts))):
         number = int(steps[i][count, at])
         if number >= 0:
-            found[i] = cuts[i][number]
+            found[i] = specs[i][number]
             count -= len(parts[i].blocks) if counted else 0
             at -= savings[i][number]
     return found
 
 
-def _most_saving(parts: Sequence[Part], num_blocks: int | None, round_to: int) -> dict[int, Cut] | None:
+def _most_saving(parts: Sequence[Part], num_blocks: int | None, round_to: int) -> dict[int, BlockSpec] | None:
     """The smallest cuts of so many blocks, or of all: those that save most and, of equals, lose least.
 
     Returns:
         The cut of each part that is cut, by its number; `None` if none have as many blocks.
     """
     best: dict[int, tuple[int, float, tuple[int, ...]]] = {0: (0, 0.0, ())}  # by cut blocks: saved, not lost, parts
-    cuts = [part.smallest(round_to) for part in parts]
-    for i, (part, cut) in enumerate(zip(parts, cuts, strict=True)):
+    specs = [part.smallest(round_to) for part in parts]
+    for i, (part, spec) in enumerate(zip(parts, specs, strict=True)):
         for count, (saved, kept, chosen) in sorted(best.items(), reverse=True):
-            more = (saved + part.saving(cut), kept - part.loss(cut), (*chosen, i))
+            more = (saved + part.saving(spec), kept - part.loss(spec), (*chosen, i))
             place = count + len(part.blocks)
             best[place] = max(best.get(place, more), more)
     found = best.get(max(best) if num_blocks is None else num_blocks)
-    return None if found is None else {i: cuts[i] for i in found[2]}
+    return None if found is None else {i: specs[i] for i in found[2]}
 
 
 def _unit(hidden_features: int, round_to: int) -> int:
-    """The distance of the numbers of hidden nodes that are looked at."""
+    """The distance of the numbers of hidden units that are looked at."""
     return -(-max(1, hidden_features // LEVELS) // round_to) * round_to
 
 
-def _saving(parts: Sequence[Part], cuts: Mapping[int, Cut]) -> int:
-    return sum(parts[i].saving(cut) for i, cut in cuts.items())
+def _saving(parts: Sequence[Part], specs: Mapping[int, BlockSpec]) -> int:
+    return sum(parts[i].saving(spec) for i, spec in specs.items())
 
 
-def _give_back(parts: Sequence[Part], cuts: dict[int, Cut], left: int, round_to: int) -> None:
-    """In place: what is saved beyond need as more hidden nodes, the cheapest last, for they fill the smallest rest."""
-    nodes = {i: parts[i].way(cut).node for i, cut in cuts.items()}
-    for i in sorted(cuts, key=lambda i: -nodes[i]):
-        hidden, cut = parts[i].hidden_features, cuts[i]
-        more = min(left // max(nodes[i], 1), hidden - cut.hidden_features)
-        more -= 0 if cut.hidden_features + more == hidden else more % round_to
-        left -= more * nodes[i]
-        cuts[i] = Cut(cut.hidden_features + more, cut.attention)
-        if cut.attention and cuts[i].hidden_features == hidden:  # nothing is left to prune
-            del cuts[i]
+def _give_back(parts: Sequence[Part], specs: dict[int, BlockSpec], left: int, round_to: int) -> None:
+    """In place: what is saved beyond need as more hidden units, the cheapest last, for they fill the smallest rest."""
+    units = {i: parts[i].way(spec).unit for i, spec in specs.items()}
+    for i in sorted(specs, key=lambda i: -units[i]):
+        hidden, spec = parts[i].hidden_features, specs[i]
+        more = min(left // max(units[i], 1), hidden - spec.hidden_features)
+        more -= 0 if spec.hidden_features + more == hidden else more % round_to
+        left -= more * units[i]
+        specs[i] = BlockSpec(spec.hidden_features + more, spec.attention)
+        if spec.attention and specs[i].hidden_features == hidden:  # nothing is left to prune
+            del specs[i]

@@ -1,6 +1,6 @@
 """Step 1 for latency: from a time to the structure that takes it on this device.
 
-The latency model (`dcvit.metrics.latency_model`) proposes k and the hidden nodes kept. The proposed structure is then
+The latency model (`dcvit.metrics.latency_model`) proposes k and the hidden units kept. The proposed structure is then
 timed in turn with the original, and the time that it saves corrects the model, until a structure takes what is asked.
 Latency depends on the structure alone, so all of this is done with weights that are not recovered, before any long
 work.
@@ -152,12 +152,12 @@ def require_planned(found: Plan, model: nn.Module, budget: Budget, config: DCViT
         or structure[1] not in space.widths
         or found != space.plan(budget, target, space.alike(*structure), latency=measured)
     ):
-        raise ValueError(f"{structure[0]} blocks with {structure[1]} hidden nodes are not what it says of them")
+        raise ValueError(f"{structure[0]} blocks with {structure[1]} hidden units are not what it says of them")
 
 
 def _goal(budget: Budget, model: LatencyModel) -> float:
     """The latency that is asked for, over the original's."""
-    return float(budget.value if budget.unit == "latency" else budget.value / model.original_ms)
+    return float(budget.value if budget.metric == "latency" else budget.value / model.original_ms)
 
 
 def _mean_ratios(timings: Iterable[StructureTiming]) -> dict[tuple[int, int], float]:
@@ -184,7 +184,7 @@ def _gain(model: LatencyModel, goal: float, timings: Iterable[StructureTiming]) 
 
 
 def _propose(model: LatencyModel, space: SearchSpace, goal: float, gain: float) -> tuple[int, int]:
-    """The fewest blocks that save enough, and the most hidden nodes with which they still do.
+    """The fewest blocks that save enough, and the most hidden units with which they still do.
 
     The nearest structure where none does.
     """
@@ -208,8 +208,8 @@ def _not_met(
     ratios = _mean_ratios((*timings, *ends))
     nearest = min(ratios, key=lambda structure: abs(ratios[structure] - goal))
     return (
-        f"{budget.unit}={budget.value!r} asks for {goal:.4f} of the original's {original:.3f} ms at batch "
+        f"{budget.metric}={budget.value!r} asks for {goal:.4f} of the original's {original:.3f} ms at batch "
         f"{model.batch_size}; measured, {len(space.candidates)} candidate blocks reach {low:.4f} to {high:.4f} "
         f"({low * original:.3f} to {high * original:.3f} ms). Nearest is {ratios[nearest]:.4f}, {nearest[0]} "
-        f"blocks with {nearest[1]} hidden nodes each." + (space.more_blocks() if goal < low else "")
+        f"blocks with {nearest[1]} hidden units each." + (space.more_blocks() if goal < low else "")
     )

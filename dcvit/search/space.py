@@ -10,7 +10,7 @@ from dcvit.budget import ADDITIVE, Budget
 from dcvit.config import DCViT, ReconstructionConfig
 from dcvit.costs import BlockCost, Cost, ModelCost
 from dcvit.errors import BudgetError
-from dcvit.history import Cut, Plan, Recoverability
+from dcvit.history import BlockSpec, Plan, SensitivityCurve
 from dcvit.models import compressible, require_supported
 from dcvit.search.allocate import Part, Way
 
@@ -19,8 +19,8 @@ __all__ = ["LOST_ATTENTION", "SearchSpace", "choose_candidates", "search_space",
 LOST_ATTENTION = 1.5
 """What a block loses with its attention counts so many times what it loses by pruning.
 
-A trial cuts one block of an intact model. Where others are cut as well, what only attention could have told is missed
-more than nodes are, so the losses of trials alone let too many blocks lose their attention. Measured on held-out
+A probe cuts one block of an intact model. Where others are cut as well, what only attention could have told is missed
+more than units are, so the losses of probes alone let too many blocks lose their attention. Measured on held-out
 images, r with 1, 1.5 and 2: the digits (mean of two few-shot sets) at 50 % of the MACs 0.053, 0.048 and 0.048, at 40 %
 0.097, 0.083 and 0.084; DINOv2 ViT-S at 50 % 0.290, 0.312 and 0.344. The photographs at 50 %, with 1.5 and 2: 0.025 and
 0.026.
@@ -28,21 +28,21 @@ images, r with 1, 1.5 and 2: the digits (mean of two few-shot sets) at 50 % of t
 
 
 def searched(config: DCViT) -> bool:
-    """Whether a config leaves the structure to a search; mimicking has no trials that could guide it."""
+    """Whether a config leaves the structure to a search; distillation has no probes that could guide it."""
     return config.structure == "searched" and isinstance(config.recovery, ReconstructionConfig)
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The structures that a config allows of a model: k of some blocks, and how many hidden nodes they keep.
+    """The structures that a config allows of a model: k of some blocks, and how many hidden units they keep.
 
     Attributes:
         cost: Of the original.
         candidates: The blocks among which the k are chosen, from 0.
         groups: The candidates, those together that are compressed together.
-        prunable: Likewise the blocks that may keep their attention and lose hidden nodes only.
+        prunable: Likewise the blocks that may keep their attention and lose hidden units only.
         counts: The k allowed.
-        round_to: Kept nodes are a multiple of it.
+        round_to: Kept units are a multiple of it.
     """
 
     cost: ModelCost
@@ -78,8 +78,8 @@ class SearchSpace:
     def parts(
         self,
         amount: Callable[[Cost], int],
-        compressed: Mapping[int, Recoverability],
-        pruned: Mapping[int, Recoverability],
+        compressed: Mapping[int, SensitivityCurve],
+        pruned: Mapping[int, SensitivityCurve],
     ) -> list[Part]:
         """What can be cut on its own, for `search_structure`.
 
@@ -96,12 +96,12 @@ class SearchSpace:
                 if attention and of.hidden_features <= self.round_to:
                     continue  # nothing less would be a multiple
                 if group in (self.prunable if attention else self.groups) and all(b in profiles for b in group):
-                    nodes = profiles[group[0]].nodes
+                    units = profiles[group[0]].units
                     weight = 1.0 if attention else LOST_ATTENTION
-                    losses = tuple(weight * sum(profiles[b].loss(kept) for b in group) for kept in nodes)
+                    losses = tuple(weight * sum(profiles[b].loss(kept) for b in group) for kept in units)
                     saving = 0 if attention else len(group) * amount(of.attention)
-                    node = len(group) * amount(of.node(attention))
-                    ways.append(Way(attention, saving, node, Recoverability(nodes, losses)))
+                    unit = len(group) * amount(of.unit(attention))
+                    ways.append(Way(attention, saving, unit, SensitivityCurve(units, losses)))
             if ways:
                 found.append(Part(group, tuple(ways)))
         return found
@@ -109,49 +109,49 @@ class SearchSpace:
     def parts_alike(self, amount: Callable[[Cost], int]) -> list[Part]:
         """The same, were all blocks alike to lose."""
         blocks = enumerate(self.cost.blocks)
-        alike = {block: Recoverability((0, of.hidden_features), (1.0, 1.0)) for block, of in blocks}
+        alike = {block: SensitivityCurve((0, of.hidden_features), (1.0, 1.0)) for block, of in blocks}
         return self.parts(amount, alike, alike)
 
     def savings(self, amount: Callable[[Cost], int]) -> tuple[int, int]:
         """The least that a cut of one part can save, and the most that cuts of all can."""
         parts = self.parts_alike(amount)
-        # A block that is pruned can save as little as one hidden node, which is as good as nothing.
+        # A block that is pruned can save as little as one hidden unit, which is as good as nothing.
         least = min(1 if way.attention else way.saving for part in parts for way in part.ways)
         return least, sum(part.saving(part.smallest(self.round_to)) for part in parts)
 
-    def cost_of(self, cuts: Mapping[int, Cut]) -> Cost:
+    def cost_of(self, specs: Mapping[int, BlockSpec]) -> Cost:
         """What a model costs of which some blocks are cut."""
         total = self.cost.total
-        for block, cut in cuts.items():
+        for block, spec in specs.items():
             of = self.cost.blocks[block]
-            total -= of.node(cut.attention) * (of.hidden_features - cut.hidden_features)
-            total -= Cost() if cut.attention else of.attention
+            total -= of.unit(spec.attention) * (of.hidden_features - spec.hidden_features)
+            total -= Cost() if spec.attention else of.attention
         return total
 
-    def fields(self, cuts: Mapping[int, Cut]) -> dict[str, Any]:
+    def fields(self, specs: Mapping[int, BlockSpec]) -> dict[str, Any]:
         """What a `Plan` says of a structure."""
-        left = sum(cut.hidden_features for cut in cuts.values())
-        hidden = sum(self.cost.blocks[block].hidden_features for block in cuts)
+        left = sum(spec.hidden_features for spec in specs.values())
+        hidden = sum(self.cost.blocks[block].hidden_features for block in specs)
         return {
-            "num_blocks": len(cuts),
-            "hidden_features": left // len(cuts),
+            "num_blocks": len(specs),
+            "hidden_features": left // len(specs),
             "drop_ratio": (hidden - left) / hidden,
-            "cost": self.cost_of(cuts),
-            "pruned": tuple(sorted(block for block, cut in cuts.items() if cut.attention)),
+            "cost": self.cost_of(specs),
+            "pruned": tuple(sorted(block for block, spec in specs.items() if spec.attention)),
         }
 
     @property
     def widths(self) -> range:
-        """The hidden nodes that a block may keep."""
+        """The hidden units that a block may keep."""
         return range(0, self.block.hidden_features + 1, self.round_to)
 
-    def plan(self, budget: Budget, target: int | float, cuts: Mapping[int, Cut], **fields: Any) -> Plan:
+    def plan(self, budget: Budget, target: int | float, specs: Mapping[int, BlockSpec], **fields: Any) -> Plan:
         """The plan of a structure that meets a budget."""
-        return Plan(budget=budget, target=target, candidates=self.candidates, **self.fields(cuts), **fields)
+        return Plan(budget=budget, target=target, candidates=self.candidates, **self.fields(specs), **fields)
 
-    def alike(self, k: int, kept: int) -> dict[int, Cut]:
-        """The structure that compresses k blocks to `kept` hidden nodes each; which blocks does not matter."""
-        return dict.fromkeys(self.candidates[:k], Cut(kept))
+    def alike(self, k: int, kept: int) -> dict[int, BlockSpec]:
+        """The structure that compresses k blocks to `kept` hidden units each; which blocks does not matter."""
+        return dict.fromkeys(self.candidates[:k], BlockSpec(kept))
 
     def more_blocks(self, lower: str = "go lower") -> str:
         """How to allow more blocks, if there are any."""
@@ -180,17 +180,17 @@ def choose_candidates(
         BudgetError: If a wanted block does not exist or has nothing to remove, one is wanted without those that go with
             it, or none is left.
     """
-    adapter = compressible(model)
-    cost, groups = cost or adapter.cost(), adapter.groups()
+    view = compressible(model)
+    cost, groups = cost or view.cost(), view.groups()
     depth = len(cost.blocks)
     if wanted is None:
-        inner = groups[1:-1] if adapter.keeps_ends and len(groups) > 2 else groups
+        inner = groups[1:-1] if view.keeps_ends and len(groups) > 2 else groups
         candidates = tuple(
             block for group in inner if all(cost.blocks[i].compressible for i in group) for block in group
         )
         if not candidates:
             looked_at = [block for group in inner for block in group]
-            raise BudgetError(f"None of the blocks {looked_at} has {adapter.removed} left to remove.")
+            raise BudgetError(f"None of the blocks {looked_at} has {view.removed} left to remove.")
         return candidates
     for block in wanted:
         if not 0 <= block < depth:
@@ -198,7 +198,7 @@ def choose_candidates(
                 f"candidates={list(wanted)}: block {block} does not exist, the model has 0 to {depth - 1}."
             )
         if not cost.blocks[block].compressible:
-            raise BudgetError(f"candidates={list(wanted)}: block {block} has no {adapter.removed} left to remove.")
+            raise BudgetError(f"candidates={list(wanted)}: block {block} has no {view.removed} left to remove.")
     for group in groups:
         present = [block for block in group if block in wanted]
         if present and len(present) < len(group):
@@ -215,9 +215,9 @@ def search_space(model: nn.Module, config: DCViT) -> SearchSpace:
         UnsupportedModelError: If no adapter handles the model.
         BudgetError: If they do not fit the model.
     """
-    adapter = require_supported(model)
-    cost = adapter.cost()
-    groups = adapter.groups()
+    view = require_supported(model)
+    cost = view.cost()
+    groups = view.groups()
     candidates = choose_candidates(model, config.candidates, cost)
     counts: Sequence[int] = range(1, len(candidates) + 1)
     if config.num_blocks is not None:
@@ -229,13 +229,13 @@ def search_space(model: nn.Module, config: DCViT) -> SearchSpace:
         counts = (config.num_blocks,)
     fewest = min(cost.blocks[i].hidden_features for i in candidates)
     if config.round_to > fewest:
-        raise BudgetError(f"round_to={config.round_to}: a block has only {fewest} hidden nodes; pass a smaller one.")
+        raise BudgetError(f"round_to={config.round_to}: a block has only {fewest} hidden units; pass a smaller one.")
     chosen = tuple(group for group in groups if group[0] in candidates)
     prunable: tuple[tuple[int, ...], ...] = ()
     if searched(config) and config.num_blocks is None:
         prunable = tuple(
             group
             for group in (groups if config.candidates is None else chosen)
-            if all(adapter.halves(block) is not None for block in group)
+            if all(view.sublayers(block) is not None for block in group)
         )
     return SearchSpace(cost, candidates, chosen, prunable, counts, config.round_to)

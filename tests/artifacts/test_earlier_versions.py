@@ -91,7 +91,7 @@ def test_a_run_goes_on(model: nn.Module, seen: Tensor, tmp_path: Path, monkeypat
 def test_a_run_of_the_published_procedure_goes_on(
     model: nn.Module, seen: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its proxy set is finished, the trials are not."""
+    """Its proxy set is finished, the probes are not."""
     forbid(monkeypatch, "dcvit.methods.dcvit.method.synthesize")
     result = dcvit.compress(model, seen, BUDGET, PUBLISHED, run_dir=begun("published.run", tmp_path))
     assert len(result.report.steps) == len(result.plan.blocks) > 0

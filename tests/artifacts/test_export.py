@@ -16,7 +16,7 @@ import dcvit
 from dcvit.artifacts import export
 from dcvit.artifacts.export import ExportFormat, compare_rounded, export_model
 from dcvit.models import compressible, load_model
-from dcvit.models.surgery import compress_block, draw_kept_nodes, drop_block
+from dcvit.models.surgery import compress_block, draw_kept_units, drop_block
 from tests.variants import VARIANTS
 from tests.without_dcvit import run_without
 
@@ -29,7 +29,7 @@ FORMATS = [pytest.param("onnx", marks=needs_onnx), "torch-export"]
 def cut(name: str) -> nn.Module:
     """A model whose block 1 is compressed and whose block 2 is dropped."""
     model = load_model("demo") if name == "demo" else VARIANTS[name].create()
-    kept = draw_kept_nodes(model, 1, 20, seed=0)
+    kept = draw_kept_units(model, 1, 20, seed=0)
     student = drop_block(compress_block(model, 1, kept), 2)
     return compressible(student).rebuild().eval()
 

@@ -17,9 +17,9 @@ import dcvit
 from dcvit.artifacts.result import PROXY_SET_FILE, RESULT_FILE, original_name, read_json, read_record
 from dcvit.cli.arguments import amount
 from dcvit.compression.sweep import load_family
-from dcvit.errors import DamagedUnitWarning, DcvitError, RunStoreError
+from dcvit.errors import DamagedEntryWarning, DcvitError, RunStoreError
 from dcvit.report import run_page, saved_family_page
-from dcvit.runtime.checkpoint import Unit, open_run
+from dcvit.runtime.checkpoint import Entry, open_run
 from tests.conftest import CUT_REFINED
 
 Changed = Callable[[Any, st.DataObject], Any]
@@ -141,7 +141,7 @@ def refused_or_done(call: Callable[[], object]) -> bool:
 
 
 @fuzz
-@given(st.dictionaries(st.sampled_from([*dcvit.budget.UNITS, "batch_size", "convention"]), scalars, max_size=3))
+@given(st.dictionaries(st.sampled_from([*dcvit.budget.METRICS, "batch_size", "convention"]), scalars, max_size=3))
 def test_budgets(fields: dict[str, Any]) -> None:
     refused_or_done(lambda: dcvit.Budget(**fields))
 
@@ -196,17 +196,17 @@ def test_model_folders(folder: Path, data: st.DataObject) -> None:
 def test_units(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """A unit is what was written, or it is computed again."""
     place = tmp_path_factory.getbasetemp() / "units"
-    unit = Unit({"loss": 0.5, "order": [1, 2]}, {"w": torch.ones(2)})
+    entry = Entry({"loss": 0.5, "order": [1, 2]}, {"w": torch.ones(2)})
     with open_run(place, {}) as store:
-        store.unit("u", lambda: unit)
+        store.entry("u", lambda: entry)
     file = data.draw(st.sampled_from(["u.json", "u.safetensors"]))
     valid = (place / "units" / file).read_bytes()
     (place / "units" / file).write_bytes(data.draw(bytes_like(valid)))
     with warnings.catch_warnings(), open_run(place, {}) as store:
-        warnings.simplefilter("ignore", DamagedUnitWarning)
-        found = store.unit("u", lambda: unit)
-    assert found.values == unit.values
-    assert torch.equal(found.tensors["w"], unit.tensors["w"])
+        warnings.simplefilter("ignore", DamagedEntryWarning)
+        found = store.entry("u", lambda: entry)
+    assert found.values == entry.values
+    assert torch.equal(found.tensors["w"], entry.tensors["w"])
 
 
 @fuzz
@@ -216,7 +216,7 @@ def test_run_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
     of = {"settings": {"seed": 0, "views": [1, 2]}}
     if not place.exists():
         with open_run(place, of) as store:
-            store.keep("unit", Unit(1))  # or there would be nothing to mix with another run's
+            store.keep("unit", Entry(1))  # or there would be nothing to mix with another run's
     valid = json.dumps({"format": 1, **of}).encode()
     content = data.draw(bytes_like(valid) | anything.map(lambda values: json.dumps(values).encode()))
     (place / "run.json").write_bytes(content)
@@ -239,7 +239,7 @@ def test_indices_of_families(
     points = [point, *({**point, "kind": "dcvit", "name": f"{n}", "macs": n, "agreement": n / 9} for n in (8, 7, 6))]
     index = {
         "format": 1, "original": figures, "members": [{"folder": "macs-8"}, {"folder": "macs-7"}], "points": points,
-        "model": "demo", "num_images": 4, "judged_on": "images", "settings": {"a": {"b": [1]}}, "versions": {"a": "1"},
+        "model": "demo", "num_images": 4, "evaluated_on": "images", "settings": {"a": {"b": [1]}}, "versions": {"a": "1"},
     }  # fmt: skip
     (place / "family.json").write_text(json.dumps(changed(index, data)))
     assert not refused_or_done(lambda: load_family(place))  # there is no member

@@ -176,21 +176,21 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "block less": (("plan", "blocks"), lambda blocks: blocks[1:], "plan.num_blocks is ., but plan.blocks names"),
     "pruned elsewhere": (("plan", "pruned"), [0], "plan.pruned names block 0, which plan.blocks does not"),
     "convolved": (("plan", "convolved"), [1], "plan.convolved names block 1, which plan.pruned does not"),
-    "kept of no block": (("plan", "kept_nodes", "0"), [0], "plan.kept_nodes names block 0, which plan.blocks does not"),
-    "kept of one less": (("plan", "kept_nodes"), lambda kept: dict([*kept.items()][1:]), "which plan.kept_nodes does"),
+    "kept of no block": (("plan", "kept_units", "0"), [0], "plan.kept_units names block 0, which plan.blocks does not"),
+    "kept of one less": (("plan", "kept_units"), lambda kept: dict([*kept.items()][1:]), "which plan.kept_units does"),
     "heads of no block": (("plan", "kept_heads"), {"0": [0]}, "plan.kept_heads names block 0, which plan.blocks"),
     "owner": (("plan", "mlp_of"), {"1": 2}, "plan.mlp_of names block 1|plan.mlp_of names block 2"),
-    "report of a block beyond": (("report", "trials", 0, "block"), 9, "report.trials names block 9"),
-    "trial twice": (("report", "trials"), lambda trials: [trials[0], *trials], "report.trials names block . twice"),
+    "report of a block beyond": (("report", "trials", 0, "block"), 9, "report.probes names block 9"),
+    "probe twice": (("report", "trials"), lambda probes: [probes[0], *probes], "report.probes names block . twice"),
     "losses cut": (
-        ("report", "trials", 0, "recoverability", "losses"),
+        ("report", "trials", 0, "sensitivity", "losses"),
         lambda losses: losses[1:],
-        "recoverability of block . has .* nodes and .* losses",
+        "sensitivity of block . has .* nodes and .* losses",
     ),
     "nodes mixed": (
-        ("report", "trials", 0, "recoverability", "nodes"),
-        lambda nodes: nodes[::-1],
-        "recoverability of block .: expected numbers from 0, ascending",
+        ("report", "trials", 0, "sensitivity", "nodes"),
+        lambda units: units[::-1],
+        "sensitivity of block .: expected numbers from 0, ascending",
     ),
     "blocks cut": (("report", "blocks_after"), lambda shapes: shapes[1:], "report.blocks_after has 7 blocks"),
     "another block": (
@@ -230,17 +230,17 @@ def test_a_result_that_contradicts_itself_is_refused(name: str, folder: Path) ->
 
 
 def test_kept_nodes_are_those_of_the_blocks(folder: Path) -> None:
-    (block, *_) = json.loads((folder / "result.json").read_text())["plan"]["kept_nodes"]
-    change(folder, "plan", "kept_nodes", block, to=lambda kept: kept[::-1])
+    (block, *_) = json.loads((folder / "result.json").read_text())["plan"]["kept_units"]
+    change(folder, "plan", "kept_units", block, to=lambda kept: kept[::-1])
     with pytest.raises(
-        dcvit.errors.SaveFolderError, match=r"plan\.kept_nodes\[.\]: expected numbers from 0, ascending"
+        dcvit.errors.SaveFolderError, match=r"plan\.kept_units\[.\]: expected numbers from 0, ascending"
     ):
         read_record(folder)
-    change(folder, "plan", "kept_nodes", block, to=lambda kept: [*kept[::-1], 10_000])
-    with pytest.raises(dcvit.errors.SaveFolderError, match=r"keeps hidden node 10000 of"):
+    change(folder, "plan", "kept_units", block, to=lambda kept: [*kept[::-1], 10_000])
+    with pytest.raises(dcvit.errors.SaveFolderError, match=r"keeps hidden unit 10000 of"):
         read_record(folder)
-    change(folder, "plan", "kept_nodes", block, to=lambda kept: kept[:-2])
-    with pytest.raises(dcvit.errors.SaveFolderError, match=r"keeps .* hidden nodes, report\.blocks_after\[.\] has"):
+    change(folder, "plan", "kept_units", block, to=lambda kept: kept[:-2])
+    with pytest.raises(dcvit.errors.SaveFolderError, match=r"keeps .* hidden units, report\.blocks_after\[.\] has"):
         read_record(folder)
 
 
@@ -314,9 +314,9 @@ def test_a_member_s_name_is_one_that_dcvit_gives(name: str, family: Path) -> Non
 
 
 def test_values_that_no_chart_can_show_are_left_out(folder: Path, family: Path) -> None:
-    for trial, error in enumerate((1e308, 5e-324)):
-        change(folder, "report", "trials", trial, "metric_loss", to=error)
-    change(folder, "report", "refinement", "judgements", to=[[2**62, 1.0], [2**62 + 1, 1e308], [2**62 + 2, -1e308]])
+    for probe, error in enumerate((1e308, 5e-324)):
+        change(folder, "report", "trials", probe, "metric_loss", to=error)
+    change(folder, "report", "refinement", "validations", to=[[2**62, 1.0], [2**62 + 1, 1e308], [2**62 + 2, -1e308]])
     assert "1e+308" in write_report(folder).read_text()
     change(family, "points", 1, "latency_ms", to=1e308, file="family.json")
     change(family, "points", 1, "agreement", to=float("inf"), file="family.json")

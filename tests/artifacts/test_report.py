@@ -59,7 +59,7 @@ def family() -> list[FamilyPoint]:
 
 
 def made_up_page() -> Page:
-    return family_page(family(), title="A family", judged_on="images", settings={"seed": 0}, versions={"torch": "2"})
+    return family_page(family(), title="A family", evaluated_on="images", settings={"seed": 0}, versions={"torch": "2"})
 
 
 @pytest.fixture(params=[*CONFIGS, "family"])
@@ -162,10 +162,10 @@ def test_the_page_says_what_was_done(runs: dict[str, Path]) -> None:
         assert pairs["recovery.batch_size"] == str(recovery.batch_size)
         assert pairs["synthesis.iterations"] == "3"
         assert pairs["torch"] == torch.__version__
-        for trial in record.report.trials:
-            assert number(trial.metric_loss) in shown
-            assert trial.reconstruction is None or number(trial.reconstruction.error_before) in shown
-            assert trial.recovery is None or number(trial.recovery.loss_before) in shown
+        for probe in record.report.probes:
+            assert number(probe.metric_loss) in shown
+            assert probe.reconstruction is None or number(probe.reconstruction.error_before) in shown
+            assert probe.recovery is None or number(probe.recovery.loss_before) in shown
         for stage, seconds in record.report.seconds.items():
             assert pairs[stage] == f"{seconds:.2f} s"
         assert record.images is not None
@@ -191,28 +191,28 @@ def test_tables_hold_what_was_recorded(runs: dict[str, Path]) -> None:
         for one in record.report.reconstructions
     ]  # fmt: skip
     assert record.report.refinement is not None
-    assert shown["Mimicking of the whole student, as held-out images judge it"].rows == [
+    assert shown["Distillation of the whole student, as held-out images judge it"].rows == [
         ("0", number(record.report.refinement.error_before)),
-        *((str(steps), number(error)) for steps, error in record.report.refinement.judgements),
+        *((str(steps), number(error)) for steps, error in record.report.refinement.validations),
     ]
-    kept = record.plan.kept_nodes
+    kept = record.plan.kept_units
     assert shown["Blocks, from the first at the top to the last"].rows == [
         (str(block), "yes", "no" if block in kept else "yes", "192", str(len(kept[block])) if block in kept else "192")
         for block in range(4)
     ]
-    expected = shown["Expected loss by the hidden nodes that a block keeps"]
-    (profile,) = {trial.block: trial.recoverability for trial in record.report.trials if trial.block == 1}.values()
+    expected = shown["Expected loss by the hidden units that a block keeps"]
+    (profile,) = {probe.block: probe.sensitivity for probe in record.report.probes if probe.block == 1}.values()
     assert profile is not None
     column = next(index for index, name in enumerate(expected.head) if name.startswith("block 1"))
     assert [row[column] for row in expected.rows] == [number(loss) for loss in profile.losses]
     assert {name for name in expected.head if "✓" in name} == {f"block {block} ✓" for block in kept}
     searched = read_record(runs["searched"])
     assert searched.plan.pruned
-    expected = tables(run_page(searched))["Expected loss by the hidden nodes that a block keeps, with attention"]
+    expected = tables(run_page(searched))["Expected loss by the hidden units that a block keeps, with attention"]
     assert {name for name in expected.head if "✓" in name} == {f"block {block} ✓" for block in searched.plan.pruned}
     published = read_record(runs["published"])
     losses = [step.losses for step in published.report.steps]
-    assert tables(run_page(published))["Mimicking after each cut"].rows == [
+    assert tables(run_page(published))["Distillation after each cut"].rows == [
         (str(epoch + 1), *(number(of_step[epoch]) for of_step in losses)) for epoch in range(2)
     ]
 
@@ -233,7 +233,7 @@ def test_curves_are_recorded(runs: dict[str, Path]) -> None:
         if went.epochs:
             assert went.errors[went.epochs - 1] == min(went.errors) < went.error_before
     assert refined.refinement is not None
-    steps, errors = zip(*refined.refinement.judgements, strict=True)
+    steps, errors = zip(*refined.refinement.validations, strict=True)
     assert steps == tuple(range(25, 201, 25))
     assert refined.refinement.error_after == min(refined.refinement.error_before, *errors)
     images = read_record(runs["refined"]).images
@@ -245,8 +245,8 @@ def test_chosen_blocks_stand_out(runs: dict[str, Path]) -> None:
     for folder in runs.values():
         record = read_record(folder)
         page = run_page(record)
-        trials = next(section for section in page.sections if section.title == "Which blocks recover")
-        for figure in trials.items[:2]:
+        probes = next(section for section in page.sections if section.title == "Which blocks recover")
+        for figure in probes.items[:2]:
             column = figure.table.head.index("block")  # type: ignore[union-attr]
             rows = [figure.table.rows[index] for index in figure.table.marked]  # type: ignore[union-attr]
             assert {int(row[column]) for row in rows} == set(record.plan.blocks) - set(record.plan.pruned)
@@ -322,7 +322,7 @@ def test_texts_are_escaped(runs: dict[str, Path], tmp_path: Path) -> None:
     assert name in parsed(text).cells
     assert any(name in (element.text or "") for drawing in drawings(text) for element in drawing.iter("text"))
     point = FamilyPoint(name, "original", 1, 1, 1.0, 1.0)
-    assert "<script" not in family_page([point, replace(point, kind="dcvit")], title=name, judged_on=name).html()
+    assert "<script" not in family_page([point, replace(point, kind="dcvit")], title=name, evaluated_on=name).html()
 
 
 def test_a_report_is_made_again_from_the_folder_alone(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -345,8 +345,8 @@ def older(folder: Path) -> None:
     """Take away what results did not hold before reports were made of them."""
     values = json.loads((folder / "result.json").read_text())
     report = values["report"]
-    del report["settings"], report["blocks"], report["refinement"]["judgements"]
-    for went in (*report["reconstructions"], *(trial["reconstruction"] for trial in report["trials"])):
+    del report["settings"], report["blocks"], report["refinement"]["validations"]
+    for went in (*report["reconstructions"], *(probe["reconstruction"] for probe in report["trials"])):
         del went["errors"]
     (folder / "result.json").write_text(json.dumps(values))
     (folder / "metric_set.safetensors").unlink()
@@ -410,17 +410,17 @@ def test_a_family_marks_where_block_dropping_wins() -> None:
     assert rows == [["2 blocks less", "60%"], [], ["2 blocks less", "60%"], []]
 
     much_dearer = [replace(p, macs=700) if p.name == "2 blocks less" else p for p in family()]
-    page = family_page(much_dearer, title="A family", judged_on="images")
+    page = family_page(much_dearer, title="A family", evaluated_on="images")
     assert "Block dropping is nowhere ahead in agreement with the original at the same MACs or less." in page.html()
 
 
 def test_a_family_says_what_was_not_measured() -> None:
     points = [replace(point, latency_ms=None, top1=None) for point in family()]
-    page = family_page(points, title="A family", judged_on="images")
+    page = family_page(points, title="A family", evaluated_on="images")
     assert page.not_recorded == ["latency of any model: it was not measured", "top-1 of any model: it was not measured"]
     assert len(page.sections[1].items) == 1
     with pytest.raises(dcvit.DcvitError, match="0 points of kind 'original'"):
-        family_page(family()[1:], title="", judged_on="")
+        family_page(family()[1:], title="", evaluated_on="")
     with pytest.raises(dcvit.DcvitError, match="kind='pruned'"):
         replace(points[0], kind="pruned")  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from dcvit.artifacts.card import model_card
 from dcvit.artifacts.hub import push_to_hub
 from dcvit.artifacts.result import SAVED_FILES, save_model
 from dcvit.models import compressible, hub_repository
-from dcvit.models.surgery import compress_block, draw_kept_nodes, drop_block
+from dcvit.models.surgery import compress_block, draw_kept_units, drop_block
 from tests.conftest import CUT, QUICK
 from tests.variants import EVA_VARIANTS, VARIANTS, Variant
 from tests.without_dcvit import run_without
@@ -31,7 +31,7 @@ from tests.without_dcvit import run_without
 def cut(model: nn.Module, kept: int = 7) -> nn.Module:
     """Block 1 compressed, block 2 dropped, block 3 left without an MLP."""
     for block, count in ((1, kept), (3, 0)):
-        model = compress_block(model, block, draw_kept_nodes(model, block, count, seed=0))
+        model = compress_block(model, block, draw_kept_units(model, block, count, seed=0))
     return drop_block(model, 2)
 
 
@@ -162,15 +162,15 @@ def test_card_has_the_figures(folder: Path, result: dcvit.CompressionResult) -> 
     assert "MACs are counted with attention products." in text
     assert f"{100 * (report.agreement or 0):.2f} %" in text
     assert "top-1" not in text  # nothing was labelled
-    assert f"{result.plan.hidden_features} hidden nodes" in text
+    assert f"{result.plan.hidden_features} hidden units" in text
     assert "from 2 unlabelled images" in text
     assert f"timm {timm.__version__}" in text
     assert "mean (0.5, 0.5, 0.5)" in text
     for kept, told in (
-        ((0, 3, 4), "where on average 5 hidden nodes of the MLP are left (3 to 7)."),
-        ((0, 1, 2, 3, 4, 5, 6), "where 5 hidden nodes of the MLP are left.\n"),
+        ((0, 3, 4), "where on average 5 hidden units of the MLP are left (3 to 7)."),
+        ((0, 1, 2, 3, 4, 5, 6), "where 5 hidden units of the MLP are left.\n"),
     ):
-        plan = replace(result.plan, blocks=(1, 2), hidden_features=5, kept_nodes={1: kept, 2: tuple(range(7))})
+        plan = replace(result.plan, blocks=(1, 2), hidden_features=5, kept_units={1: kept, 2: tuple(range(7))})
         assert told in replace(result, plan=plan).files()["README.md"]
     labelled = replace(report, teacher=replace(report.teacher, top1=0.875), student=replace(report.student, top1=0.75))
     assert "| top-1, % | 87.50 | 75.00 | |" in replace(result, report=labelled).files()["README.md"]

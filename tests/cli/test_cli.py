@@ -54,7 +54,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 @pytest.mark.parametrize(
     ("recovery", "stage"),
-    [([], "reconstruction: loss"), (DISTILLATION, "trials: loss")],
+    [([], "reconstruction: loss"), (DISTILLATION, "probes: loss")],
     ids=["default", "distillation"],
 )
 def test_compress_a_timm_model_from_photographs(
@@ -173,14 +173,16 @@ def test_demo_writes_what_it_prints(
     assert "Methods compared" in page
     assert "demo, compressed to 75.0" in page
     values = json.loads((out / "result.json").read_text())
-    wanted = "teacher student budget blocks hidden_features drop_ratio agreement mimic_loss seconds seed versions"
+    wanted = (
+        "teacher student budget blocks hidden_features drop_ratio agreement distillation_loss seconds seed versions"
+    )
     assert values.keys() >= set(wanted.split())
     original, raw, practise, published, ours = values["comparison"]
     assert published["macs"] == ours["macs"]
     assert original["top1"] == {"mean": values["teacher"]["top1"], "std": 0.0}
     assert original["agreement"]["mean"] == 1.0
     assert values["student"]["top1"] == ours["rows"][0]["top1"]
-    # At equal MACs: below block dropping's by less than one hidden node in each compressed block.
+    # At equal MACs: below block dropping's by less than one hidden unit in each compressed block.
     assert raw["macs"] == practise["macs"]
     assert 0 <= practise["macs"] - ours["macs"] < 2 * 64 * 17 * len(values["blocks"])
     assert dcvit.load(out).model(dcvit.demo.load_digits().test_images[:2]).shape == (2, 10)
@@ -533,13 +535,13 @@ def test_progress_shows_loss_and_time(terminal: bool) -> None:
     for done in range(1, 4):
         progress("trials", done, 3, 0.5 / done)
     lines = screen.text.splitlines()
-    assert lines[-1].startswith("trials: loss 0.1667")
+    assert lines[-1].startswith("probes: loss 0.1667")
     if terminal:
         assert "\r" in screen.text
         assert "%" in screen.text
     else:
         assert "\r" not in screen.text
-        assert lines[0].startswith("trials: 1/3, loss 0.5, ")
+        assert lines[0].startswith("probes: 1/3, loss 0.5, ")
         assert lines[0].endswith("s left")
 
 
@@ -565,7 +567,7 @@ def test_the_time_left_leaves_out_what_an_earlier_run_finished(terminal: bool, m
     now += 7
     progress("trials", 7, 10, 0.5)
     if not terminal:
-        assert screen.text == "trials: 7/10, loss 0.5, 21 s left\n"
+        assert screen.text == "probes: 7/10, loss 0.5, 21 s left\n"
     progress.close()
 
 

@@ -16,7 +16,7 @@ from dcvit.cli import COMMANDS
 from dcvit.runtime import spill as stacks
 from dcvit.runtime.distributed import on_devices
 from dcvit.runtime.output import Lenient
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 
 DCVIT = f"{sys.executable} -m dcvit"
 
@@ -125,7 +125,7 @@ def test_without_a_temporary_folder_the_sentence_says_what_to_set(
 ) -> None:
     monkeypatch.setattr(stacks, "IN_MEMORY", 0)
     with pytest.raises(dcvit.DcvitError, match=r"gone' cannot hold .* set TMPDIR to a folder .* can be written"):
-        Stack([torch.zeros(2, 3)])
+        SpilledBuffer([torch.zeros(2, 3)])
     with pytest.raises(dcvit.errors.DistributedError, match="Set TMPDIR to a folder that can be written"):
         on_devices(["cpu", "cpu"], print)
 
@@ -139,7 +139,7 @@ def test_without_descriptors_the_sentence_says_what_to_allow(monkeypatch: pytest
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 8, before[1]))
         with pytest.raises(dcvit.DcvitError, match=r"Too many open files.*: allow more open files \(ulimit -n\)"):
-            stacked.extend(Stack([torch.zeros(2, 3)]) for _ in range(100))
+            stacked.extend(SpilledBuffer([torch.zeros(2, 3)]) for _ in range(100))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -187,8 +187,8 @@ def test_an_interrupt_stops_all_devices_and_leaves_nothing(whom: str, tmp_path: 
         },
     )  # fmt: skip
     try:
-        units = tmp_path / "out.run" / "units"
-        while started.poll() is None and not list(units.glob("*.json")):
+        entries = tmp_path / "out.run" / "units"
+        while started.poll() is None and not list(entries.glob("*.json")):
             time.sleep(0.05)
         assert started.poll() is None
         os.killpg(started.pid, signal.SIGINT) if whom == "all" else started.send_signal(signal.SIGINT)

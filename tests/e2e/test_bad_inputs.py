@@ -209,7 +209,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: at.compress(budget=Budget(activation_memory=0.5)),
         (
             "activation_memory=0.5 asks for 1,671,168 of 3,342,336 bytes at batch 64, but the peak is that of"
-            " one block, and 2 blocks stay whole, so no choice of hidden nodes lowers it: 3,342,336 is all "
+            " one block, and 2 blocks stay whole, so no choice of hidden units lowers it: 3,342,336 is all "
             "that 6"
         ),
     ),
@@ -392,14 +392,14 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     "round_to 0": (lambda at: DCViT(round_to=0), "round_to=0: expected 1 or more."),
     "round_to high": (
         lambda at: at.compress(method=DCViT(round_to=100000)),
-        "round_to=100000: a block has only 256 hidden nodes; pass a smaller one.",
+        "round_to=100000: a block has only 256 hidden units; pass a smaller one.",
     ),
     "seed": (lambda at: DCViT(seed=-1), "seed=-1: expected 0 or more."),
     "structure": (
         lambda at: DCViT(structure="most"),
         "structure='most': expected one of 'searched', 'fewest'.",
     ),
-    "metric": (lambda at: Ablation(metric="l1"), "metric='l1': expected one of 'mimicking', 'cross_entropy'."),
+    "metric": (lambda at: Ablation(metric="l1"), "metric='l1': expected one of 'distillation', 'cross_entropy'."),
     "proxy set size": (
         lambda at: at.compress(proxy_set=ProxySet(torch.zeros(2, 1, 9, 9))),
         (
@@ -419,7 +419,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: DCViT(recovery="fast"),
         "recovery='fast': expected a ReconstructionConfig or a DistillationConfig.",
     ),
-    "nodes": (lambda at: ReconstructionConfig(nodes="best"), "nodes='best': expected one of 'greedy', 'random'."),
+    "nodes": (lambda at: ReconstructionConfig(units="best"), "nodes='best': expected one of 'greedy', 'random'."),
     "num_views": (lambda at: ReconstructionConfig(num_views=0), "num_views=0: expected 1 or more."),
     "step sizes": (
         lambda at: ReconstructionConfig(step_sizes=()),
@@ -582,9 +582,9 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         "repo_id='no/such/name': expected OWNER/NAME",
     ),
     "op shapes": (
-        lambda at: dcvit.ops.mimic_loss(torch.zeros(1, 2, 3, 4), torch.zeros(2, 3, 5)),
+        lambda at: dcvit.ops.distillation_loss(torch.zeros(1, 2, 3, 4), torch.zeros(2, 3, 5)),
         (
-            "mimic_loss: student is [1, 2, 3, 4] and teacher [2, 3, 5]; expected [C, B, N, D] or [B, N, D], "
+            "distillation_loss: student is [1, 2, 3, 4] and teacher [2, 3, 5]; expected [C, B, N, D] or [B, N, D], "
             "and [B, N, D]."
         ),
     ),

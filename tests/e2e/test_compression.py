@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import dcvit
-from dcvit.history import Cut
-from dcvit.models import MlpHalf, blocks, compressible
+from dcvit.history import BlockSpec
+from dcvit.models import MlpSublayer, blocks, compressible
 from dcvit.models.surgery import compress_block
 from dcvit.models.teacher import freeze, fuse
 from dcvit.ops import attention
@@ -64,12 +64,12 @@ def test_every_variant_end_to_end(variant: Variant, config: dcvit.DCViT, tmp_pat
     images = torch.randn(5, *compressible(model).input_size())
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), config)
 
-    adapter = compressible(result.model)
-    assert adapter.cost().total == result.plan.cost
+    view = compressible(result.model)
+    assert view.cost().total == result.plan.cost
     assert result.report.student.macs <= result.plan.target
     recovered = result.report.reconstructions if config is REFINED else result.report.steps
     assert len(result.plan.blocks) == result.plan.num_blocks == len(recovered)
-    kept = [len(result.plan.kept_nodes[block]) for block in result.plan.blocks]
+    kept = [len(result.plan.kept_units[block]) for block in result.plan.blocks]
     assert sum(kept) // len(kept) == result.plan.hidden_features
     assert len(set(kept)) == 1 or config is REFINED  # of the published structure all keep as many
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -106,7 +106,9 @@ def test_whole_blocks_run_the_op_unless_someone_listens(model: nn.Module, images
     model.blocks[1].register_forward_hook(lambda *_: None)
     model.blocks[2].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
     fused = fuse(model, "auto")
-    assert [isinstance(block, MlpHalf) for block in fused.blocks] == [True, False] + [True] * (len(fused.blocks) - 2)
+    assert [isinstance(block, MlpSublayer) for block in fused.blocks] == [True, False] + [True] * (
+        len(fused.blocks) - 2
+    )
     ran: list[str] = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(blocks, "dropped_mlp", lambda x, *_, impl, **__: (ran.append(impl), x)[1])
@@ -119,9 +121,9 @@ def test_whole_blocks_run_the_op_unless_someone_listens(model: nn.Module, images
 @pytest.mark.parametrize("impl", ["eager", "cpp"])
 def test_an_explicit_implementation_runs_in_halves_too(variant: Variant, impl: dcvit.ops.Impl) -> None:
     teacher = fuse(freeze(variant.create()), impl)
-    halves = compressible(teacher).halves(1)
-    if halves is not None:
-        assert halves[1].impl == impl
+    sublayers = compressible(teacher).sublayers(1)
+    if sublayers is not None:
+        assert sublayers[1].impl == impl
 
 
 def test_whole_blocks_run_the_attention_op_unless_something_is_between(model: nn.Module, images: Tensor) -> None:
@@ -172,7 +174,7 @@ def test_without_gradients_all_the_same(model: nn.Module, images: Tensor, config
     with torch.no_grad():
         found = dcvit.compress(model, images, dcvit.Budget(macs=0.8), config)
     wanted = dcvit.compress(model, images, dcvit.Budget(macs=0.8), config)
-    assert found.report.mimic_loss == wanted.report.mimic_loss
+    assert found.report.distillation_loss == wanted.report.distillation_loss
 
 
 @both_procedures
@@ -183,27 +185,27 @@ def test_same_seed_same_result(model: nn.Module, images: Tensor, config: dcvit.D
     assert [asdict(run.report)["reconstructions"] for run in runs[:2]] == [
         asdict(runs[0].report)["reconstructions"]
     ] * 2
-    assert [trial.metric_loss for trial in runs[0].report.trials] == [t.metric_loss for t in runs[1].report.trials]
+    assert [probe.metric_loss for probe in runs[0].report.probes] == [t.metric_loss for t in runs[1].report.probes]
     assert not same(runs[0], runs[2])
 
 
 def test_default_report_says_how_each_block_went(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    """By default, with fewer views: a trial of each candidate, then each chosen block, then the refinement."""
+    """By default, with fewer views: a probe of each candidate, then each chosen block, then the refinement."""
     default = dcvit.DCViT(candidates=(0, 1, 2, 3))
     smaller = replace(default.reconstruction, refinement_views=60, refinement_steps=200, refinement_batch=5)
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.7), default.with_(recovery=smaller))
     report = result.report
-    assert sorted(trial.block for trial in report.trials) == [0, 1, 2, 3]
-    losses = [trial.metric_loss for trial in report.trials]
+    assert sorted(probe.block for probe in report.probes) == [0, 1, 2, 3]
+    losses = [probe.metric_loss for probe in report.probes]
     assert losses == sorted(losses)
-    assert result.plan.kept_nodes.keys() == set(result.plan.blocks) <= {0, 1, 2, 3}
+    assert result.plan.kept_units.keys() == set(result.plan.blocks) <= {0, 1, 2, 3}
     assert len(result.plan.blocks) == result.plan.num_blocks
-    for trial in report.trials:
-        assert trial.recovery is None
-        assert trial.reconstruction is not None
-        assert trial.reconstruction.block == trial.block
+    for probe in report.probes:
+        assert probe.recovery is None
+        assert probe.reconstruction is not None
+        assert probe.reconstruction.block == probe.block
     assert [went.block for went in report.reconstructions] == sorted(result.plan.blocks)
-    for went in (*(trial.reconstruction for trial in report.trials), *report.reconstructions):
+    for went in (*(probe.reconstruction for probe in report.probes), *report.reconstructions):
         assert went is not None
         assert went.ridge in RIDGES
         assert went.error_closed_form is not None
@@ -226,10 +228,10 @@ def test_default_report_says_how_each_block_went(model: nn.Module, images: Tenso
 def test_reconstruction_and_refinement_pay(model: nn.Module, images: Tensor) -> None:
     results = [dcvit.compress(model, images, dcvit.Budget(macs=0.62), config) for config in (CUT, CUT_REFINED)]
     bare = freeze(model)
-    for block, kept in results[0].plan.kept_nodes.items():
+    for block, kept in results[0].plan.kept_units.items():
         bare = compress_block(bare, block, kept)
     tokens = [output_tokens(m, images, 64) for m in (bare, model)]
-    losses = [float((tokens[0] - tokens[1]).square().mean()), *(result.report.mimic_loss for result in results)]
+    losses = [float((tokens[0] - tokens[1]).square().mean()), *(result.report.distillation_loss for result in results)]
     assert losses[1] < 0.1 * losses[0]
     assert losses[2] < 0.9 * losses[1]
     assert results[0].report.refinement is None
@@ -263,7 +265,7 @@ def test_recovery_pays(model: nn.Module, images: Tensor) -> None:
     assert result.report.learning_rate == 1e-3
     assert all(step.loss_after < 0.7 * step.loss_before for step in result.report.steps)
     # The finished model runs timm's own blocks, which sum in another order.
-    assert result.report.mimic_loss == pytest.approx(result.report.steps[-1].loss_after, rel=1e-4)
+    assert result.report.distillation_loss == pytest.approx(result.report.steps[-1].loss_after, rel=1e-4)
     assert result.report.reconstructions == ()
     assert result.report.refinement is None
     assert set(result.report.seconds) == {"prepare", "proxy set", "learning rate", "ranking", "compression", "report"}
@@ -279,8 +281,8 @@ def test_progressive_steps_start_from_the_best_trial(model: nn.Module, images: T
 
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.6), config, progress=progress)
     assert seen == ["synthesis", "trials", "compression, block 2 of 3", "compression, block 3 of 3"]
-    assert result.report.steps[0] == result.report.trials[0].recovery
-    assert result.plan.blocks == tuple(trial.block for trial in result.report.trials[:3])
+    assert result.report.steps[0] == result.report.probes[0].recovery
+    assert result.plan.blocks == tuple(probe.block for probe in result.report.probes[:3])
 
 
 def test_all_at_once_trains_as_long(model: nn.Module, images: Tensor) -> None:
@@ -336,9 +338,9 @@ def test_blocks_are_ranked_by_the_metric_that_is_asked_for(
 
     for procedure in ("published", "reconstructed"):
         monkeypatch.setattr(f"dcvit.methods.dcvit.{procedure}.Metric", Told)
-    for metric in ("cross_entropy", "mimicking"):
+    for metric in ("cross_entropy", "distillation"):
         result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), ablated(config, metric=metric), proxy_set=given)
-        assert {found[trial.metric_loss] for trial in result.report.trials} == {metric}
+        assert {found[probe.metric_loss] for probe in result.report.probes} == {metric}
 
 
 Change = Callable[[dcvit.DCViT], dcvit.DCViT]
@@ -359,7 +361,7 @@ def synthesis_with(**changes: Any) -> Change:
 RECONSTRUCTION: dict[str, Change] = {
     "refinement_views": recovery_with(refinement_views=54),
     "num_rows": recovery_with(num_rows=240),
-    "nodes": recovery_with(nodes="random"),
+    "nodes": recovery_with(units="random"),
     "epochs": recovery_with(epochs=3),
     "step_sizes": recovery_with(step_sizes=(0.02,)),
     "batch_rows": recovery_with(batch_rows=12),
@@ -408,7 +410,7 @@ OF_ONE_PROCEDURE: dict[str, tuple[dcvit.DCViT, Change]] = {
 ABLATION: dict[str, tuple[tuple[dcvit.DCViT, ...], Change]] = {
     "ranking_images": ((QUICK, PUBLISHED), lambda c: ablated(c, ranking_images="few-shot")),
     "metric": ((QUICK,), lambda c: ablated(c, metric="cross_entropy")),
-    "metric of paper": ((PUBLISHED,), lambda c: ablated(c, metric="mimicking")),
+    "metric of paper": ((PUBLISHED,), lambda c: ablated(c, metric="distillation")),
     "progressive": ((PUBLISHED,), lambda c: ablated(c, progressive=False)),
     "halving": ((PUBLISHED,), lambda c: ablated(c, halving=True)),
 }
@@ -423,10 +425,10 @@ CHANGES = [
     *((base, f"ablation.{name}", change) for name, (bases, change) in ABLATION.items() for base in bases),
 ]
 YARDSTICK = ("synthesis.", "ablation.ranking_images", "ablation.metric", "ablation.halving")
-"""What changes the trials or what they are judged by; the blocks chosen may stay the same."""
+"""What changes the probes or what they are judged by; the blocks chosen may stay the same."""
 
 BUDGETS = {"reconstruction": 0.62, "structure": 0.803}
-"""Where few hidden nodes are left, gradient steps gain, and so do more blocks."""
+"""Where few hidden units are left, gradient steps gain, and so do more blocks."""
 
 
 def field_names(config: Any) -> set[str]:
@@ -437,7 +439,7 @@ def test_every_config_field_is_covered() -> None:
     """`impl` is covered by the tests of the ops; augmentation's own fields by tests/data/test_images.py.
 
     `batch_size` of reconstruction changes rounding alone, see the test below, and so does `micro_batch`, see
-    tests/metrics/test_memory.py; `lock_step` of mimicking nothing, see tests/recovery/test_lock_step.py; `bn_weight` is
+    tests/metrics/test_memory.py; `lock_step` of distillation nothing, see tests/recovery/test_lock_step.py; `bn_weight` is
     of CNNs, see tests/models/test_cnn.py.
     """
     assert field_names(QUICK.recovery) == RECONSTRUCTION.keys() | WITHOUT_REFINEMENT.keys() | {"batch_size"}
@@ -459,7 +461,7 @@ def test_every_config_field_changes_the_outcome(
     budget = dcvit.Budget(macs=BUDGETS.get(name.split(".")[0], 0.82))
     plain, changed = (dcvit.compress(model, images, budget, config) for config in (base, change(base)))
     if name.startswith(YARDSTICK):
-        metric_losses = [{t.block: t.metric_loss for t in result.report.trials} for result in (plain, changed)]
+        metric_losses = [{t.block: t.metric_loss for t in result.report.probes} for result in (plain, changed)]
         assert metric_losses[0] != metric_losses[1]
     else:
         assert not same(plain, changed)
@@ -515,7 +517,7 @@ def test_the_kind_of_recovery_is_told_apart(config: dcvit.DCViT, accessor: str, 
         (lambda: dcvit.config.ReconstructionConfig(num_views=0), "num_views=0"),
         (lambda: dcvit.config.ReconstructionConfig(refinement_views=0), "refinement_views=0"),
         (lambda: dcvit.config.ReconstructionConfig(num_rows=0), "num_rows=0"),
-        (lambda: dcvit.config.ReconstructionConfig(nodes="best"), "one of 'greedy', 'random'"),  # type: ignore[arg-type]
+        (lambda: dcvit.config.ReconstructionConfig(units="best"), "one of 'greedy', 'random'"),  # type: ignore[arg-type]
         (lambda: dcvit.config.ReconstructionConfig(epochs=-1), "epochs=-1"),
         (lambda: dcvit.config.ReconstructionConfig(step_sizes=()), r"step_sizes=\(\)"),
         (lambda: dcvit.config.ReconstructionConfig(step_sizes=(0.1, 0.0)), "one or more positive"),
@@ -533,7 +535,7 @@ def test_the_kind_of_recovery_is_told_apart(config: dcvit.DCViT, accessor: str, 
         (lambda: dcvit.DCViT(num_blocks=0), "num_blocks=0"),
         (lambda: dcvit.DCViT(impl="fast"), "one of 'auto'"),  # type: ignore[arg-type]
         (lambda: dcvit.config.Ablation(ranking_images="mine"), "'synthetic'"),  # type: ignore[arg-type]
-        (lambda: dcvit.config.Ablation(metric="mse"), "one of 'mimicking', 'cross_entropy'"),  # type: ignore[arg-type]
+        (lambda: dcvit.config.Ablation(metric="mse"), "one of 'distillation', 'cross_entropy'"),  # type: ignore[arg-type]
         (lambda: dcvit.DCViT(structure="most"), "one of 'searched', 'fewest'"),  # type: ignore[arg-type]
         (lambda: dcvit.DCViT(recovery=3), "recovery=3: expected a Recon"),  # type: ignore[arg-type]
     ],
@@ -565,7 +567,9 @@ def test_result_json_has_what_readers_look_for(model: nn.Module, images: Tensor,
     result = dcvit.compress(model, images, dcvit.Budget(params=0.8), CUT)
     result.save(tmp_path / "out")
     values = json.loads((tmp_path / "out" / "result.json").read_text())
-    wanted = "teacher student budget blocks hidden_features drop_ratio agreement mimic_loss seconds seed versions"
+    wanted = (
+        "teacher student budget blocks hidden_features drop_ratio agreement distillation_loss seconds seed versions"
+    )
     assert values.keys() >= set(wanted.split())
     for name in ("teacher", "student"):
         assert values[name].keys() == {*("macs", "params", "file_size", "activation_memory", "top1", "latency_ms")}
@@ -573,7 +577,7 @@ def test_result_json_has_what_readers_look_for(model: nn.Module, images: Tensor,
     assert values["student"]["params"] <= 0.8 * values["teacher"]["params"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_args"]["per_layer_config"] == {
-        str(block): {"skip": ["attention"], "intermediate_size": len(result.plan.kept_nodes[block])}
+        str(block): {"skip": ["attention"], "intermediate_size": len(result.plan.kept_units[block])}
         for block in sorted(result.plan.blocks)
     }
 
@@ -700,4 +704,4 @@ def test_an_error_that_is_not_finite_names_the_block(model: nn.Module, images: T
     rows = states.rows(1)
     rows.wanted[0] = float("nan")
     with pytest.raises(dcvit.errors.NonFiniteError, match="Block 1: what is left of its error is nan"):
-        reconstruct_block(copy.deepcopy(teacher), BlockProblem(1, Cut(40), rows), QUICK.reconstruction)
+        reconstruct_block(copy.deepcopy(teacher), BlockProblem(1, BlockSpec(40), rows), QUICK.reconstruction)

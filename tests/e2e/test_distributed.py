@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import dcvit
 from dcvit import cli
 from dcvit.errors import DistributedError
-from dcvit.runtime.checkpoint import Unit
-from dcvit.runtime.distributed import Ranks, on_devices
+from dcvit.runtime.checkpoint import Entry
+from dcvit.runtime.distributed import ProcessGroup, on_devices
 from tests.conftest import CUT_REFINED, PUBLISHED, QUICK
 
 BUDGET = dcvit.Budget(macs=0.7)
@@ -25,7 +25,7 @@ BUDGET = dcvit.Budget(macs=0.7)
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_are_contiguous_and_cover_everything(size: int) -> None:
     things = list(range(5))
-    parts = [things[Ranks(rank, size).share(5)] for rank in range(size)]
+    parts = [things[ProcessGroup(rank, size).share(5)] for rank in range(size)]
     assert [thing for part in parts for thing in part] == things
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -34,25 +34,25 @@ def test_shares_are_contiguous_and_cover_everything(size: int) -> None:
 def test_a_batch_in_parts_has_the_mean_of_the_whole(size: int, count: int) -> None:
     values = torch.arange(10.0).square()
     index = torch.tensor([7, 1, 8, 2, 9])[:count]
-    parts = [Ranks(rank, size).batch(index) for rank in range(size)]
+    parts = [ProcessGroup(rank, size).batch(index) for rank in range(size)]
     assert sum(share * float(values[part].mean()) for part, share in parts) / size == pytest.approx(
         float(values[index].mean())
     )
 
 
-def collectives(ranks: Ranks, device: str) -> dict[str, object]:
+def collectives(processes: ProcessGroup, device: str) -> dict[str, object]:
     """What the processes tell each other, with parts of different length."""
     assert device == "cpu"
-    part = torch.full((ranks.rank, 2), float(ranks.rank), dtype=torch.float64)  # the first has none
-    total = torch.tensor([ranks.rank + 1.0])
-    ranks.sum(total)
-    unit = Unit({"of": ranks.rank, "pair": (1, 2)}, {"w": torch.full((2,), float(ranks.rank))})
-    sent = ranks.send(unit if ranks.rank == 1 else None, source=1)
+    part = torch.full((processes.rank, 2), float(processes.rank), dtype=torch.float64)  # the first has none
+    total = torch.tensor([processes.rank + 1.0])
+    processes.sum(total)
+    entry = Entry({"of": processes.rank, "pair": (1, 2)}, {"w": torch.full((2,), float(processes.rank))})
+    sent = processes.send(entry if processes.rank == 1 else None, source=1)
     return {
-        "gathered": ranks.gather(part).tolist(),
+        "gathered": processes.gather(part).tolist(),
         "total": total.tolist(),
         "sent": (sent.values, sent.tensors["w"].tolist()),
-        "first": ranks.of_first(lambda: Unit(ranks.rank)).values,
+        "first": processes.of_first(lambda: Entry(processes.rank)).values,
     }
 
 
@@ -65,30 +65,30 @@ def test_what_ranks_tell_each_other() -> None:
     }
 
 
-def queued(folder: Path, ranks: Ranks, device: str) -> dict[str, Any]:
+def queued(folder: Path, processes: ProcessGroup, device: str) -> dict[str, Any]:
     """Units from a queue: a slow rank takes fewer, all get all, and no unit is worked out twice."""
     done: list[str] = []
 
-    def work(name: str) -> Unit:
-        time.sleep(2.0 if ranks.rank == 0 else 0.01)
+    def work(name: str) -> Entry:
+        time.sleep(2.0 if processes.rank == 0 else 0.01)
         done.append(name)
-        return Unit(name.upper(), {"by": torch.tensor(ranks.rank)})
+        return Entry(name.upper(), {"by": torch.tensor(processes.rank)})
 
     names = [f"u{i}" for i in range(6)]
     told: list[tuple[int, bool]] = []
 
-    def tell(count: int, unit: Unit | None) -> None:
-        told.append((count, unit is None))
+    def tell(count: int, entry: Entry | None) -> None:
+        told.append((count, entry is None))
 
-    with ranks.store(folder, {"of": "queue"}) as store:
-        units = store.units({name: partial(work, name) for name in names}, tell)
-        later = store.units({"u6": partial(work, "u6")}, tell)
-    with ranks.store(folder, {"of": "queue"}) as store:
-        again = store.units({name: partial(work, name) for name in names}, tell)
-    mine = ranks.send(Unit(done), source=1).values
-    told_there = ranks.send(Unit(told), source=1).values
+    with processes.store(folder, {"of": "queue"}) as store:
+        entries = store.entries({name: partial(work, name) for name in names}, tell)
+        later = store.entries({"u6": partial(work, "u6")}, tell)
+    with processes.store(folder, {"of": "queue"}) as store:
+        again = store.entries({name: partial(work, name) for name in names}, tell)
+    mine = processes.send(Entry(done), source=1).values
+    told_there = processes.send(Entry(told), source=1).values
     return {
-        "values": [unit.values for unit in (*units.values(), *later.values(), *again.values())],
+        "values": [entry.values for entry in (*entries.values(), *later.values(), *again.values())],
         "of_the_slow": len(done),
         "of_the_fast": len(mine),
         "twice": len(set(done + mine)) < len(done + mine),
@@ -112,11 +112,11 @@ def test_a_queue_gives_a_fast_rank_more(tmp_path: Path) -> None:
 def test_two_processes_end_as_one_does(config: dcvit.DCViT, model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     alone = dcvit.compress(model, images, BUDGET, config)
     shared = dcvit.compress(model, images, BUDGET, config, devices=["cpu", "cpu"], run_dir=tmp_path / "run")
-    assert [(t.block, t.metric_loss) for t in shared.report.trials] == [
-        (t.block, t.metric_loss) for t in alone.report.trials
+    assert [(t.block, t.metric_loss) for t in shared.report.probes] == [
+        (t.block, t.metric_loss) for t in alone.report.probes
     ]
     assert shared.plan == alone.plan
-    assert shared.report.mimic_loss == pytest.approx(alone.report.mimic_loss, rel=0.05)
+    assert shared.report.distillation_loss == pytest.approx(alone.report.distillation_loss, rel=0.05)
     # All is kept: one process goes on from it, and has nothing left to do.
     resumed = dcvit.compress(model, images, BUDGET, config, run_dir=tmp_path / "run")
     for name, tensor in resumed.model.state_dict().items():
@@ -137,7 +137,7 @@ def test_what_cannot_be_shared_is_refused(model: nn.Module, images: Tensor) -> N
     with pytest.raises(dcvit.DcvitError, match=r"halving=True on several devices"):
         dcvit.compress(model, images, BUDGET, halving, devices=["cpu", "cpu"])
     with pytest.raises(dcvit.DcvitError, match=r"devices=\['cpu'\] with 2 ranks: each rank has a device"):
-        dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu"], ranks=Ranks(0, 2))
+        dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu"], processes=ProcessGroup(0, 2))
 
 
 def test_what_a_process_refuses_the_caller_sees(model: nn.Module, images: Tensor) -> None:
@@ -152,10 +152,10 @@ def test_what_the_first_process_alone_refuses_the_caller_sees(model: nn.Module, 
         dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu", "cpu"], run_dir=tmp_path)
 
 
-def other_settings(ranks: Ranks, device: str) -> str:
+def other_settings(processes: ProcessGroup, device: str) -> str:
     """Each rank has settings of its own; what the first is told."""
     try:
-        ranks.require_same({"seed": ranks.rank})
+        processes.require_same({"seed": processes.rank})
     except DistributedError as error:
         return str(error)
     return ""
@@ -173,15 +173,15 @@ def test_a_process_that_dies_is_named() -> None:
         on_devices(["cpu", "cpu"], die)
 
 
-def die(ranks: Ranks, device: str) -> None:
-    if ranks.rank == 1:
+def die(processes: ProcessGroup, device: str) -> None:
+    if processes.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    ranks.sum(torch.zeros(1))
+    processes.sum(torch.zeros(1))
 
 
 def test_only_compress_is_shared_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "launched", lambda device: nullcontext(Ranks(0, 2)))
+    monkeypatch.setattr(cli, "launched", lambda device: nullcontext(ProcessGroup(0, 2)))
     assert cli.main(["methods"]) == cli.EXIT_BAD_INPUT
     assert "methods: only compress shares its work; start one process, not 2." in capsys.readouterr().err

@@ -222,15 +222,15 @@ def test_a_member_that_is_near_enough_is_taken(family: dcvit.Family) -> None:
     assert len(family.members) == 3
 
 
-@pytest.mark.parametrize("unit", ["macs", "params"])
-def test_a_size_in_between_is_compressed(family: dcvit.Family, unit: str) -> None:
-    member = family.at(**{unit: 0.85})
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_a_size_in_between_is_compressed(family: dcvit.Family, metric: str) -> None:
+    member = family.at(**{metric: 0.85})
     amounts = [m.report.student.macs for m in family.members]
     assert any(m is member for m in family.members)
     assert len(family.members) == 4
     assert amounts == sorted(amounts, reverse=True)
-    assert getattr(member.report.student, unit) <= 0.85 * getattr(family.original, unit)
-    assert family.at(**{unit: 0.85}) is member
+    assert getattr(member.report.student, metric) <= 0.85 * getattr(family.original, metric)
+    assert family.at(**{metric: 0.85}) is member
 
 
 def test_a_loaded_family_gives_its_largest_that_fits(family: dcvit.Family, tmp_path: Path) -> None:

@@ -87,10 +87,10 @@ def test_the_same_call_ends_the_same(model: nn.Module, images: Tensor) -> None:
 
 def test_a_run_goes_on(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     expected = dcvit.compress(model, images, BUDGET, REFINED, run_dir=tmp_path / "run").model.state_dict()
-    units = sorted((tmp_path / "run" / "units").glob("*.json"))
-    assert len(units) > 3
-    for unit in units[1::2]:
-        unit.unlink()
+    entries = sorted((tmp_path / "run" / "units").glob("*.json"))
+    assert len(entries) > 3
+    for entry in entries[1::2]:
+        entry.unlink()
     again = dcvit.compress(model, images, BUDGET, REFINED, run_dir=tmp_path / "run").model.state_dict()
     for name, tensor in expected.items():
         assert torch.equal(tensor, again[name]), name

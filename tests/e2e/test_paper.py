@@ -81,7 +81,7 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
     trained_together: list[int] = []
     synthesis_rates: list[float] = []
     real_parameters, real_augment = recovery_module.updated_parameters, recovery_module.augment
-    real_loss, real_step = recovery_module.mimic_loss, synthesis_module.synthesis_step
+    real_loss, real_step = recovery_module.distillation_loss, synthesis_module.synthesis_step
 
     def parameters(student: nn.Module, blocks: Any, settings: Any) -> list[nn.Parameter]:
         chosen = real_parameters(student, blocks, settings)
@@ -93,7 +93,7 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
         views.append(real_augment(images, indices, settings, generator))
         return views[-1]
 
-    def mimic_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None, impl: Any) -> Tensor:
+    def distillation_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None, impl: Any) -> Tensor:
         value = real_loss(student, teacher, weight=weight, impl=impl)
         if student.requires_grad:
             assert weight is None
@@ -109,7 +109,7 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
 
     monkeypatch.setattr(recovery_module, "updated_parameters", parameters)
     monkeypatch.setattr(recovery_module, "augment", augment)
-    monkeypatch.setattr(recovery_module, "mimic_loss", mimic_loss)
+    monkeypatch.setattr(recovery_module, "distillation_loss", distillation_loss)
     monkeypatch.setattr(synthesis_module, "synthesis_step", step)
 
     images = torch.rand(50, 3, 8, 8) * 2 - 1
@@ -123,8 +123,8 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
     # Step 2: blocks 1 to 10 tried, each alone in its student; step 5: then the chosen ones are added best first.
     order = list(plan.blocks)
     assert [blocks for blocks, _ in updated] == [[b] for b in range(1, 11)] + [order[:2], order[:3]]
-    assert order == [trial.block for trial in result.report.trials[:3]]
-    assert [trial.epochs for trial in result.report.trials] == [epochs] * 10, "none stops early"
+    assert order == [probe.block for probe in result.report.probes[:3]]
+    assert [probe.epochs for probe in result.report.probes] == [epochs] * 10, "none stops early"
 
     # What is updated: the stem and all blocks up to one after the last compressed one. Never norm and head.
     for blocks, names in updated:
@@ -140,7 +140,7 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
         assert run.first_kwargs["weight_decay"] == 1e-4
         assert run.rates == [pytest.approx(published_rate(epoch, epochs, 20)) for epoch in range(epochs)]
 
-    # On which images: new random views each epoch, all 50 in one batch, the same for all trials.
+    # On which images: new random views each epoch, all 50 in one batch, the same for all probes.
     assert len(views) == (1 + 2) * epochs
     assert trained_together == [4, 4, 2] * epochs + [1] * 2 * epochs
     assert all(view.shape == (50, 3, 8, 8) for view in views)

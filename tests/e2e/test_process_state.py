@@ -255,7 +255,7 @@ def test_of_other_work_too(work: str, name: str) -> None:
 def test_the_default_dtype_rounds_nothing(method: str, name: str) -> None:
     """Neither in the refinement of a cut model nor in the gates of a pruned one."""
     config = CUT_REFINED if method == "dcvit" else VTP(distillation=AUGMENTED.distillation)
-    budget = dcvit.Budget(**{METHODS[method].units[0]: 0.75})
+    budget = dcvit.Budget(**{METHODS[method].metrics[0]: 0.75})
     expected = compressed(config, budget=budget)
     with STATES[name]():
         assert_same(compressed(config, budget=budget), expected)
@@ -290,7 +290,7 @@ def test_no_method_touches_the_random_state(method: str) -> None:
         {} if method in ("dcvit", "fskd", "cd", "evit") else {"learning_rate": "auto", "learning_rates": (1e-4, 1e-3)}
     )
     config = quick(method, **rates)
-    budget = dcvit.Budget(**{chosen.units[0]: 0.9})
+    budget = dcvit.Budget(**{chosen.metrics[0]: 0.9})
     first = compressed(config, budget=budget)
     with reseeded():
         before = state()

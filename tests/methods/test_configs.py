@@ -79,12 +79,12 @@ def images() -> Tensor:
 
 
 def outcome(name: str, **changes: Any) -> tuple[Any, ...]:
-    """The weights of the student, its plan, and what the trials came to."""
+    """The weights of the student, its plan, and what the probes came to."""
     few_shot, budget = dcvit.load_images(images(), deep()), BUDGETS.get(name, dcvit.Budget(macs=0.7))
     config = quick(name, **changes)
     found = METHODS[name].compress(Task(deep(), few_shot, budget, config, RunContext(config.seed, config.impl)))
     weights = torch.cat([value.flatten() for value in found.student.state_dict().values()])
-    return weights.numpy().tobytes(), found.plan, [(trial.block, trial.metric_loss) for trial in found.trials]
+    return weights.numpy().tobytes(), found.plan, [(probe.block, probe.metric_loss) for probe in found.probes]
 
 
 @cache
@@ -125,11 +125,11 @@ def test_fields_that_change_speed_alone() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_fewer_images_at_once(name: str) -> None:
     config = METHODS[name].config()
-    assert config.at_once == 64
+    assert config.micro_batch_size == 64
     half = config.halved()
     assert half is not None
-    assert (half.at_once, type(half)) == (32, type(config))
-    assert config.with_at_most(1).halved() is None
+    assert (half.micro_batch_size, type(half)) == (32, type(config))
+    assert config.with_micro_batch_at_most(1).halved() is None
 
 
 def test_the_type_says_which_method() -> None:

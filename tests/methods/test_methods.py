@@ -14,21 +14,21 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import dcvit
-from dcvit.artifacts.card import cut_kind, shared_weights
+from dcvit.artifacts.card import pruning_kind, shared_weights
 from dcvit.artifacts.result import read_record, save_model
-from dcvit.budget import UNITS
+from dcvit.budget import METRICS
 from dcvit.context import RunContext
 from dcvit.data.images import load_images
 from dcvit.methods import FSKD, METHODS, EViT, MiR, Practise, Task, method_of
 from dcvit.methods.baselines import autoformer
 from dcvit.methods.baselines.cd import cd, mix
 from dcvit.methods.baselines.fskd import absorb, fit_map, fskd
+from dcvit.methods.baselines.groups import PrunableGroup, Space, gated, open_gates, scores_of
 from dcvit.methods.baselines.layerwise import l1_norms, layer_pairs
-from dcvit.methods.baselines.mir import evenly_spaced, features, mimic_features, mir
+from dcvit.methods.baselines.mir import distil_features, evenly_spaced, features, mir
 from dcvit.methods.baselines.practise import practise
 from dcvit.methods.baselines.s2vite import first_order_scores
 from dcvit.methods.baselines.spvit import Equations, fit_convolutions
-from dcvit.methods.baselines.units import Space, Unit, gated, open_gates, scores_of
 from dcvit.methods.baselines.vtp import learn_gates
 from dcvit.metrics.cost import spent
 from dcvit.models import DroppedBlock, compressible
@@ -77,7 +77,7 @@ def test_every_entry_is_complete() -> None:
         assert entry.name == name
         assert all(getattr(entry, field.name) for field in fields(entry) if field.name != "resumable")
         assert entry.resumable == (name == "dcvit")
-        assert set(entry.units) <= set(UNITS)
+        assert set(entry.metrics) <= set(METRICS)
         assert re.search(r"arXiv \d{4}\.\d{5}$", entry.source)
         assert entry.config.__name__.lower() == name.replace("_", "")
         assert getattr(dcvit.methods, entry.config.__name__) is entry.config
@@ -155,10 +155,10 @@ def test_results_are_saved_reported_and_loaded(
         without = sorted(set(result.plan.blocks) - set(result.plan.pruned))
         assert result.plan.pruned
         assert ("without the attention of" in card) == bool(without)
-        assert f"of the blocks {blocks} (counted from 0) on average {result.plan.hidden_features} hidden nodes" in card
-        listed = ", ".join(f"{block} ({len(result.plan.kept_nodes[block])})" for block in result.plan.pruned)
+        assert f"of the blocks {blocks} (counted from 0) on average {result.plan.hidden_features} hidden units" in card
+        listed = ", ".join(f"{block} ({len(result.plan.kept_units[block])})" for block in result.plan.pruned)
         assert (
-            f"These blocks lost hidden nodes and keep their attention (hidden nodes that each keeps): {listed}." in page
+            f"These blocks lost hidden units and keep their attention (hidden units that each keeps): {listed}." in page
         )
         return
     assert f"with the method {name}" in card
@@ -188,10 +188,10 @@ def test_results_are_saved_reported_and_loaded(
     else:
         kept = result.plan.hidden_features
         assert (
-            f"attention stays; of the blocks {blocks} (counted from 0) {kept} hidden nodes of the MLP are left" in card
+            f"attention stays; of the blocks {blocks} (counted from 0) {kept} hidden units of the MLP are left" in card
         )
         assert (
-            f"These blocks lost hidden nodes and keep their attention (hidden nodes that each keeps): 0 ({kept})"
+            f"These blocks lost hidden units and keep their attention (hidden units that each keeps): 0 ({kept})"
             in page
         )
 
@@ -212,7 +212,7 @@ def test_layers_are_fitted_in_every_variant(name: str, variant: Variant) -> None
     images = torch.randn(6, *compressible(model).input_size())
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), quick(name, **UNAUGMENTED))
     assert spent(result.model, result.plan.budget) <= result.plan.target
-    assert result.report.mimic_loss == result.report.mimic_loss
+    assert result.report.distillation_loss == result.report.distillation_loss
     assert [one.block for one in result.report.reconstructions] == list(result.plan.blocks)
 
 
@@ -230,7 +230,7 @@ def test_fewer_images_at_once_change_rounding_alone(
         task = Task(freeze(model), images, BUDGETS.get(name, dcvit.Budget(macs=0.8)), config, RunContext())
         passed.clear()
         student = METHODS[name].compress(task).student
-        assert max(passed) == config.at_once == (micro_batch or 4)
+        assert max(passed) == config.micro_batch_size == (micro_batch or 4)
         with torch.no_grad():
             outputs.append(student(images.normalised))
     torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)
@@ -245,23 +245,23 @@ def test_pruned_blocks_of_unequal_widths_load_without_dcvit(tmp_path: Path) -> N
     images = {}
     for name in ("plain", "swiglu_packed", "swiglu_rmsnorm", "mlp_norm"):
         model = VARIANTS[name].create()
-        adapter = compressible(model)
-        hidden = adapter.hidden_features(0)
-        adapter.prune_block(0, range(hidden // 2))
-        adapter.compress_block(1, range(hidden - 1))
-        adapter.drop_block(2)
-        adapter.prune_block(3, range(1, hidden // 3))
-        cost = adapter.cost().blocks
+        view = compressible(model)
+        hidden = view.hidden_features(0)
+        view.prune_block(0, range(hidden // 2))
+        view.compress_block(1, range(hidden - 1))
+        view.drop_block(2)
+        view.prune_block(3, range(1, hidden // 3))
+        cost = view.cost().blocks
         assert [block.hidden_features for block in cost] == [hidden // 2, hidden - 1, 0, hidden // 3 - 1]
         assert [block.compressible for block in cost] == [True, False, False, True]
-        student = adapter.rebuild().eval()
+        student = view.rebuild().eval()
         assert compressible(student).config()["model_args"]["per_layer_config"] == {
             "0": {"skip": [], "intermediate_size": hidden // 2},
             "2": {"skip": ["attention", "mlp"]},
             "3": {"skip": [], "intermediate_size": hidden // 3 - 1},
             "1": {"skip": ["attention"], "intermediate_size": hidden - 1},
         }
-        images[name] = torch.randn(2, *adapter.input_size())
+        images[name] = torch.randn(2, *view.input_size())
         save_model(student, tmp_path / name)
         with torch.no_grad():
             expected[name] = student(images[name])
@@ -283,13 +283,13 @@ with torch.no_grad():
 
 def test_pruning_keeps_what_the_nodes_do(model: Any, images: Tensor) -> None:
     """A node without outgoing weights can go, and it has the least of incoming ones if it has none."""
-    adapter = compressible(model)
+    view = compressible(model)
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[7] = 0
         model.blocks[1].mlp.fc2.weight[:, 7] = 0
         before = model(images)
         assert int(l1_norms(model, 1).argmin()) == 7
-        adapter.prune_block(1, [node for node in range(192) if node != 7])
+        view.prune_block(1, [unit for unit in range(192) if unit != 7])
         torch.testing.assert_close(model(images), before)
 
 
@@ -303,10 +303,10 @@ def test_practise_drops_the_blocks_of_least_score(deep: Any, images: Tensor) -> 
             layer.bias.zero_()
     config = Practise(distillation=replace(PUBLISHED.distillation, learning_rate=1e-7))
     outcome = practise(task(deep, images, dcvit.Budget(macs=0.7), config))
-    assert outcome.plan.blocks == tuple(trial.block for trial in outcome.trials[:3])
+    assert outcome.plan.blocks == tuple(probe.block for probe in outcome.probes[:3])
     assert outcome.plan.blocks[0] == 3
-    assert outcome.trials[0].metric_loss < 1e-3 * outcome.trials[1].metric_loss
-    assert [trial.metric_loss for trial in outcome.trials] == sorted(trial.metric_loss for trial in outcome.trials)
+    assert outcome.probes[0].metric_loss < 1e-3 * outcome.probes[1].metric_loss
+    assert [probe.metric_loss for probe in outcome.probes] == sorted(probe.metric_loss for probe in outcome.probes)
     assert len(outcome.steps[0].losses) == 3 * config.distillation.epochs
     student: Any = outcome.student
     assert {i for i, block in enumerate(student.blocks) if isinstance(block, DroppedBlock)} == set(outcome.plan.blocks)
@@ -348,12 +348,12 @@ def test_only_features_are_mimicked(model: Any, images: Tensor) -> None:
     assert not torch.equal(student.forward_features(images), teacher.forward_features(images))
     settings = dcvit.config.TrainingConfig(epochs=1, learning_rate=1e-4, weight_decay=0.0, batch_size=4)
     student.blocks[-1].last = last
-    recovery = mimic_features(student, teacher, few_shot, settings)
+    recovery = distil_features(student, teacher, few_shot, settings)
     assert recovery.loss_before == recovery.losses[0] == 0
     student.blocks[-1] = last
     with torch.no_grad():
         last.mlp.fc2.bias.add_(1.0)
-    found = mimic_features(student, teacher, few_shot, replace(settings, epochs=0))
+    found = distil_features(student, teacher, few_shot, replace(settings, epochs=0))
     expected = (features(student, images) - features(teacher, images)).square().mean()
     assert found.loss_before == pytest.approx(float(expected), rel=1e-5)
 
@@ -363,7 +363,7 @@ def test_mir_finds_a_learning_rate(model: nn.Module, images: Tensor) -> None:
     outcome = mir(task(model, images, dcvit.Budget(macs=0.8), MiR(training=training)))
     assert outcome.learning_rate == 1e-4
     with pytest.raises(ValueError, match="needs a number"):
-        mimic_features(model, model, dcvit.load_images(images, model), training)
+        distil_features(model, model, dcvit.load_images(images, model), training)
 
 
 # FSKD.
@@ -401,18 +401,18 @@ def pruned(deep: Any, images: Tensor, name: str) -> tuple[nn.Module, Any, Any, A
     given = task(deep.double(), images.double(), dcvit.Budget(macs=0.8), config)
     outcome = {"fskd": fskd, "cd": cd}[name](given)
     bare = copy.deepcopy(given.teacher)
-    for block, nodes in outcome.plan.kept_nodes.items():
-        compressible(bare).prune_block(block, nodes)
+    for block, units in outcome.plan.kept_units.items():
+        compressible(bare).prune_block(block, units)
     views = draw_views(given.teacher, given.images, config.calibration, 0)
     return given.teacher, outcome.student, bare, views
 
 
 def test_fskd_fits_on_the_students_own_activations(deep: Any, images: Tensor) -> None:
     teacher, student, bare, views = pruned(deep, torch.randn(40, 3, 32, 32), "fskd")
-    adapter = compressible(teacher)
+    view = compressible(teacher)
     block = 2
     with torch.no_grad():
-        state = adapter.embed(views.images[:])
+        state = view.embed(views.images[:])
         own, theirs = (compressible(m).run_blocks(state, 0, block) for m in (student, teacher))
         (given,) = layer_pairs(bare, block, [own], views)
         (wanted,) = layer_pairs(teacher, block, [theirs], views)
@@ -432,10 +432,10 @@ def test_the_mix_at_its_ends_is_one_of_its_terms(
 ) -> None:
     monkeypatch.setattr("dcvit.methods.baselines.cd.mix", lambda *sides: mix(*sides, mixing))
     teacher, student, bare, views = pruned(deep, torch.randn(40, 3, 32, 32), "cd")
-    adapter = compressible(teacher)
+    view = compressible(teacher)
     block = 2
     with torch.no_grad():
-        state = adapter.embed(views.images[:])
+        state = view.embed(views.images[:])
         given = compressible(teacher if which == "correction" else student).run_blocks(state, 0, block)
         (hidden,) = layer_pairs(bare, block, [given], views)
         (wanted,) = layer_pairs(teacher, block, [given], views)
@@ -478,7 +478,7 @@ def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     common = ("compress", "demo", "--data", "digits", "--num-images", "5", "--macs", "0.76", "--out")
     code, text, _ = run(*common, str(tmp_path / "fskd"), "--method", "fskd")
     assert code == 0
-    assert "Pruned blocks (hidden nodes kept): 0 (" in text
+    assert "Pruned blocks (hidden units kept): 0 (" in text
     code, text, _ = run(
         *common, str(tmp_path / "mir"), "--method", "mir", "--epochs", "1", "--learning-rate", "1e-4"
     )  # fmt: skip
@@ -496,7 +496,7 @@ def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         "--epochs", "1", "--learning-rate", "1e-4",
     )  # fmt: skip
     assert code == 0
-    assert re.search(r"Convolved blocks \(hidden nodes kept\): .*; drop ratio", text)
+    assert re.search(r"Convolved blocks \(hidden units kept\): .*; drop ratio", text)
     for options, told in (
         (("--method", "mir", "--preset", "paper"), "--preset: --method mir does not read it"),
         (("--method", "cd", "--recovery", "distillation"), "--recovery: --method cd does not read it"),
@@ -521,7 +521,7 @@ def test_results_of_earlier_versions_know_which_blocks_kept_their_attention(
     file.write_text(json.dumps(values))
     record = read_record(tmp_path)
     assert record.plan.pruned == result.plan.pruned
-    assert cut_kind(record.values) == "pruned"
+    assert pruning_kind(record.values) == "pruned"
 
 
 # Heads and nodes as units.
@@ -529,13 +529,17 @@ def test_results_of_earlier_versions_know_which_blocks_kept_their_attention(
 
 def test_closed_gates_are_missing_units(deep: nn.Module, images: Tensor) -> None:
     space = Space(freeze(deep))
-    removed = [Unit("head", 1, 0), Unit("head", 4, 2), *(Unit("node", 2, n) for n in range(0, 192, 3))]
+    removed = [
+        PrunableGroup("head", 1, 0),
+        PrunableGroup("head", 4, 2),
+        *(PrunableGroup("unit", 2, n) for n in range(0, 192, 3)),
+    ]
     structure = space.without(removed)
     assert structure.heads[1] == (1, 2)
-    assert structure.nodes[2][:4] == (1, 2, 4, 5)
+    assert structure.units[2][:4] == (1, 2, 4, 5)
     gates = open_gates(space, torch.device("cpu"))
-    for unit in removed:
-        gates[unit.kind, unit.block][unit.number] = 0.0
+    for group in removed:
+        gates[group.kind, group.block][group.number] = 0.0
     with torch.no_grad():
         with gated(deep, gates):
             closed = deep(images)
@@ -543,24 +547,24 @@ def test_closed_gates_are_missing_units(deep: nn.Module, images: Tensor) -> None
         assert not torch.allclose(deep(images), closed, atol=1e-3)
 
 
-@pytest.mark.parametrize("unit", ["macs", "params"])
-def test_the_units_of_highest_score_are_kept(unit: str, deep: nn.Module) -> None:
-    budget = dcvit.Budget(**{unit: 0.7})
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_the_units_of_highest_score_are_kept(metric: str, deep: nn.Module) -> None:
+    budget = dcvit.Budget(**{metric: 0.7})
     space, draw = Space(freeze(deep)), torch.Generator().manual_seed(0)
-    scores = dict(zip(space.units(), torch.rand(len(space.units()), generator=draw).tolist(), strict=True))
+    scores = dict(zip(space.groups(), torch.rand(len(space.groups()), generator=draw).tolist(), strict=True))
     structure = space.best(scores, budget)
     left = spent(structure.of(deep), budget)
     goal = budget.target_of(spent(deep, budget))
-    node = space.savings(budget)["node", 0]
-    assert goal - node < left <= goal
-    kept = {Unit("node", b, n) for b, nodes in structure.nodes.items() for n in nodes}
-    kept |= {Unit("head", b, n) for b, heads in structure.heads.items() for n in heads}
+    unit = space.savings(budget)["unit", 0]
+    assert goal - unit < left <= goal
+    kept = {PrunableGroup("unit", b, n) for b, units in structure.units.items() for n in units}
+    kept |= {PrunableGroup("head", b, n) for b, heads in structure.heads.items() for n in heads}
     assert all(structure.heads.values())
     lost = set(scores) - kept
     assert lost
     # But for the last of its kind in a block, nothing that is kept has a smaller score than a node that is lost.
     spare = [u for u in kept if sum(1 for v in kept if (v.kind, v.block) == (u.kind, u.block)) > 1]
-    assert min(scores[u] for u in spare) > max(scores[u] for u in lost if u.kind == "node") - 1e-9
+    assert min(scores[u] for u in spare) > max(scores[u] for u in lost if u.kind == "unit") - 1e-9
 
 
 def test_s2vite_scores_are_first_order(deep: nn.Module, images: Tensor) -> None:
@@ -568,20 +572,25 @@ def test_s2vite_scores_are_first_order(deep: nn.Module, images: Tensor) -> None:
     model = freeze(deep).double()
     image = images[:1].double()
     space = Space(model)
-    structure = space.without([Unit("head", 2, 1), Unit("node", 3, 7)])
+    structure = space.without([PrunableGroup("head", 2, 1), PrunableGroup("unit", 3, 7)])
     label = model(image).argmax(-1)
     scores = first_order_scores(space, structure, [(image, label)])
 
-    def loss(unit: Unit, change: float) -> float:
+    def loss(group: PrunableGroup, change: float) -> float:
         gates = {key: gate.double() for key, gate in open_gates(space, torch.device("cpu")).items()}
-        gates["head", 2][1] = gates["node", 3][7] = 0.0
-        gates[unit.kind, unit.block][unit.number] += change
+        gates["head", 2][1] = gates["unit", 3][7] = 0.0
+        gates[group.kind, group.block][group.number] += change
         with torch.no_grad(), gated(model, gates):
             return float(torch.nn.functional.cross_entropy(model(image), label))
 
-    for unit in (Unit("head", 2, 1), Unit("node", 3, 7), Unit("head", 0, 0), Unit("node", 5, 100)):
-        slope = (loss(unit, 1e-4) - loss(unit, -1e-4)) / 2e-4
-        assert float(scores[unit.kind, unit.block][unit.number]) == pytest.approx(abs(slope), rel=1e-3, abs=1e-9)
+    for group in (
+        PrunableGroup("head", 2, 1),
+        PrunableGroup("unit", 3, 7),
+        PrunableGroup("head", 0, 0),
+        PrunableGroup("unit", 5, 100),
+    ):
+        slope = (loss(group, 1e-4) - loss(group, -1e-4)) / 2e-4
+        assert float(scores[group.kind, group.block][group.number]) == pytest.approx(abs(slope), rel=1e-3, abs=1e-9)
 
 
 def test_vtp_closes_the_gates_of_what_does_nothing(deep: nn.Module, images: Tensor) -> None:
@@ -590,9 +599,9 @@ def test_vtp_closes_the_gates_of_what_does_nothing(deep: nn.Module, images: Tens
         model.blocks[1].mlp.fc2.weight[:, :10] = 0.0
         model.blocks[2].attn.proj.weight[:, :16] = 0.0  # the first head
     gates = learn_gates(Space(model), (images,))
-    assert (gates["node", 1][:10] == 0).all()
+    assert (gates["unit", 1][:10] == 0).all()
     assert gates["head", 2][0] == 0
-    others = [*gates["node", 1][10:], *(head for (kind, _), heads in gates.items() if kind == "head" for head in heads)]
+    others = [*gates["unit", 1][10:], *(head for (kind, _), heads in gates.items() if kind == "head" for head in heads)]
     assert sum(float(gate) > 0 for gate in others) > len(others) / 4
 
 
@@ -605,7 +614,7 @@ def test_vtp_and_spvit_put_a_price_on_gates(deep: nn.Module, images: Tensor) -> 
     equal = learn_gates(space, (images,), steps=5)
     assert all(torch.equal(same[key], equal[key]) for key in equal)
     assert (dear["head", 3] < equal["head", 3]).all()
-    assert dear["node", 0].mean() > equal["node", 0].mean()
+    assert dear["unit", 0].mean() > equal["unit", 0].mean()
 
 
 def test_spvit_mixes_neighbours_as_written_by_hand() -> None:
@@ -638,7 +647,7 @@ def test_spvit_makes_uniform_attention_the_mean(variant: str) -> None:
     with torch.no_grad():
         attn.qkv.weight[:48] = 0.0
         attn.qkv.bias[:48] = 0.0
-    space = Space(model, None, ("attention", "node"))
+    space = Space(model, None, ("attention", "unit"))
     draw = torch.Generator().manual_seed(1)
     images = torch.randn(24, *compressible(model).input_size(), generator=draw)
     fit_convolutions(model, space.convolutions, images.double().split(7))
@@ -692,10 +701,10 @@ def test_spvit_fits_kernels_to_what_attention_gives(deep: nn.Module) -> None:
 
 
 def test_spvit_gates_blend_attention_and_convolution(deep: nn.Module, images: Tensor) -> None:
-    space = Space(freeze(deep), None, ("attention", "node"))
+    space = Space(freeze(deep), None, ("attention", "unit"))
     gates = open_gates(space, torch.device("cpu"))
     assert gates["attention", 5].shape == (1,)
-    structure = space.without([Unit("attention", 5, 0)])
+    structure = space.without([PrunableGroup("attention", 5, 0)])
     student: Any = structure.of(deep)
     assert [isinstance(block.attn, ConvolutionalAttention) for block in student.blocks] == [False] * 5 + [True]
     with torch.no_grad():
@@ -718,7 +727,7 @@ def test_spvit_closes_the_gate_of_an_attention_that_a_convolution_replaces(deep:
             block.attn.proj.weight.mul_(10.0)  # which matters to what comes out
         model.blocks[3].attn.qkv.weight[:48] = 0.0  # no queries: it attends uniformly
         model.blocks[3].attn.qkv.bias[:48] = 0.0
-    space, budget = Space(model, None, ("attention", "node")), dcvit.Budget(macs=0.97)
+    space, budget = Space(model, None, ("attention", "unit")), dcvit.Budget(macs=0.97)
     fit_convolutions(model, space.convolutions, (images,))
     gates = learn_gates(space, (images,), sparsity=0.001, prices=space.savings(budget))
     assert gates["attention", 3] == 0
@@ -729,18 +738,18 @@ def test_spvit_closes_the_gate_of_an_attention_that_a_convolution_replaces(deep:
 
 
 def test_spvit_goes_down_to_convolutions_and_single_nodes(deep: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    space = Space(freeze(deep), None, ("attention", "node"))
-    smallest = space.without([unit for unit in space.units() if unit.number or unit.kind == "attention"]).of(deep)
+    space = Space(freeze(deep), None, ("attention", "unit"))
+    smallest = space.without([group for group in space.groups() if group.number or group.kind == "attention"]).of(deep)
     least = spent(smallest, dcvit.Budget(macs=0.5))
     budget = dcvit.Budget(macs=least)
     with pytest.raises(
-        dcvit.errors.BudgetError, match="with a convolution for the attention and one hidden node in each of 6"
+        dcvit.errors.BudgetError, match="with a convolution for the attention and one hidden unit in each of 6"
     ):
         dcvit.compress(deep, images, dcvit.Budget(macs=least - 1), quick("spvit"))
     result = dcvit.compress(deep, images, budget, quick("spvit"))
     assert spent(result.model, budget) == least
     assert result.plan.convolved == tuple(range(DEPTH))
-    assert set(map(len, result.plan.kept_nodes.values())) == {1}
+    assert set(map(len, result.plan.kept_units.values())) == {1}
     result.save(tmp_path / "small")
     with torch.no_grad():
         expected = result.model(images)
@@ -751,9 +760,9 @@ def test_spvit_goes_down_to_convolutions_and_single_nodes(deep: nn.Module, image
     card, page = (tmp_path / "small" / "README.md").read_text(), dcvit.write_report(tmp_path / "small").read_text()
     assert "with a convolution in the place of the attention of the blocks 0, 1, 2, 3, 4, 5: of the blocks 0," in card
     assert (
-        "These blocks have a convolution in the place of their attention (hidden nodes that each keeps): 0 (1)," in page
+        "These blocks have a convolution in the place of their attention (hidden units that each keeps): 0 (1)," in page
     )
-    assert "lost hidden nodes and keep their attention" not in page
+    assert "lost hidden units and keep their attention" not in page
     assert page.count("<td>convolution</td>") == DEPTH
 
 
@@ -761,11 +770,11 @@ def test_autoformer_keeps_the_first_of_the_original(deep: nn.Module, images: Ten
     space = Space(freeze(deep))
     genome = {block: (1.0 + block, 1.0) for block in space.blocks}
     structure = space.best(autoformer.entangled(space, genome), dcvit.Budget(macs=0.7))
-    for kept in (*structure.heads.values(), *structure.nodes.values()):
+    for kept in (*structure.heads.values(), *structure.units.values()):
         assert kept == tuple(range(len(kept)))
     assert len(structure.heads[5]) > len(structure.heads[0])
     model, student = cast(Any, deep), cast(Any, structure.of(deep))
-    rows = len(structure.nodes[3])
+    rows = len(structure.units[3])
     assert torch.equal(student.blocks[3].mlp.fc1.weight, model.blocks[3].mlp.fc1.weight[:rows])
     result = dcvit.compress(deep, images, dcvit.Budget(macs=0.7), quick("autoformer"))
     assert all(heads == tuple(range(len(heads))) for heads in result.plan.kept_heads.values())
@@ -824,7 +833,9 @@ def test_evit_changes_no_weight_and_saves_macs_alone(deep: nn.Module, images: Te
 
 def test_fewer_heads_and_tokens_load_without_dcvit_and_export(deep: nn.Module, images: Tensor, tmp_path: Path) -> None:
     space = Space(freeze(deep))
-    student = copy.deepcopy(space.without([Unit("head", 0, 1), Unit("head", 3, 0), Unit("node", 3, 9)]).of(deep))
+    student = copy.deepcopy(
+        space.without([PrunableGroup("head", 0, 1), PrunableGroup("head", 3, 0), PrunableGroup("unit", 3, 9)]).of(deep)
+    )
     fuse_tokens(student, 3, 0.4)
     with torch.no_grad():
         expected = student(images)
@@ -838,7 +849,14 @@ def test_heads_and_nodes_go_in_every_variant(variant: str, tmp_path: Path) -> No
     model = VARIANTS[variant].create()
     images = torch.randn(6, *compressible(model).input_size())
     space = Space(freeze(model))
-    structure = space.without([Unit("head", 1, 0), Unit("node", 2, 5), Unit("head", 2, 1), Unit("head", 2, 2)])
+    structure = space.without(
+        [
+            PrunableGroup("head", 1, 0),
+            PrunableGroup("unit", 2, 5),
+            PrunableGroup("head", 2, 1),
+            PrunableGroup("head", 2, 2),
+        ]
+    )
     student = copy.deepcopy(structure.of(model))
     again = compressible(student).rebuild().eval()
     with torch.no_grad():

@@ -28,7 +28,7 @@ from dcvit.metrics.latency import (
     time_forward,
 )
 from dcvit.metrics.latency_model import calibrate, time_structures
-from dcvit.models.surgery import unrecovered
+from dcvit.models.surgery import pruned_skeleton
 from dcvit.runtime.precision import FULL, Precision
 from dcvit.search.latency import TOLERANCE, plan_latency
 from dcvit.search.plan import plan as make_plan
@@ -45,7 +45,7 @@ class Clock:
     """Times a module by its parts: 3 ms a stem, 2 ms an attention, 4 ms an MLP of 192 nodes, 0.1 ms of which stay.
 
     Attributes:
-        inside: What hidden nodes take in a whole model, over what they take in a chain of blocks: a latency model
+        inside: What hidden units take in a whole model, over what they take in a chain of blocks: a latency model
             that is calibrated on blocks is wrong by that.
         drift: By how much each run takes longer than the one before, as a share.
     """
@@ -58,9 +58,9 @@ class Clock:
         parts = list(module.modules())
         whole = any(isinstance(part, PatchEmbed) for part in parts)
         mlps = [part for part in parts if isinstance(part, Mlp)]
-        nodes = sum(mlp.fc2.in_features for mlp in mlps)
+        units = sum(mlp.fc2.in_features for mlp in mlps)
         milliseconds = 3.0 * whole + 2.0 * sum(isinstance(part, Attention) for part in parts)
-        milliseconds += 0.1 * len(mlps) + 3.9 * nodes / HIDDEN * (self.inside if whole else 1.0)
+        milliseconds += 0.1 * len(mlps) + 3.9 * units / HIDDEN * (self.inside if whole else 1.0)
         self.runs += 1
         return milliseconds / 1000 * len(inputs) / 64 * (1 + self.drift * self.runs)
 
@@ -68,7 +68,7 @@ class Clock:
 def true_ratio(plan: Plan, clock: Clock) -> float:
     """What a stopwatch makes of the structure that a plan names."""
     images = example_images(MODEL, 64)
-    structure = unrecovered(MODEL, dict.fromkeys(plan.candidates[: plan.num_blocks], plan.hidden_features))
+    structure = pruned_skeleton(MODEL, dict.fromkeys(plan.candidates[: plan.num_blocks], plan.hidden_features))
     clock = Clock(clock.inside)
     return clock(structure, images) / clock(MODEL, images)
 
@@ -168,7 +168,7 @@ def test_bad_settings(limits: dict[str, Any]) -> None:
 
 
 def test_half_precision_runs_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_module, "_has_half", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(latency_module, "_has_sublayer", lambda device, dtype: dtype == torch.bfloat16)
     images = example_images(MODEL, 2)
     with torch.no_grad():
         assert in_mode(MODEL, "eager")(images).dtype == torch.float32
@@ -180,7 +180,7 @@ def test_half_precision_runs_under_autocast(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_compressed_block_leaves_its_precision_to_autocast() -> None:
     """The fused op would compute in float32 where autocast asks the layers for less."""
-    block = unrecovered(MODEL, {1: 100}).blocks[1]
+    block = pruned_skeleton(MODEL, {1: 100}).blocks[1]
     tokens = torch.randn(2, 5, 48)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         fc1 = block.mlp.fc1(block.norm2(tokens))
@@ -213,7 +213,7 @@ def test_compiling_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_comparison_of_models() -> None:
-    small = unrecovered(MODEL, dict.fromkeys(range(1, 5), 48))
+    small = pruned_skeleton(MODEL, dict.fromkeys(range(1, 5), 48))
     wide = VARIANTS["rectangle_5_channels"].create()
     rows = compare_latency({"model": MODEL, "small": small, "wide": wide}, batch_size=32, runs=6, stopwatch=Clock())
     assert [row.model for row in rows] == ["model", "small", "wide"]
@@ -323,7 +323,7 @@ def test_a_latency_out_of_range_says_what_was_measured(budget: dict[str, float])
 
 def test_a_gap_between_structures_names_the_nearest() -> None:
     config = dcvit.DCViT(round_to=192)  # all nodes or none
-    with pytest.raises(dcvit.errors.BudgetError, match=r"Nearest is 0.76\d\d, 2 blocks with 0 hidden nodes each"):
+    with pytest.raises(dcvit.errors.BudgetError, match=r"Nearest is 0.76\d\d, 2 blocks with 0 hidden units each"):
         plan_latency(MODEL, dcvit.Budget(latency=0.8), config, stopwatch=Clock())
 
 
@@ -379,8 +379,8 @@ def test_compression_to_a_latency(images: Tensor, tmp_path: Path) -> None:
     result.save(tmp_path / "out")
     loaded = dcvit.load(tmp_path / "out")
     assert loaded.plan == result.plan
-    assert replace(loaded.report, trials=(), reconstructions=()) == replace(
-        result.report, trials=(), reconstructions=()
+    assert replace(loaded.report, probes=(), reconstructions=()) == replace(
+        result.report, probes=(), reconstructions=()
     )
     values = json.loads((tmp_path / "out" / "result.json").read_text())
     assert values["budget"] == {"latency": 0.7, "convention": "with_attention_products", "batch_size": 16}

@@ -17,7 +17,7 @@ from dcvit.methods.dcvit import method, reconstructed
 from dcvit.metrics.agreement import top1
 from dcvit.metrics.latency import example_images
 from dcvit.metrics.memory import measure_peak_memory, trace_activation_memory
-from dcvit.models.surgery import choose_impl, unrecovered
+from dcvit.models.surgery import choose_impl, pruned_skeleton
 from tests.conftest import PUBLISHED, QUICK, REFINED
 from tests.variants import VARIANTS, Variant
 
@@ -35,7 +35,7 @@ def measured(model: nn.Module, batch_size: int = BATCH) -> int:
 def test_the_trace_is_what_the_allocator_says(variant: Variant) -> None:
     model = variant.create()
     for hidden in ({}, {1: 10}, {1: 0, 2: 5}):
-        structure = unrecovered(model, hidden)
+        structure = pruned_skeleton(model, hidden)
         assert trace_activation_memory(structure, BATCH) == measured(structure)
 
 
@@ -43,12 +43,12 @@ def test_one_whole_block_sets_the_peak() -> None:
     """So that leaving attention out of some blocks saves no memory at the peak, by the allocator too."""
     model = VARIANTS["plain"].create()
     original = measured(model)
-    assert measured(unrecovered(model, dict.fromkeys(range(3), 0))) == original
-    assert measured(unrecovered(model, dict.fromkeys(range(4), 0))) < original
+    assert measured(pruned_skeleton(model, dict.fromkeys(range(3), 0))) == original
+    assert measured(pruned_skeleton(model, dict.fromkeys(range(4), 0))) < original
 
 
 def test_compressed_blocks_take_what_the_plain_implementation_does() -> None:
-    structure = unrecovered(VARIANTS["plain"].create(), dict.fromkeys(range(4), 150))
+    structure = pruned_skeleton(VARIANTS["plain"].create(), dict.fromkeys(range(4), 150))
     choose_impl(structure, "eager")
     assert trace_activation_memory(structure, BATCH) == measured(structure)
     choose_impl(structure, "auto")
@@ -85,14 +85,14 @@ def test_out_of_memory_halves_what_passes_at_once(
     with pytest.warns(MemoryWarning, match=r"out of memory \(CUDA.*\): going on with 2 images at once"):
         found = dcvit.compress(model, images, BUDGET, config)
     assert found.plan == wanted.plan
-    assert [trial.block for trial in found.report.trials] == [trial.block for trial in wanted.report.trials]
-    assert found.report.mimic_loss == pytest.approx(wanted.report.mimic_loss, rel=0.1)
+    assert [probe.block for probe in found.report.probes] == [probe.block for probe in wanted.report.probes]
+    assert found.report.distillation_loss == pytest.approx(wanted.report.distillation_loss, rel=0.1)
 
 
 def test_what_was_finished_before_memory_ran_out_is_kept(
     model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proxy set and the trials are worked out once, and the first block again."""
+    """The proxy set and the probes are worked out once, and the first block again."""
     calls = Counter[str]()
 
     def counted(steps: ModuleType, name: str) -> None:

@@ -26,8 +26,8 @@ def cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("name", ["plain", "distilled", "backbone"])
 def test_cross_entropy_of_two_distributions(name: str) -> None:
     student, teacher = cut(VARIANTS[name].create())
-    adapter = compressible(teacher)
-    images = torch.randn(5, *adapter.input_size())
+    view = compressible(teacher)
+    images = torch.randn(5, *view.input_size())
     p, q = (class_logits(m, compressible(m).tokens(images)).softmax(-1) for m in (teacher, student))
     cross, own = (float(-(p * other.log()).sum(-1).mean()) for other in (q, p))
     metric = Metric(teacher, [images], "cross_entropy", batch_size=2)
@@ -46,7 +46,7 @@ def test_relative_mimicking_error(variant: Variant) -> None:
     images = torch.randn(5, *compressible(teacher).input_size())
     expected = relative_error(student, teacher, images)
     for batch_size in (2, 64):
-        metric = Metric(teacher, [images], "mimicking", batch_size)
+        metric = Metric(teacher, [images], "distillation", batch_size)
         assert metric.loss(student) == pytest.approx(expected, rel=ROUNDING)
 
 
@@ -58,10 +58,10 @@ def test_a_mean_and_a_scale_of_the_tokens_do_not_count(model: nn.Module) -> None
     constant = freeze(model)
     constant.norm.weight.zero_()
     constant.norm.bias.copy_(mean)
-    assert Metric(teacher, [images], "mimicking").loss(constant) == pytest.approx(1.0, rel=ROUNDING)
+    assert Metric(teacher, [images], "distillation").loss(constant) == pytest.approx(1.0, rel=ROUNDING)
 
 
-@pytest.mark.parametrize("kind", ["mimicking", "cross_entropy"])
+@pytest.mark.parametrize("kind", ["distillation", "cross_entropy"])
 def test_several_sets_give_the_geometric_mean(model: nn.Module, kind: dcvit.config.MetricKind) -> None:
     student, teacher = cut(model)
     sets = [torch.randn(3, 3, 32, 32), torch.zeros(2, 3, 32, 32)]
@@ -73,12 +73,12 @@ def test_several_sets_give_the_geometric_mean(model: nn.Module, kind: dcvit.conf
 def test_the_teacher_is_at_no_distance(variant: Variant) -> None:
     teacher = freeze(variant.create())
     shape = compressible(teacher).input_size()
-    assert Metric(teacher, [torch.randn(4, *shape)], "mimicking", 3).loss(teacher) == 0
-    several = Metric(teacher, [torch.randn(4, *shape), torch.randn(2, *shape)], "mimicking")
+    assert Metric(teacher, [torch.randn(4, *shape)], "distillation", 3).loss(teacher) == 0
+    several = Metric(teacher, [torch.randn(4, *shape), torch.randn(2, *shape)], "distillation")
     assert several.loss(teacher) == pytest.approx(0, abs=1e-20)
 
 
-@pytest.mark.parametrize("kind", ["mimicking", "cross_entropy"])
+@pytest.mark.parametrize("kind", ["distillation", "cross_entropy"])
 def test_what_lies_before_the_first_cut_need_not_run(variant: Variant, kind: dcvit.config.MetricKind) -> None:
     student, teacher = cut(variant.create())
     images = torch.randn(5, *compressible(teacher).input_size())

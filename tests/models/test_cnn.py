@@ -18,7 +18,7 @@ import dcvit
 from dcvit.context import RunContext
 from dcvit.data.synthesis import FIRST_BN_WEIGHT, bn_prior
 from dcvit.errors import UnsupportedModelError
-from dcvit.history import Cut
+from dcvit.history import BlockSpec
 from dcvit.methods import Practise, Task
 from dcvit.methods.baselines.adaptors import absorb_adaptors, adaptors, insert_adaptors
 from dcvit.methods.baselines.cd import cd, mix
@@ -77,9 +77,9 @@ def images() -> Tensor:
 
 
 def cut(model: nn.Module) -> nn.Module:
-    """A copy with the first block compressed, the second dropped, the last without a hidden node."""
-    adapter, student = compressible(model), copy.deepcopy(model)
-    last = adapter.num_blocks() - 1
+    """A copy with the first block compressed, the second dropped, the last without a hidden unit."""
+    view, student = compressible(model), copy.deepcopy(model)
+    last = view.num_blocks() - 1
     compressible(student).compress_block(0, range(0, 12, 2))
     if last > 1:
         compressible(student).drop_block(1)
@@ -113,13 +113,13 @@ def test_the_cost_is_what_torch_counts(cnn: Any) -> None:
 
 
 def test_blocks_cost_what_goes_with_them(cnn: Any) -> None:
-    adapter = compressible(cnn)
-    cost, last = adapter.cost(), adapter.num_blocks() - 1
+    view = compressible(cnn)
+    cost, last = view.cost(), view.num_blocks() - 1
     smaller = copy.deepcopy(cnn)
     compressible(smaller).compress_block(0, range(5))
     compressible(smaller).drop_block(last)
-    nodes, dropped = cost.blocks[0].hidden_features - 5, cost.blocks[last]
-    saved = cost.blocks[0].attention + cost.blocks[0].hidden_node * nodes + dropped.attention + dropped.mlp
+    units, dropped = cost.blocks[0].hidden_features - 5, cost.blocks[last]
+    saved = cost.blocks[0].attention + cost.blocks[0].hidden_unit * units + dropped.attention + dropped.mlp
     found = compressible(smaller).cost()
     assert found.total == cost.total - saved
     assert not any(found.blocks[block].compressible for block in (0, last))
@@ -143,9 +143,9 @@ def test_a_compressed_block_starts_as_its_own_first_convolution(images: Tensor) 
 def test_it_meets_the_budget_is_saved_and_loaded(kind: str, share: float, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)
     result = dcvit.compress(model, torch.randn(10, 3, SIZE, SIZE), dcvit.Budget(macs=share), QUICK)
-    node = max(b.node(attention).weight_macs for b in compressible(model).cost().blocks for attention in (0, 1))
+    unit = max(b.unit(attention).weight_macs for b in compressible(model).cost().blocks for attention in (0, 1))
     target = result.plan.target
-    assert target - len(result.plan.blocks) * node < result.report.student.macs <= target
+    assert target - len(result.plan.blocks) * unit < result.report.student.macs <= target
     assert result.plan.cost == compressible(result.model).cost().total
     for went in result.report.reconstructions:
         assert went.error_closed_form is not None
@@ -185,9 +185,9 @@ def test_it_loads_without_dcvit(cnn: Any, images: Tensor, tmp_path: Path) -> Non
 def test_timm_models_are_supported(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    adapter = compressible(model)
-    adapter.check()
-    assert any(block.compressible for block in adapter.cost().blocks)
+    view = compressible(model)
+    view.check()
+    assert any(block.compressible for block in view.cost().blocks)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +221,9 @@ ROUNDING = 1e-5
 
 def pruned(model: nn.Module) -> nn.Module:
     """A copy with the first and the last block pruned, and a compressed one pruned again."""
-    adapter, student = compressible(model), copy.deepcopy(model)
-    last = adapter.num_blocks() - 1
-    compressible(student).prune_block(last, range(1, adapter.hidden_features(last), 2))
+    view, student = compressible(model), copy.deepcopy(model)
+    last = view.num_blocks() - 1
+    compressible(student).prune_block(last, range(1, view.hidden_features(last), 2))
     if last > 1:
         compressible(student).compress_block(1, range(0, 12, 2))
         compressible(student).prune_block(1, (0, 3))
@@ -234,7 +234,7 @@ def pruned(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("kind", PRUNABLE)
 def test_filters_that_are_zero_can_go(kind: str, images: Tensor) -> None:
     model, block, gone = create(kind), 1, [0, 3, 4]
-    adapter = compressible(model)
+    view = compressible(model)
     stage, name = cnn_places(model)[block]
     for layer, dim in filter_path(getattr(stage, name)):
         if dim == 0:
@@ -245,8 +245,8 @@ def test_filters_that_are_zero_can_go(kind: str, images: Tensor) -> None:
     expected = model(images)
     norms = l1_norms(model, block)
     assert norms.argsort()[: len(gone)].sort().values.tolist() == gone
-    adapter.prune_block(block, [i for i in range(len(norms)) if i not in gone])
-    assert adapter.hidden_features(block) == len(norms) - len(gone)
+    view.prune_block(block, [i for i in range(len(norms)) if i not in gone])
+    assert view.hidden_features(block) == len(norms) - len(gone)
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)  # fewer terms add up in another order
 
 
@@ -254,7 +254,7 @@ def test_filters_that_are_zero_can_go(kind: str, images: Tensor) -> None:
 def test_pruned_blocks_are_saved_and_loaded(kind: str, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)
     student = pruned(model)
-    adapter = require_supported(student)
+    view = require_supported(student)
     before = [compressible(model).hidden_features(block) for block in range(compressible(model).num_blocks())]
     last = len(before) - 1
     settings = {"0": {"skip": [], "intermediate_size": 7}}
@@ -262,62 +262,60 @@ def test_pruned_blocks_are_saved_and_loaded(kind: str, images: Tensor, tmp_path:
         settings[str(last)] = {"skip": [], "intermediate_size": before[last] // 2}
     if last > 1:
         settings["1"] = {"skip": ["convolution"], "intermediate_size": 2}
-    assert adapter.config()["model_args"]["per_layer_config"] == settings
+    assert view.config()["model_args"]["per_layer_config"] == settings
     assert compressible(model).config()["model_args"]["per_layer_config"] == {}
     expected = student(images)
-    assert torch.equal(adapter.rebuild()(images), expected)
-    dcvit.artifacts.result.save_model(adapter.rebuild(), tmp_path / "small")
+    assert torch.equal(view.rebuild()(images), expected)
+    dcvit.artifacts.result.save_model(view.rebuild(), tmp_path / "small")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
     assert torch.equal(loaded(images), expected)
     torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), expected, rtol=1e-4, atol=1e-5)
-    assert compressible(loaded).config()["model_args"] == adapter.config()["model_args"]
+    assert compressible(loaded).config()["model_args"] == view.config()["model_args"]
     with FlopCounterMode(display=False) as counter:
         student(torch.randn(1, 3, SIZE, SIZE))
-    total = adapter.cost().total
+    total = view.cost().total
     assert (2 * total.weight_macs, total.params) == (
         counter.get_total_flops(),
         sum(p.numel() for p in student.parameters()),
     )
 
 
-ALONE = ["basic", "bottleneck", "mobilenet", "edge"]
+SINGLE_PROCESS = ["basic", "bottleneck", "mobilenet", "edge"]
 """Those whose filters dcvit's own method lets go alone: what is left of them gives what it gave."""
 
 
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("kind", SINGLE_PROCESS)
 def test_the_end_of_a_block_is_told_by_what_its_last_layer_takes(kind: str, images: Tensor) -> None:
     model = create(kind)
-    adapter = compressible(model)
-    cost = adapter.cost()
-    for block in range(adapter.num_blocks()):
-        halves, layer = adapter.halves(block), adapter.output_layer(block)
-        assert halves is not None
+    view = compressible(model)
+    cost = view.cost()
+    for block in range(view.num_blocks()):
+        sublayers, layer = view.sublayers(block), view.output_layer(block)
+        assert sublayers is not None
         assert layer is not None
-        given = adapter.prepare(adapter.run_blocks(adapter.embed(images), 0, block), block)
-        before, expected = given.clone(), adapter.block(block)(given.clone())
-        between = halves[0](given)
+        given = view.prepare(view.run_blocks(view.embed(images), 0, block), block)
+        before, expected = given.clone(), view.block(block)(given.clone())
+        between = sublayers[0](given)
         assert torch.equal(given, before)
         width = given.shape[1]
         assert torch.equal(between[:, :width], given)
-        assert between.shape[1] == width + adapter.hidden_features(block) * layer.num_patches
-        torch.testing.assert_close(halves[1](between), expected, rtol=1e-4, atol=1e-4)  # added up in another order
-        alone = adapter.from_tokens(adapter.as_tokens(between))
-        torch.testing.assert_close(
-            adapter.as_tokens(halves[1](alone)), adapter.as_tokens(expected), rtol=1e-4, atol=1e-4
-        )
+        assert between.shape[1] == width + view.hidden_features(block) * layer.num_patches
+        torch.testing.assert_close(sublayers[1](between), expected, rtol=1e-4, atol=1e-4)  # added up in another order
+        alone = view.from_tokens(view.as_tokens(between))
+        torch.testing.assert_close(view.as_tokens(sublayers[1](alone)), view.as_tokens(expected), rtol=1e-4, atol=1e-4)
 
         patches, added = rows(between[:, width:]), rows(expected - given)
         constant = added - patches @ layer.weights()
         torch.testing.assert_close(constant, constant[:1].expand_as(constant), rtol=1e-3, atol=1e-4)
         pruned = copy.deepcopy(model)
-        compressible(pruned).prune_block(block, range(2, adapter.hidden_features(block)))
-        assert compressible(pruned).cost().total == cost.total - cost.blocks[block].node(True) * 2
+        compressible(pruned).prune_block(block, range(2, view.hidden_features(block)))
+        assert compressible(pruned).cost().total == cost.total - cost.blocks[block].unit(True) * 2
 
 
 @pytest.mark.parametrize("kind", ["resnext", "squeeze_excite", "efficientnet", "regnet"])
 def test_filters_that_others_depend_on_do_not_go_alone(kind: str) -> None:
     model = create(kind)
-    assert not any(compressible(model).halves(block) for block in range(compressible(model).num_blocks()))
+    assert not any(compressible(model).sublayers(block) for block in range(compressible(model).num_blocks()))
 
 
 def test_a_bottleneck_that_widens_does_not_lose_filters() -> None:
@@ -350,18 +348,18 @@ def test_an_output_layer_adds_what_it_is_set_to(bias: bool, norm: bool) -> None:
     torch.testing.assert_close(layer.weights(), solution[:-1])
 
 
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("kind", SINGLE_PROCESS)
 @pytest.mark.parametrize("keeps_all", [True, False])
 def test_a_pruned_block_is_fitted_to_the_whole_one(kind: str, keeps_all: bool) -> None:
     """With all filters it is already right; with half of them, the fit is ridge regression on patches."""
     teacher = freeze(create(kind).double())
-    adapter, few = compressible(teacher), torch.randn(24, 3, SIZE, SIZE, dtype=torch.float64)
+    view, few = compressible(teacher), torch.randn(24, 3, SIZE, SIZE, dtype=torch.float64)
     config, block = ALL_ROWS.reconstruction, 1
     views = draw_views(teacher, dcvit.load_images(few, teacher), config, seed=0)
     states = TeacherStates(teacher, views, config.batch_size, prunable=[block])
     rows_of_it, student = states.mlp_rows(block), copy.deepcopy(teacher)
-    hidden = adapter.hidden_features(block)
-    found = Cut(hidden if keeps_all else hidden // 2, attention=True)
+    hidden = view.hidden_features(block)
+    found = BlockSpec(hidden if keeps_all else hidden // 2, attention=True)
     kept, report = reconstruct_block(student, BlockProblem(block, found, rows_of_it), config, refit=False)
     assert compressible(student).hidden_features(block) == len(kept) == found.hidden_features
     assert report.error_closed_form is not None
@@ -371,9 +369,9 @@ def test_a_pruned_block_is_fitted_to_the_whole_one(kind: str, keeps_all: bool) -
             torch.testing.assert_close(value, teacher.state_dict()[name], rtol=0, atol=1e-8, msg=name)
         return
     assert report.error_after == report.error_closed_form < 0.9 * report.error_before
-    given = adapter.prepare(adapter.run_blocks(adapter.embed(few), 0, block), block)
+    given = view.prepare(view.run_blocks(view.embed(few), 0, block), block)
     missed, added = (
-        compressible(model).block(block)(given) - (adapter.block(block)(given) if model is student else given)
+        compressible(model).block(block)(given) - (view.block(block)(given) if model is student else given)
         for model in (student, teacher)
     )
     held_out = views.held_out
@@ -388,11 +386,11 @@ def test_a_cnn_meets_a_budget_that_no_whole_convolution_meets(images: Tensor, tm
     cost = compressible(model).cost()
     assert min(block.attention.weight_macs for block in cost.blocks) > 0.003 * cost.total.weight_macs
     left = result.plan.target - result.report.student.macs
-    assert 0 <= left < min(block.node(True).weight_macs for block in cost.blocks if block.compressible)
+    assert 0 <= left < min(block.unit(True).weight_macs for block in cost.blocks if block.compressible)
     assert result.plan.pruned == tuple(sorted(result.plan.blocks))
     assert result.plan.cost == compressible(result.model).cost().total
-    assert all(trial.recoverability is not None for trial in result.report.pruning_trials)
-    assert len(result.report.pruning_trials) == len(cost.blocks)
+    assert all(probe.sensitivity is not None for probe in result.report.pruning_probes)
+    assert len(result.report.pruning_probes) == len(cost.blocks)
     result.save(tmp_path / "small")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True).eval()
     assert torch.equal(loaded(images), result.model(images))
@@ -404,17 +402,17 @@ def test_a_cnn_meets_a_budget_that_no_whole_convolution_meets(images: Tensor, tm
 @pytest.mark.parametrize("method", ["fskd", "cd"])
 def test_methods_that_prune_filters_take_a_cnn(method: str, kind: str, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)
-    adapter = compressible(model)
+    view = compressible(model)
     before = copy.deepcopy(model.state_dict())
     config = quick(method, num_rows=3000)
     result = dcvit.compress(model, torch.randn(8, 3, SIZE, SIZE), dcvit.Budget(macs=0.9), config)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     thinner = copy.deepcopy(model)
     for block in result.plan.blocks:
-        compressible(thinner).prune_block(block, range(1, adapter.hidden_features(block)))
-    step = adapter.cost().total.weight_macs - compressible(thinner).cost().total.weight_macs
+        compressible(thinner).prune_block(block, range(1, view.hidden_features(block)))
+    step = view.cost().total.weight_macs - compressible(thinner).cost().total.weight_macs
     assert result.plan.target - step < result.report.student.macs <= result.plan.target
-    assert result.plan.pruned == result.plan.blocks == tuple(range(adapter.num_blocks()))
+    assert result.plan.pruned == result.plan.blocks == tuple(range(view.num_blocks()))
     assert result.plan.cost == compressible(result.model).cost().total
     first = result.report.reconstructions[0]
     assert first.error_after < first.error_before  # later blocks have fewer positions here than inputs
@@ -437,8 +435,8 @@ def layers_of(model: nn.Module, few: Tensor, fit: Any, block: int) -> tuple[nn.C
     task = Task(teacher, dcvit.load_images(few.double(), teacher), dcvit.Budget(macs=0.9), LAYERWISE, RunContext())
     outcome = fit(task)
     bare = copy.deepcopy(teacher)
-    for number, nodes in outcome.plan.kept_nodes.items():
-        compressible(bare).prune_block(number, nodes)
+    for number, units in outcome.plan.kept_units.items():
+        compressible(bare).prune_block(number, units)
 
     def watched(model: nn.Module, state: Tensor) -> tuple[Tensor, Tensor]:
         seen: list[tuple[Tensor, Tensor]] = []
@@ -615,9 +613,9 @@ def test_only_adaptors_recover_in_a_trial() -> None:
     recovery = dcvit.config.DistillationConfig(epochs=2, learning_rate=1e-2, batch_size=4)
     few = torch.randn(8, 3, SIZE, SIZE)
     result = dcvit.compress(model, few, dcvit.Budget(macs=0.97), Practise(distillation=recovery))
-    for trial in result.report.trials:
-        assert trial.recovery is not None
-        assert trial.recovery.loss_after < trial.recovery.loss_before
+    for probe in result.report.probes:
+        assert probe.recovery is not None
+        assert probe.recovery.loss_after < probe.recovery.loss_before
 
 
 def test_the_batchnorm_prior_is_the_distance_of_the_statistics() -> None:

@@ -28,10 +28,10 @@ TIMM = [name for module in ("eva", "beit") for name in timm.list_models(module=m
 def test_every_eva_and_beit_of_timm_is_supported(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    adapter = compressible(model)
-    adapter.check()
-    cost = adapter.cost()
-    assert len(cost.blocks) == adapter.num_blocks()
+    view = compressible(model)
+    view.check()
+    cost = view.cost()
+    assert len(cost.blocks) == view.num_blocks()
     assert cost.total.params == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -39,29 +39,29 @@ def test_every_eva_and_beit_of_timm_is_supported(name: str) -> None:
 def test_a_block_is_told_where_tokens_are(variant: Variant) -> None:
     """With the patches in another order it does something else to each."""
     model: Any = variant.create()
-    adapter, prefix = compressible(model), model.num_prefix_tokens
+    view, prefix = compressible(model), model.num_prefix_tokens
     tokens = torch.randn(2, prefix + 4, 48)
     order = [*range(prefix), *(prefix + patch for patch in (3, 1, 0, 2))]
     with torch.no_grad():
-        moved = adapter.block(1)(tokens[:, order])
+        moved = view.block(1)(tokens[:, order])
         told = bool(model.rope) if isinstance(model, Eva) else True
-        assert torch.allclose(moved, adapter.block(1)(tokens)[:, order], atol=1e-5) != told
-        halves = adapter.halves(1)
-        if halves is not None:
-            attention, mlp = halves
-            torch.testing.assert_close(mlp(attention(tokens)), adapter.block(1)(tokens), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(moved, view.block(1)(tokens)[:, order], atol=1e-5) != told
+        sublayers = view.sublayers(1)
+        if sublayers is not None:
+            attention, mlp = sublayers
+            torch.testing.assert_close(mlp(attention(tokens)), view.block(1)(tokens), rtol=1e-4, atol=1e-5)
 
 
 @each_variant
 def test_what_positions_are_made_of_is_updated_with_the_stem(variant: Variant) -> None:
     model: Any = variant.create()
-    adapter = compressible(model)
-    known = {id(parameter) for parameter in adapter.body_parameters()}
+    view = compressible(model)
+    known = {id(parameter) for parameter in view.body_parameters()}
     behind = [part for name in ("head", "fc_norm", "attn_pool") if (part := getattr(model, name, None)) is not None]
     head = {id(parameter) for part in behind for parameter in part.parameters()}
     assert known | head == {id(parameter) for parameter in model.parameters()}
     assert not known & head
-    first = {id(parameter) for parameter in adapter.parameters(0, 3)}
+    first = {id(parameter) for parameter in view.parameters(0, 3)}
     assert first == known - {id(parameter) for parameter in model.norm.parameters()}
 
 

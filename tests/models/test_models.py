@@ -15,7 +15,7 @@ from dcvit.artifacts.result import save_model
 from dcvit.costs import Cost
 from dcvit.models import CompressedBlock, DroppedBlock, compressible, load_model, require_supported
 from dcvit.models.modeling.shared import POST_NORM
-from dcvit.models.surgery import compress_block, draw_kept_nodes, drop_block
+from dcvit.models.surgery import compress_block, draw_kept_units, drop_block
 from dcvit.models.vision_transformer import convolution_of, fuse_tokens, keep_block_heads, place_convolution
 from dcvit.search.plan import plan as make_plan
 from tests.variants import VARIANTS, Variant
@@ -52,7 +52,7 @@ def counted_macs(model: nn.Module) -> tuple[int, int]:
 
 def cut(model: nn.Module, kept: int = 7) -> nn.Module:
     """Block 1 compressed, block 2 dropped."""
-    return drop_block(compress_block(model, 1, draw_kept_nodes(model, 1, kept, seed=0)), 2)
+    return drop_block(compress_block(model, 1, draw_kept_units(model, 1, kept, seed=0)), 2)
 
 
 def convolved(model: Any) -> Any:
@@ -89,11 +89,11 @@ def test_vit_base_costs_what_the_literature_says() -> None:
 
 def test_a_cut_saves_what_the_block_cost_says(variant: Variant) -> None:
     model = variant.create()
-    adapter = compressible(model)
-    whole = adapter.cost()
+    view = compressible(model)
+    whole = view.cost()
     block = whole.blocks[1]
-    compressed = compress_block(model, 1, draw_kept_nodes(model, 1, 7, seed=0))
-    saved = block.attention + block.hidden_node * (block.hidden_features - 7)
+    compressed = compress_block(model, 1, draw_kept_units(model, 1, 7, seed=0))
+    saved = block.attention + block.hidden_unit * (block.hidden_features - 7)
     assert compressible(compressed).cost().total == whole.total - saved
     dropped = drop_block(model, 1)
     assert compressible(dropped).cost().total == whole.total - block.attention - block.mlp
@@ -103,29 +103,29 @@ def test_a_cut_saves_what_the_block_cost_says(variant: Variant) -> None:
 def test_parts_run_one_by_one_are_the_whole(variant: Variant) -> None:
     whole = variant.create()
     for model in (whole, cut(whole)):
-        adapter, images = compressible(model), images_for(model)
+        view, images = compressible(model), images_for(model)
         seen: list[Tensor] = []
         handles = [
             block.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])) for block in model.blocks
         ]
         with torch.no_grad():
-            expected = adapter.tokens(images)
+            expected = view.tokens(images)
             for handle in handles:
                 handle.remove()
-            embedded = adapter.embed(images)
+            embedded = view.embed(images)
             assert torch.equal(embedded, seen[0])
-            assert torch.equal(adapter.final_norm(adapter.run_blocks(embedded, 0, 4)), expected)
-            assert torch.equal(adapter.run_blocks(embedded, 0, 0), embedded)
-            assert torch.equal(adapter.run_blocks(embedded, 0, 2), seen[2])
-            assert torch.equal(adapter.block(1)(seen[1]), seen[2])
-            assert torch.equal(adapter.run_blocks(seen[1], 1, 3), seen[3])
-            assert torch.equal(adapter.final_norm(adapter.run_blocks(seen[2], 2, 4)), expected)
+            assert torch.equal(view.final_norm(view.run_blocks(embedded, 0, 4)), expected)
+            assert torch.equal(view.run_blocks(embedded, 0, 0), embedded)
+            assert torch.equal(view.run_blocks(embedded, 0, 2), seen[2])
+            assert torch.equal(view.block(1)(seen[1]), seen[2])
+            assert torch.equal(view.run_blocks(seen[1], 1, 3), seen[3])
+            assert torch.equal(view.final_norm(view.run_blocks(seen[2], 2, 4)), expected)
 
 
 def test_keeping_every_node_removes_the_attention_branch_alone(variant: Variant) -> None:
     model = variant.create()
-    adapter = compressible(model)
-    student = compress_block(model, 1, range(adapter.hidden_features(1)))
+    view = compressible(model)
+    student = compress_block(model, 1, range(view.hidden_features(1)))
     reference = copy.deepcopy(model)
     block = reference.blocks[1]
     branch_end = block.norm1 if isinstance(block, POST_NORM) else block.attn
@@ -140,9 +140,9 @@ def test_dropping_nodes_is_zeroing_them(variant: Variant) -> None:
     """The kept nodes compute what they computed before: zeroing the others' outgoing weights changes nothing."""
     model = variant.create()
     if not isinstance(model.blocks[1].mlp.norm, nn.Identity):
-        pytest.skip("a norm over the hidden nodes sees which are there")
+        pytest.skip("a norm over the hidden units sees which are there")
     hidden = compressible(model).hidden_features(1)
-    kept = draw_kept_nodes(model, 1, hidden // 3, seed=1)
+    kept = draw_kept_units(model, 1, hidden // 3, seed=1)
     all_kept = compress_block(model, 1, range(hidden))
     gone = sorted(set(range(hidden)) - set(kept))
     with torch.no_grad():
@@ -153,8 +153,8 @@ def test_dropping_nodes_is_zeroing_them(variant: Variant) -> None:
 
 def test_saved_model_is_a_timm_model(variant: Variant, tmp_path: Path) -> None:
     student = cut(variant.create())
-    adapter = compressible(student)
-    rebuilt = adapter.rebuild().eval()
+    view = compressible(student)
+    rebuilt = view.rebuild().eval()
     save_model(rebuilt, tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = images_for(student)
@@ -162,7 +162,7 @@ def test_saved_model_is_a_timm_model(variant: Variant, tmp_path: Path) -> None:
         expected = student(images)
         assert torch.equal(rebuilt(images), expected)
         assert torch.equal(loaded(images), expected)
-    assert compressible(loaded).cost() == adapter.cost()
+    assert compressible(loaded).cost() == view.cost()
     assert list(loaded.pretrained_cfg["mean"]) == list(student.pretrained_cfg["mean"])
 
 
@@ -171,7 +171,7 @@ def test_a_compressed_model_can_be_compressed_again(variant: Variant) -> None:
     chosen = make_plan(student, dcvit.Budget(macs=0.8), dcvit.DCViT(candidates=(0, 3)))
     again = student
     for block in chosen.candidates[: chosen.num_blocks]:
-        again = compress_block(again, block, draw_kept_nodes(again, block, chosen.hidden_features, seed=0))
+        again = compress_block(again, block, draw_kept_units(again, block, chosen.hidden_features, seed=0))
     assert compressible(again).cost().total == chosen.cost
     with pytest.raises(dcvit.errors.BudgetError, match="block 1 has no attention left"):
         make_plan(student, dcvit.Budget(macs=0.8), dcvit.DCViT(candidates=(1,)))
@@ -346,6 +346,6 @@ def test_loaded_model_adapts_like_timms_own(model: nn.Module, tmp_path: Path) ->
     save_model(cut(model), tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=3, img_size=64).eval()
     assert loaded(torch.randn(1, 3, 64, 64)).shape == (1, 3)
-    kept = list(draw_kept_nodes(model, 1, 7, seed=0))
+    kept = list(draw_kept_units(model, 1, 7, seed=0))
     assert torch.equal(loaded.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight[kept])
     assert isinstance(loaded.blocks[2], DroppedBlock)

@@ -210,11 +210,11 @@ def test_shared_weights_are_exported(tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in state.values()) == num_params(student)
 
 
-@pytest.mark.parametrize("unit", ["params", "file_size"])
+@pytest.mark.parametrize("metric", ["params", "file_size"])
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.45])
-def test_the_budget_is_met_and_no_attention_more_would_fit(unit: str, share: float) -> None:
+def test_the_budget_is_met_and_no_attention_more_would_fit(metric: str, share: float) -> None:
     model = freeze(VARIANTS["plain"].create(depth=6))
-    budget = dcvit.Budget(**{unit: share})
+    budget = dcvit.Budget(**{metric: share})
     able = joins(model)
     draw = torch.Generator().manual_seed(0)
     losses = dict(zip(able, torch.rand(len(able), generator=draw).tolist(), strict=True))

@@ -18,7 +18,7 @@ from dcvit.errors import UnsupportedModelError
 from dcvit.models import compressible, standalone_source
 from dcvit.models.modeling import cnn, eva, shared, variations, vision_transformer
 from dcvit.models.modeling import swin as swin_modeling
-from dcvit.models.surgery import compress_block, draw_kept_nodes, drop_block
+from dcvit.models.surgery import compress_block, draw_kept_units, drop_block
 from dcvit.models.vision_transformer import (
     convolution_of,
     fuse_tokens,
@@ -120,10 +120,10 @@ def test_only_a_model_that_has_a_variation_brings_its_source(name: str) -> None:
 
 def test_families_have_their_own_sources() -> None:
     found = {name: defined(source_of(create())) for name, create in FAMILIES.items()}
-    assert {name for name, names in found.items() if "MlpHalf" in names} == found.keys() - {"dcvit_residual_cnn"}
+    assert {name for name, names in found.items() if "MlpSublayer" in names} == found.keys() - {"dcvit_residual_cnn"}
     assert {name for name, names in found.items() if "require_base" in names} == {"dcvit_eva", "dcvit_residual_cnn"}
     own = {
-        "CutBeit": "dcvit_eva",
+        "PrunedBeit": "dcvit_eva",
         "swin_places": "dcvit_swin_transformer",
         "PointwiseBlock": "dcvit_residual_cnn",
         "BLOCKS": "dcvit_vision_transformer",
@@ -137,7 +137,7 @@ def test_families_have_their_own_sources() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_saved_model_loads_without_dcvit(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name]()
-    model = drop_block(compress_block(model, 1, draw_kept_nodes(model, 1, 7, seed=0)), 2)
+    model = drop_block(compress_block(model, 1, draw_kept_units(model, 1, 7, seed=0)), 2)
     save_model(model, tmp_path / "model")
     images = torch.randn(2, *compressible(model).input_size())
     with torch.no_grad():

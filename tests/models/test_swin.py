@@ -39,24 +39,24 @@ def swin(request: pytest.FixtureRequest) -> Any:
 
 def cut(model: nn.Module) -> nn.Module:
     """Two pairs compressed, the single block at the end dropped."""
-    adapter = compressible(model)
+    view = compressible(model)
     for block, kept in {2: [], 3: [], 4: range(0, 128, 2), 5: range(0, 128, 2)}.items():
-        adapter.compress_block(block, list(kept))
-    adapter.drop_block(6)
+        view.compress_block(block, list(kept))
+    view.drop_block(6)
     return model
 
 
 def test_the_parts_in_order_are_the_model(swin: Any) -> None:
-    adapter, images = require_supported(swin), torch.randn(2, 3, 32, 32)
-    state = adapter.embed(images)
-    for block in range(adapter.num_blocks()):
-        alone = adapter.block(block)(adapter.prepare(state, block))
-        state = adapter.run_blocks(state, block, block + 1)
+    view, images = require_supported(swin), torch.randn(2, 3, 32, 32)
+    state = view.embed(images)
+    for block in range(view.num_blocks()):
+        alone = view.block(block)(view.prepare(state, block))
+        state = view.run_blocks(state, block, block + 1)
         assert torch.equal(state, alone)
-    tokens = adapter.final_norm(state)
+    tokens = view.final_norm(state)
     assert tokens.shape == (2, 64, 32)
-    assert torch.equal(tokens, adapter.tokens(images))
-    torch.testing.assert_close(adapter.logits(tokens), swin(images))
+    assert torch.equal(tokens, view.tokens(images))
+    torch.testing.assert_close(view.logits(tokens), swin(images))
 
 
 def test_pairs_go_together_within_a_stage(swin: Any) -> None:
@@ -78,12 +78,12 @@ def test_the_cost_is_what_torch_counts(version: int, size: int) -> None:
 
 
 def test_a_block_costs_what_goes_with_it(swin: Any) -> None:
-    adapter = compressible(swin)
-    before = adapter.cost()
-    adapter.compress_block(4, range(50))
-    saved = before.total - adapter.cost().total
-    assert saved == before.blocks[4].attention + before.blocks[4].hidden_node * 78
-    assert not adapter.cost().blocks[4].compressible
+    view = compressible(swin)
+    before = view.cost()
+    view.compress_block(4, range(50))
+    saved = before.total - view.cost().total
+    assert saved == before.blocks[4].attention + before.blocks[4].hidden_unit * 78
+    assert not view.cost().blocks[4].compressible
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing position biases
@@ -104,13 +104,13 @@ def test_the_pair_search_meets_the_budget(swin: Any) -> None:
     result = dcvit.compress(swin, images, dcvit.Budget(macs=0.8), QUICK)
     original = compressible(swin).cost()
     left = result.report.student.macs / result.report.teacher.macs
-    node = max(block.hidden_node.macs("with_attention_products") for block in original.blocks)
+    unit = max(block.hidden_unit.macs("with_attention_products") for block in original.blocks)
     target = result.plan.target
-    assert target - 2 * len(result.plan.blocks) * node < result.report.student.macs <= target
+    assert target - 2 * len(result.plan.blocks) * unit < result.report.student.macs <= target
     assert left <= 0.8
     assert result.plan.cost == compressible(result.model).cost().total
     for group in compressible(swin).groups():
-        kept = {len(result.plan.kept_nodes[block]) if block in result.plan.blocks else None for block in group}
+        kept = {len(result.plan.kept_units[block]) if block in result.plan.blocks else None for block in group}
         assert len(kept) == 1
     blocks = [block for stage in result.model.layers for block in stage.blocks]
     assert [i for i, block in enumerate(blocks) if isinstance(block, CompressedBlock)] == sorted(
@@ -165,22 +165,22 @@ def test_a_saved_model_gives_features(swin: Any, tmp_path: Path) -> None:
 
 
 def test_blocks_pruned_without_losing_attention_are_saved(swin: Any) -> None:
-    adapter, images = compressible(swin), torch.randn(2, 3, 32, 32)
+    view, images = compressible(swin), torch.randn(2, 3, 32, 32)
     for block, kept in {0: 64, 1: 64, 3: 100, 4: 7}.items():
-        adapter.prune_block(block, range(kept))
-        assert adapter.hidden_layer(block).weight.shape[1] == len(adapter.hidden_filters(block)) == kept
-    rebuilt = adapter.rebuild()
+        view.prune_block(block, range(kept))
+        assert view.hidden_layer(block).weight.shape[1] == len(view.hidden_filters(block)) == kept
+    rebuilt = view.rebuild()
     torch.testing.assert_close(rebuilt(images), swin(images))
-    assert compressible(rebuilt).cost() == adapter.cost()
+    assert compressible(rebuilt).cost() == view.cost()
 
 
 @pytest.mark.parametrize("name", [name for name in timm.list_models("swin*") if "cr" not in name])
 def test_every_swin_of_timm_is_supported(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    adapter = compressible(model)
-    adapter.check()
-    assert len(adapter.cost().blocks) == adapter.num_blocks()
+    view = compressible(model)
+    view.check()
+    assert len(view.cost().blocks) == view.num_blocks()
 
 
 def test_what_cannot_be_done_is_refused_by_name(swin: Any) -> None:

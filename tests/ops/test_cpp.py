@@ -6,8 +6,8 @@ from typing import Any
 import matrix
 import pytest
 import test_attention
+import test_distillation_loss
 import test_dropped_mlp
-import test_mimic_loss
 import test_synthesis_step
 import test_tv_prior
 import torch
@@ -17,7 +17,10 @@ CASES: dict[str, tuple[type[matrix.OpMatrix], Callable[[], matrix.Inputs]]] = {
     "dropped_mlp": (test_dropped_mlp.TestMatrix, lambda: test_dropped_mlp.make(2567, width=8, hidden=40, kept=33)),
     "dropped_mlp, whole": (test_dropped_mlp.TestMatrix, lambda: test_dropped_mlp.make(2567, width=8, kept=None)),
     "attention": (test_attention.TestMatrix, lambda: test_attention.make(37, 19, 3, 16)),
-    "mimic_loss": (test_mimic_loss.TestMatrix, lambda: test_mimic_loss.make(2, 7, 197, 129, weight="drawn")),
+    "distillation_loss": (
+        test_distillation_loss.TestMatrix,
+        lambda: test_distillation_loss.make(2, 7, 197, 129, weight="drawn"),
+    ),
     "tv_prior": (test_tv_prior.TestMatrix, lambda: test_tv_prior.make(5, 3, 97, 131)),
     "synthesis_step": (test_synthesis_step.TestMatrix, lambda: test_synthesis_step.make(5, 3, 97, 131)),
 }
@@ -59,7 +62,7 @@ def test_the_same_from_run_to_run(name: str) -> None:
         assert torch.equal(value, second[key]), key
 
 
-@pytest.mark.parametrize("name", ["attention", "mimic_loss", "tv_prior", "synthesis_step"])
+@pytest.mark.parametrize("name", ["attention", "distillation_loss", "tv_prior", "synthesis_step"])
 def test_the_same_for_any_number_of_threads(name: str) -> None:
     """The sums are over parts that depend on the shape alone; of matrix products that is the BLAS's business."""
     _, _, one = results(name, 1)
@@ -69,8 +72,8 @@ def test_the_same_for_any_number_of_threads(name: str) -> None:
 
 
 @pytest.mark.parametrize("node", [-1, 40])
-def test_nodes_out_of_range_are_named(node: int) -> None:
+def test_nodes_out_of_range_are_named(unit: int) -> None:
     inputs = test_dropped_mlp.make(3)
-    inputs["idx"][2] = node
-    with pytest.raises(RuntimeError, match=rf"expected idx in \[0, 40\), got {node} at 2"):
+    inputs["idx"][2] = unit
+    with pytest.raises(RuntimeError, match=rf"expected idx in \[0, 40\), got {unit} at 2"):
         test_dropped_mlp.dropped_mlp(**inputs, impl="cpp")

@@ -49,7 +49,7 @@ def test_what_auto_takes_on_a_gpu() -> None:
     with torch.no_grad():
         assert not table["cuda"].gains({"x": X, "w1": weight})
     assert not table["triton"].gains({"x": X, "w1": weight})
-    table = sys.modules["dcvit.ops.mimic_loss"].IMPLEMENTATIONS
+    table = sys.modules["dcvit.ops.distillation_loss"].IMPLEMENTATIONS
     assert table["triton"].gains({"student": torch.zeros(2, 1, 1, 1), "teacher": None})
     assert not table["triton"].gains({"student": torch.zeros(1, 1, 1, 1), "teacher": None})
     assert not table["triton"].gains({"student": torch.zeros(2, 1, 1), "teacher": None})
@@ -152,7 +152,7 @@ sys.meta_path.insert(0, Block())
 torch.ops.load_library = load_library
 sys.modules["dcvit"] = types.ModuleType("dcvit")
 sys.modules["dcvit"].__path__ = ["dcvit"]
-from dcvit.ops import attention, dropped_mlp, mimic_loss, synthesis_step, tv_prior
+from dcvit.ops import attention, dropped_mlp, distillation_loss, synthesis_step, tv_prior
 x, w1, w2 = torch.randn(3, 4), torch.randn(8, 4), torch.randn(4, 8)
 images = torch.rand(4, 2, 3, 5, 5)
 """
@@ -170,7 +170,7 @@ def test_torch_is_enough() -> None:
         dropped_mlp(x, w1, None, w2, None).sum().backward()
         assert x.grad is not None
         attention(torch.randn(2, 5, 3, 2, 16))
-        mimic_loss(images[0], images[0, 0])
+        distillation_loss(images[0], images[0, 0])
         tv_prior(images[0], beta=1.0)
         synthesis_step(*images, low=torch.zeros(3), high=torch.ones(3), step=1, lr=0.1, beta=1.0)
         torch.ops.dcvit.tv_prior(images[0], 1.0, 1.0, 1.0)

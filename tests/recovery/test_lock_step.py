@@ -1,4 +1,4 @@
-"""Trials that mimic together: in lock step each learns what it would alone, and hopeless ones stop early."""
+"""Probes that mimic together: in lock step each learns what it would alone, and hopeless ones stop early."""
 
 import copy
 import json
@@ -15,25 +15,25 @@ import dcvit
 from benchmarks.testbeds import digits
 from dcvit.context import RunContext
 from dcvit.data.images import load_images
-from dcvit.history import Trial
+from dcvit.history import Probe
 from dcvit.methods.baselines.practise import Practise, block_dropping
 from dcvit.models import compressible
-from dcvit.models.surgery import compress_block, draw_kept_nodes, share_parameters
+from dcvit.models.surgery import compress_block, draw_kept_units, share_parameters
 from dcvit.models.teacher import freeze, fuse
 from dcvit.recovery import distill as recovery_module
 from dcvit.recovery.distill import (
     Candidate,
     find_learning_rate,
-    mimicking_loss,
     output_tokens,
     recover,
     recover_together,
+    token_loss,
 )
 from dcvit.runtime.optim import warmup_cosine
 from dcvit.runtime.seeding import generator
 from dcvit.search import sensitivity as ranking_module
 from dcvit.search.plan import plan as make_plan
-from dcvit.search.sensitivity import RUNGS, Contest, rank, run_trials
+from dcvit.search.sensitivity import RUNGS, Contest, rank, run_probes
 from tests.conftest import PUBLISHED
 from tests.variants import VARIANTS
 
@@ -56,7 +56,7 @@ def few_shot(teacher: nn.Module, images: Tensor) -> dcvit.data.images.FewShotIma
 
 
 def cut(teacher: nn.Module, block: int) -> nn.Module:
-    return compress_block(teacher, block, draw_kept_nodes(teacher, block, 40, seed=0))
+    return compress_block(teacher, block, draw_kept_units(teacher, block, 40, seed=0))
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -130,14 +130,14 @@ def test_one_loss_for_as_many_students_as_the_lock_step_says(
     teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    real = recovery_module.mimic_loss
+    real = recovery_module.distillation_loss
 
     def noted(student: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if student.requires_grad:
             sizes.append(len(student))
         return real(student, *args, **kwargs)
 
-    monkeypatch.setattr(recovery_module, "mimic_loss", noted)
+    monkeypatch.setattr(recovery_module, "distillation_loss", noted)
     candidates = [Candidate(cut(teacher, block), (block,)) for block in range(DEPTH - 1)]
     recover_together(candidates, teacher, few_shot, replace(QUICK, lock_step=2))
     assert sizes == [2, 2, 1] * 2 * QUICK.epochs  # two batches an epoch
@@ -202,7 +202,7 @@ def test_learning_rates_are_compared_as_if_alone(teacher: nn.Module, few_shot: d
     for rate in config.learning_rates:
         copied = copy.deepcopy(student)
         recover(copied, teacher, used, [2], replace(config, learning_rate=rate), RunContext(seed=7))
-        losses.append(mimicking_loss(copied, targets, judged, config))
+        losses.append(token_loss(copied, targets, judged, config))
     best = config.learning_rates[losses.index(min(losses))]
     found = find_learning_rate(
         student, teacher, few_shot, [2], replace(config, learning_rate="auto"), RunContext(seed=7)
@@ -231,13 +231,13 @@ def test_a_round_leaves_the_teacher_and_the_best_student_apart(
     config = PUBLISHED.with_(recovery=QUICK)
     plan = make_plan(teacher, dcvit.Budget(macs=0.8), config)
     ranking = rank(
-        teacher, few_shot, dcvit.metrics.fidelity.Metric(teacher, [few_shot.normalised], "mimicking"), plan, QUICK
+        teacher, few_shot, dcvit.metrics.fidelity.Metric(teacher, [few_shot.normalised], "distillation"), plan, QUICK
     )
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     places = {parameter.data_ptr() for parameter in teacher.parameters()}
     assert not any(parameter.data_ptr() in places for parameter in ranking.student.parameters())
     best = ranking.blocks[0]
-    alone = compress_block(teacher, best, ranking.kept_nodes[best])
+    alone = compress_block(teacher, best, ranking.kept_units[best])
     recover(alone, teacher, few_shot, [best], QUICK, RunContext().derived("trial"))
     assert same_weights(ranking.student, alone)
 
@@ -265,15 +265,15 @@ def halved(
     config: dcvit.config.DistillationConfig,
     *,
     halving: bool = True,
-) -> tuple[tuple[Trial, ...], nn.Module]:
+) -> tuple[tuple[Probe, ...], nn.Module]:
     targets = output_tokens(teacher, few_shot.normalised, 4)
-    return run_trials(
+    return run_probes(
         teacher,
         few_shot,
         Contest(
             range(DEPTH - 1),
             lambda block: cut(teacher, block),
-            lambda student: mimicking_loss(student, targets, few_shot, config),
+            lambda student: token_loss(student, targets, few_shot, config),
             num_chosen,
             halving,
         ),
@@ -289,22 +289,22 @@ def test_the_worse_half_stops_at_each_rung(
     config = replace(WHOLE, epochs=9)
     assert RUNGS == (0.5, 0.75)
     full, best = halved(teacher, few_shot, num_chosen, config, halving=False)
-    trials, student = halved(teacher, few_shot, num_chosen, config)
-    assert [trial.epochs for trial in full] == [9] * 5
-    assert [trial.epochs for trial in trials] == epochs_of_each
+    probes, student = halved(teacher, few_shot, num_chosen, config)
+    assert [probe.epochs for probe in full] == [9] * 5
+    assert [probe.epochs for probe in probes] == epochs_of_each
     for epochs in set(epochs_of_each):
-        losses = [trial.metric_loss for trial in trials if trial.epochs == epochs]
+        losses = [probe.metric_loss for probe in probes if probe.epochs == epochs]
         assert losses == sorted(losses)
-    through = {trial.block: trial for trial in full}
-    for trial in trials:
-        assert trial.recovery is not None
-        recovery = through[trial.block].recovery
+    through = {probe.block: probe for probe in full}
+    for probe in probes:
+        assert probe.recovery is not None
+        recovery = through[probe.block].recovery
         assert recovery is not None
-        assert trial.recovery.losses == recovery.losses[: trial.epochs], "who goes on trains as without halving"
-        assert trial.metric_loss == trial.recovery.loss_after
-    survivors = [trial.block for trial in trials if trial.epochs == 9]
-    assert survivors == [trial.block for trial in full if trial.block in survivors]
-    if trials[0].block == full[0].block:
+        assert probe.recovery.losses == recovery.losses[: probe.epochs], "who goes on trains as without halving"
+        assert probe.metric_loss == probe.recovery.loss_after
+    survivors = [probe.block for probe in probes if probe.epochs == 9]
+    assert survivors == [probe.block for probe in full if probe.block in survivors]
+    if probes[0].block == full[0].block:
         assert same_weights(student, best)
 
 
@@ -330,15 +330,15 @@ def test_the_worst_by_metric_loss_stop() -> None:
 
 def test_who_stopped_ranks_behind_who_ran_through() -> None:
     nan = float("nan")
-    trials = [Trial(block, loss, epochs=epochs) for block, loss, epochs in
+    probes = [Probe(block, loss, epochs=epochs) for block, loss, epochs in
               ((1, 0.1, 5), (2, nan, 9), (3, 0.3, 9), (4, 0.2, 7), (5, 0.05, 5), (6, 0.3, 9))]  # fmt: skip
-    assert [trial.block for trial in ranking_module._best_first(trials)] == [3, 6, 2, 4, 5, 1]
+    assert [probe.block for probe in ranking_module._best_first(probes)] == [3, 6, 2, 4, 5, 1]
 
 
 def test_a_run_of_one_epoch_has_no_rung(teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages) -> None:
     for epochs in (0, 1):
-        trials, _ = halved(teacher, few_shot, 1, replace(WHOLE, epochs=epochs))
-        assert [trial.epochs for trial in trials] == [epochs] * 5
+        probes, _ = halved(teacher, few_shot, 1, replace(WHOLE, epochs=epochs))
+        assert [probe.epochs for probe in probes] == [epochs] * 5
 
 
 def test_halving_saves_the_steps_and_is_told(
@@ -353,16 +353,16 @@ def test_halving_saves_the_steps_and_is_told(
 
     config = HALVING.with_(recovery=replace(WHOLE, epochs=9), num_blocks=1)
     result = dcvit.compress(teacher, few_shot.normalised, dcvit.Budget(macs=0.88), config)
-    assert [trial.epochs for trial in result.report.trials] == [9, 7, 5, 5]
-    assert result.plan.blocks == (result.report.trials[0].block,)
+    assert [probe.epochs for probe in result.report.probes] == [9, 7, 5, 5]
+    assert result.plan.blocks == (result.report.probes[0].block,)
     result.save(tmp_path / "out")
     assert asdict(dcvit.load(tmp_path / "out").report) == asdict(result.report)
 
-    # A result saved before trials told their epochs.
+    # A result saved before probes told their epochs.
     file = tmp_path / "out" / "result.json"
     values = json.loads(file.read_text())
-    for trial in values["report"]["trials"]:
-        del trial["epochs"]
+    for probe in values["report"]["trials"]:
+        del probe["epochs"]
     file.write_text(json.dumps(values))
     assert dcvit.load(tmp_path / "out").report == result.report
 
@@ -370,7 +370,7 @@ def test_halving_saves_the_steps_and_is_told(
 def test_block_dropping_halves_too(teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages) -> None:
     config = Practise(distillation=replace(WHOLE, epochs=5), halving=True)
     dropped = block_dropping(teacher, few_shot, 1, config)
-    assert [trial.epochs for trial in dropped.trials] == [5, 4, 3, 3]
+    assert [probe.epochs for probe in dropped.probes] == [5, 4, 3, 3]
     assert compressible(dropped.model).cost().blocks[dropped.blocks[0]].mlp.params == 0
 
 
@@ -381,7 +381,7 @@ def test_on_the_digits_halving_chooses_the_same_blocks() -> None:
     teacher = fuse(freeze(bed.model), "auto")
     images = load_images(bed.images, teacher)
     proxy_set = dcvit.data.synthesis.synthesize(teacher, dcvit.config.SynthesisConfig(iterations=20, flip=0.0))
-    metric = dcvit.metrics.fidelity.Metric(teacher, [proxy_set.images], "mimicking")
+    metric = dcvit.metrics.fidelity.Metric(teacher, [proxy_set.images], "distillation")
     config = dcvit.config.DistillationConfig(
         epochs=40, learning_rate=1e-3, warmup_epochs=4, augmentation=bed.augmentation, fixed_views=8
     )
@@ -391,6 +391,6 @@ def test_on_the_digits_halving_chooses_the_same_blocks() -> None:
         for halving in (False, True)
     )
     assert full.blocks[:3] == shorter.blocks[:3]
-    assert [trial.epochs for trial in shorter.trials] == [40] * 3 + [22] * 3
+    assert [probe.epochs for probe in shorter.probes] == [40] * 3 + [22] * 3
     assert shorter.blocks[:3] != tuple(sorted(shorter.blocks)[:3])
     assert same_weights(full.student, shorter.student)

@@ -14,18 +14,18 @@ import dcvit
 from dcvit.context import RunContext
 from dcvit.data.images import FewShotImages
 from dcvit.errors import ImagesWarning
-from dcvit.history import Cut, Reconstruction
+from dcvit.history import BlockSpec, Reconstruction
 from dcvit.models import compressible
 from dcvit.models.modeling.shared import POST_NORM
-from dcvit.models.surgery import compress_block, draw_kept_nodes
+from dcvit.models.surgery import compress_block, draw_kept_units
 from dcvit.models.teacher import freeze
 from dcvit.recovery import calibration as module
 from dcvit.recovery.calibration import Rows, TeacherStates, Views, draw_views
 from dcvit.recovery.reconstruct import (
-    RIDGE_UNJUDGED,
+    RIDGE_WITHOUT_VALIDATION,
     BlockProblem,
     Descent,
-    choose_nodes,
+    choose_units,
     find_step_size,
     reconstruct_block,
 )
@@ -69,10 +69,14 @@ class Problem:
         **changes: Any,
     ) -> tuple[nn.Module, tuple[int, ...], Reconstruction]:
         student = copy.deepcopy(self.teacher)
-        nodes, report = reconstruct_block(
-            student, BlockProblem(BLOCK, Cut(count), self.rows, kept), config, Descent(step_size, epochs), **changes
+        units, report = reconstruct_block(
+            student,
+            BlockProblem(BLOCK, BlockSpec(count), self.rows, kept),
+            config,
+            Descent(step_size, epochs),
+            **changes,
         )
-        return student, nodes, report
+        return student, units, report
 
     @property
     def post_norm(self) -> bool:
@@ -82,10 +86,10 @@ class Problem:
 
     def error(self, student: nn.Module, chosen: Tensor | None = None) -> float:
         """Share of what the teacher's block adds that a student's does not, on some rows."""
-        given, wanted = (x if chosen is None else x[chosen] for x in (self.rows.given, self.rows.wanted))
+        inputs, targets = (x if chosen is None else x[chosen] for x in (self.rows.inputs, self.rows.targets))
         with torch.no_grad():
-            missed = compressible(student).block(BLOCK)(given[None])[0] - wanted
-        return float(missed.square().sum() / (wanted - given).square().sum())
+            missed = compressible(student).block(BLOCK)(inputs[None])[0] - targets
+        return float(missed.square().sum() / (targets - inputs).square().sum())
 
 
 def changed(student: nn.Module, teacher: nn.Module) -> set[str]:
@@ -143,10 +147,10 @@ def test_rows_are_distinct_tokens_of_every_view(model: nn.Module, num_rows: int,
     if expected < 5:
         assert len({tuple(sorted(row)) for row in tokens.tolist()}) > 1  # not the same ones of each view
     numbered = torch.arange(36 * 5, dtype=torch.float32).view(36, 5, 1)
-    wanted = [5 * view + token for view, row in enumerate(tokens.tolist()) for token in row]
-    assert problem.views.rows(numbered).flatten().tolist() == wanted
+    targets = [5 * view + token for view, row in enumerate(tokens.tolist()) for token in row]
+    assert problem.views.rows(numbered).flatten().tolist() == targets
     held = problem.rows.held_out.tolist()
-    assert held == [bool(problem.views.held_out[row // 5]) for row in wanted]
+    assert held == [bool(problem.views.held_out[row // 5]) for row in targets]
 
 
 def test_views_repeat_with_their_seed(model: nn.Module, images: Tensor) -> None:
@@ -165,14 +169,14 @@ def test_views_repeat_with_their_seed(model: nn.Module, images: Tensor) -> None:
 def test_teacher_states_are_what_the_blocks_see(variant: Variant) -> None:
     problem = Problem.of(variant.create(), count=7, config=replace(CONFIG, num_views=14, num_rows=40))
     teacher: Any = problem.teacher
-    adapter = compressible(teacher)
+    view = compressible(teacher)
     states = TeacherStates(teacher, problem.views, 5, keep_output=True)
     seen: list[list[Tensor]] = [[] for _ in range(5)]
     for block in range(4):
         teacher.blocks[block].register_forward_pre_hook(lambda _, args, block=block: seen[block].append(args[0]))
     teacher.blocks[3].register_forward_hook(lambda _, args, output: seen[4].append(output))
     with torch.no_grad():
-        output = torch.cat([adapter.tokens(images) for images in problem.views.images.split(5)])
+        output = torch.cat([view.tokens(images) for images in problem.views.images.split(5)])
     places = problem.views.places(seen[0][0].shape[1])
 
     def rows(block: int) -> Tensor:
@@ -180,8 +184,8 @@ def test_teacher_states_are_what_the_blocks_see(variant: Variant) -> None:
         return torch.stack([whole[view, token] for view, row in enumerate(places.tolist()) for token in row])
 
     for block in range(4):
-        assert torch.equal(states.rows(block).given, rows(block))
-        assert torch.equal(states.rows(block).wanted, rows(block + 1))
+        assert torch.equal(states.rows(block).inputs, rows(block))
+        assert torch.equal(states.rows(block).targets, rows(block + 1))
     assert states.output is not None
     assert torch.equal(states.output[:], output)
     assert problem.states.output is None
@@ -192,11 +196,11 @@ def test_few_rows_are_drawn_from_all(model: nn.Module, monkeypatch: pytest.Monke
     assert rows.thinned() is rows
     monkeypatch.setattr(module, "FEW_ROWS", 36)
     few = rows.thinned()  # every fifth of 180 rows, at even distances, would be of the same images
-    assert few.given.shape == (36, rows.given.shape[1])
-    assert torch.equal(few.given, rows.thinned().given)
-    at = [int((rows.given == row).all(1).nonzero()[0]) for row in few.given]
+    assert few.inputs.shape == (36, rows.inputs.shape[1])
+    assert torch.equal(few.inputs, rows.thinned().inputs)
+    at = [int((rows.inputs == row).all(1).nonzero()[0]) for row in few.inputs]
     assert at == sorted(set(at))
-    assert torch.equal(few.wanted, rows.wanted[at])
+    assert torch.equal(few.targets, rows.targets[at])
     assert torch.equal(few.held_out, rows.held_out[at])
     assert 0 < int(few.held_out.sum()) < 36
 
@@ -207,11 +211,11 @@ def test_few_rows_are_drawn_from_all(model: nn.Module, monkeypatch: pytest.Monke
 def test_every_variant_reconstructs_its_block(variant: Variant) -> None:
     problem = Problem.of(variant.create())
     student, kept, report = problem.solve()
-    cut = compress_block(problem.teacher, BLOCK, kept)
+    spec = compress_block(problem.teacher, BLOCK, kept)
     held_out, used = problem.rows.held_out, ~problem.rows.held_out
     # Without a linear output layer there are only gradient steps, and few of them.
-    assert problem.error(student, used) < (0.97 if problem.post_norm else 0.6) * problem.error(cut, used)
-    assert report.error_before == pytest.approx(problem.error(cut, held_out), rel=1e-3)
+    assert problem.error(student, used) < (0.97 if problem.post_norm else 0.6) * problem.error(spec, used)
+    assert report.error_before == pytest.approx(problem.error(spec, held_out), rel=1e-3)
     assert report.block == BLOCK
     assert report.error_after <= report.error_before
     if problem.post_norm:
@@ -224,7 +228,7 @@ def test_every_variant_reconstructs_its_block(variant: Variant) -> None:
     assert list(kept) == sorted(set(kept))
     assert len(kept) == KEPT
     assert 0 <= kept[0] <= kept[-1] < compressible(problem.teacher).hidden_features(BLOCK)
-    assert compressible(student).cost() == compressible(cut).cost()
+    assert compressible(student).cost() == compressible(spec).cost()
 
     names = changed(student, problem.teacher)
     assert names
@@ -281,10 +285,10 @@ def test_held_out_images_are_drawn(model: nn.Module) -> None:
 
 def ridge_solution(h: Tensor, y: Tensor, ridge: float, anchor: Tensor, constant: bool) -> np.ndarray[Any, Any]:
     """Least squares with the penalty as more equations; the last row is the constant, which has none."""
-    inputs = h.shape[1]
+    residual = h.shape[1]
     penalty = (ridge * h.square().sum(0).mean()).sqrt()
     ones = h.new_full((len(h), 1), float(constant))
-    left = torch.cat([torch.cat([h, ones], 1), penalty * torch.eye(inputs, inputs + 1).to(h)])
+    left = torch.cat([torch.cat([h, ones], 1), penalty * torch.eye(residual, residual + 1).to(h)])
     return np.linalg.lstsq(left.numpy(), torch.cat([y, penalty * anchor]).numpy(), rcond=None)[0]
 
 
@@ -294,16 +298,16 @@ def test_closed_form_is_the_ridge_regression_of_the_docstring(name: str, refit: 
     """It minimises ‖(y − x) − γ ⊙ (W₂ h + b₂)‖² + λ ‖γ ⊙ (W₂ − W₂⁰)‖², in float64, where numpy agrees to rounding."""
     problem = Problem.of(VARIANTS[name].create().double())
     student, kept, report = problem.solve(epochs=0, refit=refit)
-    cut = compress_block(problem.teacher, BLOCK, kept)
-    output = compressible(cut).output_layer(BLOCK)
+    spec = compress_block(problem.teacher, BLOCK, kept)
+    output = compressible(spec).output_layer(BLOCK)
     assert output is not None
     layer, gamma = output.layer, output.scale
     assert (gamma is not None) == (name in ("layer_scale", "swiglu_packed"))
     hidden: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
     with torch.no_grad():
-        compressible(cut).block(BLOCK)(problem.rows.given[None])
-    h, y = hidden[0], problem.rows.wanted - problem.rows.given
+        compressible(spec).block(BLOCK)(problem.rows.inputs[None])
+    h, y = hidden[0], problem.rows.targets - problem.rows.inputs
     scale = torch.ones(48).double() if gamma is None else gamma
     used, held_out = ~problem.rows.held_out, problem.rows.held_out
     assert report.ridge is not None
@@ -362,14 +366,14 @@ def test_a_channel_that_is_switched_off_asks_for_nothing() -> None:
 def test_greedy_nodes_miss_less_than_random_ones(model: nn.Module) -> None:
     problem = Problem.of(model)
     errors = {}
-    for nodes in ("greedy", "random"):
-        config = replace(CONFIG, nodes=nodes)  # type: ignore[arg-type]
+    for units in ("greedy", "random"):
+        config = replace(CONFIG, units=units)  # type: ignore[arg-type]
         student, kept, report = problem.solve(config, count=8, epochs=0)
-        errors[nodes] = report.error_after
+        errors[units] = report.error_after
         assert torch.equal(
             student.blocks[BLOCK].mlp.fc1.weight, problem.teacher.blocks[BLOCK].mlp.fc1.weight[list(kept)]
         )
-        assert (kept == draw_kept_nodes(problem.teacher, BLOCK, 8, 0)) == (nodes == "random")
+        assert (kept == draw_kept_units(problem.teacher, BLOCK, 8, 0)) == (units == "random")
     assert errors["greedy"] < 0.9 * errors["random"]
 
 
@@ -383,8 +387,8 @@ def test_nodes_that_are_chosen_already_stay(model: nn.Module) -> None:
 def test_fewer_of_the_most_useful_nodes_are_the_first_ones(model: nn.Module) -> None:
     problem = Problem.of(model)
     before = copy.deepcopy(problem.teacher.state_dict())
-    most = choose_nodes(problem.teacher, BLOCK, 20, problem.rows, CONFIG)
-    assert choose_nodes(problem.teacher, BLOCK, 6, problem.rows, CONFIG) == most[:6]
+    most = choose_units(problem.teacher, BLOCK, 20, problem.rows, CONFIG)
+    assert choose_units(problem.teacher, BLOCK, 6, problem.rows, CONFIG) == most[:6]
     assert list(most) != sorted(most)
     after = problem.teacher.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -397,16 +401,16 @@ def test_no_hidden_node_at_all(variant: Variant) -> None:
     """A constant is left, or nothing."""
     problem = Problem.of(variant.create())
     student, kept, _ = problem.solve(count=0)
-    cut = compress_block(problem.teacher, BLOCK, ())
-    layer = compressible(cut).output_layer(BLOCK)
+    spec = compress_block(problem.teacher, BLOCK, ())
+    layer = compressible(spec).output_layer(BLOCK)
     assert kept == ()
     if layer is not None and layer.layer.bias is not None:
-        assert problem.error(student) < problem.error(cut)
-        added = compressible(student).block(BLOCK)(problem.rows.given[None])[0] - problem.rows.given
-        mean = (problem.rows.wanted - problem.rows.given).mean(0)
+        assert problem.error(student) < problem.error(spec)
+        added = compressible(student).block(BLOCK)(problem.rows.inputs[None])[0] - problem.rows.inputs
+        mean = (problem.rows.targets - problem.rows.inputs).mean(0)
         torch.testing.assert_close(added, mean.expand_as(added), rtol=1e-4, atol=1e-4)
     else:
-        assert problem.error(student) == problem.error(cut)
+        assert problem.error(student) == problem.error(spec)
 
 
 @pytest.mark.parametrize("count", [1, 40])
@@ -419,7 +423,7 @@ def test_one_image_alone(count: int, variant: Variant) -> None:
     if problem.post_norm:
         assert (report.ridge, report.error_after) == (None, report.error_before)
     else:
-        assert report.ridge == RIDGE_UNJUDGED
+        assert report.ridge == RIDGE_WITHOUT_VALIDATION
         assert problem.error(student) == pytest.approx(report.error_after, rel=1e-2)
         assert report.error_after < report.error_before
 
@@ -429,8 +433,8 @@ def test_one_image_alone(count: int, variant: Variant) -> None:
 def test_few_images_and_few_nodes(model: nn.Module, images: int, kept: int) -> None:
     config = replace(CONFIG, augmentation=None)
     problem = Problem.of(model, count=images, config=config)
-    student, nodes, _ = problem.solve(config, count=kept)
-    assert problem.error(student) < problem.error(compress_block(problem.teacher, BLOCK, nodes))
+    student, units, _ = problem.solve(config, count=kept)
+    assert problem.error(student) < problem.error(compress_block(problem.teacher, BLOCK, units))
 
 
 def test_a_closed_form_that_harms_is_not_kept() -> None:
@@ -463,7 +467,7 @@ def test_step_size_is_found_on_held_out_images(model: nn.Module) -> None:
     assert min(sizes, key=sizes.__getitem__) == 0.02
     for candidates in (tuple(sizes), tuple(sizes)[::-1]):
         config = replace(CONFIG, step_sizes=candidates)
-        assert find_step_size(problem.teacher, BlockProblem(BLOCK, Cut(2), problem.rows), config) == 0.02
+        assert find_step_size(problem.teacher, BlockProblem(BLOCK, BlockSpec(2), problem.rows), config) == 0.02
     after = problem.teacher.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -472,24 +476,24 @@ def test_step_size_is_found_on_held_out_images(model: nn.Module) -> None:
 def test_the_mlp_of_a_block_that_keeps_its_attention(name: str) -> None:
     """Its equations are what its attention gives; its output layer is fitted to the whole block."""
     problem = Problem.of(VARIANTS[name].create())
-    adapter = compressible(problem.teacher)
+    view = compressible(problem.teacher)
     states = TeacherStates(problem.teacher, problem.views, CONFIG.batch_size, prunable=(0, BLOCK))
     rows = states.mlp_rows(BLOCK)
-    halves = adapter.halves(BLOCK)
-    assert halves is not None
+    sublayers = view.sublayers(BLOCK)
+    assert sublayers is not None
     with torch.no_grad():
-        before = adapter.run_blocks(adapter.embed(problem.views.images[:]), 0, BLOCK)
-        middle = halves[0](before)
-        torch.testing.assert_close(halves[1](middle), adapter.block(BLOCK)(before))
-    torch.testing.assert_close(rows.given, problem.views.rows(middle))
-    torch.testing.assert_close(rows.wanted, problem.rows.wanted)
-    states.give_up_mlp_rows([BLOCK])
+        before = view.run_blocks(view.embed(problem.views.images[:]), 0, BLOCK)
+        middle = sublayers[0](before)
+        torch.testing.assert_close(sublayers[1](middle), view.block(BLOCK)(before))
+    torch.testing.assert_close(rows.inputs, problem.views.rows(middle))
+    torch.testing.assert_close(rows.targets, problem.rows.targets)
+    states.release_mlp_rows([BLOCK])
     with pytest.raises(KeyError):
         states.mlp_rows(BLOCK)
 
     student = copy.deepcopy(problem.teacher)
     kept, report = reconstruct_block(
-        student, BlockProblem(BLOCK, Cut(KEPT, attention=True), rows), CONFIG, Descent(0.03, 2), refit=False
+        student, BlockProblem(BLOCK, BlockSpec(KEPT, attention=True), rows), CONFIG, Descent(0.03, 2), refit=False
     )
     assert report.epochs == 0
     assert report.errors == ()
@@ -498,11 +502,11 @@ def test_the_mlp_of_a_block_that_keeps_its_attention(name: str) -> None:
     assert len(kept) == KEPT == compressible(student).hidden_features(BLOCK)
     assert all(parameter.startswith(f"blocks.{BLOCK}.mlp.") for parameter in changed(student, problem.teacher))
     with torch.no_grad():
-        missed = compressible(student).block(BLOCK)(before) - adapter.block(BLOCK)(before)
-        added = adapter.block(BLOCK)(before) - middle
+        missed = compressible(student).block(BLOCK)(before) - view.block(BLOCK)(before)
+        added = view.block(BLOCK)(before) - middle
         pruned = copy.deepcopy(problem.teacher)
         compressible(pruned).prune_block(BLOCK, kept)
-        unfitted = compressible(pruned).block(BLOCK)(before) - adapter.block(BLOCK)(before)
+        unfitted = compressible(pruned).block(BLOCK)(before) - view.block(BLOCK)(before)
     assert missed.square().sum() < unfitted.square().sum()
     assert missed.square().sum() < added.square().sum()
 
@@ -512,9 +516,9 @@ def test_few_of_many_rows_are_those_of_the_thinned(monkeypatch: pytest.MonkeyPat
     problem = Problem.of(VARIANTS["plain"].create())
     rows = TeacherStates(problem.teacher, problem.views, CONFIG.batch_size, prunable=(BLOCK,)).mlp_rows(BLOCK)
     thinned = problem.rows.thinned()
-    assert len(rows.given) == 100
-    torch.testing.assert_close(rows.wanted, thinned.wanted)
-    halves = compressible(problem.teacher).halves(BLOCK)
-    assert halves is not None
+    assert len(rows.inputs) == 100
+    torch.testing.assert_close(rows.targets, thinned.targets)
+    sublayers = compressible(problem.teacher).sublayers(BLOCK)
+    assert sublayers is not None
     with torch.no_grad():  # the MLP of what was kept between is what is wanted at the same places
-        torch.testing.assert_close(halves[1](rows.given[None])[0], rows.wanted)
+        torch.testing.assert_close(sublayers[1](rows.inputs[None])[0], rows.targets)

@@ -1,4 +1,4 @@
-"""The mimicking after reconstruction: it gains, it never harms, and only near the compressed blocks."""
+"""The distillation after reconstruction: it gains, it never harms, and only near the compressed blocks."""
 
 import copy
 from dataclasses import replace
@@ -17,7 +17,7 @@ from dcvit.models.teacher import freeze
 from dcvit.recovery.calibration import TeacherStates, Views, draw_views
 from dcvit.recovery.distill import output_tokens
 from dcvit.recovery.finetune import READ_SHARE, Schedule, num_steps, refine, token_weight
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 from tests.variants import VARIANTS, Variant
 
 CONFIG = dcvit.config.ReconstructionConfig(num_views=24, refinement_batch=4)
@@ -34,24 +34,24 @@ def problem(model: nn.Module, count: int = 6) -> tuple[nn.Module, nn.Module, Vie
     return student, teacher, views, states.output[:]
 
 
-def refined(student: nn.Module, views: Views, wanted: Tensor, steps: int = 40, seed: int = 0) -> Refinement:
-    return refine(student, views, Stack([wanted]), [2, 1], CONFIG, Schedule(steps), RunContext(seed))
+def refined(student: nn.Module, views: Views, targets: Tensor, steps: int = 40, seed: int = 0) -> Refinement:
+    return refine(student, views, SpilledBuffer([targets]), [2, 1], CONFIG, Schedule(steps), RunContext(seed))
 
 
-def held_out_error(student: nn.Module, views: Views, wanted: Tensor) -> float:
-    tokens, weight = output_tokens(student, views.images[views.held_out], 64), token_weight(student, wanted)
-    squares = (tokens - wanted[views.held_out]).square().mean(dim=(0, 2))
+def held_out_error(student: nn.Module, views: Views, targets: Tensor) -> float:
+    tokens, weight = output_tokens(student, views.images[views.held_out], 64), token_weight(student, targets)
+    squares = (tokens - targets[views.held_out]).square().mean(dim=(0, 2))
     return float((squares if weight is None else squares * weight).mean())
 
 
 def test_every_variant_gains(variant: Variant) -> None:
-    student, _, views, wanted = problem(variant.create())
-    before, cut = held_out_error(student, views, wanted), copy.deepcopy(student)
-    report = refined(student, views, wanted)
+    student, _, views, targets = problem(variant.create())
+    before, spec = held_out_error(student, views, targets), copy.deepcopy(student)
+    report = refined(student, views, targets)
     assert report.error_before == pytest.approx(before, rel=1e-3)
-    assert report.error_after == pytest.approx(held_out_error(student, views, wanted), rel=1e-3)
+    assert report.error_after == pytest.approx(held_out_error(student, views, targets), rel=1e-3)
     assert report.error_after < 0.9 * report.error_before
-    old = dict(cut.named_parameters())
+    old = dict(spec.named_parameters())
     changed = {name.split(".")[1] for name, p in student.named_parameters() if not torch.equal(p, old[name])}
     assert changed == {"1", "2", "3"}  # from the first compressed block to one after the last
     assert all(name.startswith("blocks.") for name, p in student.named_parameters() if not torch.equal(p, old[name]))
@@ -71,23 +71,23 @@ def test_the_tokens_that_the_head_reads_weigh_more() -> None:
 
 def test_a_student_that_cannot_gain_comes_out_as_it_went_in(model: nn.Module) -> None:
     """On the held-out images it is right already, on the others something else is wanted: every step harms."""
-    student, _, views, wanted = problem(model)
+    student, _, views, targets = problem(model)
     before = copy.deepcopy(student.state_dict())
     judged = views.held_out.view(-1, 1, 1)
-    report = refined(student, views, torch.where(judged, output_tokens(student, views.images[:], 64), wanted))
+    report = refined(student, views, torch.where(judged, output_tokens(student, views.images[:], 64), targets))
     assert report.error_after == report.error_before == pytest.approx(0, abs=1e-12)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 def test_the_best_student_seen_comes_out(model: nn.Module) -> None:
     """Where the images learnt from are few and wrong, the error on the others rises again."""
-    student, _, views, wanted = problem(model, count=2)
-    wrong = wanted + 0.3 * torch.randn_like(wanted) * ~views.held_out.view(-1, 1, 1)
+    student, _, views, targets = problem(model, count=2)
+    wrong = targets + 0.3 * torch.randn_like(targets) * ~views.held_out.view(-1, 1, 1)
     told: list[float] = []
     report = refine(
         student,
         views,
-        Stack([wrong]),
+        SpilledBuffer([wrong]),
         [1, 2],
         CONFIG,
         Schedule(160),
@@ -97,14 +97,14 @@ def test_the_best_student_seen_comes_out(model: nn.Module) -> None:
     )
     assert 0 < report.steps < 160
     assert told == sorted(told, reverse=True)
-    assert report.error_after == told[-1] == pytest.approx(held_out_error(student, views, wanted), rel=1e-3)
+    assert report.error_after == told[-1] == pytest.approx(held_out_error(student, views, targets), rel=1e-3)
 
 
 def test_held_out_images_only_judge(model: nn.Module) -> None:
     """What the teacher makes of them changes what is chosen at most, not what is learnt."""
-    student, _, views, wanted = problem(model)
+    student, _, views, targets = problem(model)
     states = []
-    for held_out in (wanted, wanted + 0.01 * views.held_out.view(-1, 1, 1)):
+    for held_out in (targets, targets + 0.01 * views.held_out.view(-1, 1, 1)):
         copied = copy.deepcopy(student)
         report = refined(copied, views, held_out)
         states.append((copied.state_dict(), report.step_size, report.steps))
@@ -113,14 +113,14 @@ def test_held_out_images_only_judge(model: nn.Module) -> None:
 
 
 def test_same_seed_same_student(model: nn.Module) -> None:
-    student, _, views, wanted = problem(model)
+    student, _, views, targets = problem(model)
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
     students = []
     for seed in (3, 3, 4):
         students.append(copy.deepcopy(student))
-        refined(students[-1], views, wanted, seed=seed)
+        refined(students[-1], views, targets, seed=seed)
     assert torch.equal(torch.rand(2), expected)
     first, again, other = (list(s.state_dict().values()) for s in students)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

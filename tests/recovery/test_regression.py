@@ -16,11 +16,13 @@ CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 equations."""
 
 
-def problem(rows: int = 40, inputs: int = 6, targets: int = 3, noise: float = 0.5, seed: int = 0) -> tuple[Array, ...]:
+def problem(
+    rows: int = 40, residual: int = 6, targets: int = 3, noise: float = 0.5, seed: int = 0
+) -> tuple[Array, ...]:
     """Inputs that are not centred, targets with a constant, and the weights behind them."""
     draw = np.random.default_rng(seed)
-    h = draw.normal(size=(rows, inputs)) * np.linspace(0.5, 2, inputs) + 0.7
-    weights = draw.normal(size=(inputs, targets))
+    h = draw.normal(size=(rows, residual)) * np.linspace(0.5, 2, residual) + 0.7
+    weights = draw.normal(size=(residual, targets))
     return h, h @ weights + 1.3 + noise * draw.normal(size=(rows, targets)), weights
 
 
@@ -32,11 +34,11 @@ def ridge_regression(
     h: Array, y: Array, ridge: float, anchor: Array | None = None, *, constant: bool = True
 ) -> tuple[Array, float]:
     """The solution `[K + 1, D]` and the minimum: numpy's least squares, the penalty as one more equation an input."""
-    inputs, targets = h.shape[1], y.shape[1]
+    residual, targets = h.shape[1], y.shape[1]
     penalty = np.sqrt(ridge * np.square(h).sum(0).mean())
     ones = np.full((len(h), 1), float(constant))
-    left = np.block([[h, ones], [penalty * np.eye(inputs), np.zeros((inputs, 1))]])
-    right = np.concatenate([y, penalty * (np.zeros((inputs, targets)) if anchor is None else anchor)])
+    left = np.block([[h, ones], [penalty * np.eye(residual), np.zeros((residual, 1))]])
+    right = np.concatenate([y, penalty * (np.zeros((residual, targets)) if anchor is None else anchor)])
     solution = np.linalg.lstsq(left, right, rcond=None)[0]
     return solution, float(np.square(left @ solution - right).sum())
 
@@ -110,7 +112,7 @@ def test_error_is_the_share_that_is_left() -> None:
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("constant", [True, False])
 def test_best_ridge_predicts_the_held_out_best(noise: float, anchored: bool, constant: bool) -> None:
-    h, y, weights = problem(rows=60, inputs=12, noise=noise)
+    h, y, weights = problem(rows=60, residual=12, noise=noise)
     anchor = weights if anchored else None
     errors = {}
     for ridge in RIDGES:
@@ -130,7 +132,7 @@ def test_more_noise_asks_for_more_ridge() -> None:
     """The candidates reach far enough to tell clean equations from noisy ones."""
     chosen = []
     for noise in (1e-3, 10.0):
-        h, y, _ = problem(rows=60, inputs=12, noise=noise)
+        h, y, _ = problem(rows=60, residual=12, noise=noise)
         chosen.append(best_ridge(equations(h[:15], y[:15]), equations(h[15:], y[15:]))[0])
     assert chosen[0] < 1e-2 < 1e-1 < chosen[1]
 
@@ -190,7 +192,7 @@ def test_selection_of_inputs_that_are_all_dead() -> None:
 @pytest.mark.parametrize("targets", [2, 5])
 def test_selection_of_groups_takes_the_one_of_largest_gain_each_time(targets: int) -> None:
     """Against the regression error of every group in turn, in float64."""
-    h, y, _ = problem(rows=80, inputs=15, targets=targets, noise=2.0)
+    h, y, _ = problem(rows=80, residual=15, targets=targets, noise=2.0)
     sums, ridge, size = equations(h, y), 1e-2, 3
     penalty = np.sqrt(ridge * np.square(h).sum(0).mean())
 

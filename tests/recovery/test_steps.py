@@ -1,4 +1,4 @@
-"""The steps of the method, one by one: mimicking, synthesis, class distributions, ranking."""
+"""The steps of the method, one by one: distillation, synthesis, class distributions, ranking."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from dcvit.methods.baselines.practise import Practise, block_dropping
 from dcvit.methods.budgets import candidate_groups
 from dcvit.models import compressible, preprocessing
 from dcvit.models.pseudo_head import class_logits, num_classes
-from dcvit.models.surgery import compress_block, draw_kept_nodes, drop_block
+from dcvit.models.surgery import compress_block, draw_kept_units, drop_block
 from dcvit.models.teacher import freeze
 from dcvit.recovery import distill as recovery_module
 from dcvit.recovery.distill import find_learning_rate, output_tokens, recover, updated_parameters
@@ -28,13 +28,13 @@ from tests.variants import VARIANTS, Variant
 PLAIN = dcvit.config.DistillationConfig(epochs=30, learning_rate=1e-3, warmup_epochs=3, augmentation=None)
 
 
-def trial(model: nn.Module, block: int = 1, kept: int = 60) -> tuple[nn.Module, nn.Module]:
+def probe(model: nn.Module, block: int = 1, kept: int = 60) -> tuple[nn.Module, nn.Module]:
     teacher = freeze(model)
-    return compress_block(teacher, block, draw_kept_nodes(teacher, block, kept, seed=0)), teacher
+    return compress_block(teacher, block, draw_kept_units(teacher, block, kept, seed=0)), teacher
 
 
 def test_recovery_reduces_the_mimicking_loss_and_reports_it(model: nn.Module, images: Tensor) -> None:
-    student, teacher = trial(model)
+    student, teacher = probe(model)
     few_shot = dcvit.load_images(images, teacher)
 
     def loss() -> float:
@@ -51,12 +51,12 @@ def test_recovery_reduces_the_mimicking_loss_and_reports_it(model: nn.Module, im
 
 
 def names_of(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
-    wanted = {id(p) for p in parameters}
-    return {name for name, p in model.named_parameters() if id(p) in wanted}
+    targets = {id(p) for p in parameters}
+    return {name for name, p in model.named_parameters() if id(p) in targets}
 
 
 def test_only_the_front_is_updated(model: nn.Module, images: Tensor) -> None:
-    student, teacher = trial(model, block=1)
+    student, teacher = probe(model, block=1)
     before = copy.deepcopy(student.state_dict())
     recover(student, teacher, dcvit.load_images(images, teacher), [1], replace(PLAIN, epochs=2))
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
@@ -81,7 +81,7 @@ def test_parts_that_can_be_updated(variant: Variant) -> None:
 
 
 def test_class_token_ablation(model: nn.Module, images: Tensor) -> None:
-    student, teacher = trial(model)
+    student, teacher = probe(model)
     few_shot = dcvit.load_images(images, teacher)
     difference = output_tokens(student, images, 64)[:, 0] - output_tokens(teacher, images, 64)[:, 0]
     recovery = recover(student, teacher, few_shot, [1], replace(PLAIN, epochs=1, tokens="class"))
@@ -89,13 +89,13 @@ def test_class_token_ablation(model: nn.Module, images: Tensor) -> None:
 
 
 def test_recover_needs_a_learning_rate(model: nn.Module, images: Tensor) -> None:
-    student, teacher = trial(model)
+    student, teacher = probe(model)
     with pytest.raises(ValueError, match="find_learning_rate"):
         recover(student, teacher, dcvit.load_images(images, teacher), [1], dcvit.config.DistillationConfig())
 
 
 def test_the_learning_rate_is_found_on_held_out_images(model: nn.Module, images: Tensor) -> None:
-    student, teacher = trial(model)
+    student, teacher = probe(model)
     before = copy.deepcopy(student.state_dict())
     few_shot = dcvit.load_images(images, teacher)
     config = replace(PLAIN, learning_rates=(1e-7, 1e-3, 10.0))
@@ -138,7 +138,7 @@ def test_losses_that_are_nan_come_last() -> None:
 
 def test_a_fixed_number_of_views(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `fixed_views` the teacher sees each view once, however many epochs there are."""
-    student, teacher = trial(model)
+    student, teacher = probe(model)
     drawn: list[Tensor] = []
     seen: list[int] = []
     real = recovery_module.augment
@@ -159,15 +159,15 @@ def test_blocks_are_dropped_one_by_one(model: nn.Module, images: Tensor) -> None
         with pytest.raises(dcvit.DcvitError, match=rf"num_blocks={number}: expected 1 to 2"):
             block_dropping(teacher, few_shot, number, config)
     dropped = block_dropping(teacher, few_shot, 2, config)
-    assert dropped.blocks == tuple(trial.block for trial in dropped.trials[:2])
+    assert dropped.blocks == tuple(probe.block for probe in dropped.probes[:2])
     assert len(dropped.recovery.losses) == 2 * PUBLISHED.distillation.epochs
     cost = compressible(teacher).cost()
-    for trial in dropped.trials:
-        block = cost.blocks[trial.block]
+    for probe in dropped.probes:
+        block = cost.blocks[probe.block]
         share = (block.attention + block.mlp).macs("with_attention_products") / cost.total.macs(
             "with_attention_products"
         )
-        assert trial.metric_loss == pytest.approx(trial.recovery.loss_after / share)
+        assert probe.metric_loss == pytest.approx(probe.recovery.loss_after / share)
 
 
 def test_steps_are_a_share_of_each_tensors_size() -> None:
@@ -225,10 +225,10 @@ def test_synthesis_repeats_and_leaves_the_model_alone(model: nn.Module) -> None:
 def test_random_head_keeps_angles() -> None:
     """Backbones are ranked through a rotation of their features, so no difference between features is lost."""
     teacher = freeze(VARIANTS["backbone"].create())
-    adapter = compressible(teacher)
-    images = torch.randn(5, *adapter.input_size())
-    tokens = adapter.tokens(images)
-    logits, features = class_logits(teacher, tokens), adapter.features(tokens)
+    view = compressible(teacher)
+    images = torch.randn(5, *view.input_size())
+    tokens = view.tokens(images)
+    logits, features = class_logits(teacher, tokens), view.features(tokens)
     assert num_classes(teacher) == features.shape[1] == logits.shape[1]
     cosines = F.normalize(features, dim=1) @ F.normalize(features, dim=1).T
     torch.testing.assert_close(logits @ logits.T / features.shape[1], cosines)
@@ -253,10 +253,10 @@ def test_ranking_tries_every_candidate_and_keeps_the_best(model: nn.Module, imag
     )
     assert ranking.blocks[0] == 2
     assert sorted(ranking.blocks) == [1, 2]
-    losses = [trial.metric_loss for trial in ranking.trials]
+    losses = [probe.metric_loss for probe in ranking.probes]
     assert losses == sorted(losses)
     assert metric.loss(ranking.student) == pytest.approx(losses[0])
-    assert all(len(nodes) == 190 for nodes in ranking.kept_nodes.values())
+    assert all(len(units) == 190 for units in ranking.kept_units.values())
 
 
 def test_blocks_sort_as_numbers() -> None:
@@ -272,15 +272,15 @@ def test_blocks_sort_as_numbers() -> None:
         plan,
         config.distillation,
     )
-    order = sorted(ranking.trials, key=lambda trial: (trial.metric_loss, trial.block))
-    assert list(ranking.trials) == order
+    order = sorted(ranking.probes, key=lambda probe: (probe.metric_loss, probe.block))
+    assert list(ranking.probes) == order
     assert {type(block) for block in ranking.blocks} == {int}
 
 
 def test_kept_nodes_are_seeded_sorted_and_distinct(model: nn.Module) -> None:
-    kept = draw_kept_nodes(model, 1, 50, seed=3)
-    assert kept == draw_kept_nodes(model, 1, 50, seed=3)
-    assert kept != draw_kept_nodes(model, 2, 50, seed=3)
-    assert kept != draw_kept_nodes(model, 1, 50, seed=4)
+    kept = draw_kept_units(model, 1, 50, seed=3)
+    assert kept == draw_kept_units(model, 1, 50, seed=3)
+    assert kept != draw_kept_units(model, 2, 50, seed=3)
+    assert kept != draw_kept_units(model, 1, 50, seed=4)
     assert list(kept) == sorted(set(kept))
     assert 0 <= kept[0] < kept[-1] < 192

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dcvit
-from dcvit.errors import DamagedUnitWarning, DcvitWarning, RunStoreError
+from dcvit.errors import DamagedEntryWarning, DcvitWarning, RunStoreError
 from dcvit.history import Plan
-from dcvit.runtime.checkpoint import Check, RunStore, Unit, delete_run, open_run
+from dcvit.runtime.checkpoint import Check, Entry, RunStore, delete_run, open_run
 from dcvit.search.latency import plan_latency, require_planned
 from tests.conftest import CUT_REFINED, PUBLISHED, QUICK
 from tests.metrics.test_latency import MODEL, Clock
@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def finished(folder: Path) -> Path:
     with open_run(folder, OF) as store:
-        store.keep("t", Unit([1], {"w": torch.ones(2)}))
+        store.keep("t", Entry([1], {"w": torch.ones(2)}))
     return folder
 
 
@@ -84,7 +84,7 @@ def test_no_link_is_followed(name: str, target: str, tmp_path: Path, outside: Pa
     in_place_of(run / name, lambda path: path.symlink_to(outside / target))
     refused = pytest.raises(RunStoreError, match=rf"holds something else \({name} is a link\): name a folder")
     with refused, open_run(run, OF) as store:
-        store.unit("t", lambda: Unit(2, {"w": torch.zeros(2)}))
+        store.entry("t", lambda: Entry(2, {"w": torch.zeros(2)}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DcvitWarning)
         delete_run(run)
@@ -261,7 +261,7 @@ def test_a_relative_folder_is_the_same_one_to_the_end(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with open_run("run", OF) as store:
         monkeypatch.chdir(tmp_path / "elsewhere")
-        store.keep("t", Unit(1))
+        store.keep("t", Entry(1))
     assert (tmp_path / "run" / "units" / "t.json").is_file()
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -308,7 +308,7 @@ def test_a_unit_is_no_copy_of_another(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     for ending in ("json", "safetensors"):
         (run / "units" / f"u.{ending}").write_bytes((run / "units" / f"t.{ending}").read_bytes())
-    with open_run(run, OF) as store, pytest.warns(DamagedUnitWarning, match="it is a copy of 't'"):
+    with open_run(run, OF) as store, pytest.warns(DamagedEntryWarning, match="it is a copy of 't'"):
         assert store.find("u") is None
 
 
@@ -319,14 +319,14 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def forge(unit: Path, values: Any, tensors: dict[str, Tensor] | None) -> None:
+def forge(entry: Path, values: Any, tensors: dict[str, Tensor] | None) -> None:
     """Write a unit as an attacker would who knows how its digests are made."""
     of_tensors = None
     if tensors is not None:
-        save_file(tensors, unit.with_suffix(".safetensors"))
-        of_tensors = hashlib.sha256(unit.with_suffix(".safetensors").read_bytes()).hexdigest()
-    kept = {"name": unit.name.removesuffix(".json"), "values": values, "tensors": of_tensors}
-    unit.write_text(json.dumps({"unit": kept, "sha256": digest(kept)}))
+        save_file(tensors, entry.with_suffix(".safetensors"))
+        of_tensors = hashlib.sha256(entry.with_suffix(".safetensors").read_bytes()).hexdigest()
+    kept = {"name": entry.name.removesuffix(".json"), "values": values, "tensors": of_tensors}
+    entry.write_text(json.dumps({"unit": kept, "sha256": digest(kept)}))
 
 
 Place = tuple[Any, ...]
@@ -354,7 +354,7 @@ HOSTILE = [None, True, "x", [], {}, [[]], -1, 10**6, 2**62, float("nan"), [0, 0]
 
 REPORTED = {
     "seconds", "loss_before", "loss_after", "losses", "ridge", "error_before", "error_closed_form", "error_after",
-    "errors", "epochs", "judgements", "loss", "steps", "step_size",
+    "errors", "epochs", "validations", "loss", "steps", "step_size",
 }  # fmt: skip
 """What a unit tells of how its work went: some of it decides, but one number is as likely as another there."""
 
@@ -423,9 +423,9 @@ class Forgery:
     tensors: dict[str, Tensor] | None
 
 
-def forgeries(units: Path) -> Iterator[Forgery]:
+def forgeries(entries: Path) -> Iterator[Forgery]:
     """Forgeries of a unit of each kind of a finished run."""
-    kinds = {re.sub("[0-9]+", "N", path.stem): path for path in sorted(units.glob("*.json"), reverse=True)}
+    kinds = {re.sub("[0-9]+", "N", path.stem): path for path in sorted(entries.glob("*.json"), reverse=True)}
     for path in kinds.values():
         values = json.loads(path.read_text())["unit"]["values"]
         tensors = load_file(path.with_suffix(".safetensors")) if path.with_suffix(".safetensors").exists() else None
@@ -447,7 +447,7 @@ def checks_of(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> dic
     found: dict[str, tuple[RunStore, str, Check]] = {}
     find = RunStore.find
 
-    def asked(self: RunStore, name: str, check: Check | None = None) -> Unit | None:
+    def asked(self: RunStore, name: str, check: Check | None = None) -> Entry | None:
         assert check is not None, f"{name} is restored unchecked"
         found[self.prefix + name] = self, name, check
         return find(self, name, check)
@@ -482,18 +482,18 @@ def case(request: pytest.FixtureRequest, model: nn.Module, images: Tensor) -> Ca
     }[request.param]
 
 
-@pytest.mark.filterwarnings("ignore::dcvit.errors.DamagedUnitWarning")
+@pytest.mark.filterwarnings("ignore::dcvit.errors.DamagedEntryWarning")
 def test_forged_units_are_computed_again(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is forged is refused where it is read, or changes nothing but what the report tells."""
     wanted = case(tmp_path)
     checks = checks_of(lambda: case(tmp_path), monkeypatch)
-    units = tmp_path / "units"
-    honest = contents(units)
+    entries = tmp_path / "units"
+    honest = contents(entries)
     assert {f"{name}.json" for name in checks} == {name for name in honest if name.endswith(".json")}
     refused: dict[str, Forgery] = {}
-    for forgery in forgeries(units):
+    for forgery in forgeries(entries):
         name = forgery.name
-        forge(units / f"{name}.json", forgery.values, forgery.tensors)
+        forge(entries / f"{name}.json", forgery.values, forgery.tensors)
         store, of_store, check = checks[name]
         if store.find(of_store, check) is None:
             refused[name] = forgery
@@ -501,17 +501,17 @@ def test_forged_units_are_computed_again(case: Case, tmp_path: Path, monkeypatch
             found = case(tmp_path)
             assert all(map(alike, found, wanted)), forgery
         for suffix in ("json", "safetensors"):
-            (units / f"{name}.{suffix}").unlink(missing_ok=True)
+            (entries / f"{name}.{suffix}").unlink(missing_ok=True)
             if f"{name}.{suffix}" in honest:
-                (units / f"{name}.{suffix}").write_bytes(honest[f"{name}.{suffix}"])
+                (entries / f"{name}.{suffix}").write_bytes(honest[f"{name}.{suffix}"])
     for name, forgery in refused.items():  # all at once
-        forge(units / f"{name}.json", forgery.values, forgery.tensors)
-    with pytest.warns(DamagedUnitWarning) as told:
+        forge(entries / f"{name}.json", forgery.values, forgery.tensors)
+    with pytest.warns(DamagedEntryWarning) as told:
         found = case(tmp_path)
     assert len(told) == len(refused) >= 3
     assert all(map(alike, found, wanted))
     with warnings.catch_warnings():
-        warnings.simplefilter("error", DamagedUnitWarning)
+        warnings.simplefilter("error", DamagedEntryWarning)
         case(tmp_path)  # they are mended
 
 

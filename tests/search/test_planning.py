@@ -14,10 +14,10 @@ from torch import nn
 import dcvit
 from dcvit.artifacts.result import save_model
 from dcvit.costs import MAC_CONVENTIONS, MacConvention, file_size
-from dcvit.history import Plan, Recoverability
+from dcvit.history import Plan, SensitivityCurve
 from dcvit.metrics.memory import trace_activation_memory
 from dcvit.models import compressible
-from dcvit.models.surgery import compress_block, draw_kept_nodes, unrecovered
+from dcvit.models.surgery import compress_block, draw_kept_units, pruned_skeleton
 from dcvit.search.plan import plan as make_plan
 from dcvit.search.plan import search
 from tests.variants import VARIANTS, Variant
@@ -30,34 +30,36 @@ BLOCK = COST.blocks[1]
 
 def build(model: nn.Module, plan: Plan) -> nn.Module:
     for block in plan.candidates[: plan.num_blocks]:
-        model = compress_block(model, block, draw_kept_nodes(model, block, plan.hidden_features, seed=0))
+        model = compress_block(model, block, draw_kept_units(model, block, plan.hidden_features, seed=0))
     return model
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(
     fraction=st.floats(0.35, 0.97),
-    unit=st.sampled_from(["macs", "params"]),
+    metric=st.sampled_from(["macs", "params"]),
     convention=st.sampled_from(MAC_CONVENTIONS),
 )
 def test_any_budget_in_range_is_met_within_a_node_per_block(
-    fraction: float, unit: str, convention: MacConvention
+    fraction: float, metric: str, convention: MacConvention
 ) -> None:
-    budget = dcvit.Budget(**{unit: fraction}, convention=convention)
+    budget = dcvit.Budget(**{metric: fraction}, convention=convention)
     plan = make_plan(MODEL, budget)
-    node = budget.amount(BLOCK.hidden_node)
+    unit = budget.amount(BLOCK.hidden_unit)
     actual = budget.amount(compressible(build(MODEL, plan)).cost().total)
-    assert 0 <= plan.target - actual < plan.num_blocks * node
+    assert 0 <= plan.target - actual < plan.num_blocks * unit
     assert actual == budget.amount(plan.cost)
     # The published formulas: k = ceil((o - p) / (a + m)), o - p = k (a + r_d m) before rounding.
     excess = budget.amount(COST.total) - plan.target
     attention, hidden = budget.amount(BLOCK.attention), BLOCK.hidden_features
     mlp = budget.amount(BLOCK.mlp)
     fewest = -(-excess // (attention + mlp))
-    assert plan.num_blocks == fewest or unit == "params"  # some parameters of an MLP stay, so there it may be one more
+    assert (
+        plan.num_blocks == fewest or metric == "params"
+    )  # some parameters of an MLP stay, so there it may be one more
     assert plan.num_blocks <= fewest + 1
     assert plan.drop_ratio * hidden == pytest.approx(hidden - plan.hidden_features)
-    assert abs(plan.drop_ratio * hidden * node - (excess / plan.num_blocks - attention)) <= node
+    assert abs(plan.drop_ratio * hidden * unit - (excess / plan.num_blocks - attention)) <= unit
 
 
 def test_every_variant_meets_its_budget(variant: Variant) -> None:
@@ -65,8 +67,8 @@ def test_every_variant_meets_its_budget(variant: Variant) -> None:
     for budget in (dcvit.Budget(macs=0.8), dcvit.Budget(params=0.8), dcvit.Budget(params=0.7)):
         plan = make_plan(model, budget)
         actual = budget.amount(compressible(build(model, plan)).cost().total)
-        node = budget.amount(compressible(model).cost().blocks[1].hidden_node)
-        assert 0 <= plan.target - actual < plan.num_blocks * node
+        unit = budget.amount(compressible(model).cost().blocks[1].hidden_unit)
+        assert 0 <= plan.target - actual < plan.num_blocks * unit
 
 
 def test_absolute_budget_is_the_fraction_of_it() -> None:
@@ -91,9 +93,9 @@ def test_file_size_is_met_by_the_saved_file(value: float | int, dtype: torch.dty
     student = build(model, plan)
     actual = saved(student)
     assert file_size(student.state_dict()) == actual
-    node = plan.num_blocks * (2 * 96 + 1) * dtype.itemsize
+    unit = plan.num_blocks * (2 * 96 + 1) * dtype.itemsize
     header = original - sum(t.nbytes for t in model.state_dict().values())
-    assert 0 <= plan.target - actual < node + header
+    assert 0 <= plan.target - actual < unit + header
 
 
 def test_file_size_out_of_range_is_said_in_bytes() -> None:
@@ -105,7 +107,7 @@ def test_file_size_out_of_range_is_said_in_bytes() -> None:
 def test_activation_memory_needs_every_block() -> None:
     original = trace_activation_memory(MODEL, 16)
     with pytest.raises(
-        dcvit.errors.BudgetError, match="2 blocks stay whole, so no choice of hidden nodes lowers it"
+        dcvit.errors.BudgetError, match="2 blocks stay whole, so no choice of hidden units lowers it"
     ) as caught:
         make_plan(MODEL, dcvit.Budget(activation_memory=0.9, batch_size=16))
     assert f"{original:,} is all that 10 compressed blocks can meet" in str(caught.value)
@@ -140,16 +142,16 @@ def test_kept_nodes_are_rounded_down_within_the_budget(budget: dcvit.Budget) -> 
 
 def test_rounding_to_nothing_takes_one_block_more_or_is_refused() -> None:
     whole = COST.total - (BLOCK.attention + BLOCK.mlp) * 3
-    budget = dcvit.Budget(macs=(whole + BLOCK.hidden_node * 9).macs("with_attention_products"))
+    budget = dcvit.Budget(macs=(whole + BLOCK.hidden_unit * 9).macs("with_attention_products"))
     assert (make_plan(MODEL, budget).num_blocks, make_plan(MODEL, budget).hidden_features) == (3, 3)
     more = make_plan(MODEL, budget, dcvit.DCViT(round_to=8))
     assert more.num_blocks == 4
     assert more.hidden_features >= 8
-    with pytest.raises(dcvit.errors.BudgetError, match=r"round_to=8: macs=\d+ leaves each of 3 blocks 3 hidden nodes"):
+    with pytest.raises(dcvit.errors.BudgetError, match=r"round_to=8: macs=\d+ leaves each of 3 blocks 3 hidden units"):
         make_plan(MODEL, budget, dcvit.DCViT(round_to=8, num_blocks=3))
     nothing = dcvit.Budget(macs=whole.macs("with_attention_products"))
     assert make_plan(MODEL, nothing, dcvit.DCViT(round_to=8)).hidden_features == 0
-    with pytest.raises(dcvit.errors.BudgetError, match="a block has only 192 hidden nodes"):
+    with pytest.raises(dcvit.errors.BudgetError, match="a block has only 192 hidden units"):
         make_plan(MODEL, budget, dcvit.DCViT(round_to=193))
 
 
@@ -226,27 +228,27 @@ def test_gaps_of_models_whose_attention_outweighs_the_mlp() -> None:
     between = total - (block.attention + block.mlp).macs("with_attention_products") - 1
     with pytest.raises(dcvit.errors.BudgetError, match=r" or .* to "):
         make_plan(model, dcvit.Budget(macs=between), FEWEST)
-    node = block.hidden_node.macs("with_attention_products")
+    unit = block.hidden_unit.macs("with_attention_products")
     assert (
-        between - 12 * node
+        between - 12 * unit
         < make_plan(model, dcvit.Budget(macs=between)).cost.macs("with_attention_products")
         <= between
     )
 
 
-@pytest.mark.parametrize("unit", ["macs", "params"])
-def test_pruning_reaches_budgets_that_attention_is_too_large_for(unit: str) -> None:
-    total, node = (getattr(cost, unit) if unit == "params" else cost.macs("with_attention_products")
-                   for cost in (COST.total, BLOCK.hidden_node))  # fmt: skip
-    for target in (total - 1, total - 5 * node, int(0.99 * total)):
-        plan = make_plan(MODEL, dcvit.Budget(**{unit: target}))
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_pruning_reaches_budgets_that_attention_is_too_large_for(metric: str) -> None:
+    total, unit = (getattr(cost, metric) if metric == "params" else cost.macs("with_attention_products")
+                   for cost in (COST.total, BLOCK.hidden_unit))  # fmt: skip
+    for target in (total - 1, total - 5 * unit, int(0.99 * total)):
+        plan = make_plan(MODEL, dcvit.Budget(**{metric: target}))
         assert plan.pruned
-        assert target - node < dcvit.Budget(**{unit: target}).amount(plan.cost) <= target
+        assert target - unit < dcvit.Budget(**{metric: target}).amount(plan.cost) <= target
     with pytest.raises(
         dcvit.errors.BudgetError, match=r"10 candidate blocks can meet [\d,]+ to [\d,]+ \(0.\d+ to [\d.]+\)"
     ):
-        make_plan(MODEL, dcvit.Budget(**{unit: total}))
-    least = make_plan(MODEL, dcvit.Budget(**{unit: total - node}))
+        make_plan(MODEL, dcvit.Budget(**{metric: total}))
+    least = make_plan(MODEL, dcvit.Budget(**{metric: total - unit}))
     assert (least.num_blocks, least.hidden_features) == (1, BLOCK.hidden_features - 1)
     assert least.pruned in [(block,) for block in range(12)]
 
@@ -275,17 +277,17 @@ def test_so_many_blocks_meet_the_least_that_they_are_said_to_meet() -> None:
     for target in (lowest, lowest + 1, lowest + 4999):
         planned = make_plan(MODEL, dcvit.Budget(macs=target), config)
         losses = {
-            block: Recoverability((0, of.hidden_features), (1.0 + block, 0.5)) for block, of in enumerate(cost.blocks)
+            block: SensitivityCurve((0, of.hidden_features), (1.0 + block, 0.5)) for block, of in enumerate(cost.blocks)
         }
-        chosen, cuts = search(MODEL, planned, losses, {}, config)
-        assert len(cuts) == 3
+        chosen, specs = search(MODEL, planned, losses, {}, config)
+        assert len(specs) == 3
         assert chosen.cost.macs("with_attention_products") <= target
 
 
 def test_more_blocks_are_named_where_some_have_nothing_to_remove() -> None:
     config = dcvit.DCViT(candidates=(1,))
     with pytest.raises(dcvit.errors.BudgetError, match=r"candidates=\(0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11\)"):
-        make_plan(unrecovered(MODEL, {3: 10}), dcvit.Budget(macs=0.2), config)
+        make_plan(pruned_skeleton(MODEL, {3: 10}), dcvit.Budget(macs=0.2), config)
 
 
 def test_bad_choices() -> None:
@@ -299,6 +301,6 @@ def test_bad_choices() -> None:
 
 def test_plan_survives_json() -> None:
     plan = replace(
-        make_plan(MODEL, dcvit.Budget(params=0.7)), blocks=(3, 1), kept_nodes={3: (0, 2), 1: (1, 5)}, pruned=(1,)
+        make_plan(MODEL, dcvit.Budget(params=0.7)), blocks=(3, 1), kept_units={3: (0, 2), 1: (1, 5)}, pruned=(1,)
     )
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan

@@ -75,7 +75,7 @@ def test_a_method_is_left_out_where_it_does_not_handle_the_family() -> None:
     options = compare._parser().parse_args(["--budgets", "0.2", "--seeds", "1"])
     asked = {(request.bed, request.method) for request in compare._requests(options)}
     for bed, family in compare.FAMILIES.items():
-        able = {name for name, method in METHODS.items() if family in method.families and "macs" in method.units}
+        able = {name for name, method in METHODS.items() if family in method.families and "macs" in method.metrics}
         assert {name for b, name in asked if b == bed} == able
     assert compare.FAMILIES.keys() == BEDS.keys()
 

@@ -18,7 +18,7 @@ from benchmarks.testbeds.measures import relative_error
 from dcvit.errors import BudgetError, DcvitError
 from dcvit.methods.baselines.practise import drop_blocks
 from dcvit.models import compressible
-from dcvit.models.surgery import compress_block, draw_kept_nodes
+from dcvit.models.surgery import compress_block, draw_kept_units
 from dcvit.models.teacher import freeze
 from dcvit.recovery.distill import output_tokens
 from dcvit.search.plan import plan as make_plan
@@ -204,15 +204,15 @@ def test_as_few_whole_blocks_go_as_meet_the_budget(model: nn.Module) -> None:
 @pytest.mark.parametrize("name", ["plain", "layer_scale"])
 def test_the_naive_layer_is_the_ridge_solution(name: str) -> None:
     model = freeze(VARIANTS[name].create().double())
-    adapter, generator = compressible(model), torch.Generator().manual_seed(0)
+    view, generator = compressible(model), torch.Generator().manual_seed(0)
     given, wanted = torch.randn(2, 6, 10, model.embed_dim, generator=generator, dtype=torch.float64)
     solve_block(model, 1, tuple(range(20)), given, wanted)
-    found = adapter.output_layer(1)
+    found = view.output_layer(1)
     assert found is not None
     layer, scale = found.layer, found.scale
     hidden: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0].flatten(0, 1)))
-    adapter.run_blocks(given, 1, 2)
+    view.run_blocks(given, 1, 2)
     weight, bias = (tensor.detach().clone().requires_grad_() for tensor in (layer.weight, layer.bias))
     missing = (wanted - given).flatten(0, 1) / (1 if scale is None else scale.detach())
     objective = (hidden[0] @ weight.T + bias - missing).square().sum()
@@ -235,7 +235,7 @@ def test_naive_closed_form_lowers_the_error(name: str) -> None:
 
     cut = teacher
     for block in blocks:
-        cut = compress_block(cut, block, draw_kept_nodes(teacher, block, planned.hidden_features, seed=0))
+        cut = compress_block(cut, block, draw_kept_units(teacher, block, planned.hidden_features, seed=0))
 
     def error(model: nn.Module, held_out: Tensor) -> float:
         return relative_error(output_tokens(model, held_out, 24), output_tokens(teacher, held_out, 24))

@@ -15,7 +15,7 @@ from benchmarks.gpu_static import Code, Row, Work, judge, read_opcodes
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {
-    "mimic_loss": "mimic_loss_fwd_kernel",
+    "distillation_loss": "distillation_loss_fwd_kernel",
     "tv_prior": "tv_prior_bwd_kernel",
     "synthesis_step": "synthesis_step_fwd_kernel",
     "dropped_mlp": "dropped_mlp_output_fwd_kernel",

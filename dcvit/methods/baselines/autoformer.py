@@ -1,17 +1,17 @@
 """AutoFormer: the sub-network of a budget that does best with the original's own weights, found by evolution.
 
 Source: Chen, Peng, Fu and Ling, "AutoFormer: Searching Transformers for Visual Recognition" (ICCV 2021, arXiv
-2107.00651). Weights are entangled: a sub-network of h heads and r hidden nodes has the first h heads and the first r
-nodes of the supernet's block, so that all sub-networks can be judged without training any. An evolutionary search keeps
+2107.00651). Weights are entangled: a sub-network of h heads and r hidden units has the first h heads and the first r
+units of the supernet's block, so that all sub-networks can be judged without training any. An evolutionary search keeps
 the best of a population, crosses them over and mutates them.
 
 As it is applied here:
 
 - The supernet is the pretrained original. The paper trains it for 500 epochs so that its parts work alone, which few
   images cannot do.
-- Heads and nodes of each block are searched; width and depth stay, for slices of a width that was not trained for it
+- Heads and units of each block are searched; width and depth stay, for slices of a width that was not trained for it
   compute nothing.
-- A sub-network is judged by its mimicking loss on the few-shot images, for want of labels, and mimics after the search.
+- A sub-network is judged by its distillation loss on the few-shot images, for want of labels, and mimics after the search.
 """
 
 import random
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcvit.methods.baselines.mimicking import DistilledConfig
-from dcvit.methods.baselines.units import Space, Structure, Unit, recovered
+from dcvit.methods.baselines.distillation import DistilledConfig
+from dcvit.methods.baselines.groups import PrunableGroup, Space, Structure, recovered
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import compressible
 from dcvit.runtime.seeding import derive_seed
@@ -35,16 +35,16 @@ POPULATION, GENERATIONS, PARENTS = 16, 6, 4
 MUTATION = 0.2
 """Probability with which a block's choice is drawn anew."""
 
-JUDGED = 16
+EVALUATED = 16
 """So many images judge a sub-network."""
 
 Genome = Mapping[int, tuple[float, float]]
-"""By block, what its heads and its nodes are worth: the larger, the more of them are kept."""
+"""By block, what its heads and its units are worth: the larger, the more of them are kept."""
 
 
 @dataclass(frozen=True)
 class AutoFormer(DistilledConfig):
-    """AutoFormer (arXiv 2107.00651): the best sub-network of the original's first heads and hidden nodes."""
+    """AutoFormer (arXiv 2107.00651): the best sub-network of the original's first heads and hidden units."""
 
 
 def autoformer(task: Task[AutoFormer]) -> Outcome:
@@ -56,12 +56,12 @@ def autoformer(task: Task[AutoFormer]) -> Outcome:
     Raises:
         BudgetError: If the budget cannot be met.
     """
-    teacher, mimicking = task.teacher, task.config.distillation
+    teacher, distillation = task.teacher, task.config.distillation
     space = Space(teacher, task.config.candidates)
     space.require(task.budget)
-    adapter = compressible(teacher)
+    view = compressible(teacher)
     draw = random.Random(derive_seed(task.context.seed, "autoformer"))
-    batches = task.images.normalised[:JUDGED].split(mimicking.at_once)
+    batches = task.images.normalised[:EVALUATED].split(distillation.micro_batch_size)
 
     @torch.no_grad()
     def loss(structure: Structure, wanted: list[Tensor]) -> float:
@@ -73,7 +73,7 @@ def autoformer(task: Task[AutoFormer]) -> Outcome:
 
     with task.context.timer("ranking"):
         with torch.no_grad():
-            wanted = [adapter.tokens(images) for images in batches]
+            wanted = [view.tokens(images) for images in batches]
         found: dict[float, tuple[Genome, Structure]] = {}
         uniform: Genome = dict.fromkeys(space.blocks, (1.0, 1.0))
         population = [uniform, *(_drawn(space, draw) for _ in range(POPULATION - 1))]
@@ -93,7 +93,7 @@ register(
     Method(
         name="autoformer",
         config=AutoFormer,
-        title="the first heads and hidden nodes of each block, as many as an evolutionary search finds best",
+        title="the first heads and hidden units of each block, as many as an evolutionary search finds best",
         source="AutoFormer, arXiv 2107.00651",
         families=("vit",),
         compress=autoformer,
@@ -101,14 +101,14 @@ register(
 )
 
 
-def entangled(space: Space, genome: Genome) -> dict[Unit, float]:
+def entangled(space: Space, genome: Genome) -> dict[PrunableGroup, float]:
     """Scores of units such that of each block always the first are kept, and more of those that a genome says.
 
     The j-th of U units of worth w scores w (1 − j / U): worth 1 everywhere keeps the same share everywhere.
     """
     return {
-        unit: genome[unit.block][unit.kind == "node"] * (1 - unit.number / space.count(unit.kind, unit.block))
-        for unit in space.units()
+        group: genome[group.block][group.kind == "unit"] * (1 - group.number / space.count(group.kind, group.block))
+        for group in space.groups()
     }
 
 

@@ -15,7 +15,7 @@ As it is applied here:
 - In a CNN the layer is the one behind a residual block's hidden filters, a 1×1 convolution, or a 3×3 one, which takes
   patches. The block up to that layer makes them of x_T and x_S. Other convolutions stay as they are, and so do the
   statistics of every BatchNorm.
-- To a ViT it is transferred: the layer is `fc2`, whose input are the MLP's hidden nodes; the block before that layer,
+- To a ViT it is transferred: the layer is `fc2`, whose input are the MLP's hidden units; the block before that layer,
   attention included, makes them of x_T and x_S.
 - The authors fine-tune on labels in the end. Here there are none.
 """
@@ -29,7 +29,7 @@ from dcvit.methods.baselines.layerwise import RIDGE, Equations, Layer, Layerwise
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import compressible
 from dcvit.recovery.ridge import NormalEquations
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 
 __all__ = ["CD", "MIXING", "cd", "mix"]
 
@@ -39,11 +39,11 @@ MIXING = 0.6
 
 @dataclass(frozen=True)
 class CD(LayerwiseConfig):
-    """Cross Distillation (arXiv 1911.09450): hidden nodes or filters pruned by L1 norm, the layer after them fitted."""
+    """Cross Distillation (arXiv 1911.09450): hidden units or filters pruned by L1 norm, the layer after them fitted."""
 
 
 def cd(task: Task[CD]) -> Outcome:
-    """Prune hidden nodes or filters by L1 norm, and fit the layer behind them on both networks' activations.
+    """Prune hidden units or filters by L1 norm, and fit the layer behind them on both networks' activations.
 
     Args:
         task: See `dcvit.methods.baselines.layerwise.fit_layerwise`.
@@ -55,7 +55,7 @@ register(
     Method(
         name="cd",
         config=CD,
-        title="hidden nodes or filters pruned by L1 norm, the layer after them fitted on both networks' activations",
+        title="hidden units or filters pruned by L1 norm, the layer after them fitted on both networks' activations",
         source="Cross Distillation, arXiv 1911.09450",
         families=("vit", "eva", "swin", "cnn"),
         compress=cd,
@@ -91,7 +91,7 @@ def _fit(layer: Layer) -> tuple[float, float]:
     return before, after
 
 
-def _side(layer: Layer, states: Stack) -> Equations:
+def _side(layer: Layer, states: SpilledBuffer) -> Equations:
     """The equations of one of the terms: both networks on the states of one."""
     pairs = zip(layer.pairs(layer.student, states), layer.pairs(layer.teacher, states), strict=True)
     return Equations.of((own.hidden, theirs.output, own.held_out) for own, theirs in pairs)

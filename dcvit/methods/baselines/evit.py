@@ -55,11 +55,11 @@ class EViT(MethodConfig):
             raise DcvitError(f"batch_size={self.batch_size!r}: expected 1 or more.")
 
     @property
-    def at_once(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images that pass through a model at once."""
         return self.batch_size
 
-    def with_at_most(self, count: int) -> "EViT":
+    def with_micro_batch_at_most(self, count: int) -> "EViT":
         """The same with at most so many images at once."""
         return replace(self, batch_size=min(count, self.batch_size))
 
@@ -99,7 +99,7 @@ register(
         source="EViT, arXiv 2202.07800",
         families=("vit",),
         compress=evit,
-        units=("macs",),
+        metrics=("macs",),
     )
 )
 

@@ -14,7 +14,7 @@ As it is applied here:
 - In a CNN it follows the layer that takes a residual block's hidden filters, before that layer's BatchNorm, whose
   statistics stay. Only one convolution's filters go, and only in blocks that do not change the shape; the paper aligns
   blocks of any kind.
-- To a ViT, which the paper does not look at, it is transferred: hidden nodes of the MLPs take the place of filters, and
+- To a ViT, which the paper does not look at, it is transferred: hidden units of the MLPs take the place of filters, and
   Q, a D×D linear map at the end of each MLP, is absorbed into `fc2` with its bias.
 - Filters are chosen by L1 norm, the same share everywhere; the paper takes pruned networks of others.
 - What the images leave open stays as it was (λ → 0 towards the identity, `dcvit.methods.baselines.layerwise.RIDGE`).
@@ -35,11 +35,11 @@ __all__ = ["FSKD", "absorb", "fit_map", "fskd"]
 
 @dataclass(frozen=True)
 class FSKD(LayerwiseConfig):
-    """FSKD (arXiv 1812.01839): hidden nodes or filters pruned by L1 norm, a linear map behind them fitted."""
+    """FSKD (arXiv 1812.01839): hidden units or filters pruned by L1 norm, a linear map behind them fitted."""
 
 
 def fskd(task: Task[FSKD]) -> Outcome:
-    """Prune hidden nodes or filters by L1 norm, and align each block with the teacher's by a linear map.
+    """Prune hidden units or filters by L1 norm, and align each block with the teacher's by a linear map.
 
     Args:
         task: See `dcvit.methods.baselines.layerwise.fit_layerwise`.
@@ -51,7 +51,7 @@ register(
     Method(
         name="fskd",
         config=FSKD,
-        title="hidden nodes or filters pruned by L1 norm, a linear map behind them fitted to the original's",
+        title="hidden units or filters pruned by L1 norm, a linear map behind them fitted to the original's",
         source="FSKD, arXiv 1812.01839",
         families=("vit", "eva", "swin", "cnn"),
         compress=fskd,

@@ -1,9 +1,9 @@
 """What `fskd` and `cd` share: a network pruned to a uniform width, then fitted layer by layer in closed form.
 
-In every block the hidden nodes go whose incoming weights have the least L1 norm (Li, Kadav, Durdanovic, Samet and Graf,
+In every block the hidden units go whose incoming weights have the least L1 norm (Li, Kadav, Durdanovic, Samet and Graf,
 "Pruning Filters for Efficient ConvNets", arXiv 1608.08710): in a ViT of its MLP, while attention stays, in a CNN the
 filters of a residual block (`dcvit.models.modeling.cnn.filter_path`). Front to back each block's layer that takes the
-hidden nodes is then fitted. Student and teacher see the same views and the same tokens of them as dcvit's own
+hidden units is then fitted. Student and teacher see the same views and the same tokens of them as dcvit's own
 reconstruction does; of a feature map a position is a token, so that the number of equations does not grow with the
 resolution. Neighbouring positions see nearly the same: more views tell more than more positions of each.
 """
@@ -24,7 +24,7 @@ from dcvit.methods.registry import Outcome, Task
 from dcvit.models import ModelView, compressible
 from dcvit.recovery.calibration import Views, draw_views, tokens_at
 from dcvit.recovery.ridge import NormalEquations
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 
 __all__ = ["RIDGE", "Equations", "Layer", "LayerPair", "LayerwiseConfig", "fit_layerwise", "l1_norms", "layer_pairs"]
 
@@ -37,11 +37,11 @@ class LayerwiseConfig(MethodConfig):
     """What the methods read that fit layer by layer.
 
     Attributes:
-        candidates: Blocks that may lose hidden nodes or filters, from 0; `None` is all that can.
+        candidates: Blocks that may lose hidden units or filters, from 0; `None` is all that can.
         seed: See `MethodConfig`.
         impl: See `MethodConfig`.
         calibration: The images and tokens that layers are fitted on.
-        round_to: Kept hidden nodes are rounded down to a multiple of this, 8 for example where hardware likes that; the
+        round_to: Kept hidden units are rounded down to a multiple of this, 8 for example where hardware likes that; the
             budget holds.
     """
 
@@ -56,18 +56,18 @@ class LayerwiseConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class LayerPair:
-    """What goes into the layer that takes a block's hidden nodes and what comes out, of some images.
+    """What goes into the layer that takes a block's hidden units and what comes out, of some images.
 
     Attributes:
         layer: The layer.
-        given: Its input: tokens `[B, N, K]`, or of a convolution a map `[B, K, H, W]`.
+        inputs: Its input: tokens `[B, N, K]`, or of a convolution a map `[B, K, H, W]`.
         tokens: Its output `[B, N, D]`, the positions of a map one after another.
         places: Which of them serve as equations, `[B, S]`.
         of_held_out: Which images judge, `[B]`.
     """
 
     layer: nn.Linear | nn.Conv2d
-    given: Tensor
+    inputs: Tensor
     tokens: Tensor
     places: Tensor
     of_held_out: Tensor
@@ -76,8 +76,8 @@ class LayerPair:
     def hidden(self) -> Tensor:
         """The layer's input at the places `[B·S, K]`, or of a convolution with h·w taps the patches `[B·S, K·h·w]`."""
         if isinstance(self.layer, nn.Conv2d):
-            return _patches(self.layer, self.given, self.places)
-        return tokens_at(self.given, self.places)
+            return _patches(self.layer, self.inputs, self.places)
+        return tokens_at(self.inputs, self.places)
 
     @property
     def output(self) -> Tensor:
@@ -92,7 +92,7 @@ class LayerPair:
 
 @dataclass(frozen=True)
 class Layer:
-    """The layer that takes a pruned block's hidden nodes in the student, and the same block of the teacher.
+    """The layer that takes a pruned block's hidden units in the student, and the same block of the teacher.
 
     Attributes:
         block: The block, from 0.
@@ -107,12 +107,12 @@ class Layer:
     block: int
     student: nn.Module
     teacher: nn.Module
-    student_states: Stack
-    teacher_states: Stack
+    student_states: SpilledBuffer
+    teacher_states: SpilledBuffer
     views: Views
     batch_size: int
 
-    def pairs(self, model: nn.Module, states: Stack) -> Iterator[LayerPair]:
+    def pairs(self, model: nn.Module, states: SpilledBuffer) -> Iterator[LayerPair]:
         """See `layer_pairs`; of one of the models on the states of one of them."""
         return layer_pairs(model, self.block, states.split(self.batch_size), self.views)
 
@@ -129,11 +129,11 @@ def fit_layerwise(task: Task[LayerwiseConfig], fit: Fit) -> Outcome:
         fit: Fits one layer.
 
     Raises:
-        UnsupportedModelError: If no block can lose single hidden nodes.
+        UnsupportedModelError: If no block can lose single hidden units.
         BudgetError: If the budget cannot be met, or a candidate does not exist or cannot lose any.
     """
     teacher, budget, config, recovery = task.teacher, task.budget, task.config, task.config.calibration
-    adapter = compressible(teacher)
+    view = compressible(teacher)
     candidates = _candidates(teacher, config.candidates)
     counts = widest_mlps(teacher, budget, candidates, config.round_to)
     student = copy.deepcopy(teacher)
@@ -141,11 +141,11 @@ def fit_layerwise(task: Task[LayerwiseConfig], fit: Fit) -> Outcome:
     with task.context.timer("views"):
         views = draw_views(teacher, task.images, recovery, task.context.seed)
     with task.context.timer("compression"), torch.no_grad():
-        states = students = Stack(
-            adapter.prepare(adapter.embed(images), 0) for images in views.images.split(recovery.batch_size)
+        states = students = SpilledBuffer(
+            view.prepare(view.embed(images), 0) for images in views.images.split(recovery.batch_size)
         )
         task.context.progress("layers", 0, len(counts), None)
-        for block in range(adapter.num_blocks()):
+        for block in range(view.num_blocks()):
             if block in counts:
                 kept[block] = _largest(l1_norms(teacher, block), counts[block])
                 compressible(student).prune_block(block, kept[block])
@@ -154,21 +154,21 @@ def fit_layerwise(task: Task[LayerwiseConfig], fit: Fit) -> Outcome:
                 task.context.progress("layers", len(reports), len(counts), after)
             if len(reports) == len(counts):
                 break
-            passed = _pass(adapter, block, states.split(recovery.batch_size))
+            passed = _pass(view, block, states.split(recovery.batch_size))
             behind = students.split(recovery.batch_size)
             students = _pass(compressible(student), block, behind) if reports else passed
             states = passed
-    plan = plan_of(teacher, student, budget, candidates, candidates, kept_nodes=kept, pruned=candidates)
+    plan = plan_of(teacher, student, budget, candidates, candidates, kept_units=kept, pruned=candidates)
     return Outcome(student, plan, reconstructions=tuple(reports))
 
 
 def l1_norms(model: nn.Module, block: int) -> Tensor:
-    """The L1 norm of the weights that make each hidden node of a block, `[K]`."""
+    """The L1 norm of the weights that make each hidden unit of a block, `[K]`."""
     return compressible(model).hidden_filters(block).detach().abs().sum(dim=1)
 
 
 def layer_pairs(model: nn.Module, block: int, states: Iterable[Tensor], views: Views) -> Iterator[LayerPair]:
-    """Run a block on states, batch by batch, and watch the layer that takes its hidden nodes.
+    """Run a block on states, batch by batch, and watch the layer that takes its hidden units.
 
     Args:
         model: Whose block it is.
@@ -176,19 +176,19 @@ def layer_pairs(model: nn.Module, block: int, states: Iterable[Tensor], views: V
         states: What it takes (see `ModelView.prepare`), of all views in order.
         views: The images; they choose the tokens.
     """
-    adapter = compressible(model)
+    view = compressible(model)
     seen: list[tuple[Tensor, Tensor]] = []
-    module, layer = adapter.block(block), adapter.hidden_layer(block)
-    handle = layer.register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
+    module, layer = view.block(block), view.hidden_layer(block)
+    handle = layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     first = 0
     try:
         for state in states:
             module(state)
             part = slice(first, first + len(state))
             # A Swin block flattens its positions before its MLP.
-            given, output = seen.pop()
-            tokens = output if output.ndim == 3 else adapter.as_tokens(output)
-            yield LayerPair(layer, given, tokens, views.places(tokens.shape[1], part), views.held_out[part])
+            inputs, output = seen.pop()
+            tokens = output if output.ndim == 3 else view.as_tokens(output)
+            yield LayerPair(layer, inputs, tokens, views.places(tokens.shape[1], part), views.held_out[part])
             first = part.stop
     finally:
         handle.remove()
@@ -214,10 +214,10 @@ class Equations:
     def of(cls, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> "Equations":
         """The sums over batches of inputs `[R, K]`, targets `[R, D]` and which of these rows are held out `[R]`."""
         sums: dict[bool, NormalEquations] = {}
-        for inputs, targets, held_out in rows:
+        for residual, targets, held_out in rows:
             for judges, chosen in ((False, ~held_out), (True, held_out)):
                 if bool(chosen.any()):
-                    found = NormalEquations.of([(inputs[chosen].double(), targets[chosen].double())])
+                    found = NormalEquations.of([(residual[chosen].double(), targets[chosen].double())])
                     sums[judges] = sums[judges] + found if judges in sums else found
         return cls(sums[False], sums.get(True))
 
@@ -232,10 +232,10 @@ class Equations:
         return self.used if self.judging is None else self.used + self.judging
 
 
-def _pass(model: ModelView, block: int, states: Iterable[Tensor]) -> Stack:
+def _pass(model: ModelView, block: int, states: Iterable[Tensor]) -> SpilledBuffer:
     """Return what the next block takes, from what a block takes."""
     module = model.block(block)
-    return Stack(model.prepare(module(state), block + 1) for state in states)
+    return SpilledBuffer(model.prepare(module(state), block + 1) for state in states)
 
 
 def _patches(layer: nn.Conv2d, state: Tensor, places: Tensor) -> Tensor:
@@ -252,25 +252,25 @@ def _patches(layer: nn.Conv2d, state: Tensor, places: Tensor) -> Tensor:
     return windows[images, :, places // width, places % width].flatten(2).flatten(0, 1)
 
 
-def _candidates(model: nn.Module, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    adapter = compressible(model)
-    obstacles = {block: adapter.prune_obstacle(block) for block in range(adapter.num_blocks())}
+def _candidates(model: nn.Module, targets: tuple[int, ...] | None) -> tuple[int, ...]:
+    view = compressible(model)
+    obstacles = {block: view.prune_obstacle(block) for block in range(view.num_blocks())}
     able = tuple(block for block, obstacle in obstacles.items() if obstacle is None)
-    for block in wanted or ():
+    for block in targets or ():
         if block not in able:
             obstacle = obstacles.get(block, "does not exist")
             raise BudgetError(
-                f"candidates={list(wanted or ())}: block {block} {obstacle}; {list(able)} can lose hidden nodes."
+                f"candidates={list(targets or ())}: block {block} {obstacle}; {list(able)} can lose hidden units."
             )
     if not able:
         raise UnsupportedModelError(
-            f"None of the model's {len(obstacles)} blocks can lose single hidden nodes: block 0 {obstacles[0]}. Choose "
+            f"None of the model's {len(obstacles)} blocks can lose single hidden units: block 0 {obstacles[0]}. Choose "
             "dcvit, practise or mir, which cut blocks whole, or extend prune_block in dcvit/models/."
         )
-    return wanted or able
+    return targets or able
 
 
 def _largest(norms: Tensor, count: int) -> tuple[int, ...]:
-    """The nodes of largest norm, ascending; of equal ones the first."""
+    """The units of largest norm, ascending; of equal ones the first."""
     order = norms.argsort(descending=True, stable=True)[:count]
     return tuple(sorted(order.tolist()))

@@ -12,7 +12,7 @@ As it is applied here:
 
 - The paper shares both parts of every two blocks, or of more for smaller models, and trains on ImageNet for 300 epochs.
   Here attention and MLP share for themselves, so that more sizes exist, and which do is measured: one block at a time
-  takes the attention or the MLP of the block before it, that which adds least to the mimicking loss for what it saves,
+  takes the attention or the MLP of the block before it, that which adds least to the distillation loss for what it saves,
   until the budget is met; the last one leaves less over than an attention, where it can. So runs of any length come
   about, whose weights begin as those of their first block. On the digits at 70 % of the parameters (50 images, 20
   epochs at 1e-3) that agreed with the original in 90.8 % of 400 held-out images; adding up losses that were measured
@@ -21,7 +21,7 @@ As it is applied here:
 - The transformations begin as identities and zeros, not at random: with equal weights nothing changes. The linear maps
   have no bias, as in the published code of Mini-DeiT; the convolution, which that code has for Mini-Swin alone, is 3×3
   instead of 7×7, has no norm of its own and no bias, and passes class token and registers by.
-- There are no labels: of the distillation (classes, relations of queries, keys and values, hidden states) the mimicking
+- There are no labels: of the distillation (classes, relations of queries, keys and values, hidden states) the distillation
   of all output tokens is left.
 - Fused attention has no place for maps between its products: an attention that is shared writes [H, N, N] values for
   each image. On the digits at 70 % of the parameters the model took 1.3 times as long as the original.
@@ -36,14 +36,14 @@ from torch import nn
 
 from dcvit.budget import Budget
 from dcvit.errors import BudgetError, UnsupportedModelError
-from dcvit.methods.baselines.mimicking import DistilledConfig, mimic
+from dcvit.methods.baselines.distillation import DistilledConfig, distil
 from dcvit.methods.budgets import plan_of, require_blocks, target
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.metrics.cost import spent
 from dcvit.models import compressible
 from dcvit.models.surgery import copy_blocks
 from dcvit.models.vision_transformer import share_block_weights, shareable
-from dcvit.recovery.distill import mimicking_loss, output_tokens
+from dcvit.recovery.distill import output_tokens, token_loss
 from dcvit.runtime.progress import Progress, silent
 
 __all__ = ["Join", "MiniDeiT", "choose", "joins", "mini_deit", "owners", "sharing"]
@@ -68,25 +68,25 @@ def mini_deit(task: Task[MiniDeiT]) -> Outcome:
         BudgetError: If the budget cannot be met.
         UnsupportedModelError: If no two consecutive blocks can share.
     """
-    teacher, budget, mimicking = task.teacher, task.budget, task.config.distillation
+    teacher, budget, distillation = task.teacher, task.budget, task.config.distillation
     wanted = target(teacher, budget)
     able = joins(teacher, task.config.candidates)
     if (least := spent(sharing(teacher, able), budget)) > wanted:
         raise BudgetError(
-            f"{budget.unit}={budget.value!r} asks for {wanted:,}: with one attention and one MLP for all blocks that "
+            f"{budget.metric}={budget.value!r} asks for {wanted:,}: with one attention and one MLP for all blocks that "
             f"may share {least:,} are left. Ask for more, or allow more blocks in `candidates`."
         )
     with task.context.timer("ranking"):
-        targets = output_tokens(teacher, task.images.normalised, mimicking.at_once)
+        targets = output_tokens(teacher, task.images.normalised, distillation.micro_batch_size)
 
         def loss(chosen: Collection[Join]) -> float:
-            return mimicking_loss(sharing(teacher, chosen), targets, task.images, mimicking, impl=task.context.impl)
+            return token_loss(sharing(teacher, chosen), targets, task.images, distillation, impl=task.context.impl)
 
         chosen = choose(teacher, able, loss, budget, progress=task.context.progress)
     student = copy.deepcopy(sharing(teacher, chosen))
     attention_of, mlp_of = owners(chosen, "attention"), owners(chosen, "mlp")
     blocks = tuple(sorted({*attention_of, *mlp_of}))
-    recovery = mimic(task, student, blocks)
+    recovery = distil(task, student, blocks)
     candidates = task.config.candidates or range(compressible(teacher).num_blocks())
     plan = plan_of(teacher, student, budget, blocks, candidates, attention_of=attention_of, mlp_of=mlp_of)
     return Outcome(student, plan, learning_rate=recovery.learning_rate, steps=(recovery,))
@@ -100,7 +100,7 @@ register(
         source="MiniViT, arXiv 2204.07154",
         families=("vit",),
         compress=mini_deit,
-        units=("params", "file_size"),
+        metrics=("params", "file_size"),
     )
 )
 

@@ -1,6 +1,6 @@
 """MiR: let a smaller network mimic the features before the head, then put it before the original's head.
 
-Source: Wang, Liu, Ma, Yong, Chai and Wu, "Compressing Models with Few Samples: Mimicking then Replacing" (CVPR 2022,
+Source: Wang, Liu, Ma, Yong, Chai and Wu, "Compressing Models with Few Samples: Distillation then Replacing" (CVPR 2022,
 arXiv 2201.02620). Nothing between is compared, and no label is read: all layers before the head learn together that the
 head's input stays what it was.
 
@@ -11,7 +11,7 @@ As it is applied here:
   candidates.
 - What is mimicked are the pooled features, the very input of the head. The paper finds the map before the pooling
   better by 0.5 to 2 points; that is what `practise` mimics.
-- The norms keep the original's statistics, and AdamW with warm-up and cosine, as of all mimicking here, takes the place
+- The norms keep the original's statistics, and AdamW with warm-up and cosine, as of all distillation here, takes the place
   of SGD with steps.
 """
 
@@ -39,7 +39,7 @@ from dcvit.recovery.distill import split_held_out
 from dcvit.runtime.optim import descend, pilot_runs, warmup_cosine
 from dcvit.runtime.progress import silent
 
-__all__ = ["MiR", "evenly_spaced", "features", "mimic_features", "mir"]
+__all__ = ["MiR", "distil_features", "evenly_spaced", "features", "mir"]
 
 T = TypeVar("T")
 
@@ -62,14 +62,14 @@ def mir(task: Task[MiR]) -> Outcome:
     """Drop evenly spaced blocks, and let the rest mimic the input of the original's head.
 
     Args:
-        task: What to compress, with what, to which budget. As many epochs as `practise` has after its trials, so many
+        task: What to compress, with what, to which budget. As many epochs as `practise` has after its probes, so many
             a dropped block.
 
     Raises:
         BudgetError: If the budget cannot be met.
     """
     teacher, budget, context = task.teacher, task.budget, task.context
-    config, mimicking = task.config, task.config.training
+    config, distillation = task.config, task.config.training
     groups = candidate_groups(teacher, config.candidates)
     blocks = fewest_blocks(teacher, budget, lambda count: evenly_spaced(groups, count), len(groups))
     student = drop_blocks(teacher, blocks)
@@ -78,9 +78,9 @@ def mir(task: Task[MiR]) -> Outcome:
         return _find_learning_rate(student, teacher, task.images, config.training, context.derived("learning rate"))
 
     with task.context.timer("learning rate"):
-        mimicking = replace(mimicking.with_learning_rate(find), epochs=mimicking.epochs * len(blocks))
+        distillation = replace(distillation.with_learning_rate(find), epochs=distillation.epochs * len(blocks))
     with task.context.timer("compression"):
-        recovery = mimic_features(student, teacher, task.images, mimicking, context.derived("mir"))
+        recovery = distil_features(student, teacher, task.images, distillation, context.derived("mir"))
     plan = plan_of(teacher, student, budget, blocks, flat(groups))
     return Outcome(student, plan, learning_rate=recovery.learning_rate, steps=(recovery,))
 
@@ -104,11 +104,11 @@ def evenly_spaced(candidates: Sequence[T], count: int) -> tuple[T, ...]:
 
 def features(model: nn.Module, images: Tensor) -> Tensor:
     """What the head is given `[B, D]`, for images `[B, C, H, W]`."""
-    adapter = compressible(model)
-    return adapter.features(adapter.tokens(images))
+    view = compressible(model)
+    return view.features(view.tokens(images))
 
 
-def mimic_features(
+def distil_features(
     student: nn.Module,
     teacher: nn.Module,
     images: FewShotImages,
@@ -129,7 +129,7 @@ def mimic_features(
     """
     start, rate = time.perf_counter(), config.learning_rate
     if rate == "auto":
-        raise ValueError("learning_rate='auto': mimic_features needs a number.")
+        raise ValueError("learning_rate='auto': distil_features needs a number.")
     student.eval().requires_grad_(False)
     parameters = compressible(student).body_parameters()
     for parameter in parameters:
@@ -147,7 +147,7 @@ def mimic_features(
         views = images.normalised[chosen]
         if config.augmentation is not None:
             views = augment(images, chosen.tolist(), config.augmentation, drawing)
-        for part in views.split(config.at_once):
+        for part in views.split(config.micro_batch_size):
             with torch.no_grad():
                 wanted = features(teacher, part)
             loss = F.mse_loss(features(student, part), wanted) * (len(part) / len(views))
@@ -155,7 +155,7 @@ def mimic_features(
             total.add_(loss.detach().double() * len(chosen))
 
     per_epoch = -(-len(images) // config.batch_size)
-    context.progress("mimicking", 0, config.epochs, None)
+    context.progress("distillation", 0, config.epochs, None)
     for step in descend(
         optimizer,
         batches(),
@@ -165,7 +165,7 @@ def mimic_features(
         if step % per_epoch == 0:
             losses.append(float(total) / len(images))
             total.zero_()
-            context.progress("mimicking", len(losses), config.epochs, losses[-1])
+            context.progress("distillation", len(losses), config.epochs, losses[-1])
     student.requires_grad_(False)
     after = _error(student, teacher, images, config)
     return Recovery(before, after, tuple(losses), rate, time.perf_counter() - start)
@@ -183,7 +183,7 @@ def _find_learning_rate(
 
     def left(rate: float) -> float:
         candidate, settings = copy.deepcopy(student), replace(config, learning_rate=rate)
-        mimic_features(candidate, teacher, used, settings, replace(context, progress=silent))
+        distil_features(candidate, teacher, used, settings, replace(context, progress=silent))
         return _error(candidate, teacher, judged, config)
 
     return pilot_runs(config.learning_rates, left, partial(context.progress, "learning rates"))[0]
@@ -192,6 +192,6 @@ def _find_learning_rate(
 @torch.no_grad()
 def _error(student: nn.Module, teacher: nn.Module, images: FewShotImages, config: TrainingConfig) -> float:
     """Mean squared error of the features on the unaugmented images."""
-    batches = images.normalised.split(config.at_once)
+    batches = images.normalised.split(config.micro_batch_size)
     total = sum(float((features(student, x) - features(teacher, x)).square().mean()) * len(x) for x in batches)
     return total / len(images)

@@ -1,7 +1,7 @@
 """PRACTISE: drop whole blocks, those that recover best for the latency they save.
 
 Source: Wang and Wu, "Practical Network Acceleration with Tiny Sets" (arXiv 2202.07861), sections 3.2 to 3.4. The score
-of a block is R(B) / τ(B): R(B) is the mimicking loss that is left when the block alone is dropped and the rest has
+of a block is R(B) / τ(B): R(B) is the distillation loss that is left when the block alone is dropped and the rest has
 recovered on the few-shot images, τ(B) the share of latency that this saves. The blocks of least score go together, and
 the rest recovers once more. The loss is the mean squared error of what the network gives before its pooling.
 
@@ -10,10 +10,10 @@ As it is applied here:
 - τ is the share of MACs that a block takes. A measured latency differs from run to run, and with it the order of blocks
   that are nearly alike; equal seeds must give equal results. The blocks of a ViT take equal shares, so R alone orders
   them there.
-- In a trial of a CNN only the adaptors around the gap recover (`dcvit.methods.baselines.adaptors`); the final recovery
+- In a probe of a CNN only the adaptors around the gap recover (`dcvit.methods.baselines.adaptors`); the final recovery
 updates
   them together with the weights that the config's `updated` names, then they are absorbed. Where no neighbour can
-  absorb one, those weights recover in the trial too.
+  absorb one, those weights recover in the probe too.
 - A ViT has no place for adaptors: behind the residual stream comes a norm, which a linear map does not pass. What
   recovers is what `updated` names, the front of the model by default, as in DC-ViT's comparison (arXiv 2403.18708).
 - Of a Swin, shifted pairs go, as in that comparison.
@@ -28,16 +28,16 @@ from dcvit.context import RunContext
 from dcvit.costs import Cost
 from dcvit.data.images import FewShotImages
 from dcvit.errors import DcvitError
-from dcvit.history import Recovery, Trial
+from dcvit.history import Probe, Recovery
 from dcvit.methods.baselines.adaptors import absorb_adaptors, adaptors, insert_adaptors
-from dcvit.methods.baselines.mimicking import DistilledConfig
+from dcvit.methods.baselines.distillation import DistilledConfig
 from dcvit.methods.budgets import candidate_groups, fewest_blocks, flat, plan_of
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import compressible, require_supported
 from dcvit.models.surgery import drop_block
-from dcvit.recovery.distill import find_learning_rate, mimicking_loss, output_tokens, recover
+from dcvit.recovery.distill import find_learning_rate, output_tokens, recover, token_loss
 from dcvit.runtime.progress import Progress, silent
-from dcvit.search.sensitivity import Contest, run_trials
+from dcvit.search.sensitivity import Contest, run_probes
 
 __all__ = ["BlockDropping", "Practise", "block_dropping", "drop_blocks", "practise"]
 
@@ -50,8 +50,8 @@ class Practise(DistilledConfig):
         candidates: Blocks that may be dropped, from 0; `None` is all but the first and the last.
         seed: See `MethodConfig`.
         impl: See `MethodConfig`.
-        distillation: How the student recovers, in each trial and at the end.
-        halving: Whether hopeless trials stop early, see `dcvit.config.Ablation`.
+        distillation: How the student recovers, in each probe and at the end.
+        halving: Whether hopeless probes stop early, see `dcvit.config.Ablation`.
     """
 
     halving: bool = False
@@ -72,21 +72,21 @@ def practise(task: Task[Practise]) -> Outcome:
 
     def saving(group: tuple[int, ...]) -> int:
         whole = sum((cost.blocks[block].attention + cost.blocks[block].mlp for block in group), Cost())
-        return whole.params if budget.unit == "file_size" else budget.amount(whole)
+        return whole.params if budget.metric == "file_size" else budget.amount(whole)
 
-    # Of the blocks that save least most must go: trials that stop early never leave fewer.
+    # Of the blocks that save least most must go: probes that stop early never leave fewer.
     cheapest = sorted(groups, key=saving)
     most = len(fewest_blocks(teacher, budget, lambda count: cheapest[:count], len(cheapest))) // len(groups[0])
     with task.context.timer("learning rate"):
         config = _with_learning_rate(teacher, task.images, groups, config, task.context)
     with task.context.timer("ranking"):
-        trials = _try_blocks(teacher, task.images, groups, config, most, task.context)
-        order = _ordered(trials, groups)
+        probes = _try_blocks(teacher, task.images, groups, config, most, task.context)
+        order = _ordered(probes, groups)
         blocks = fewest_blocks(teacher, budget, lambda count: order[:count], len(order))
     with task.context.timer("compression"):
         student, recovery = _drop_and_recover(teacher, task.images, blocks, config, task.context)
     plan = plan_of(teacher, student, budget, blocks, flat(groups))
-    return Outcome(student, plan, trials, recovery.learning_rate, steps=(recovery,))
+    return Outcome(student, plan, probes, recovery.learning_rate, steps=(recovery,))
 
 
 register(
@@ -108,13 +108,13 @@ class BlockDropping:
     Attributes:
         model: The smaller model.
         blocks: The blocks that were dropped, best first.
-        trials: The trial of each candidate, best first.
+        probes: The probe of each candidate, best first.
         recovery: The final recovery.
     """
 
     model: nn.Module
     blocks: tuple[int, ...]
-    trials: tuple[Trial, ...]
+    probes: tuple[Probe, ...]
     recovery: Recovery
 
 
@@ -124,12 +124,12 @@ def block_dropping(
     num_blocks: int,
     config: Practise,
     *,
-    trials: Sequence[Trial] | None = None,
+    probes: Sequence[Probe] | None = None,
     progress: Progress = silent,
 ) -> BlockDropping:
     """`practise` for a number of blocks instead of a budget.
 
-    The blocks are dropped at once and the rest recovers for `num_blocks` times the epochs of a trial: as long as
+    The blocks are dropped at once and the rest recovers for `num_blocks` times the epochs of a probe: as long as
     progressive compression of as many blocks.
 
     Args:
@@ -137,7 +137,7 @@ def block_dropping(
         images: The few-shot set.
         num_blocks: How many blocks go, of a Swin how many pairs.
         config: How blocks are tried, and the student recovers.
-        trials: Those of an earlier call with the same model, images and config, which need not be run again.
+        probes: Those of an earlier call with the same model, images and config, which need not be run again.
         progress: Told after each epoch.
 
     Raises:
@@ -149,11 +149,11 @@ def block_dropping(
         raise DcvitError(f"num_blocks={num_blocks}: expected 1 to {len(groups)}, the candidates that may go.")
     context = RunContext(config.seed, config.impl, progress=progress)
     config = _with_learning_rate(teacher, images, groups, config, context)
-    if trials is None:
-        trials = _try_blocks(teacher, images, groups, config, num_blocks, context)
-    blocks = flat(_ordered(trials, groups)[:num_blocks])
+    if probes is None:
+        probes = _try_blocks(teacher, images, groups, config, num_blocks, context)
+    blocks = flat(_ordered(probes, groups)[:num_blocks])
     student, recovery = _drop_and_recover(teacher, images, blocks, config, context)
-    return BlockDropping(compressible(student).rebuild().eval(), blocks, tuple(trials), recovery)
+    return BlockDropping(compressible(student).rebuild().eval(), blocks, tuple(probes), recovery)
 
 
 def drop_blocks(model: nn.Module, blocks: Sequence[int]) -> nn.Module:
@@ -188,9 +188,9 @@ def _try_blocks(
     config: Practise,
     num_chosen: int,
     context: RunContext,
-) -> tuple[Trial, ...]:
+) -> tuple[Probe, ...]:
     """Each candidate dropped alone and recovered, least score first; a pair goes by the number of its last block."""
-    targets = output_tokens(teacher, images.normalised, config.distillation.at_once)
+    targets = output_tokens(teacher, images.normalised, config.distillation.micro_batch_size)
     original, by_last = _macs(teacher), {group[-1]: group for group in groups}
 
     saved: dict[nn.Module, float] = {}
@@ -202,17 +202,17 @@ def _try_blocks(
         return student
 
     def score(student: nn.Module) -> float:
-        return mimicking_loss(student, targets, images, config.distillation, impl=context.impl) / saved[student]
+        return token_loss(student, targets, images, config.distillation, impl=context.impl) / saved[student]
 
     contest = Contest(list(by_last), cut, score, num_chosen, config.halving, adaptors)
-    trials, _ = run_trials(teacher, images, contest, config.distillation, context)
-    return trials
+    probes, _ = run_probes(teacher, images, contest, config.distillation, context)
+    return probes
 
 
-def _ordered(trials: Sequence[Trial], groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The groups of blocks in the order of their trials."""
+def _ordered(probes: Sequence[Probe], groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The groups of blocks in the order of their probes."""
     by_last = {group[-1]: group for group in groups}
-    return [by_last[trial.block] for trial in trials]
+    return [by_last[probe.block] for probe in probes]
 
 
 def _drop_and_recover(

@@ -1,7 +1,7 @@
-"""S2ViTE: heads and hidden nodes that matter least to the loss go, by first-order scores; they may come back.
+"""S2ViTE: heads and hidden units that matter least to the loss go, by first-order scores; they may come back.
 
 Source: Chen, Cheng, Gan, Yuan, Zhang and Wang, "Chasing Sparsity in Vision Transformers: An End-to-End Exploration"
-(NeurIPS 2021, arXiv 2106.04533). A head or a node is scored by
+(NeurIPS 2021, arXiv 2106.04533). A head or a unit is scored by
 
     Σ over images of  |∂L / ∂g|
 
@@ -14,7 +14,7 @@ As it is applied here:
 - The paper trains on labelled ImageNet for 600 epochs between the rounds of exploration. Here `ROUNDS` rounds follow
   one another on the few-shot images, without training between them, and the student then mimics the original's tokens.
 - There are no labels: L is the cross-entropy with the class that the original names.
-- The paper prunes a given share of heads and another of nodes. One budget decides of both here, so a unit's score is
+- The paper prunes a given share of heads and another of units. One budget decides of both here, so a unit's score is
   divided by the MACs that it takes.
 """
 
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcvit.budget import Budget
-from dcvit.methods.baselines.mimicking import DistilledConfig
-from dcvit.methods.baselines.units import Gates, Space, Structure, gated, open_gates, recovered, scores_of
+from dcvit.methods.baselines.distillation import DistilledConfig
+from dcvit.methods.baselines.groups import Gates, Space, Structure, gated, open_gates, recovered, scores_of
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.metrics.cost import spent
 from dcvit.models import compressible
@@ -41,11 +41,11 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class S2ViTE(DistilledConfig):
-    """S2ViTE (arXiv 2106.04533): heads and hidden nodes pruned by first-order scores."""
+    """S2ViTE (arXiv 2106.04533): heads and hidden units pruned by first-order scores."""
 
 
 def s2vite(task: Task[S2ViTE]) -> Outcome:
-    """Prune heads and nodes by first-order scores in rounds, and let the rest mimic the original.
+    """Prune heads and units by first-order scores in rounds, and let the rest mimic the original.
 
     Args:
         task: What to compress, with what, to which budget.
@@ -53,19 +53,22 @@ def s2vite(task: Task[S2ViTE]) -> Outcome:
     Raises:
         BudgetError: If the budget cannot be met.
     """
-    teacher, budget, mimicking = task.teacher, task.budget, task.config.distillation
+    teacher, budget, distillation = task.teacher, task.budget, task.config.distillation
     space = Space(teacher, task.config.candidates)
     wanted, original = space.require(budget), spent(teacher, budget)
     macs = space.savings(Budget(macs=0.5))
     structure = space.without(())
     with task.context.timer("ranking"):
-        batches = [(images, _classes(teacher, images)) for images in task.images.normalised.split(mimicking.at_once)]
+        batches = [
+            (images, _classes(teacher, images))
+            for images in task.images.normalised.split(distillation.micro_batch_size)
+        ]
         task.context.progress("scores", 0, ROUNDS, None)
         for number in range(1, ROUNDS + 1):
             scores = scores_of(first_order_scores(space, structure, batches))
             left = wanted if number == ROUNDS else original - (original - wanted) * number // ROUNDS
-            step = Budget(**{budget.unit: left}, convention=budget.convention)
-            by_cost = {unit: score / macs.get((unit.kind, unit.block), 1) for unit, score in scores.items()}
+            step = Budget(**{budget.metric: left}, convention=budget.convention)
+            by_cost = {group: score / macs.get((group.kind, group.block), 1) for group, score in scores.items()}
             structure = space.best(by_cost, step)
             task.context.progress("scores", number, ROUNDS, None)
     return recovered(task, space, structure)
@@ -75,7 +78,7 @@ register(
     Method(
         name="s2vite",
         config=S2ViTE,
-        title="heads and hidden nodes pruned by first-order scores in rounds, then the output tokens mimicked",
+        title="heads and hidden units pruned by first-order scores in rounds, then the output tokens mimicked",
         source="S2ViTE, arXiv 2106.04533",
         families=("vit",),
         compress=s2vite,
@@ -95,7 +98,7 @@ def first_order_scores(space: Space, structure: Structure, batches: Sequence[tup
     device = next(model.parameters()).device
     gates = {key: torch.zeros_like(gate) for key, gate in open_gates(space, device).items()}
     for (kind, block), gate in gates.items():
-        gate[list((structure.heads if kind == "head" else structure.nodes)[block])] = 1.0
+        gate[list((structure.heads if kind == "head" else structure.units)[block])] = 1.0
     totals = {key: torch.zeros_like(gate) for key, gate in gates.items()}
     for images, classes in batches:
         own = {key: gate.expand(len(images), -1).clone().requires_grad_() for key, gate in gates.items()}

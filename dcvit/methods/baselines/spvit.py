@@ -1,8 +1,8 @@
-"""SPViT: some attentions become convolutions that share their weights, and hidden nodes go, by learnt gates.
+"""SPViT: some attentions become convolutions that share their weights, and hidden units go, by learnt gates.
 
 Source: He, Liu, Pan, Cai, Zhang, Tao and Zhuang, "Pruning Self-attentions into Convolutional Layers in Single Path"
 (arXiv 2111.11802). Value and output projections of an attention hold those of a convolution too, so that one path
-serves both and a gate chooses: g of attention, 1 − g of convolution; hidden nodes of MLPs have gates as well. The gates
+serves both and a gate chooses: g of attention, 1 − g of convolution; hidden units of MLPs have gates as well. The gates
 learn under
 
     L + λ · cost of what is open
@@ -17,7 +17,7 @@ As it is applied here:
   (`ConvolutionalAttention`). They are fitted by least squares to what the original's attention gives before its output
   projection. 1×1 kernels and no mixing at all, which the paper chooses among too, are kernels of zeros.
 - The paper draws the gates from Bernoulli distributions, and trains them with the weights on labelled ImageNet. Here
-  they are numbers that multiply, as in `vtp`, and the gates alone learn, on the few-shot images; L is the mimicking
+  they are numbers that multiply, as in `vtp`, and the gates alone learn, on the few-shot images; L is the distillation
   loss, as a share of the tokens' variance. The cost is in the budget's unit, as a share of that of all units.
 - What is closed is what the budget asks for, smallest gates first.
 """
@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcvit.methods.baselines.mimicking import DistilledConfig
-from dcvit.methods.baselines.units import Space, recovered, scores_of
+from dcvit.methods.baselines.distillation import DistilledConfig
+from dcvit.methods.baselines.groups import Space, recovered, scores_of
 from dcvit.methods.baselines.vtp import learn_gates
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import compressible
@@ -55,11 +55,11 @@ RELATIVE_RANK = 1e-10
 
 @dataclass(frozen=True)
 class SPViT(DistilledConfig):
-    """SPViT (arXiv 2111.11802): attentions become convolutions, and hidden nodes go."""
+    """SPViT (arXiv 2111.11802): attentions become convolutions, and hidden units go."""
 
 
 def spvit(task: Task[SPViT]) -> Outcome:
-    """Let convolutions take the place of some attentions, prune nodes, and let the rest mimic the original.
+    """Let convolutions take the place of some attentions, prune units, and let the rest mimic the original.
 
     Args:
         task: What to compress, with what, to which budget.
@@ -68,15 +68,20 @@ def spvit(task: Task[SPViT]) -> Outcome:
         BudgetError: If the budget cannot be met.
         UnsupportedModelError: If the model's tokens are no grid.
     """
-    teacher, mimicking = task.teacher, task.config.distillation
-    space = Space(teacher, task.config.candidates, ("attention", "node"))
+    teacher, distillation = task.teacher, task.config.distillation
+    space = Space(teacher, task.config.candidates, ("attention", "unit"))
     space.require(task.budget)
     with task.context.timer("ranking"):
-        batches = task.images.normalised.split(mimicking.batch_size)
-        fit_convolutions(teacher, space.convolutions, task.images.normalised.split(mimicking.at_once))
+        batches = task.images.normalised.split(distillation.batch_size)
+        fit_convolutions(teacher, space.convolutions, task.images.normalised.split(distillation.micro_batch_size))
         prices = space.savings(task.budget)
         gates = learn_gates(
-            space, batches, sparsity=SPARSITY, prices=prices, at_once=mimicking.at_once, progress=task.context.progress
+            space,
+            batches,
+            sparsity=SPARSITY,
+            prices=prices,
+            micro_batch_size=distillation.micro_batch_size,
+            progress=task.context.progress,
         )
         structure = space.best(scores_of(gates), task.budget)
     return recovered(task, space, structure)
@@ -86,7 +91,7 @@ register(
     Method(
         name="spvit",
         config=SPViT,
-        title="attentions become convolutions and hidden nodes go, by learnt gates, then the output tokens mimicked",
+        title="attentions become convolutions and hidden units go, by learnt gates, then the output tokens mimicked",
         source="SPViT, arXiv 2111.11802",
         families=("vit",),
         compress=spvit,
@@ -131,14 +136,14 @@ def fit_convolutions(
         convolutions: By block.
         batches: Images, `[B, C, H, W]` each.
     """
-    adapter = compressible(model)
+    view = compressible(model)
     sums = {block: (Equations(), Equations()) for block in convolutions}
     with ExitStack() as watched:
         for block, convolution in convolutions.items():
-            module: TimmModule = adapter.block(block)
+            module: TimmModule = view.block(block)
             watched.enter_context(_watched(module.attn, partial(_add, convolution, *sums[block])))
         for images in batches:
-            adapter.tokens(images)
+            view.tokens(images)
     for block, convolution in convolutions.items():
         patches, prefix = (equations.solve() for equations in sums[block])
         convolution.conv.weight.copy_(patches[:, :TAPS].view_as(convolution.conv.weight))

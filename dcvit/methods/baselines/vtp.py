@@ -9,10 +9,10 @@ prunes what is below a threshold, and trains what is left.
 
 As it is applied here:
 
-- Gates stand on attention heads and on hidden nodes, the units without which a timm model is a smaller timm model; the
+- Gates stand on attention heads and on hidden units, the units without which a timm model is a smaller timm model; the
   paper gates single dimensions of queries, keys, values and MLP, and gathers them at run time.
 - The paper trains gates and weights together on labelled ImageNet, 100 epochs and another 100 after the pruning. Here
-  the gates alone learn, on the few-shot images; L is the mimicking loss, as a share of the tokens' variance. Then the
+  the gates alone learn, on the few-shot images; L is the distillation loss, as a share of the tokens' variance. Then the
   student mimics the original's tokens.
 - The threshold is what the budget makes it.
 """
@@ -24,8 +24,8 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor
 
-from dcvit.methods.baselines.mimicking import DistilledConfig
-from dcvit.methods.baselines.units import Gates, Kind, Space, gated, open_gates, recovered, scores_of
+from dcvit.methods.baselines.distillation import DistilledConfig
+from dcvit.methods.baselines.groups import Gates, Kind, Space, gated, open_gates, recovered, scores_of
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models import compressible
 from dcvit.recovery.distill import output_tokens
@@ -44,11 +44,11 @@ STEPS = 100
 
 @dataclass(frozen=True)
 class VTP(DistilledConfig):
-    """VTP (arXiv 2104.08500): heads and hidden nodes of small learnt gates pruned."""
+    """VTP (arXiv 2104.08500): heads and hidden units of small learnt gates pruned."""
 
 
 def vtp(task: Task[VTP]) -> Outcome:
-    """Prune the heads and nodes of smallest learnt gates, and let the rest mimic the original.
+    """Prune the heads and units of smallest learnt gates, and let the rest mimic the original.
 
     Args:
         task: What to compress, with what, to which budget.
@@ -56,12 +56,14 @@ def vtp(task: Task[VTP]) -> Outcome:
     Raises:
         BudgetError: If the budget cannot be met.
     """
-    mimicking = task.config.distillation
+    distillation = task.config.distillation
     space = Space(task.teacher, task.config.candidates)
     space.require(task.budget)
     with task.context.timer("ranking"):
-        batches = task.images.normalised.split(mimicking.batch_size)
-        gates = learn_gates(space, batches, at_once=mimicking.at_once, progress=task.context.progress)
+        batches = task.images.normalised.split(distillation.batch_size)
+        gates = learn_gates(
+            space, batches, micro_batch_size=distillation.micro_batch_size, progress=task.context.progress
+        )
         structure = space.best(scores_of(gates), task.budget)
     return recovered(task, space, structure)
 
@@ -70,7 +72,7 @@ register(
     Method(
         name="vtp",
         config=VTP,
-        title="heads and hidden nodes of small learnt, L1-penalised gates pruned, then the output tokens mimicked",
+        title="heads and hidden units of small learnt, L1-penalised gates pruned, then the output tokens mimicked",
         source="VTP, arXiv 2104.08500",
         families=("vit",),
         compress=vtp,
@@ -85,7 +87,7 @@ def learn_gates(
     sparsity: float = SPARSITY,
     prices: Mapping[tuple[Kind, int], float] | None = None,
     steps: int = STEPS,
-    at_once: int | None = None,
+    micro_batch_size: int | None = None,
     progress: Progress = silent,
 ) -> Gates:
     """The gates after some steps of Adam, none below 0.
@@ -96,7 +98,7 @@ def learn_gates(
         sparsity: λ.
         prices: By kind and block what a gate weighs in the mean that is penalised; all the same if `None`.
         steps: How many.
-        at_once: Images a pass; those of a batch if `None`.
+        micro_batch_size: Images a pass; those of a batch if `None`.
         progress: Told after each step.
     """
     model = space.model
@@ -106,7 +108,7 @@ def learn_gates(
     optimizer = torch.optim.Adam(gates.values(), lr=LEARNING_RATE)
     weights = {key: 1.0 if prices is None else prices.get(key, 0.0) for key in gates}
     total = sum(weights[key] * gate.numel() for key, gate in gates.items())
-    passed = at_once or max(map(len, batches))
+    passed = micro_batch_size or max(map(len, batches))
     wanted = [output_tokens(model, images, passed) for images in batches]
     spreads = [(tokens - tokens.mean(dim=(0, 1))).square().mean() for tokens in wanted]
     loss = 0.0

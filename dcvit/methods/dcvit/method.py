@@ -1,13 +1,13 @@
-"""DC-ViT and beyond: attention and hidden nodes out of the blocks that recover best, so that any budget is met.
+"""DC-ViT and beyond: attention and hidden units out of the blocks that recover best, so that any budget is met.
 
 Source: Zhang, Zhou and Wang, "Dense Vision Transformer Compression with Few Samples" (CVPR 2024, arXiv 2403.18708).
     Blocks are tried alone and ranked by how well they recover (`dcvit.search.sensitivity`) on images that the model
     itself synthesises (`dcvit.data.synthesis`); the best are cut, and the student mimics the teacher's output tokens.
 
 There are two procedures. With a `DistillationConfig` it is the published one: a formula says how many blocks are cut,
-and they are cut one after another, with mimicking after each (`compress_blocks`). With a `ReconstructionConfig`, the
+and they are cut one after another, with distillation after each (`compress_blocks`). With a `ReconstructionConfig`, the
 default, each cut block is fitted to what the teacher's adds (`reconstruct_blocks`), the structure is searched
-(`dcvit.search.allocate`), and mimicking refines the whole at the end. All that does not depend on the budget is then
+(`dcvit.search.allocate`), and distillation refines the whole at the end. All that does not depend on the budget is then
 done first (`prepare`), so that many sizes can share it (`dcvit.compression.sweep`).
 """
 
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
-from dcvit.budget import UNITS
+from dcvit.budget import METRICS
 from dcvit.config import DCViT, DistillationConfig
 from dcvit.context import RunContext
 from dcvit.data.images import FewShotImages
@@ -25,7 +25,7 @@ from dcvit.methods.dcvit.published import published
 from dcvit.methods.dcvit.reconstructed import reconstructed
 from dcvit.methods.registry import Method, Outcome, Task, register
 from dcvit.models.teacher import fuse
-from dcvit.runtime.checkpoint import Unit
+from dcvit.runtime.checkpoint import Entry
 from dcvit.search.latency import plan_latency, require_planned
 from dcvit.serialization import from_plain
 
@@ -68,10 +68,10 @@ def _planned(task: Task[DCViT]) -> Plan:
 
     if not task.budget.measured:
         return found()
-    kept = task.context.store.unit(
+    kept = task.context.store.entry(
         "plan",
-        lambda: Unit(found().to_dict()),
-        check=lambda unit: require_planned(Plan.from_dict(unit.values), task.teacher, task.budget, task.config),
+        lambda: Entry(found().to_dict()),
+        check=lambda entry: require_planned(Plan.from_dict(entry.values), task.teacher, task.budget, task.config),
     )
     return Plan.from_dict(kept.values)
 
@@ -80,11 +80,11 @@ register(
     Method(
         name="dcvit",
         config=DCViT,
-        title="attention and hidden nodes out of the blocks that recover best, to any budget",
+        title="attention and hidden units out of the blocks that recover best, to any budget",
         source="DC-ViT, arXiv 2403.18708",
         families=("vit", "eva", "swin", "cnn"),
         compress=dcvit,
-        units=UNITS,
+        metrics=METRICS,
         resumable=True,
     )
 )
@@ -95,22 +95,22 @@ def make_proxy_set(teacher: nn.Module, images: FewShotImages, config: DCViT, con
     if config.ablation.ranking_images == "few-shot":
         return ProxySet(images.normalised)
 
-    def synthesized() -> Unit:
+    def synthesized() -> Entry:
         made = synthesize(teacher, config.synthesis, context)
         assert made.targets is not None
         values = asdict(_Losses(made.loss, made.losses))
-        return Unit(values, {"images": made.images, "targets": made.targets})
+        return Entry(values, {"images": made.images, "targets": made.targets})
 
-    def restored(unit: Unit) -> ProxySet:
-        losses = from_plain(_Losses, unit.values)
-        return ProxySet(unit.tensors["images"], unit.tensors["targets"], losses.loss, losses.losses)
+    def restored(entry: Entry) -> ProxySet:
+        losses = from_plain(_Losses, entry.values)
+        return ProxySet(entry.tensors["images"], entry.tensors["targets"], losses.loss, losses.losses)
 
-    def check(unit: Unit) -> None:
-        if unit.tensors.keys() != {"images", "targets"}:
+    def check(entry: Entry) -> None:
+        if entry.tensors.keys() != {"images", "targets"}:
             raise ValueError("its tensors are others than they should be")
-        require_synthesized(restored(unit), teacher, config.synthesis)
+        require_synthesized(restored(entry), teacher, config.synthesis)
 
-    return restored(context.store.unit("metric-set", synthesized, check=check)).to(images.normalised.device)
+    return restored(context.store.entry("metric-set", synthesized, check=check)).to(images.normalised.device)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dcvit.data.synthesis import ProxySet
 from dcvit.history import Plan, Recovery
 from dcvit.methods.registry import Outcome, Task
 from dcvit.metrics.fidelity import Metric
-from dcvit.models.surgery import compress_block, draw_kept_nodes
+from dcvit.models.surgery import compress_block, draw_kept_units
 from dcvit.recovery.distill import find_learning_rate, recover
-from dcvit.runtime.checkpoint import Unit, require_alike, require_one_of
+from dcvit.runtime.checkpoint import Entry, require_alike, require_one_of
 from dcvit.search.sensitivity import rank
 from dcvit.serialization import from_plain
 
@@ -33,14 +33,14 @@ def _resolve_learning_rate(
 
     def find() -> float:
         block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
-        kept = draw_kept_nodes(teacher, block, chosen_plan.hidden_features, context.seed)
+        kept = draw_kept_units(teacher, block, chosen_plan.hidden_features, context.seed)
         student = compress_block(teacher, block, kept, context.impl)
         return find_learning_rate(
             student, teacher, images, [block], config.distillation, context.derived("learning rate")
         )
 
     check = partial(require_one_of, config.distillation.learning_rates)
-    kept_rate = partial(context.store.unit, "learning-rate", lambda: Unit(find()), check=check)
+    kept_rate = partial(context.store.entry, "learning-rate", lambda: Entry(find()), check=check)
     return replace(config, recovery=config.distillation.with_learning_rate(lambda: kept_rate().values))
 
 
@@ -58,13 +58,13 @@ def compress_blocks(
 
     Args:
         teacher: The original, frozen.
-        first_student: The recovered student of the best trial, in which the first block is compressed already.
+        first_student: The recovered student of the best probe, in which the first block is compressed already.
         images: The few-shot set.
-        chosen_plan: With `blocks` and `kept_nodes` filled in.
+        chosen_plan: With `blocks` and `kept_units` filled in.
         config: Its `recovery.learning_rate` must be a number. With `Ablation(progressive=False)` all blocks are
             compressed at once and recovered for as many epochs as the steps would have taken together.
         context: Its store keeps each step, its ranks share the work.
-        first: The recovery of the best trial.
+        first: The recovery of the best probe.
 
     Returns:
         The student, and the recovery of each step.
@@ -78,7 +78,7 @@ def compress_blocks(
     done = len(steps)
     for count in counts:
         for block in blocks[done:count]:
-            student = compress_block(student, block, chosen_plan.kept_nodes[block], context.impl)
+            student = compress_block(student, block, chosen_plan.kept_units[block], context.impl)
         done = count
         steps.append(_recovered(student, teacher, images, blocks, count, recovery, context))
     return student, tuple(steps)
@@ -95,36 +95,36 @@ def _recovered(
 ) -> Recovery:
     """Recover a student in place, of which so many of the chosen blocks are compressed; or take it from the store."""
 
-    def recovered() -> Unit:
+    def recovered() -> Entry:
         step = recover(
             student, teacher, images, blocks[:done], config, context.derived("step", done),
             stage=f"compression, block {done} of {len(blocks)}",
         )  # fmt: skip
-        return Unit(asdict(step), student.state_dict())
+        return Entry(asdict(step), student.state_dict())
 
-    def restore(unit: Unit) -> None:
-        student.load_state_dict(dict(unit.tensors))
+    def restore(entry: Entry) -> None:
+        student.load_state_dict(dict(entry.tensors))
 
-    def check(unit: Unit) -> None:
-        from_plain(Recovery, unit.values).require_run(config)
-        require_alike(unit.tensors, student.state_dict())
+    def check(entry: Entry) -> None:
+        from_plain(Recovery, entry.values).require_run(config)
+        require_alike(entry.tensors, student.state_dict())
 
-    unit = context.store.unit(f"step-{done}", recovered, restore, check=check, together=True)
-    return from_plain(Recovery, unit.values)
+    entry = context.store.entry(f"step-{done}", recovered, restore, check=check, together=True)
+    return from_plain(Recovery, entry.values)
 
 
 def published(task: Task[DCViT], planned: Plan, proxy_set: ProxySet) -> Outcome:
-    """The published procedure: mimicking after each cut, in the trials and block by block."""
+    """The published procedure: distillation after each cut, in the probes and block by block."""
     teacher, images, context = task.teacher, task.images, task.context
     with context.timer("learning rate"):
         config = _resolve_learning_rate(teacher, images, planned, task.config, context)
     with context.timer("ranking"):
-        metric = Metric(teacher, [proxy_set.images], config.ablation.metric, config.distillation.at_once)
+        metric = Metric(teacher, [proxy_set.images], config.ablation.metric, config.distillation.micro_batch_size)
         ranking = rank(teacher, images, metric, planned, config.distillation, context, halving=config.halving)
         blocks = ranking.blocks[: planned.num_blocks]
-        chosen_plan = replace(planned, blocks=blocks, kept_nodes={b: ranking.kept_nodes[b] for b in blocks})
+        chosen_plan = replace(planned, blocks=blocks, kept_units={b: ranking.kept_units[b] for b in blocks})
     with context.timer("compression"):
-        first = ranking.trials[0].recovery
+        first = ranking.probes[0].recovery
         assert first is not None
         student, steps = compress_blocks(teacher, ranking.student, images, chosen_plan, config, context, first=first)
-    return Outcome(student, chosen_plan, ranking.trials, steps[-1].learning_rate, steps=steps)
+    return Outcome(student, chosen_plan, ranking.probes, steps[-1].learning_rate, steps=steps)

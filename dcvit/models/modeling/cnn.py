@@ -24,13 +24,13 @@ __all__ = [
     "cnn_places",
     "cnn_stages",
     "create",
-    "cut_cnn",
     "dcvit_residual_cnn",
     "expansion",
     "filter_path",
     "first_layers",
     "keep_filters",
     "last_activation",
+    "prune_cnn",
 ]
 
 ARCHITECTURE = "dcvit_residual_cnn"
@@ -62,7 +62,7 @@ class PointwiseBlock(nn.Module):
     """A residual block that looks at each position alone: act2(x + conv2(act1(conv1(x)))), both convolutions 1×1.
 
     `conv1` is the block's own first convolution, with the taps of each filter summed and its norm folded in; its
-    channels are the hidden nodes. `conv2` starts at zero and takes the place of all that followed.
+    channels are the hidden units. `conv2` starts at zero and takes the place of all that followed.
 
     Args:
         block: A residual block of timm's, see `expansion`; not changed.
@@ -123,11 +123,11 @@ def build(
     model = create_base(
         base, base_args, FILES, kwargs, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool
     )
-    cut_cnn(model, per_layer_config)
+    prune_cnn(model, per_layer_config)
     return model
 
 
-def cut_cnn(model: nn.Module, per_layer_config: Mapping[str, Mapping[str, Any]]) -> None:
+def prune_cnn(model: nn.Module, per_layer_config: Mapping[str, Mapping[str, Any]]) -> None:
     """In place: a CNN's blocks become what `per_layer_config` says of them, see `build`."""
     places = cnn_places(model)
     for number, settings in per_layer_config.items():

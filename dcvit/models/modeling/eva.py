@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcvit.models.modeling.shared import CompressedBlock, TimmModule, compress_blocks, create_base
 
-__all__ = ["ARCHITECTURE", "FILES", "CutBeit", "build", "create", "dcvit_eva"]
+__all__ = ["ARCHITECTURE", "FILES", "PrunedBeit", "build", "create", "dcvit_eva"]
 
 ARCHITECTURE = "dcvit_eva"
 """The name under which timm's registry knows compressed Evas and Beits."""
@@ -23,7 +23,7 @@ FILES = ("timm.models.eva", "timm.models.beit")
 """Where timm has the architectures that a compressed Eva or Beit may be of."""
 
 
-class CutBeit(Beit):  # type: ignore[misc]
+class PrunedBeit(Beit):  # type: ignore[misc]
     """timm's `Beit`, some of whose blocks may have no attention that would have to be told another image size."""
 
     blocks: nn.ModuleList
@@ -60,7 +60,7 @@ def build(
         in_chans: Channels of the images.
         global_pool: The pooling.
         per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
-            nodes.
+            units.
         compressed_block: Made of each block whose attention is skipped.
         kwargs: Drop rates, which timm's scripts pass.
     """
@@ -76,7 +76,7 @@ def build(
         global_pool=global_pool,
     )
     if isinstance(model, Beit):
-        model.__class__ = CutBeit
+        model.__class__ = PrunedBeit
     compress_blocks([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config, compressed_block)
     return model
 

@@ -37,11 +37,11 @@ __all__ = [
     "POST_NORM",
     "CompressedBlock",
     "DroppedBlock",
-    "MlpHalf",
+    "MlpSublayer",
     "TimmModule",
     "compress_blocks",
     "create_base",
-    "keep_hidden_nodes",
+    "keep_hidden_units",
     "layer_scale",
     "linear_columns",
     "linear_rows",
@@ -87,7 +87,7 @@ POST_NORM = (ResPostBlock, SwinTransformerV2Block, EvaBlockPostNorm)
 """Blocks whose norms lie behind attention and MLP."""
 
 
-class MlpHalf(nn.Module):
+class MlpSublayer(nn.Module):
     """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
 
     Args:
@@ -108,7 +108,7 @@ class MlpHalf(nn.Module):
         self.ls2 = layer_scale(block)
         self.drop_path2 = block.drop_path2
 
-    def mlp_half(self, x: Tensor) -> Tensor:
+    def mlp_sublayer(self, x: Tensor) -> Tensor:
         """Tokens `[B, N, D]` or `[B, H, W, D]`, to the same shape."""
         branch: Tensor = self.norm2(self.mlp(x)) if self.post_norm else self.ls2(self.mlp(self.norm2(x)))
         return x + self.drop_path2(branch)
@@ -127,12 +127,12 @@ def layer_scale(block: TimmModule) -> nn.Module:
     return scale
 
 
-class CompressedBlock(MlpHalf):
-    """A transformer block without attention and with fewer hidden nodes."""
+class CompressedBlock(MlpSublayer):
+    """A transformer block without attention and with fewer hidden units."""
 
     def forward(self, x: Tensor, **arguments: Any) -> Tensor:
         """Tokens to tokens; the attention arguments of timm's blocks have nothing to act on."""
-        return self.mlp_half(x)
+        return self.mlp_sublayer(x)
 
 
 class DroppedBlock(nn.Module):
@@ -242,7 +242,7 @@ def compress_blocks(
     Args:
         places: By the number of a block, the list that holds it and its index there.
         per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
-            nodes.
+            units.
         compressed_block: Made of each block whose attention is skipped.
     """
     for number, settings in per_layer_config.items():
@@ -250,14 +250,14 @@ def compress_blocks(
         if "mlp" in settings["skip"]:
             blocks[index] = DroppedBlock()
             continue
-        keep_hidden_nodes(blocks[index].mlp, torch.arange(settings["intermediate_size"]))
+        keep_hidden_units(blocks[index].mlp, torch.arange(settings["intermediate_size"]))
         if "attention" in settings["skip"]:
             blocks[index] = compressed_block(blocks[index])
 
 
 @torch.no_grad()
-def keep_hidden_nodes(mlp: TimmModule, kept: Tensor) -> None:
-    """In place: only some hidden nodes of an MLP stay.
+def keep_hidden_units(mlp: TimmModule, kept: Tensor) -> None:
+    """In place: only some hidden units of an MLP stay.
 
     Args:
         mlp: One of `MLPS`.

@@ -39,7 +39,7 @@ def build(
         window_size: Likewise of each stage's windows.
         norm_layer: Key into `NORMS` and epsilon.
         per_layer_config: By the number of a block, through all stages: `skip`, the parts that it lacks;
-            `intermediate_size`, its hidden nodes.
+            `intermediate_size`, its hidden units.
         act_layer: Of version 2, key into `ACTIVATIONS`.
         compressed_block: Made of each block whose attention is skipped.
         kwargs: More arguments of timm's `SwinTransformer` or `SwinTransformerV2`.

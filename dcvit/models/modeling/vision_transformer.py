@@ -43,7 +43,7 @@ def build(
 
     Args:
         img_size: Height and width of the images, or both as one number.
-        intermediate_size: Hidden nodes of the widest MLP; a packed SwiGLU counts gate and value.
+        intermediate_size: Hidden units of the widest MLP; a packed SwiGLU counts gate and value.
         layer_scale: Whether the blocks have LayerScale.
         norm_layer: Key into `NORMS` and epsilon of the blocks' norms.
         embed_norm_layer: Likewise of the norm after the patch embedding.
@@ -52,7 +52,7 @@ def build(
         mlp_layer: Key into `MLPS`.
         distilled: Whether it has DeiT's distillation token.
         per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
-            nodes; `num_attention_heads`, if it lost heads; `token_mixer`, "convolution" if one takes the attention's
+            units; `num_attention_heads`, if it lost heads; `token_mixer`, "convolution" if one takes the attention's
             place; `token_keep_rate`, if tokens end there; `attention_of` and `mlp_of`, the blocks whose weights it has,
             if it shares them, which may be itself.
         compressed_block: Made of each block whose attention is skipped.
@@ -65,7 +65,7 @@ def build(
     model: TimmModule = (VisionTransformerDistilled if distilled else VisionTransformer)(
         img_size=img_size if isinstance(img_size, int) else tuple(img_size),
         patch_size=tuple(kwargs.pop("patch_size")),
-        # Half a node up: int(embed_dim * ratio) inside timm must not lose a node to rounding.
+        # Half a unit up: int(embed_dim * ratio) inside timm must not lose a unit to rounding.
         mlp_ratio=(intermediate_size + 0.5) / embed_dim,
         init_values=1e-5 if layer_scale else None,  # any value: the saved one is loaded over it
         norm_layer=norm_from(norm_layer),

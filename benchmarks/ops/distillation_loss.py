@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, copies, draw, measure
-from dcvit.ops import mimic_loss
+from dcvit.ops import distillation_loss
 
 SHAPES = [(1, 64, 197, 768), (6, 64, 197, 768), (1, 64, 257, 1024), (1, 64, 197, 192)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_mimic_loss(benchmark: Any, shape: tuple[int, ...]) -> None:
+def test_distillation_loss(benchmark: Any, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     student, teacher = draw(*shape).requires_grad_(), draw(*shape[1:])
 
@@ -29,9 +29,12 @@ def test_mimic_loss(benchmark: Any, shape: tuple[int, ...]) -> None:
 
         def one_by_one() -> None:
             for candidate in alone:
-                torch.autograd.grad(mimic_loss(candidate, teacher, impl="eager").sum(), candidate)
+                torch.autograd.grad(distillation_loss(candidate, teacher, impl="eager").sum(), candidate)
 
         others["eager, C calls"] = one_by_one
     name = f"forward + backward {list(shape)}"
     inputs = {"student": student, "teacher": teacher}
-    measure(benchmark, Case(name, "mimic_loss", mimic_loss, call, inputs, copies(count), bytes=count, others=others))
+    measure(
+        benchmark,
+        Case(name, "distillation_loss", distillation_loss, call, inputs, copies(count), bytes=count, others=others),
+    )

@@ -11,7 +11,7 @@ import torch
 
 from dcvit.errors import DcvitError
 from dcvit.runtime import spill as stacks
-from dcvit.runtime.spill import Stack
+from dcvit.runtime.spill import SpilledBuffer
 
 
 @pytest.fixture(params=[0, 100, 1 << 20], ids=["on disk", "in part", "in memory"])
@@ -23,40 +23,40 @@ def _limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 def test_parts_read_as_one_tensor(dtype: torch.dtype) -> None:
     parts = [torch.arange(12 * n).view(n, 3, 4).to(dtype) for n in (2, 0, 5, 1)]
-    stack, whole = Stack(parts), torch.cat(parts)
-    assert len(stack) == 8
-    assert stack.shape == (8, 3, 4)
-    assert torch.equal(stack[:], whole)
+    buffer, whole = SpilledBuffer(parts), torch.cat(parts)
+    assert len(buffer) == 8
+    assert buffer.shape == (8, 3, 4)
+    assert torch.equal(buffer[:], whole)
     for place in (slice(1, 6), slice(7, 40), slice(3, 3), slice(-2, None)):
-        assert torch.equal(stack[place], whole[place])
+        assert torch.equal(buffer[place], whole[place])
     index, mask = torch.tensor([7, 0, 3, 3]), torch.arange(8) % 3 == 1
-    assert torch.equal(stack[index], whole[index])
-    assert torch.equal(stack[mask], whole[mask])
-    assert torch.equal(stack[~mask & mask], whole[:0])
-    assert [len(part) for part in stack.split(3)] == [3, 3, 2]
-    assert torch.equal(torch.cat(list(stack.split(3))), whole)
-    stack.append(parts[0])  # after it was read
-    assert torch.equal(stack[6:], torch.cat([whole[6:], parts[0]]))
+    assert torch.equal(buffer[index], whole[index])
+    assert torch.equal(buffer[mask], whole[mask])
+    assert torch.equal(buffer[~mask & mask], whole[:0])
+    assert [len(part) for part in buffer.split(3)] == [3, 3, 2]
+    assert torch.equal(torch.cat(list(buffer.split(3))), whole)
+    buffer.append(parts[0])  # after it was read
+    assert torch.equal(buffer[6:], torch.cat([whole[6:], parts[0]]))
 
 
 @pytest.mark.usefixtures("_limit")
 def test_another_process_gets_a_copy() -> None:
-    stack = Stack([torch.arange(60).view(20, 3)])
-    copied = pickle.loads(pickle.dumps(stack))
-    assert torch.equal(copied[:], stack[:])
+    buffer = SpilledBuffer([torch.arange(60).view(20, 3)])
+    copied = pickle.loads(pickle.dumps(buffer))
+    assert torch.equal(copied[:], buffer[:])
 
 
 def test_an_empty_stack() -> None:
-    assert len(Stack()) == 0
-    assert list(Stack().split(4)) == []
-    assert Stack([torch.empty(0, 5)])[:].shape == (0, 5)
+    assert len(SpilledBuffer()) == 0
+    assert list(SpilledBuffer().split(4)) == []
+    assert SpilledBuffer([torch.empty(0, 5)])[:].shape == (0, 5)
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
-    stack = Stack([torch.zeros(2, 3)])
+    buffer = SpilledBuffer([torch.zeros(2, 3)])
     for other in (torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"the others are like \[0, 3\]"):
-            stack.append(other)
+            buffer.append(other)
 
 
 def test_what_is_on_disk_takes_no_memory_and_goes_with_the_stack() -> None:
@@ -67,11 +67,11 @@ def test_what_is_on_disk_takes_no_memory_and_goes_with_the_stack() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     before, taken = files(), resident()
-    stack = Stack(torch.full((1 << 18, 16), float(i)) for i in range(40))  # 16 MiB each
-    assert float(stack[10 << 18 : (10 << 18) + 1].mean()) == 10
+    buffer = SpilledBuffer(torch.full((1 << 18, 16), float(i)) for i in range(40))  # 16 MiB each
+    assert float(buffer[10 << 18 : (10 << 18) + 1].mean()) == 10
     assert resident() - taken < 200 << 20  # of 640 MiB
     assert files() == before + 1
-    del stack
+    del buffer
     assert files() == before
 
 
@@ -82,7 +82,7 @@ def test_a_full_disk_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(stacks, "IN_MEMORY", 0)
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(DcvitError, match=r"No space left on device\): make room, or set TMPDIR"):
-        Stack([torch.zeros(2, 3)])
+        SpilledBuffer([torch.zeros(2, 3)])
 
 
 def test_the_time_grows_with_the_number_of_parts() -> None:
@@ -90,7 +90,7 @@ def test_the_time_grows_with_the_number_of_parts() -> None:
 
     def seconds(count: int) -> float:
         start = time.process_time()
-        Stack(part for _ in range(count))
+        SpilledBuffer(part for _ in range(count))
         return time.process_time() - start
 
     part = torch.zeros(1, 4)
@@ -102,9 +102,9 @@ def test_the_time_grows_with_the_number_of_parts() -> None:
 def test_the_whole_is_an_ordinary_tensor(on_disk: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacks, "IN_MEMORY", 100 if on_disk else 10**6)
     parts = [torch.randn(n, 3, 5) for n in (2, 1, 4)]
-    stack = Stack(parts)
-    whole = stack.whole()
-    del stack  # the memory stays
+    buffer = SpilledBuffer(parts)
+    whole = buffer.whole()
+    del buffer  # the memory stays
     assert torch.equal(whole, torch.cat(parts))
     whole += 1
     assert torch.equal(whole, torch.cat(parts) + 1)

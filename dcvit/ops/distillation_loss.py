@@ -1,4 +1,4 @@
-"""The token-mimicking loss of several candidates against one teacher.
+"""The token-distillation loss of several candidates against one teacher.
 
 Source: DC-ViT (arXiv 2403.18708): the mean squared error between all output tokens of student and teacher. Candidates
 that are trialled together share the teacher's tokens, which a kernel then reads once for all of them.
@@ -17,7 +17,7 @@ from dcvit.ops import _dispatch
 from dcvit.ops._dispatch import Impl
 
 
-def mimic_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, impl: Impl = "auto") -> Tensor:
     """Mean squared error of each candidate's tokens; no gradient reaches teacher and weights.
 
         loss_c = sum_{b,n,d} weight_n (student_{c,b,n,d} - teacher_{b,n,d})^2 / (B D sum_n weight_n)
@@ -38,25 +38,25 @@ def mimic_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None = None
     """
     if student.dim() not in (3, 4) or student.shape[-3:] != teacher.shape:
         raise ValueError(
-            f"mimic_loss: student is {list(student.shape)} and teacher {list(teacher.shape)}; "
+            f"distillation_loss: student is {list(student.shape)} and teacher {list(teacher.shape)}; "
             "expected [C, B, N, D] or [B, N, D], and [B, N, D]."
         )
     if weight is not None and weight.shape != teacher.shape[1:2]:
         raise ValueError(
-            f"mimic_loss: weight is {list(weight.shape)}, expected [{teacher.shape[1]}], a weight for each token."
+            f"distillation_loss: weight is {list(weight.shape)}, expected [{teacher.shape[1]}], a weight for each token."
         )
-    op = _dispatch.select("mimic_loss", impl, IMPLEMENTATIONS, {"student": student, "teacher": teacher})
+    op = _dispatch.select("distillation_loss", impl, IMPLEMENTATIONS, {"student": student, "teacher": teacher})
     candidates = student if student.dim() == 4 else student.unsqueeze(0)
     if weight is not None:
         weight = weight.detach().to(torch.promote_types(student.dtype, torch.float32))
     if op is None:
         losses = eager(candidates, teacher, weight)
     else:
-        losses, _ = _dispatch.call(op, candidates, teacher.detach(), weight, _wants_unit(student))
+        losses, _ = _dispatch.call(op, candidates, teacher.detach(), weight, _wants_entry(student))
     return losses if student.dim() == 4 else losses.squeeze(0)
 
 
-def _wants_unit(student: Tensor) -> bool:
+def _wants_entry(student: Tensor) -> bool:
     # The gradient of a loss whose own gradient is 1 costs the forward one write, and saves the backward two reads.
     # It has the size 1 / (B N D), which float16 cannot hold before it is multiplied with a loss scale. A compiled graph
     # could not reuse its memory.
@@ -127,12 +127,14 @@ def _rescale_fake(unit: Tensor, grad: Tensor) -> None:
 
 
 def define_overload(overload: str, forward: Any, backward: Any, rescale: Any) -> OpOverload:
-    """Define `dcvit::mimic_loss<overload>` and its backward with the given kernels; the default overload is ""."""
-    op = _dispatch.define(f"mimic_loss{overload}", _SCHEMA, kernel=forward, fake=_fake)
+    """Define `dcvit::distillation_loss<overload>` and its backward with the given kernels; the default overload is ""."""
+    op = _dispatch.define(f"distillation_loss{overload}", _SCHEMA, kernel=forward, fake=_fake)
     op_backward = _dispatch.define(
-        f"mimic_loss_backward{overload}", _BACKWARD_SCHEMA, kernel=backward, fake=_backward_fake
+        f"distillation_loss_backward{overload}", _BACKWARD_SCHEMA, kernel=backward, fake=_backward_fake
     )
-    op_rescale = _dispatch.define(f"mimic_loss_rescale{overload}", _RESCALE_SCHEMA, kernel=rescale, fake=_rescale_fake)
+    op_rescale = _dispatch.define(
+        f"distillation_loss_rescale{overload}", _RESCALE_SCHEMA, kernel=rescale, fake=_rescale_fake
+    )
     _dispatch.register_autograd(op, functools.partial(_autograd, op_backward, op_rescale), _setup_context)
     _dispatch.refuse_double_backward(op_backward)
     return op
@@ -167,9 +169,9 @@ def _autograd(
 _OP = define_overload("", forward, backward, rescale)
 _OP_TRITON = define_overload(
     ".triton",
-    _dispatch.launcher("mimic_loss", "mimic_loss"),
-    _dispatch.launcher("mimic_loss", "mimic_loss_backward"),
-    _dispatch.launcher("mimic_loss", "mimic_loss_rescale"),
+    _dispatch.launcher("distillation_loss", "distillation_loss"),
+    _dispatch.launcher("distillation_loss", "distillation_loss_backward"),
+    _dispatch.launcher("distillation_loss", "distillation_loss_rescale"),
 )
 
 

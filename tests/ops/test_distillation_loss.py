@@ -4,7 +4,7 @@ import matrix
 import pytest
 import torch
 
-from dcvit.ops import mimic_loss
+from dcvit.ops import distillation_loss
 
 
 def make(*shape: int, weight: str | None = None) -> matrix.Inputs:
@@ -23,7 +23,7 @@ def make(*shape: int, weight: str | None = None) -> matrix.Inputs:
 
 
 class TestMatrix(matrix.DifferentiableMatrix):
-    function = staticmethod(mimic_loss)
+    function = staticmethod(distillation_loss)
     gradients = ("student",)
     random = staticmethod(
         lambda draw: make(draw(1, 4), draw(0, 3), draw(1, 40), draw(1, 70), weight=(None, "cls", "drawn")[draw(0, 2)])
@@ -57,7 +57,7 @@ class TestMatrix(matrix.DifferentiableMatrix):
         assert unit.numel() == 0
         with matrix.Recorder() as recorder:
             self.run(kernel, inputs)
-        assert not any("mimic_loss_backward" in op.name() for op in recorder.calls)
+        assert not any("distillation_loss_backward" in op.name() for op in recorder.calls)
 
     def test_float16_gradient_survives_loss_scaling(self, impl: str) -> None:
         inputs = self.inputs("small", torch.float16, impl)
@@ -78,18 +78,18 @@ def test_eager_is_the_mean_over_weighted_tokens() -> None:
     squares = (student - teacher) ** 2
     expected = [sum(weight[n] * squares[c, :, n].mean() for n in range(5)) / weight.sum() for c in range(2)]
     close = {"rtol": 1e-14, "atol": 0}  # a few roundings of float64
-    torch.testing.assert_close(mimic_loss(student, teacher, weight=weight), torch.stack(expected), **close)
+    torch.testing.assert_close(distillation_loss(student, teacher, weight=weight), torch.stack(expected), **close)
     torch.testing.assert_close(
-        mimic_loss(student[0], teacher), torch.nn.functional.mse_loss(student[0], teacher), **close
+        distillation_loss(student[0], teacher), torch.nn.functional.mse_loss(student[0], teacher), **close
     )
-    cls = mimic_loss(student, teacher, weight=torch.eye(5)[0])
+    cls = distillation_loss(student, teacher, weight=torch.eye(5)[0])
     torch.testing.assert_close(cls, squares[:, :, 0].mean(dim=(1, 2)), **close)
 
 
 @pytest.mark.parametrize("impl", ["auto", "eager"])
 def test_half_precision_is_averaged_in_float32(impl: str) -> None:
     student = torch.full((1, 3, 5), 300.0, dtype=torch.float16)  # its square overflows
-    loss = mimic_loss(student, torch.zeros_like(student), impl=impl)
+    loss = distillation_loss(student, torch.zeros_like(student), impl=impl)
     assert loss.dtype == torch.float32
     assert loss.item() == 90000.0
 
@@ -98,12 +98,12 @@ def test_half_precision_is_averaged_in_float32(impl: str) -> None:
 def test_teacher_and_weights_get_no_gradient(impl: str) -> None:
     torch.manual_seed(0)
     inputs = {name: value.requires_grad_() for name, value in make(2, 3, 5, 7, weight="drawn").items()}
-    mimic_loss(**inputs, impl=impl).sum().backward()
+    distillation_loss(**inputs, impl=impl).sum().backward()
     assert inputs["student"].grad is not None
     assert inputs["teacher"].grad is None
     assert inputs["weight"].grad is None
     inputs["student"].requires_grad_(False)
-    assert not mimic_loss(**inputs, impl=impl).requires_grad
+    assert not distillation_loss(**inputs, impl=impl).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,6 @@ def test_what_does_not_fit_is_named(
     student: tuple[int, ...], teacher: tuple[int, ...], weight: tuple[int, ...] | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        mimic_loss(torch.zeros(student), torch.zeros(teacher), weight=None if weight is None else torch.ones(weight))
+        distillation_loss(
+            torch.zeros(student), torch.zeros(teacher), weight=None if weight is None else torch.ones(weight)
+        )

@@ -27,7 +27,7 @@ class DistilledConfig(MethodConfig):
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
 
-def mimic(task: Task[DistilledConfig], student: nn.Module, blocks: Sequence[int]) -> Recovery:
+def distil(task: Task[DistilledConfig], student: nn.Module, blocks: Sequence[int]) -> Recovery:
     """Train a student, in place, to give the output tokens of the original.
 
     Args:
@@ -35,14 +35,14 @@ def mimic(task: Task[DistilledConfig], student: nn.Module, blocks: Sequence[int]
         student: The smaller model.
         blocks: Those of its blocks that are not the original's.
     """
-    mimicking, context = task.config.distillation, task.context
+    distillation, context = task.config.distillation, task.context
 
     def find() -> float:
         return find_learning_rate(
-            student, task.teacher, task.images, blocks, mimicking, context.derived("learning rate")
+            student, task.teacher, task.images, blocks, distillation, context.derived("learning rate")
         )
 
     with context.timer("learning rate"):
-        mimicking = mimicking.with_learning_rate(find)
+        distillation = distillation.with_learning_rate(find)
     with context.timer("compression"):
-        return recover(student, task.teacher, task.images, blocks, mimicking, context.derived("recovery"))
+        return recover(student, task.teacher, task.images, blocks, distillation, context.derived("recovery"))

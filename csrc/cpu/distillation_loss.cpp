@@ -107,9 +107,9 @@ double scale_of(const Tensor& teacher, const Wide<T>* weight) {
   return 1 / (sum * static_cast<double>(teacher.size(0)) * static_cast<double>(teacher.size(2)));
 }
 
-std::tuple<Tensor, Tensor> mimic_loss(const Tensor& student_in, const Tensor& teacher_in,
+std::tuple<Tensor, Tensor> distillation_loss(const Tensor& student_in, const Tensor& teacher_in,
                                       const std::optional<Tensor>& weight_in, bool with_unit) {
-  check("mimic_loss", student_in, teacher_in, weight_in);
+  check("distillation_loss", student_in, teacher_in, weight_in);
   const Tensor student = dense(student_in), teacher = dense(teacher_in);
   const std::optional<Tensor> weight = dense(weight_in);
   const int64_t candidates = student.size(0), batch = student.size(1), tokens = student.size(2),
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> mimic_loss(const Tensor& student_in, const Tensor& te
   Tensor losses = make(student, {candidates}, wide_type(student.scalar_type()));
   Tensor unit = with_unit ? make_huge(student, {candidates, batch, tokens, width}) : make(student, {0});
 
-  dispatch_all("mimic_loss", student.scalar_type(), [&](auto zero) {
+  dispatch_all("distillation_loss", student.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Wide<T>* weights = weight ? data<Wide<T>>(*weight) : nullptr;
     const Problem<T> p{data<T>(student),
@@ -148,20 +148,20 @@ std::tuple<Tensor, Tensor> mimic_loss(const Tensor& student_in, const Tensor& te
   return {losses, unit};
 }
 
-Tensor mimic_loss_backward(const Tensor& grad_in, const Tensor& student_in, const Tensor& teacher_in,
+Tensor distillation_loss_backward(const Tensor& grad_in, const Tensor& student_in, const Tensor& teacher_in,
                            const std::optional<Tensor>& weight_in) {
-  check("mimic_loss_backward", student_in, teacher_in, weight_in);
+  check("distillation_loss_backward", student_in, teacher_in, weight_in);
   const Tensor grad = dense(grad_in), student = dense(student_in), teacher = dense(teacher_in);
   const std::optional<Tensor> weight = dense(weight_in);
   const int64_t candidates = student.size(0), batch = student.size(1), tokens = student.size(2),
                 width = student.size(3);
-  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == candidates, "mimic_loss_backward: expected grad [", candidates,
+  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == candidates, "distillation_loss_backward: expected grad [", candidates,
                   "], got ", grad.numel(), " numbers");
   STD_TORCH_CHECK(grad.scalar_type() == wide_type(student.scalar_type()),
-                  "mimic_loss_backward: expected grad in the dtype of the losses, got ",
+                  "distillation_loss_backward: expected grad in the dtype of the losses, got ",
                   static_cast<int>(grad.scalar_type()));
   Tensor out = make_huge(student, {candidates, batch, tokens, width});
-  dispatch_all("mimic_loss_backward", student.scalar_type(), [&](auto zero) {
+  dispatch_all("distillation_loss_backward", student.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Wide<T>* weights = weight ? data<Wide<T>>(*weight) : nullptr;
     const double scale = 2 * scale_of<T>(teacher, weights);
@@ -180,16 +180,16 @@ Tensor mimic_loss_backward(const Tensor& grad_in, const Tensor& student_in, cons
   return out;
 }
 
-void mimic_loss_rescale(Tensor unit, const Tensor& grad_in) {
+void distillation_loss_rescale(Tensor unit, const Tensor& grad_in) {
   const Tensor grad = dense(grad_in);
   STD_TORCH_CHECK(unit.dim() == 4 && unit.is_contiguous(),
-                  "mimic_loss_rescale: expected a contiguous unit [C, B, N, D], got ", unit.dim(), " dimensions");
-  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == unit.size(0), "mimic_loss_rescale: expected grad [", unit.size(0),
+                  "distillation_loss_rescale: expected a contiguous unit [C, B, N, D], got ", unit.dim(), " dimensions");
+  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == unit.size(0), "distillation_loss_rescale: expected grad [", unit.size(0),
                   "], got ", grad.numel(), " numbers");
   STD_TORCH_CHECK(grad.scalar_type() == wide_type(unit.scalar_type()),
-                  "mimic_loss_rescale: expected grad in the dtype of the losses, got ",
+                  "distillation_loss_rescale: expected grad in the dtype of the losses, got ",
                   static_cast<int>(grad.scalar_type()));
-  dispatch_all("mimic_loss_rescale", unit.scalar_type(), [&](auto zero) {
+  dispatch_all("distillation_loss_rescale", unit.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const int64_t size = unit.size(1) * unit.size(2) * unit.size(3);
     for (int64_t c = 0; c < unit.size(0); ++c) {
@@ -205,9 +205,9 @@ void mimic_loss_rescale(Tensor unit, const Tensor& grad_in) {
 }  // namespace
 
 DCVIT_LIBRARY_IMPL(dcvit, CPU, m) {
-  m.impl("mimic_loss", DCVIT_KERNEL(&mimic_loss));
-  m.impl("mimic_loss_backward", DCVIT_KERNEL(&mimic_loss_backward));
-  m.impl("mimic_loss_rescale", DCVIT_KERNEL(&mimic_loss_rescale));
+  m.impl("distillation_loss", DCVIT_KERNEL(&distillation_loss));
+  m.impl("distillation_loss_backward", DCVIT_KERNEL(&distillation_loss_backward));
+  m.impl("distillation_loss_rescale", DCVIT_KERNEL(&distillation_loss_rescale));
 }
 
 }  // namespace dcvit::cpu

@@ -1,4 +1,4 @@
-"""Triton kernels of `dcvit.ops.mimic_loss`; the schema there says what arguments and results are.
+"""Triton kernels of `dcvit.ops.distillation_loss`; the schema there says what arguments and results are.
 
 A program takes one tile of the teacher's tokens `[B * N, D]`, reads it once, and goes through the candidates with it:
 it squares the difference and, in the same pass, writes the gradient. Each program leaves its sum in a buffer of its
@@ -55,7 +55,7 @@ def _sum_of_weights(weight, stride, tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mimic_loss_fwd_kernel(
+def distillation_loss_fwd_kernel(
     student, teacher, weight, partial, unit,
     candidates, rows, tokens, width, count,
     student_c, student_b, student_n, student_d, teacher_b, teacher_n, teacher_d, weight_n,
@@ -85,7 +85,7 @@ def mimic_loss_fwd_kernel(
 
 
 @triton.jit
-def mimic_loss_mean_kernel(
+def distillation_loss_mean_kernel(
     partial, weight, losses, tiles, tokens, count, weight_n,
     BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def mimic_loss_mean_kernel(
 
 
 @triton.jit
-def mimic_loss_bwd_kernel(
+def distillation_loss_bwd_kernel(
     grad, student, teacher, weight, gradient,
     candidates, rows, tokens, width, count,
     grad_c, student_c, student_b, student_n, student_d, teacher_b, teacher_n, teacher_d, weight_n,
@@ -123,7 +123,7 @@ def mimic_loss_bwd_kernel(
 
 
 @triton.jit
-def mimic_loss_rescale_kernel(unit, grad, size, grad_c, BLOCK: tl.constexpr):
+def distillation_loss_rescale_kernel(unit, grad, size, grad_c, BLOCK: tl.constexpr):
     """Multiply the gradient of one candidate, `[B * N * D]`, in place; nothing moves if the factor is 1."""
     candidate = tl.program_id(1)
     factor = tl.load(grad + tl.cast(candidate, tl.int64) * grad_c)
@@ -135,8 +135,10 @@ def mimic_loss_rescale_kernel(unit, grad, size, grad_c, BLOCK: tl.constexpr):
             tl.store(unit + offset, round_to(value * factor, unit.dtype.element_ty), offset < size)
 
 
-def mimic_loss(student: Tensor, teacher: Tensor, weight: Tensor | None, with_unit: bool) -> tuple[Tensor, Tensor]:
-    """Launch `dcvit::mimic_loss`."""
+def distillation_loss(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, with_unit: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch `dcvit::distillation_loss`."""
     candidates, batch, tokens, width = student.shape
     losses = student.new_empty(candidates, dtype=torch.float32)
     unit = student.new_empty(student.shape if with_unit else (0,))
@@ -147,22 +149,22 @@ def mimic_loss(student: Tensor, teacher: Tensor, weight: Tensor | None, with_uni
     partial = losses.new_empty(candidates, tiles)
     weight_n = 0 if weight is None else weight.stride(0)
     with on(student):
-        mimic_loss_fwd_kernel[(tiles,)](
+        distillation_loss_fwd_kernel[(tiles,)](
             student, teacher, weight, partial, unit if with_unit else None,
             candidates, batch * tokens, tokens, width, float(batch * width),
             *student.stride(), *teacher.stride(), weight_n,
             BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_TOKENS=_configs.SUM_TILE,
             **_configs.TOKEN_LAUNCH._asdict(),
         )  # fmt: skip
-        mimic_loss_mean_kernel[(candidates,)](
+        distillation_loss_mean_kernel[(candidates,)](
             partial, weight, losses, tiles, tokens, float(batch * width), weight_n,
             BLOCK=_configs.SUM_TILE, BLOCK_TOKENS=_configs.SUM_TILE,
         )  # fmt: skip
     return losses, unit
 
 
-def mimic_loss_backward(grad: Tensor, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-    """Launch `dcvit::mimic_loss_backward`."""
+def distillation_loss_backward(grad: Tensor, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+    """Launch `dcvit::distillation_loss_backward`."""
     candidates, batch, tokens, width = student.shape
     gradient = student.new_empty(student.shape)
     if student.numel() == 0:
@@ -170,7 +172,7 @@ def mimic_loss_backward(grad: Tensor, student: Tensor, teacher: Tensor, weight: 
     block_rows, block_width = _configs.token_tile(width)
     tiles = cdiv(batch * tokens, block_rows) * cdiv(width, block_width)
     with on(student):
-        mimic_loss_bwd_kernel[(tiles,)](
+        distillation_loss_bwd_kernel[(tiles,)](
             grad, student, teacher, weight, gradient,
             candidates, batch * tokens, tokens, width, float(batch * width),
             grad.stride(0), *student.stride(), *teacher.stride(), 0 if weight is None else weight.stride(0),
@@ -180,13 +182,13 @@ def mimic_loss_backward(grad: Tensor, student: Tensor, teacher: Tensor, weight: 
     return gradient
 
 
-def mimic_loss_rescale(unit: Tensor, grad: Tensor) -> None:
-    """Launch `dcvit::mimic_loss_rescale`."""
+def distillation_loss_rescale(unit: Tensor, grad: Tensor) -> None:
+    """Launch `dcvit::distillation_loss_rescale`."""
     if unit.numel() == 0:
         return
     size = unit[0].numel()
     programs = min(cdiv(size, _configs.FLAT_TILE), _configs.FLAT_PROGRAMS)
     with on(unit):
-        mimic_loss_rescale_kernel[(programs, len(unit))](
+        distillation_loss_rescale_kernel[(programs, len(unit))](
             unit, grad, size, grad.stride(0), BLOCK=_configs.FLAT_TILE, **_configs.FLAT_LAUNCH._asdict()
         )

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 import dcvit
 from dcvit.cli import main
-from dcvit.errors import DamagedUnitWarning, RunStoreError
+from dcvit.errors import DamagedEntryWarning, RunStoreError
 from dcvit.runtime import checkpoint as run_store
-from dcvit.runtime.checkpoint import Unit, delete_run, digest_images, digest_model, open_run
+from dcvit.runtime.checkpoint import Entry, delete_run, digest_images, digest_model, open_run
 from tests.conftest import CUT, CUT_REFINED
 from tests.variants import EVA_VARIANTS, VARIANTS
 
 OF = {"settings": {"seed": 0}}
 
 
-def counted(calls: list[str], name: str) -> Callable[[], Unit]:
-    def work() -> Unit:
+def counted(calls: list[str], name: str) -> Callable[[], Entry]:
+    def work() -> Entry:
         calls.append(name)
-        return Unit({"loss": 0.1 + 0.2, "nodes": (1, 2)}, {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)})
+        return Entry({"loss": 0.1 + 0.2, "nodes": (1, 2)}, {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)})
 
     return work
 
@@ -37,10 +37,10 @@ def counted(calls: list[str], name: str) -> Callable[[], Unit]:
 def test_a_unit_is_computed_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
     calls: list[str] = []
     with open_run(tmp_path / "run", OF) as store:
-        first = store.unit("trial-3", counted(calls, "a"))
+        first = store.entry("trial-3", counted(calls, "a"))
     with open_run(tmp_path / "run", OF) as store:
-        again = store.unit("trial-3", counted(calls, "b"))
-        store.within("size-1").unit("trial-3", counted(calls, "c"))
+        again = store.entry("trial-3", counted(calls, "b"))
+        store.within("size-1").entry("trial-3", counted(calls, "c"))
     assert calls == ["a", "c"]
     assert again.values == {"loss": first.values["loss"], "nodes": [1, 2]}
     assert again.tensors.keys() == {"w", "n"}
@@ -53,11 +53,11 @@ def test_of_several_units_those_that_are_finished_are_told_at_once_and_the_other
     told: list[tuple[int, bool]] = []
     works = {name: counted(calls, name) for name in ("a", "b", "c")}
     with open_run(tmp_path / "run", OF) as store:
-        store.unit("b", works["b"])
+        store.entry("b", works["b"])
     with open_run(tmp_path / "run", OF) as store:
-        units = store.units(works, lambda count, unit: told.append((count, unit is None)))
+        entries = store.entries(works, lambda count, entry: told.append((count, entry is None)))
     assert calls == ["b", "a", "c"]
-    assert list(units) == ["a", "b", "c"]
+    assert list(entries) == ["a", "b", "c"]
     assert told == [(1, True), (2, False), (3, False)]
 
 
@@ -65,41 +65,43 @@ def test_without_a_folder_nothing_is_kept() -> None:
     calls: list[str] = []
     with open_run(None, {}) as store:
         for name in ("a", "b"):
-            store.within("x").unit("unit", counted(calls, name))
+            store.within("x").entry("unit", counted(calls, name))
     assert calls == ["a", "b"]
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda units: (units / "t.json").write_text((units / "t.json").read_text().replace("0.3", "0.4")),
-        lambda units: (units / "t.json").write_text("{"),
-        lambda units: (units / "t.json").write_text("[]"),
-        lambda units: (units / "t.json").write_bytes(b"\xff\xfe\x00"),
-        lambda units: (units / "t.safetensors").unlink(),
-        lambda units: (units / "t.safetensors").write_bytes((units / "t.safetensors").read_bytes()[:-1] + b"\x07"),
-        lambda units: (units / "t.safetensors").write_bytes(b""),
+        lambda entries: (entries / "t.json").write_text((entries / "t.json").read_text().replace("0.3", "0.4")),
+        lambda entries: (entries / "t.json").write_text("{"),
+        lambda entries: (entries / "t.json").write_text("[]"),
+        lambda entries: (entries / "t.json").write_bytes(b"\xff\xfe\x00"),
+        lambda entries: (entries / "t.safetensors").unlink(),
+        lambda entries: (entries / "t.safetensors").write_bytes(
+            (entries / "t.safetensors").read_bytes()[:-1] + b"\x07"
+        ),
+        lambda entries: (entries / "t.safetensors").write_bytes(b""),
     ],
 )
 def test_a_damaged_unit_is_computed_again_and_said_so(damage: Callable[[Path], Any], tmp_path: Path) -> None:
     calls: list[str] = []
     with open_run(tmp_path, OF) as store:
-        store.unit("t", counted(calls, "a"))
+        store.entry("t", counted(calls, "a"))
     damage(tmp_path / "units")
-    with open_run(tmp_path, OF) as store, pytest.warns(DamagedUnitWarning, match=r"t\.json' is damaged"):
-        store.unit("t", counted(calls, "b"))
+    with open_run(tmp_path, OF) as store, pytest.warns(DamagedEntryWarning, match=r"t\.json' is damaged"):
+        store.entry("t", counted(calls, "b"))
     with open_run(tmp_path, OF) as store:
-        store.unit("t", counted(calls, "c"))
+        store.entry("t", counted(calls, "c"))
     assert calls == ["a", "b"]
 
 
 def test_what_a_killed_process_left_half_written_is_no_unit(tmp_path: Path) -> None:
     calls: list[str] = []
     with open_run(tmp_path, OF) as store:
-        store.unit("t", counted(calls, "a"))
+        store.entry("t", counted(calls, "a"))
     (tmp_path / "units" / "t.json").rename(tmp_path / "units" / "t.json.part")  # its tensors are there already
     with open_run(tmp_path, OF) as store:
-        store.unit("t", counted(calls, "b"))
+        store.entry("t", counted(calls, "b"))
     assert calls == ["a", "b"]
     assert sorted(path.name for path in (tmp_path / "units").iterdir()) == ["t.json", "t.safetensors"]
 
@@ -107,7 +109,7 @@ def test_what_a_killed_process_left_half_written_is_no_unit(tmp_path: Path) -> N
 def test_a_run_is_deleted_and_nothing_else(tmp_path: Path) -> None:
     for name, left in (("a", False), ("b", True)):
         with open_run(tmp_path / name, OF) as store:
-            store.keep("unit", Unit(1))
+            store.keep("unit", Entry(1))
         if left:
             (tmp_path / name / "notes.txt").write_text("precious")
         delete_run(tmp_path / name)
@@ -120,7 +122,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
     with open_run(tmp_path, {"settings": {"seed": 9}, "model": "a"}):
         pass  # nothing was finished, so the next may be another
     with open_run(tmp_path, {"settings": {"seed": 0, "views": (1, 2)}, "model": "a"}) as store:
-        store.keep("unit", Unit(1))
+        store.keep("unit", Entry(1))
     with open_run(tmp_path, {"settings": {"seed": 0, "views": [1, 2]}, "model": "a"}):
         pass
     with (
@@ -176,7 +178,7 @@ def test_two_processes_are_kept_apart_and_a_dead_one_holds_nothing(tmp_path: Pat
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     with open_run(tmp_path, OF) as store:
-        store.unit("t", counted([], "a"))
+        store.entry("t", counted([], "a"))
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,15 +188,15 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with open_run(tmp_path, OF) as store:
-        store.unit("first", counted(calls, "a"))
+        store.entry("first", counted(calls, "a"))
         monkeypatch.setattr(run_store.os, "fsync", full)
         with pytest.raises(RunStoreError, match=r"cannot be written \(.*No space left on device\).*before is kept"):
-            store.unit("second", counted(calls, "b"))
+            store.entry("second", counted(calls, "b"))
         monkeypatch.undo()
         assert sorted(path.name for path in (tmp_path / "units").iterdir()) == ["first.json", "first.safetensors"]
     with open_run(tmp_path, OF) as store:
         for name in ("first", "second"):
-            store.unit(name, counted(calls, name))
+            store.entry(name, counted(calls, name))
     assert calls == ["a", "b", "second"]
 
 
@@ -202,7 +204,7 @@ def test_a_name_that_could_leave_the_folder_is_a_mistake(tmp_path: Path) -> None
     with open_run(tmp_path, OF) as store:
         for name in ("../x", "a/b", "", "a..b", ".a", "A"):
             with pytest.raises(ValueError, match="lower-case letters"):
-                store.unit(name, counted([], name))
+                store.entry(name, counted([], name))
 
 
 def test_digests_tell_values_shapes_names_and_dtypes_apart() -> None:
@@ -247,8 +249,8 @@ def test_a_run_that_stops_after_each_unit_ends_with_the_same_weights(
     expected = dcvit.compress(model, images, budget, config)
     write, written = run_store.RunStore.keep, list[str]()
 
-    def stopping(self: run_store.RunStore, name: str, unit: Unit) -> None:
-        write(self, name, unit)
+    def stopping(self: run_store.RunStore, name: str, entry: Entry) -> None:
+        write(self, name, entry)
         written.append(self.prefix + name)
         raise Stopped(name)
 
@@ -264,16 +266,16 @@ def test_a_run_that_stops_after_each_unit_ends_with_the_same_weights(
     wanted = expected.model.state_dict()
     assert result.model.state_dict().keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in result.model.state_dict().items())
-    assert [trial.block for trial in result.report.trials] == [trial.block for trial in expected.report.trials]
-    assert result.report.mimic_loss == expected.report.mimic_loss
+    assert [probe.block for probe in result.report.probes] == [probe.block for probe in expected.report.probes]
+    assert result.report.distillation_loss == expected.report.distillation_loss
 
 
 def test_a_sweep_goes_on_too(model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = dcvit.sweep(model, images, (0.9, 0.8, 0.7), SEARCHED)
     write = run_store.RunStore.keep
 
-    def stopping(self: run_store.RunStore, name: str, unit: Unit) -> None:
-        write(self, name, unit)
+    def stopping(self: run_store.RunStore, name: str, entry: Entry) -> None:
+        write(self, name, entry)
         if self.prefix == "size-2.":
             raise Stopped(name)
 
@@ -329,8 +331,8 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job has ignored
 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible) as process:
-        units = tmp_path / "out.run" / "units"
-        while process.poll() is None and len(list(units.glob("*.json"))) < 2:
+        entries = tmp_path / "out.run" / "units"
+        while process.poll() is None and len(list(entries.glob("*.json"))) < 2:
             time.sleep(0.05)
         assert process.poll() is None
         yield process

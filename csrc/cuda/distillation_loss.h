@@ -5,31 +5,31 @@
 
 namespace dcvit {
 
-struct MimicShape {
+struct DistillationShape {
   int64_t candidates, batch, tokens, width;
   DCVIT_HD int64_t numbers() const { return batch * tokens * width; }
 };
 
 // Blocks of a pass over all candidates, each of which leaves one partial sum per candidate.
 template <class T>
-int64_t mimic_blocks(const MimicShape& shape);
+int64_t distillation_blocks(const DistillationShape& shape);
 
 // sum_n weight_n, into `weight_sum` [1].
 void launch_weight_sum(View<const float> weight, View<double> weight_sum, void* stream);
 
-// Reads the teacher once for all candidates. `partials` [C, mimic_blocks] and `gradient` [C, B, N, D] are written if
+// Reads the teacher once for all candidates. `partials` [C, distillation_blocks] and `gradient` [C, B, N, D] are written if
 // they are given; `grad` [C] is 1 if it is not.
 template <class T>
-void launch_mimic_pass(MimicShape shape, View<const T> student, View<const T> teacher, View<const float> weight,
+void launch_distillation_pass(DistillationShape shape, View<const T> student, View<const T> teacher, View<const float> weight,
                        View<const double> weight_sum, View<const float> grad, View<double> partials, View<T> gradient,
                        void* stream);
 
 // The losses [C] from `partials` [C, blocks].
-void launch_mimic_losses(MimicShape shape, int64_t blocks, View<const double> partials, View<const double> weight_sum,
+void launch_distillation_losses(DistillationShape shape, int64_t blocks, View<const double> partials, View<const double> weight_sum,
                          View<float> losses, void* stream);
 
 // gradient[c] *= grad[c], in place, where grad[c] is not 1.
 template <class T>
-void launch_mimic_rescale(int64_t candidates, View<T> gradient, View<const float> grad, void* stream);
+void launch_distillation_rescale(int64_t candidates, View<T> gradient, View<const float> grad, void* stream);
 
 }  // namespace dcvit

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "_device.h"
-#include "mimic_loss.h"
+#include "distillation_loss.h"
 
 namespace dcvit {
 namespace {
@@ -14,12 +14,12 @@ template <class T>
 constexpr int kTile = kThreads * kVectors * kWide<T>;
 
 // 1 / (B D sum_n weight_n), with weight 1 if there are none.
-DCVIT_D double normaliser(const MimicShape& shape, View<const double> weight_sum) {
+DCVIT_D double normaliser(const DistillationShape& shape, View<const double> weight_sum) {
   const double weights = weight_sum.given() ? load(weight_sum, 0) : static_cast<double>(shape.tokens);
   return 1.0 / (static_cast<double>(shape.batch) * static_cast<double>(shape.width) * weights);
 }
 
-DCVIT_D int64_t token_of(int64_t i, const MimicShape& shape) {
+DCVIT_D int64_t token_of(int64_t i, const DistillationShape& shape) {
   if (i <= 0xffffffff && shape.width <= 0xffffffff && shape.tokens <= 0xffffffff)  // twice as fast
     return static_cast<uint32_t>(i) / static_cast<uint32_t>(shape.width) % static_cast<uint32_t>(shape.tokens);
   return i / shape.width % shape.tokens;
@@ -33,7 +33,7 @@ __global__ __launch_bounds__(kThreads) void weight_sum_kernel(View<const float> 
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void mimic_pass_kernel(MimicShape shape, bool wide, View<const T> student,
+__global__ __launch_bounds__(kThreads) void distillation_pass_kernel(DistillationShape shape, bool wide, View<const T> student,
                                                               View<const T> teacher, View<const float> weight,
                                                               View<const double> weight_sum, View<const float> grad,
                                                               View<double> partials, View<T> gradient) {
@@ -103,7 +103,7 @@ __global__ __launch_bounds__(kThreads) void mimic_pass_kernel(MimicShape shape, 
 }
 
 // One block per candidate.
-__global__ __launch_bounds__(kThreads) void mimic_losses_kernel(MimicShape shape, int64_t blocks,
+__global__ __launch_bounds__(kThreads) void distillation_losses_kernel(DistillationShape shape, int64_t blocks,
                                                                 View<const double> partials,
                                                                 View<const double> weight_sum, View<float> losses) {
   double sum = 0;
@@ -113,7 +113,7 @@ __global__ __launch_bounds__(kThreads) void mimic_losses_kernel(MimicShape shape
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void mimic_rescale_kernel(int64_t blocks, int64_t numbers, bool wide,
+__global__ __launch_bounds__(kThreads) void distillation_rescale_kernel(int64_t blocks, int64_t numbers, bool wide,
                                                                  View<T> gradient, View<const float> grad) {
   constexpr int W = kWide<T>;
   const int64_t candidate = blockIdx.x / blocks, base = candidate * numbers;
@@ -130,7 +130,7 @@ __global__ __launch_bounds__(kThreads) void mimic_rescale_kernel(int64_t blocks,
 }  // namespace
 
 template <class T>
-int64_t mimic_blocks(const MimicShape& shape) {
+int64_t distillation_blocks(const DistillationShape& shape) {
   return ceil_div(shape.numbers(), kTile<T>);
 }
 
@@ -139,35 +139,35 @@ void launch_weight_sum(View<const float> weight, View<double> weight_sum, void* 
 }
 
 template <class T>
-void launch_mimic_pass(MimicShape shape, View<const T> student, View<const T> teacher, View<const float> weight,
+void launch_distillation_pass(DistillationShape shape, View<const T> student, View<const T> teacher, View<const float> weight,
                        View<const double> weight_sum, View<const float> grad, View<double> partials, View<T> gradient,
                        void* stream) {
   const bool wide = aligned(student) && aligned(teacher) && aligned(gradient) &&
                     (shape.candidates == 1 || shape.numbers() % kWide<T> == 0);
-  launch("mimic_pass_kernel", mimic_pass_kernel<T>, mimic_blocks<T>(shape), kThreads, stream, shape, wide, student,
+  launch("distillation_pass_kernel", distillation_pass_kernel<T>, distillation_blocks<T>(shape), kThreads, stream, shape, wide, student,
          teacher, weight, weight_sum, grad, partials, gradient);
 }
 
-void launch_mimic_losses(MimicShape shape, int64_t blocks, View<const double> partials, View<const double> weight_sum,
+void launch_distillation_losses(DistillationShape shape, int64_t blocks, View<const double> partials, View<const double> weight_sum,
                          View<float> losses, void* stream) {
-  launch("mimic_losses_kernel", mimic_losses_kernel, shape.candidates, kThreads, stream, shape, blocks, partials,
+  launch("distillation_losses_kernel", distillation_losses_kernel, shape.candidates, kThreads, stream, shape, blocks, partials,
          weight_sum, losses);
 }
 
 template <class T>
-void launch_mimic_rescale(int64_t candidates, View<T> gradient, View<const float> grad, void* stream) {
+void launch_distillation_rescale(int64_t candidates, View<T> gradient, View<const float> grad, void* stream) {
   const int64_t numbers = gradient.size / candidates;
   const int64_t blocks = std::min<int64_t>(ceil_div(numbers, kTile<T>), 1024);  // enough to fill a GPU, quick to return
   const bool wide = aligned(gradient) && (candidates == 1 || numbers % kWide<T> == 0);
-  launch("mimic_rescale_kernel", mimic_rescale_kernel<T>, candidates * blocks, kThreads, stream, blocks, numbers, wide,
+  launch("distillation_rescale_kernel", distillation_rescale_kernel<T>, candidates * blocks, kThreads, stream, blocks, numbers, wide,
          gradient, grad);
 }
 
 #define DCVIT_INSTANTIATE(T)                                                                                       \
-  template int64_t mimic_blocks<T>(const MimicShape&);                                                             \
-  template void launch_mimic_pass(MimicShape, View<const T>, View<const T>, View<const float>, View<const double>, \
+  template int64_t distillation_blocks<T>(const DistillationShape&);                                                             \
+  template void launch_distillation_pass(DistillationShape, View<const T>, View<const T>, View<const float>, View<const double>, \
                                   View<const float>, View<double>, View<T>, void*);                                \
-  template void launch_mimic_rescale(int64_t, View<T>, View<const float>, void*);
+  template void launch_distillation_rescale(int64_t, View<T>, View<const float>, void*);
 DCVIT_INSTANTIATE(float)
 DCVIT_INSTANTIATE(Half)
 DCVIT_INSTANTIATE(BFloat16)

@@ -1,12 +1,12 @@
 #include "_tensor.h"
-#include "mimic_loss.h"
+#include "distillation_loss.h"
 
 namespace dcvit {
 namespace {
 
-MimicShape check(const char* op, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight) {
+DistillationShape check(const char* op, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight) {
   expect_dims(op, "student", student, 4);
-  const MimicShape shape{student.size(0), student.size(1), student.size(2), student.size(3)};
+  const DistillationShape shape{student.size(0), student.size(1), student.size(2), student.size(3)};
   expect(op, "teacher", teacher, {shape.batch, shape.tokens, shape.width}, student.scalar_type(), student);
   if (weight) expect(op, "weight", *weight, {shape.tokens}, ScalarType::Float, student);
   return shape;
@@ -19,8 +19,8 @@ std::optional<Tensor> sum_of(const std::optional<Tensor>& weight, void* stream) 
   return sum;
 }
 
-std::tuple<Tensor, Tensor> mimic_loss(Tensor student, Tensor teacher, std::optional<Tensor> weight, bool with_unit) {
-  const MimicShape shape = check("mimic_loss", student, teacher, weight);
+std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, std::optional<Tensor> weight, bool with_unit) {
+  const DistillationShape shape = check("distillation_loss", student, teacher, weight);
   const Device device(student);
   student = dense(student);
   teacher = dense(teacher);
@@ -30,24 +30,24 @@ std::tuple<Tensor, Tensor> mimic_loss(Tensor student, Tensor teacher, std::optio
                     ? empty(student, {shape.candidates, shape.batch, shape.tokens, shape.width}, student.scalar_type())
                     : empty(student, {0}, student.scalar_type());
   if (shape.candidates == 0) return {losses, unit};
-  dispatch("mimic_loss", student.scalar_type(), [&](auto number) {
+  dispatch("distillation_loss", student.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const std::optional<Tensor> weight_sum = sum_of(weight, device.stream());
-    const int64_t blocks = mimic_blocks<T>(shape);
+    const int64_t blocks = distillation_blocks<T>(shape);
     Tensor partials = empty(student, {shape.candidates, blocks}, ScalarType::Double);
     if (blocks > 0)
-      launch_mimic_pass<T>(shape, view<const T>(student), view<const T>(teacher), view<const float>(weight),
+      launch_distillation_pass<T>(shape, view<const T>(student), view<const T>(teacher), view<const float>(weight),
                            view<const double>(weight_sum), {}, view<double>(partials),
                            with_unit ? view<T>(unit) : View<T>(), device.stream());
-    launch_mimic_losses(shape, blocks, view<const double>(partials), view<const double>(weight_sum),
+    launch_distillation_losses(shape, blocks, view<const double>(partials), view<const double>(weight_sum),
                         view<float>(losses), device.stream());
   });
   return {losses, unit};
 }
 
-Tensor mimic_loss_backward(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight) {
-  const MimicShape shape = check("mimic_loss_backward", student, teacher, weight);
-  expect("mimic_loss_backward", "grad", grad, {shape.candidates}, ScalarType::Float, student);
+Tensor distillation_loss_backward(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight) {
+  const DistillationShape shape = check("distillation_loss_backward", student, teacher, weight);
+  expect("distillation_loss_backward", "grad", grad, {shape.candidates}, ScalarType::Float, student);
   const Device device(student);
   grad = dense(grad);
   student = dense(student);
@@ -55,38 +55,38 @@ Tensor mimic_loss_backward(Tensor grad, Tensor student, Tensor teacher, std::opt
   weight = dense(weight);
   Tensor gradient = torch::stable::new_empty(student, student.sizes(), student.scalar_type());
   if (gradient.numel() == 0) return gradient;
-  dispatch("mimic_loss_backward", student.scalar_type(), [&](auto number) {
+  dispatch("distillation_loss_backward", student.scalar_type(), [&](auto number) {
     using T = decltype(number);
     const std::optional<Tensor> weight_sum = sum_of(weight, device.stream());
-    launch_mimic_pass<T>(shape, view<const T>(student), view<const T>(teacher), view<const float>(weight),
+    launch_distillation_pass<T>(shape, view<const T>(student), view<const T>(teacher), view<const float>(weight),
                          view<const double>(weight_sum), view<const float>(grad), {}, view<T>(gradient),
                          device.stream());
   });
   return gradient;
 }
 
-void mimic_loss_rescale(Tensor unit, Tensor grad) {
-  expect_dims("mimic_loss_rescale", "unit", unit, 4);
+void distillation_loss_rescale(Tensor unit, Tensor grad) {
+  expect_dims("distillation_loss_rescale", "unit", unit, 4);
   STD_TORCH_CHECK(unit.is_contiguous(),
-                  "mimic_loss_rescale: expected unit to be contiguous, as mimic_loss returned it, "
+                  "distillation_loss_rescale: expected unit to be contiguous, as distillation_loss returned it, "
                   "got strides ",
                   shape_of(unit.strides().data(), unit.dim()));
-  expect("mimic_loss_rescale", "grad", grad, {unit.size(0)}, ScalarType::Float, unit);
+  expect("distillation_loss_rescale", "grad", grad, {unit.size(0)}, ScalarType::Float, unit);
   if (unit.numel() == 0) return;
   const Device device(unit);
   grad = dense(grad);
-  dispatch("mimic_loss_rescale", unit.scalar_type(), [&](auto number) {
+  dispatch("distillation_loss_rescale", unit.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    launch_mimic_rescale<T>(unit.size(0), view<T>(unit), view<const float>(grad), device.stream());
+    launch_distillation_rescale<T>(unit.size(0), view<T>(unit), view<const float>(grad), device.stream());
   });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dcvit, DCVIT_KEY, m) {
-  m.impl(DCVIT_OP("mimic_loss"), TORCH_BOX(&mimic_loss));
-  m.impl(DCVIT_OP("mimic_loss_backward"), TORCH_BOX(&mimic_loss_backward));
-  m.impl(DCVIT_OP("mimic_loss_rescale"), TORCH_BOX(&mimic_loss_rescale));
+  m.impl(DCVIT_OP("distillation_loss"), TORCH_BOX(&distillation_loss));
+  m.impl(DCVIT_OP("distillation_loss_backward"), TORCH_BOX(&distillation_loss_backward));
+  m.impl(DCVIT_OP("distillation_loss_rescale"), TORCH_BOX(&distillation_loss_rescale));
 }
 
 }  // namespace dcvit
