@@ -49,7 +49,7 @@ WEIGHTS = "model.safetensors"
 MOST_KILLS = 8
 """Of one run; each start goes on where the one before was killed, and may come to the end first."""
 
-STAGES = ("synthesis", "views", "trials", "pruning trials", "step sizes", "reconstruction", "pilot runs", "refinement")
+STAGES = ("synthesis", "views", "probes", "pruning probes", "step sizes", "reconstruction", "pilot runs", "refinement")
 """Of a run, in their order."""
 
 FULL_BYTES = 8 << 20

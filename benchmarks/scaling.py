@@ -212,7 +212,7 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.DCViT) -
             "step sizes": len(recovery.step_sizes) * (few / rows * (one_block + gradients) + 2 * solutions(kept)),
             "solutions of blocks": (cut + pruned) * 2 * solutions(kept),
         },
-        queued={"trials": (probe, depth - 2), "pruning trials": (probe, depth)},
+        queued={"probes": (probe, depth - 2), "pruning probes": (probe, depth)},
         split={
             "teacher's pass": views * macs / rates.forward,
             "student's passes": views * macs / rates.forward,
@@ -263,7 +263,7 @@ def check(name: str, rates: Rates, device: torch.device) -> list[str]:
     computed = {
         "proxy set": expected["proxy set"],
         "views": expected["teacher's pass"],
-        "ranking": expected["trials"] + expected["pruning trials"],
+        "ranking": expected["probes"] + expected["pruning probes"],
         "step size": expected["step sizes"],
         "compression": sum(
             expected[s] for s in ("solutions of blocks", "student's passes", "normal equations", "gradient steps")

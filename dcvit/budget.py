@@ -8,7 +8,7 @@ from dcvit.costs import MAC_CONVENTIONS, Cost, MacConvention
 from dcvit.errors import BudgetError
 from dcvit.serialization import plain_numbers
 
-__all__ = ["ADDITIVE", "PER_BATCH", "UNITS", "Budget"]
+__all__ = ["ADDITIVE", "METRICS", "PER_BATCH", "Budget"]
 
 PER_BATCH = ("activation_memory", "latency", "latency_ms")
 """Those that depend on the batch size."""

@@ -19,19 +19,19 @@ from dcvit.serialization import from_plain
 __all__ = [
     "CURVE",
     "BlockShape",
+    "BlockSpec",
     "ComparisonRow",
-    "Cut",
     "LatencyModel",
     "ModelFigures",
     "Plan",
     "PlannedLatency",
+    "Probe",
     "Reconstruction",
     "Recovery",
     "Refinement",
     "Report",
     "SensitivityCurve",
     "StructureTiming",
-    "Trial",
     "curve_units",
 ]
 

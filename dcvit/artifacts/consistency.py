@@ -96,7 +96,7 @@ def _check_shapes(plan: Plan, report: "Report") -> None:
 
 def _check_course(plan: Plan, report: "Report", depth: int | None) -> None:
     """Probes and recoveries."""
-    for name, probes in (("trials", report.probes), ("pruning_probes", report.pruning_probes)):
+    for name, probes in (("probes", report.probes), ("pruning_probes", report.pruning_probes)):
         _check_blocks(f"report.{name}", [probe.block for probe in probes], depth)
         for probe in probes:
             if (curve := probe.sensitivity) is None:

@@ -35,6 +35,7 @@ from dcvit.data.synthesis import ProxySet
 from dcvit.errors import DtypeError, SaveFolderError, UnsupportedModelError
 from dcvit.history import Plan, Report
 from dcvit.models import CONFIG_FILE, WEIGHTS_FILE, compressible, load_model, preprocessing, standalone_source
+from dcvit.runtime.earlier import in_present_words
 from dcvit.runtime.files import (
     UnusableFileError,
     digest,
@@ -344,7 +345,7 @@ def read_record(folder: str | Path) -> Record:
     folder = Path(folder)
     if not os.path.isdir(folder):  # which is false, too, of a name that is too long or holds a NUL
         raise SaveFolderError(f"{str(folder)!r} is not a folder: expected one that dcvit saved.")
-    values = read_json(folder / RESULT_FILE)
+    values = in_present_words(read_json(folder / RESULT_FILE))
     try:
         _of_earlier_versions(values)
         plan, report = Plan.from_dict(values["plan"]), from_plain(Report, values["report"])
@@ -364,7 +365,7 @@ def _of_earlier_versions(values: Mapping[str, Any]) -> None:
     if "pruned" not in plan:
         kept, after = map(int, plan["kept_units"]), report.get("blocks_after", ())
         plan["pruned"] = sorted(b for b in kept if b < len(after) and after[b]["attention"])
-    for probe in report["trials"]:
+    for probe in report["probes"]:
         if "epochs" not in probe:
             probe["epochs"] = 0 if probe["recovery"] is None else len(probe["recovery"]["losses"])
 

@@ -105,12 +105,12 @@ def synthesize(
             shifts = tuple(int(torch.randint(-roll, roll + 1, (), generator=drawing)) for roll in rolls)
             mirrored = float(torch.rand((), generator=drawing, dtype=torch.float32)) < config.flip
             gradients, of_views = [], 0.0
-            for part, wanted in zip(images.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
+            for part, of_part in zip(images.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
                 seen = part.detach().requires_grad_(True)
-                view = seen.roll(shifts, dims=(2, 3))
-                view = view.flip(3) if mirrored else view
+                jittered = seen.roll(shifts, dims=(2, 3))
+                jittered = jittered.flip(3) if mirrored else jittered
                 bn_inputs.clear()
-                of_view = F.cross_entropy(class_logits(model, view.tokens(view)), wanted)
+                of_view = F.cross_entropy(class_logits(model, view.tokens(jittered)), of_part)
                 if bn_inputs:
                     of_view = of_view + config.bn_weight * bn_prior(bn_inputs)
                 of_view = len(part) / len(images) * of_view

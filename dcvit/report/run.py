@@ -42,7 +42,7 @@ from dcvit.report.charts import (
 from dcvit.report.family import saved_family_page
 from dcvit.report.page import Figure, Gallery, Key, Page, Picture, Section, Table, Tile, settings_table
 from dcvit.report.svg import Marker
-from dcvit.runtime.earlier import settings_of_earlier_versions
+from dcvit.runtime.earlier import in_present_words, settings_of_earlier_versions
 from dcvit.serialization import from_plain
 
 __all__ = ["run_page", "write_page", "write_report"]
@@ -74,7 +74,7 @@ def write_report(folder: str | Path) -> Path:
     path = Path(folder) / FAMILY_FILE
     try:
         if os.path.lexists(path):
-            return write_page(saved_family_page(read_json(path)), Path(folder) / REPORT_FILE)
+            return write_page(saved_family_page(in_present_words(read_json(path))), Path(folder) / REPORT_FILE)
         path = Path(folder) / RESULT_FILE
         return write_page(run_page(read_record(folder)), Path(folder) / REPORT_FILE)
     except DcvitError:

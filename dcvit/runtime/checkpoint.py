@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcvit.errors import DamagedEntryWarning, DcvitWarning, RunStoreError
-from dcvit.runtime.earlier import run_of_earlier_versions
+from dcvit.runtime.earlier import entry_of_earlier_versions, in_present_words, run_of_earlier_versions
 from dcvit.runtime.files import DRAFT_MARK, digest, kind_of, open_regular, probe_folder, read_table, replacing
 from dcvit.serialization import from_plain
 
@@ -55,10 +55,10 @@ __all__ = [
     "NOTHING_KEPT",
     "NO_CHECKS",
     "Check",
+    "Entry",
     "MemoryStore",
     "RunStore",
     "Store",
-    "Unit",
     "delete_run",
     "differences",
     "digest_images",
@@ -244,16 +244,17 @@ class RunStore(Store):
         try:
             if kind_of(values) is None:
                 return None
-            kept = from_plain(_Kept, read_table(values), "the file")
+            kept = from_plain(_Kept, entry_of_earlier_versions(read_table(values)), "the file")
             if kept.sha256 != _digest(vars(kept.entry)):
                 raise ValueError("its values were changed")
             if kept.entry.name != self.prefix + name:
                 raise ValueError(f"it is a copy of {kept.entry.name!r}")
-            entry = Entry(kept.entry.values)
+            found = in_present_words(kept.entry.values)
+            entry = Entry(found)
             if kept.entry.tensors is not None:
                 if digest(tensors) != kept.entry.tensors:
                     raise ValueError("its tensors were changed")
-                entry = Entry(kept.entry.values, _load(tensors))
+                entry = Entry(found, _load(tensors))
             if check is not None:
                 check(entry)
             return entry
@@ -271,7 +272,7 @@ class RunStore(Store):
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in entry.tensors.items()}
             sha256 = _replace(tensors, lambda path: save_file(plain, path))
         kept = vars(_Entry(self.prefix + name, entry.values, sha256))
-        _replace(values, lambda path: path.write_text(json.dumps({"unit": kept, "sha256": _digest(kept)}) + "\n"))
+        _replace(values, lambda path: path.write_text(json.dumps({"entry": kept, "sha256": _digest(kept)}) + "\n"))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from dcvit.errors import DcvitError, DistributedError
 from dcvit.runtime.checkpoint import NO_CHECKS, NOTHING_KEPT, Check, Entry, RunStore, Store, differences, open_run
 from dcvit.runtime.spill import SpilledBuffer
 
-__all__ = ["SINGLE_PROCESS", "Ranks", "launched", "on_devices"]
+__all__ = ["SINGLE_PROCESS", "ProcessGroup", "launched", "on_devices"]
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for what another computes. The launcher notices much earlier if one dies."""
@@ -293,17 +293,17 @@ def _launched(
     devices: Sequence[str], work: Callable[[ProcessGroup, str], T], threads: int, folder: Path
 ) -> dict[int, T | DcvitError]:
     """What each process gives back, by rank; the folder is for what the launcher and they write."""
-    told = folder / "error"
+    refusal = folder / "error"
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=len(devices), run_id=secrets.token_hex(8), rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=1,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )  # fmt: skip
     try:
-        outcomes: dict[int, T | DcvitError] = elastic_launch(config, _on_device)(work, tuple(devices), threads, told)
+        outcomes: dict[int, T | DcvitError] = elastic_launch(config, _on_device)(work, tuple(devices), threads, refusal)
     except ChildFailedError as error:
-        if told.is_file():  # the others died of it
-            raise pickle.loads(told.read_bytes()) from error
+        if refusal.is_file():  # the others died of it
+            raise pickle.loads(refusal.read_bytes()) from error
         rank, failure = error.get_first_failure()
         raise DistributedError(
             f"The process on {devices[rank]} died (exit code {failure.exitcode}; what it wrote is above). With "
@@ -341,7 +341,7 @@ def _require_devices(devices: Sequence[str]) -> None:
 
 
 def _on_device(
-    work: Callable[[ProcessGroup, str], T], devices: Sequence[str], threads: int, told: Path
+    work: Callable[[ProcessGroup, str], T], devices: Sequence[str], threads: int, refusal: Path
 ) -> T | DcvitError:
     """One process of `on_devices`; the first that may not go on leaves word why."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal interrupts all processes; the first one speaks for them
@@ -351,7 +351,7 @@ def _on_device(
         with launched(device) as processes:
             return work(processes, device)
     except DcvitError as error:  # for the caller, who asked
-        with suppress(FileExistsError), told.open("xb") as file:
+        with suppress(FileExistsError), refusal.open("xb") as file:
             pickle.dump(error, file)
         return error
 

@@ -1,5 +1,7 @@
 """What earlier versions wrote, in the words of this one, so that their folders go on to be of use.
 
+Results, families and checkpoint entries had other names for some of their fields, see `NAMES`.
+
 The settings of dcvit's own method had other names: `metric_set`, `metric` and `progressive` lay beside the others, and
 `halving` and the fixed views within the recovery.
 """
@@ -7,9 +9,42 @@ The settings of dcvit's own method had other names: `metric_set`, `metric` and `
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["run_of_earlier_versions", "settings_of_earlier_versions"]
+__all__ = ["entry_of_earlier_versions", "in_present_words", "run_of_earlier_versions", "settings_of_earlier_versions"]
 
 RANKING_IMAGES = {"synthetic": "synthetic", "images": "few-shot"}
+
+NAMES = {
+    "judged_on": "evaluated_on",
+    "judgements": "validations",
+    "kept_nodes": "kept_units",
+    "mimic_loss": "distillation_loss",
+    "nodes": "units",
+    "pruning_trials": "pruning_probes",
+    "recoverability": "sensitivity",
+    "trial": "probe",
+    "trials": "probes",
+}
+"""What a field was called, and what it is called now."""
+
+
+def in_present_words(values: Any) -> Any:
+    """Return plain values with each field under its present name.
+
+    Args:
+        values: Plain values, which may be anything.
+    """
+    if isinstance(values, dict):
+        return {NAMES.get(name, name): in_present_words(value) for name, value in values.items()}
+    return [in_present_words(value) for value in values] if isinstance(values, list) else values
+
+
+def entry_of_earlier_versions(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint entry's file holds; earlier versions called the entry a unit.
+
+    Args:
+        table: Plain values, which may be anything.
+    """
+    return {"entry" if name == "unit" else name: value for name, value in table.items()}
 
 
 def run_of_earlier_versions(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +67,9 @@ def settings_of_earlier_versions(settings: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         settings: Plain values as `DCViT.to_dict` gives them, or an earlier version gave them.
     """
-    found = dict(settings)
+    found: dict[str, Any] = in_present_words(settings)
+    if isinstance(found.get("ablation"), dict):
+        found["ablation"] = _ablation(found["ablation"])
     recovery = found.get("recovery")
     if "metric_set" not in found or not isinstance(recovery, dict):
         return found
@@ -50,4 +87,9 @@ def settings_of_earlier_versions(settings: Mapping[str, Any]) -> dict[str, Any]:
         recovery["augmentation"] = augmentation
     if recovery.get("method") == "mimicking":
         recovery |= {"method": "distillation", "fixed_views": fixed_views}
-    return {**found, "recovery": recovery, "ablation": ablation}
+    return {**found, "recovery": recovery, "ablation": _ablation(ablation)}
+
+
+def _ablation(ablation: Mapping[str, Any]) -> dict[str, Any]:
+    metric = ablation.get("metric")
+    return {**ablation, "metric": "distillation" if metric == "mimicking" else metric}

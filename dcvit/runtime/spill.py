@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dcvit.errors import DcvitError
 
-__all__ = ["IN_MEMORY", "Stack"]
+__all__ = ["IN_MEMORY", "SpilledBuffer"]
 
 IN_MEMORY = 16 << 20
 """Bytes of a stack on the CPU that stay in memory."""

@@ -49,6 +49,9 @@ in 10 of 12 by the distillation metric, where near ties changed places, for thre
 short to settle (24 epochs on 25 digits) 1 of 4. So `halving` is off by default.
 """
 
+_ENTRIES = {"probes": "trials", "pruning probes": "pruning-trials"}
+"""What the checkpoint entries of a stage are called on disk: as in runs that earlier versions began."""
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -112,15 +115,15 @@ def rank(
         best[0].load_state_dict(dict(entry.tensors))
 
     def check(entry: Entry) -> None:
-        probes = from_plain(tuple[Probe, ...], entry.values, "trials")
+        probes = from_plain(tuple[Probe, ...], entry.values, "probes")
         if sorted(probe.block for probe in probes) != sorted(plan.candidates) or probes != _best_first(probes):
             raise ValueError("it does not hold a probe of each candidate, best first")
         for probe in probes:
             probe.require_distilled(config, halving=halving)
         require_alike(entry.tensors, pruned(probes[0].block).state_dict())
 
-    entry = context.store.entry("trials", tried, restore, check=check, together=True)
-    return Ranking(from_plain(tuple[Probe, ...], entry.values, "trials"), best[0], kept)
+    entry = context.store.entry(_ENTRIES["probes"], tried, restore, check=check, together=True)
+    return Ranking(from_plain(tuple[Probe, ...], entry.values, "probes"), best[0], kept)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def run_probes(
         share_parameters(student, teacher, but=chosen or updated_parameters(student, [block], config))
     recoveries = recover_together(
         runs, teacher, images, config, context.single_process().derived("trial"),
-        selection=_halving(score, contest.num_chosen, config) if contest.halving else None, stage="trials",
+        selection=_halving(score, contest.num_chosen, config) if contest.halving else None, stage="probes",
     )  # fmt: skip
     mine = [
         Probe(block, score(student), recovery, seconds=recovery.seconds, epochs=len(recovery.losses))
@@ -218,7 +221,7 @@ def rank_reconstructed(
     config: ReconstructionConfig,
     context: RunContext = STANDALONE,
     *,
-    stage: str = "trials",
+    stage: str = "probes",
 ) -> tuple[tuple[Probe, ...], dict[int, tuple[int, ...]]]:
     """Cut each candidate block alone, reconstruct it in closed form, and sort by metric loss.
 
@@ -255,7 +258,7 @@ def rank_reconstructed(
         return Entry(asdict(_ReconstructedProbe(probe, order if count <= len(order) else kept)))
 
     def on_progress(done: int, entry: Entry | None) -> None:
-        context.progress(stage, done, len(specs), None if entry is None else entry.values["trial"]["metric_loss"])
+        context.progress(stage, done, len(specs), None if entry is None else entry.values["probe"]["metric_loss"])
 
     def check(block: int, spec: BlockSpec, entry: Entry) -> None:
         found = from_plain(_ReconstructedProbe, entry.values)
@@ -268,10 +271,10 @@ def rank_reconstructed(
         if len(found.order) != ordered or entry.tensors:
             raise ValueError(f"it orders {len(found.order)} hidden units: expected {ordered}")
 
-    names = {f"{stage.replace(' ', '-')}-{block}": block for block in specs}
+    names = {f"{_ENTRIES[stage]}-{block}": block for block in specs}
     entries = context.store.entries(
         {name: partial(tried, block, specs[block]) for name, block in names.items()},
-        told,
+        on_progress,
         {name: partial(check, block, specs[block]) for name, block in names.items()},
     )
     states.release_mlp_rows(block for block, spec in specs.items() if spec.attention)  # of those that others tried

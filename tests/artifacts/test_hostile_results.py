@@ -180,15 +180,15 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "kept of one less": (("plan", "kept_units"), lambda kept: dict([*kept.items()][1:]), "which plan.kept_units does"),
     "heads of no block": (("plan", "kept_heads"), {"0": [0]}, "plan.kept_heads names block 0, which plan.blocks"),
     "owner": (("plan", "mlp_of"), {"1": 2}, "plan.mlp_of names block 1|plan.mlp_of names block 2"),
-    "report of a block beyond": (("report", "trials", 0, "block"), 9, "report.probes names block 9"),
-    "probe twice": (("report", "trials"), lambda probes: [probes[0], *probes], "report.probes names block . twice"),
+    "report of a block beyond": (("report", "probes", 0, "block"), 9, "report.probes names block 9"),
+    "probe twice": (("report", "probes"), lambda probes: [probes[0], *probes], "report.probes names block . twice"),
     "losses cut": (
-        ("report", "trials", 0, "sensitivity", "losses"),
+        ("report", "probes", 0, "sensitivity", "losses"),
         lambda losses: losses[1:],
         "sensitivity of block . has .* nodes and .* losses",
     ),
     "nodes mixed": (
-        ("report", "trials", 0, "sensitivity", "nodes"),
+        ("report", "probes", 0, "sensitivity", "units"),
         lambda units: units[::-1],
         "sensitivity of block .: expected numbers from 0, ascending",
     ),
@@ -315,7 +315,7 @@ def test_a_member_s_name_is_one_that_dcvit_gives(name: str, family: Path) -> Non
 
 def test_values_that_no_chart_can_show_are_left_out(folder: Path, family: Path) -> None:
     for probe, error in enumerate((1e308, 5e-324)):
-        change(folder, "report", "trials", probe, "metric_loss", to=error)
+        change(folder, "report", "probes", probe, "metric_loss", to=error)
     change(folder, "report", "refinement", "validations", to=[[2**62, 1.0], [2**62 + 1, 1e308], [2**62 + 2, -1e308]])
     assert "1e+308" in write_report(folder).read_text()
     change(family, "points", 1, "latency_ms", to=1e308, file="family.json")

@@ -346,7 +346,7 @@ def older(folder: Path) -> None:
     values = json.loads((folder / "result.json").read_text())
     report = values["report"]
     del report["settings"], report["blocks"], report["refinement"]["validations"]
-    for went in (*report["reconstructions"], *(probe["reconstruction"] for probe in report["trials"])):
+    for went in (*report["reconstructions"], *(probe["reconstruction"] for probe in report["probes"])):
         del went["errors"]
     (folder / "result.json").write_text(json.dumps(values))
     (folder / "metric_set.safetensors").unlink()

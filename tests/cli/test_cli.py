@@ -531,9 +531,9 @@ class Screen:
 def test_progress_shows_loss_and_time(terminal: bool) -> None:
     screen = Screen(terminal)
     progress = TerminalProgress(screen, interval=0.0)  # type: ignore[arg-type]
-    progress("trials", 0, 3, None)
+    progress("probes", 0, 3, None)
     for done in range(1, 4):
-        progress("trials", done, 3, 0.5 / done)
+        progress("probes", done, 3, 0.5 / done)
     lines = screen.text.splitlines()
     assert lines[-1].startswith("probes: loss 0.1667")
     if terminal:
@@ -562,10 +562,10 @@ def test_the_time_left_leaves_out_what_an_earlier_run_finished(terminal: bool, m
     monkeypatch.setattr("dcvit.runtime.progress.time.monotonic", lambda: now)
     screen = Screen(terminal)
     progress = TerminalProgress(screen, interval=0.0)  # type: ignore[arg-type]
-    progress("trials", 6, 10, None)
+    progress("probes", 6, 10, None)
     assert ("6/10" in screen.text) == terminal
     now += 7
-    progress("trials", 7, 10, 0.5)
+    progress("probes", 7, 10, 0.5)
     if not terminal:
         assert screen.text == "probes: 7/10, loss 0.5, 21 s left\n"
     progress.close()

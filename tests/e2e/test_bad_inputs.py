@@ -419,7 +419,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: DCViT(recovery="fast"),
         "recovery='fast': expected a ReconstructionConfig or a DistillationConfig.",
     ),
-    "nodes": (lambda at: ReconstructionConfig(units="best"), "nodes='best': expected one of 'greedy', 'random'."),
+    "units": (lambda at: ReconstructionConfig(units="best"), "units='best': expected one of 'greedy', 'random'."),
     "num_views": (lambda at: ReconstructionConfig(num_views=0), "num_views=0: expected 1 or more."),
     "step sizes": (
         lambda at: ReconstructionConfig(step_sizes=()),

@@ -361,7 +361,7 @@ def synthesis_with(**changes: Any) -> Change:
 RECONSTRUCTION: dict[str, Change] = {
     "refinement_views": recovery_with(refinement_views=54),
     "num_rows": recovery_with(num_rows=240),
-    "nodes": recovery_with(units="random"),
+    "units": recovery_with(units="random"),
     "epochs": recovery_with(epochs=3),
     "step_sizes": recovery_with(step_sizes=(0.02,)),
     "batch_rows": recovery_with(batch_rows=12),

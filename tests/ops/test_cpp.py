@@ -71,7 +71,7 @@ def test_the_same_for_any_number_of_threads(name: str) -> None:
         assert torch.equal(value, three[key]), key
 
 
-@pytest.mark.parametrize("node", [-1, 40])
+@pytest.mark.parametrize("unit", [-1, 40])
 def test_nodes_out_of_range_are_named(unit: int) -> None:
     inputs = test_dropped_mlp.make(3)
     inputs["idx"][2] = unit

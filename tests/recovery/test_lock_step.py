@@ -361,7 +361,7 @@ def test_halving_saves_the_steps_and_is_told(
     # A result saved before probes told their epochs.
     file = tmp_path / "out" / "result.json"
     values = json.loads(file.read_text())
-    for probe in values["report"]["trials"]:
+    for probe in values["report"]["probes"]:
         del probe["epochs"]
     file.write_text(json.dumps(values))
     assert dcvit.load(tmp_path / "out").report == result.report

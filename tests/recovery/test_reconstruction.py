@@ -181,7 +181,7 @@ def test_teacher_states_are_what_the_blocks_see(variant: Variant) -> None:
 
     def rows(block: int) -> Tensor:
         whole = torch.cat(seen[block])
-        return torch.stack([whole[view, token] for view, row in enumerate(places.tolist()) for token in row])
+        return torch.stack([whole[image, token] for image, row in enumerate(places.tolist()) for token in row])
 
     for block in range(4):
         assert torch.equal(states.rows(block).inputs, rows(block))

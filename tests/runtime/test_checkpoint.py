@@ -29,7 +29,7 @@ OF = {"settings": {"seed": 0}}
 def counted(calls: list[str], name: str) -> Callable[[], Entry]:
     def work() -> Entry:
         calls.append(name)
-        return Entry({"loss": 0.1 + 0.2, "nodes": (1, 2)}, {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)})
+        return Entry({"loss": 0.1 + 0.2, "order": (1, 2)}, {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)})
 
     return work
 
@@ -42,7 +42,7 @@ def test_a_unit_is_computed_once_and_comes_back_as_it_was(tmp_path: Path) -> Non
         again = store.entry("trial-3", counted(calls, "b"))
         store.within("size-1").entry("trial-3", counted(calls, "c"))
     assert calls == ["a", "c"]
-    assert again.values == {"loss": first.values["loss"], "nodes": [1, 2]}
+    assert again.values == {"loss": first.values["loss"], "order": [1, 2]}
     assert again.tensors.keys() == {"w", "n"}
     assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in first.tensors)
     assert not list((tmp_path / "run" / "units").glob("*.part"))

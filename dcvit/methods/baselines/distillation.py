@@ -10,7 +10,7 @@ from dcvit.history import Recovery
 from dcvit.methods.registry import Task
 from dcvit.recovery.distill import find_learning_rate, recover
 
-__all__ = ["DistilledConfig", "mimic"]
+__all__ = ["DistilledConfig", "distil"]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from dcvit.models.modeling.variations import ConvolutionalAttention
 from dcvit.models.surgery import copy_blocks
 from dcvit.models.vision_transformer import convolution_of, head_layer, keep_block_heads, num_heads, place_convolution
 
-__all__ = ["Gates", "Kind", "Space", "Structure", "Unit", "gated", "open_gates", "recovered", "scores_of"]
+__all__ = ["Gates", "Kind", "PrunableGroup", "Space", "Structure", "gated", "open_gates", "recovered", "scores_of"]
 
 Kind = Literal["head", "unit", "attention"]
 Gates = Mapping[tuple[Kind, int], Tensor]

@@ -131,7 +131,7 @@ def prepare(
         probes, orders = rank_reconstructed(teacher, states, metric, specs, recovery, context)
         pruned = {block: BlockSpec(max(3 * view.hidden_features(block) // 8, 1), attention=True) for block in prunable}
         pruning_probes, prunable_orders = rank_reconstructed(
-            teacher, states, metric, pruned, recovery, context, stage="pruning trials"
+            teacher, states, metric, pruned, recovery, context, stage="pruning probes"
         )
     with context.timer("step size"):
         step_size = 0.0
