@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks kernels | compress | recovery | gpu-static`."""
+"""Benchmarks; `python -m benchmarks` lists them."""

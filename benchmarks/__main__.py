@@ -6,19 +6,23 @@ import sys
 
 COMMANDS = {
     "kernels": "each op x implementation x shape, against eager and torch.compile(eager)",
-    "compress": "dcvit.compress on the embedded model, with the kernels and without",
+    "compress": "dcvit.compress on the embedded model, with and without the kernels",
     "recovery": "how well methods recover: method x test bed x budget x seeds, with time and memory",
     "compare": "methods on the same images at the same budget, and ablations, on test beds or ImageNet",
-    "synthesis": "how well proxy sets order the blocks, and what they cost",
-    "export": "onnxruntime beside PyTorch, the original beside the compressed model",
-    "kills": "runs that are killed at random moments and go on: same weights in the end, no unit done twice",
-    "scaling": "what large models take on many devices, computed from what units take here",
-    "gpu-static": "what the compilers say about the GPU kernels, without a GPU",
+    "synthesis": "how well proxy sets rank the blocks, and what they cost",
+    "export": "onnxruntime against PyTorch, for the original and the compressed model",
+    "kills": "runs that are killed at random and resume: same weights in the end, no finished work done twice",
+    "scaling": "time of large models on many devices, computed from rates measured here",
+    "gpu-static": "registers, spills and memory accesses of the compiled GPU kernels, without a GPU",
 }
 
 
 def main(argv: list[str]) -> int:
-    """Run the command that the first argument names."""
+    """Run the command that the first argument names.
+
+    Returns:
+        The exit code: 2 for a missing, unknown or unavailable command.
+    """
     if not argv or argv[0] not in COMMANDS:
         lines = [f"  {name:12} {text}" for name, text in COMMANDS.items()]
         print("\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines]))

@@ -1,7 +1,8 @@
-"""Methods on the same images at the same budget: method x test bed x budget x seeds: `python -m benchmarks compare`.
+"""Compare methods on the same images at the same budget: `python -m benchmarks compare`.
 
-Each run is a process of its own; finished runs are kept in a file (`--out`), and an interrupted table goes on where it
-stopped. A method that does not handle a bed's family, or does not save what is asked for, is left out there.
+The runs are method x test bed x budget x seed. Each run has its own process. Finished runs are kept in a file
+(`--out`), and an interrupted table resumes where it stopped. A method that does not support a bed's model family, or a
+budget in the chosen metric, is left out there.
 """
 
 import argparse
@@ -37,10 +38,10 @@ from dcvit.config import TrainingConfig
 from dcvit.methods import METHODS
 
 RUNS = ROOT / "benchmarks" / "results" / "compare.jsonl"
-"""Part of the repository, so that a table grows from one machine and day to the next."""
+"""File of finished runs. It is part of the repository, so that a table can grow over several machines and days."""
 
 MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/contestants.py", "benchmarks/methods.py", "benchmarks/testbeds")
-"""What a run's figures depend on."""
+"""Files and folders on which the figures of a run depend."""
 
 FAMILIES = {
     "digits": "vit", "photographs": "vit", "dinov2": "vit", "swin": "swin", "resnet": "cnn", "efficientnet": "cnn",
@@ -52,20 +53,20 @@ SEEDS = 5
 
 @dataclass(frozen=True)
 class Request:
-    """A run to be made: with the version of the code, what a finished run is known by.
+    """The settings of a run. Together with the version of the code, they identify a finished run.
 
     Attributes:
         bed: Name of the test bed.
         method: Name of the method.
-        budget: Share of the MACs to take away, or of the unit.
-        seed: Draws the few-shot set, and seeds the method.
-        num_images: Few-shot images.
-        threads: Of torch.
-        epochs: Of each recovery by distillation; the method's own if `None`.
-        ablation: What is changed of the published procedure; `None` for a method as it is.
-        imagenet: Folder of ImageNet, with the bed's name that of the model; `None` for a bed of the repository.
-        held_out: Validation images of ImageNet.
-        unit: What the budget is of, one of `METRICS`.
+        budget: Share to remove of the MACs, or of another metric.
+        seed: Seed of the few-shot set and of the method.
+        num_images: Number of few-shot images.
+        threads: CPU threads of torch.
+        epochs: Epochs of each recovery by distillation; the method's own if `None`.
+        ablation: The ablation of the published procedure; `None` for an unchanged method.
+        imagenet: Folder of ImageNet, in which case `bed` is the name of the model; `None` for a bed of the repository.
+        held_out: Number of validation images of ImageNet.
+        unit: Metric of the budget, one of `METRICS`.
     """
 
     bed: str
@@ -87,23 +88,23 @@ class Request:
 
     @property
     def title(self) -> str:
-        """What stands in the table."""
+        """The name of the method, and of the ablation, in the table."""
         return self.method if self.ablation is None else f"{self.method}, {self.ablation}"
 
     @property
     def epochs_read(self) -> int | None:
-        """The epochs, where there is distillation that reads them."""
+        """The epochs, if the method has a distillation that reads them."""
         trains = self.ablation is not None or parts_of(METHODS[self.method].config(), TrainingConfig)
         return self.epochs if trains else None
 
     @property
     def label(self) -> str:
-        """What is said of it while it runs."""
+        """The label of the run in messages."""
         return f"{self.bed}, {self.asked}, seed {self.seed}, {self.title}"
 
     @property
     def prepared(self) -> bool:
-        """Whether its bed caches nothing: ImageNet's."""
+        """Whether the bed caches nothing, which holds for ImageNet."""
         return self.imagenet is not None
 
 
@@ -112,16 +113,16 @@ class Record:
     """A finished run.
 
     Attributes:
-        request: What was asked for.
+        request: Settings of the run.
         code: Version of the code.
         header: Machine, versions and commit.
-        macs: Share that is left, as of the next two.
-        params: Likewise.
-        latency: Measured in turn with the original, of a batch of the few-shot images.
-        agreement: Share of held-out images.
-        top1: Likewise; `None` without labels.
+        macs: Share of the MACs that is left.
+        params: Share of the parameters that is left.
+        latency: Share of the latency that is left, measured in turn with the original on a batch of few-shot images.
+        agreement: Share of held-out images on which student and original agree.
+        top1: Share of held-out images that are classified correctly; `None` without labels.
         error: r, see `benchmarks.testbeds.Measures`.
-        original_top1: Of the original.
+        original_top1: Top-1 of the original; `None` without labels.
         seconds: Wall-clock time of the compression.
     """
 
@@ -139,17 +140,17 @@ class Record:
 
     @property
     def summary(self) -> str:
-        """What is said of it when it is finished."""
+        """The main figures of the run in messages."""
         return f"agreement {self.agreement:.1%}, r {self.error:.4f}, {self.seconds:.1f} s"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
-        """The inverse of `dataclasses.asdict`, after JSON."""
+        """Return the record of a dictionary that `dataclasses.asdict` made and JSON stored."""
         return cls(**{**values, "request": Request(**values["request"])})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, then print the table.
+    """Make the missing runs, then print the table.
 
     Returns:
         1 if a run failed.
@@ -164,37 +165,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.table:
         records = latest(known)
     else:
-        wanted = _requests(options)
-        records, failed = run_missing(wanted, [] if options.force else known, options.out, MEASURED, run_apart)
+        requests = _requests(options)
+        records, failed = run_missing(requests, [] if options.force else known, options.out, MEASURED, run_apart)
     return publish(report(records) if records else None, failed, options.results, "compare")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks compare", description=__doc__.partition("\n")[0])
-    parser.add_argument("--beds", nargs="+", choices=BEDS, default=list(BEDS), help="all if not given")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="all if not given")
+    parser.add_argument("--beds", nargs="+", choices=BEDS, default=list(BEDS), help="all by default")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="all by default")
     parser.add_argument("--budgets", nargs="+", type=share, default=list(BUDGETS),
-                        help="shares of the MACs to take away (default: %(default)s)")  # fmt: skip
+                        help="shares of the MACs to remove (default: %(default)s)")  # fmt: skip
     parser.add_argument("--unit", nargs="+", choices=METRICS, default=["macs"],
-                        help="what the budgets are of (default: macs)")  # fmt: skip
-    parser.add_argument("--seeds", type=count, default=SEEDS, help="how many few-shot sets (default: %(default)s)")
+                        help="metrics of the budgets (default: macs)")  # fmt: skip
+    parser.add_argument("--seeds", type=count, default=SEEDS, help="number of few-shot sets (default: %(default)s)")
     parser.add_argument("--num-images", nargs="+", type=count, metavar="N",
                         help="few-shot images (default: 50, with --imagenet 50 100 500 1000)")  # fmt: skip
-    parser.add_argument("--epochs", type=count, help="of each recovery by distillation; the methods' own if not given")
+    parser.add_argument("--epochs", type=count, help="of each recovery by distillation; by default the methods' own")
     parser.add_argument("--ablate", nargs="*", choices=ABLATIONS, metavar="ABLATION",
-                        help="the published procedure, one thing changed: " + ", ".join(map(repr, ABLATIONS))
-                        + "; all without a name")  # fmt: skip
+                        help="ablations of the published procedure: " + ", ".join(map(repr, ABLATIONS))
+                        + "; without a name, all")  # fmt: skip
     parser.add_argument("--imagenet", type=Path, metavar="DIR",
                         help="the paper's protocol on DIR/train and DIR/val, seeds from 2021 on")  # fmt: skip
-    parser.add_argument("--model", default="deit_base_patch16_224", help="on ImageNet (default: %(default)s)")
+    parser.add_argument("--model", default="deit_base_patch16_224", help="model on ImageNet (default: %(default)s)")
     parser.add_argument("--held-out", type=count, default=50_000, metavar="N",
-                        help="validation images of ImageNet (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--threads", type=count, default=1, help="of torch (default: %(default)s)")
+                        help="number of validation images of ImageNet (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads of torch (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RUNS, help="JSON lines of finished runs")
-    parser.add_argument("--force", action="store_true", help="run again what is finished")
-    parser.add_argument("--table", action="store_true", help="only print what is in the file, the last of each kind")
+    parser.add_argument("--force", action="store_true", help="also repeat finished runs")
+    parser.add_argument("--table", action="store_true", help="only print the last finished run of each kind")
     parser.add_argument("--results", type=Path, help="write the table into this Markdown file, too")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one request, in the process of its own
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one request, in its own process
     return parser
 
 
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:
-    """All runs of a table, seed by seed, so that an interrupted table is a whole one of fewer seeds."""
+    """Return all runs of a table, seed by seed, so that an interrupted table is complete for fewer seeds."""
     ablations: list[str | None] = [None]
     methods = options.methods
     if options.ablate is not None:
@@ -225,7 +226,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
 
 
 def run_apart(request: Request, code: str) -> Record:
-    """One run in a process of its own, see `run_command`."""
+    """Make one run in its own process, see `run_command`."""
     found, _ = run_command("compare", asdict(request), request.threads)
     return Record.from_dict({**found, "request": asdict(request), "code": code})
 
@@ -239,7 +240,7 @@ def _bed(request: Request) -> TestBed:
 
 
 def _measured(request: Request) -> dict[str, Any]:
-    """Make a run in this process; the fields of its `Record` that are known here."""
+    """Make a run in this process and return the fields of its `Record` that are known here."""
     machine, bed = header(), _bed(request)
     config = config_of(request.method, bed, request.seed, request.epochs, request.ablation)
     images = images_of(bed, request.seed, request.ablation)
@@ -262,7 +263,7 @@ def _measured(request: Request) -> dict[str, Any]:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """The last run of each request; epochs that its method does not read make no other one of it."""
+    """Return the last run of each request. Epochs that the method does not read are ignored."""
     return list({replace(record.request, epochs=record.request.epochs_read): record for record in records}.values())
 
 
@@ -270,8 +271,8 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 
 def report(records: Sequence[Record]) -> str:
-    """The section of a results file: how it was measured, a table for each bed, and those of ablations."""
-    ordered = sorted(records, key=_place)
+    """Return the section of a results file: how it was measured, and tables of methods and ablations for each bed."""
+    ordered = sorted(records, key=_order)
     whole = [record for record in ordered if record.request.ablation is None]
     ablated = [record for record in ordered if record.request.ablation is not None]
     hours = sum(record.seconds for record in records) / 3600
@@ -284,11 +285,12 @@ def report(records: Sequence[Record]) -> str:
         *command_lines(ordered, _kind, command),
         "",
         f"{len(records)} runs, {hours:.2f} hours of compression in all, of the code as of {', '.join(codes)}. Mean ± "
-        "standard deviation over the seeds, each of which draws another few-shot set. Asked is what share of the MACs "
-        "goes, unless it says of what. MACs, parameters and latency are shares of the original's that are left, in per "
-        "cent; latency is measured in turn with the original, in one thread of a shared machine. Agreement with the "
-        "original and top-1 are of held-out images, in per cent. r = ‖s − t‖² / ‖t − mean(t)‖² over their output "
-        "tokens; 0 is exact. Epochs are those of each recovery by distillation, where a method has one.",
+        "standard deviation over the seeds, each of which draws another few-shot set. The column `asked` is the share "
+        "of the MACs to remove, or of the named metric. MACs, parameters and latency are shares of the original's that "
+        "are left, in per cent; latency is measured in turn with the original, in one thread of a shared machine. "
+        "Agreement with the original and top-1 are measured on held-out images, in per cent. "
+        "r = ‖s − t‖² / ‖t − mean(t)‖² over their output tokens; 0 is exact. Epochs are those of "
+        "each recovery by distillation, if a method has one.",
     ]
     for of_kind, what in ((whole, ""), (ablated, ", ablations of the published procedure")):
         for bed in dict.fromkeys(record.request.bed for record in of_kind):
@@ -300,7 +302,7 @@ def report(records: Sequence[Record]) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Method by method for each budget of one bed; the best agreement of a budget is bold."""
+    """Format the methods at each budget of one bed, with the best agreement of a budget in bold."""
     groups: dict[tuple[str, int], dict[tuple[str, int | None], list[Record]]] = {}
     for record in records:
         request = record.request
@@ -332,7 +334,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def command(records: Sequence[Record]) -> str:
-    """The command that makes a table of these runs, which must have the same epochs and unit."""
+    """Return the command that makes a table of these runs, which must have the same epochs and metric."""
 
     def all_of(field: str) -> list[str]:
         return [str(value) for value in dict.fromkeys(getattr(record.request, field) for record in records)]
@@ -347,11 +349,12 @@ def command(records: Sequence[Record]) -> str:
 
 
 def _kind(record: Record) -> tuple[bool, int | None, str]:
-    """Runs of one command are alike in this."""
+    """Return the values that all runs of one command share."""
     return record.request.ablation is not None, record.request.epochs, record.request.unit
 
 
-def _place(record: Record) -> tuple[Any, ...]:
+def _order(record: Record) -> tuple[Any, ...]:
+    """Return the sort key of a record in the tables."""
     request, beds, methods = record.request, list(BEDS), list(METHODS)
     bed = beds.index(request.bed) if request.bed in beds else len(beds)
     ablation = -1 if request.ablation is None else list(ABLATIONS).index(request.ablation)

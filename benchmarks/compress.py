@@ -1,12 +1,13 @@
-"""`dcvit.compress` end to end on the embedded model, with the kernels and without: `python -m benchmarks compress`.
+"""Time `dcvit.compress` on the embedded model, with and without the kernels: `python -m benchmarks compress`.
 
-Whole runs, in pairs of one with `impl="eager"` and one with `impl="auto"`, in one process and in changing order. A
-pair's ratio is spared what a slower or busier moment does to both, and the interval of the median ratio assumes nothing
-of its distribution. Many short runs tell more than a few long ones, so a run is the demonstration's with a quarter of
-its refinement, the longest stage; the others, such as measuring the latency for the report, weigh more than there.
+The runs come in pairs, one with `impl="eager"` and one with `impl="auto"`, in one process and in alternating order. A
+slow or busy moment affects both runs of a pair, so it hardly changes their ratio. The interval of the median ratio
+assumes nothing about the distribution. Many short runs are more informative than a few long ones. Each run is therefore
+that of the demonstration with a quarter of its refinement, which is the longest stage. The other stages, such as
+measuring the latency for the report, have a larger share of the time than in the demonstration.
 
-The profile shows where a run's time goes, by stage and of the operators that take most; the latter with as little
-refinement as there can be, because a profiler keeps every call in memory.
+The profile shows the time of each stage, and the operators that take most of it. The operators are profiled with the
+fewest possible refinement steps, because a profiler keeps every call in memory.
 """
 
 import argparse
@@ -31,7 +32,7 @@ IMPLS: tuple[Impl, Impl] = ("eager", "auto")
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of one compression: by the clock, of the processor, and by the clock in each stage."""
+    """Wall-clock and processor seconds of one compression, and wall-clock seconds of each stage."""
 
     wall: float
     cpu: float
@@ -41,9 +42,9 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print times, ratios and profile."""
     parser = argparse.ArgumentParser("python -m benchmarks compress", description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=16, help="pairs; 6 are the fewest that give an interval")
-    parser.add_argument("--threads", type=int, default=1, help="one is what the demonstration takes")
-    parser.add_argument("--steps", type=int, help="of the refinement; a quarter of the demonstration's if not given")
+    parser.add_argument("--runs", type=int, default=16, help="number of pairs; an interval needs at least 6")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the demonstration uses one")
+    parser.add_argument("--steps", type=int, help="refinement steps; by default a quarter of the demonstration's")
     parser.add_argument("--macs", type=float, default=0.75, help="budget, as a share of the model")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{stage:14}" + "".join(f"  {impl} {seconds:7.3f} s" for impl, seconds in zip(IMPLS, medians, strict=True))
         )
-    print("\nHow many times as fast as eager auto is, median of the pairs:")
+    print("\nSpeed-up of auto over eager, median of the pairs:")
     print("  by the clock      " + verdict([a.wall / b.wall for a, b in zip(eager, auto, strict=True)]))
     print("  by processor time " + verdict([a.cpu / b.cpu for a, b in zip(eager, auto, strict=True)]))
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verdict(ratios: Sequence[float]) -> str:
-    """The median, its interval, and whether that excludes 1."""
+    """Format the median, its interval, and whether the interval excludes 1."""
     median = f"{statistics.median(ratios):.3f}"
     interval = median_interval(ratios)
     if interval is None:
@@ -101,10 +102,17 @@ def verdict(ratios: Sequence[float]) -> str:
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """An interval that holds the median of what `values` are drawn from, with a probability of at least `level`.
+    """Return a confidence interval of the median of the distribution of `values`.
 
-    It reaches from the k-th smallest to the k-th largest value. The median lies below it, or above, if fewer than k of
-    n fair coins show heads, or tails. `None` if even all values are too few.
+    It reaches from the k-th smallest to the k-th largest of the n values. The median is below the interval with the
+    probability that fewer than k of n fair coins show heads, and above it with the same probability.
+
+    Args:
+        values: Independent samples.
+        level: Smallest probability that the interval contains the median.
+
+    Returns:
+        Both ends of the interval, or `None` if there are too few values.
     """
     ordered, n = sorted(values), len(values)
     outside, k = 0.0, 0

@@ -1,4 +1,4 @@
-"""Who takes part in `python -m benchmarks compare`: each method as it is by default, and the paper's ablations."""
+"""Contestants of `python -m benchmarks compare`: each method with its defaults, and the paper's ablations."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ from dcvit.models.loading import preprocessing
 __all__ = ["ABLATIONS", "OTHER_DOMAIN", "PUBLISHED", "config_of", "images_of"]
 
 PUBLISHED = "published"
-"""The published procedure, from which each ablation changes one thing."""
+"""Name of the published procedure. Each ablation changes one thing of it."""
 
 OTHER_DOMAIN = "images of another domain"
 
@@ -42,18 +42,18 @@ ABLATIONS: dict[str, Change] = {
     "all blocks at once": _ablated(progressive=False),
     OTHER_DOMAIN: lambda config: config,
 }
-"""Of the paper, by name."""
+"""The paper's ablations, by name."""
 
 
 def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: str | None = None) -> MethodConfig:
-    """The settings of a method on a test bed.
+    """Return the settings of a method on a test bed.
 
     Args:
-        name: The method.
-        bed: Says which views suit its images.
-        seed: Of all that is random.
-        epochs: Of each recovery by distillation, with a twentieth of them to warm up; the method's own if not given.
-        ablation: One of `ABLATIONS`, of the published procedure.
+        name: Name of the method.
+        bed: The test bed, which determines the random views.
+        seed: Seed of the method.
+        epochs: Epochs of each recovery by distillation, of which a twentieth are warm-up; `None` for the method's own.
+        ablation: One of `ABLATIONS`, which changes the published procedure.
     """
     config = METHODS[name].config()
     if ablation is not None:
@@ -66,9 +66,10 @@ def config_of(name: str, bed: TestBed, seed: int, epochs: int | None, ablation: 
 
 
 def images_of(bed: TestBed, seed: int, ablation: str | None = None) -> Tensor:
-    """The few-shot set, normalised: the bed's, or as many of another domain.
+    """Return the few-shot set, normalised, `[N, C, H, W]`.
 
-    Digits for a model of photographs, crops of photographs for one of digits.
+    It is the bed's own, except for the ablation `OTHER_DOMAIN`. That one uses as many images of another domain: digits
+    for a model of photographs, and crops of photographs for a model of digits.
     """
     if ablation != OTHER_DOMAIN:
         return bed.images

@@ -1,9 +1,8 @@
-"""onnxruntime beside PyTorch, the original beside the compressed model: `python -m benchmarks export`.
+"""Time onnxruntime and PyTorch on the original and the compressed model: `python -m benchmarks export`.
 
-The model is cut to the budget without recovery, which changes its weights but not its time. All contestants run in one
-process and in turn, a round runs each once, and a ratio is taken within a round: what a slower or busier moment does to
-one of them it does to the others. Each ONNX file is compared with its model when it is written, so no figure is of a
-file that computes something else.
+The model is compressed to the budget without recovery, which would change its weights but not its time. All contestants
+run in one process and in turn. A round runs each of them once, and ratios are taken within a round, so that a slow or
+busy moment affects all contestants alike. Each ONNX file is compared with its model when it is written.
 """
 
 import argparse
@@ -32,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm name, with random weights, or demo")
     parser.add_argument("--macs", type=float, default=0.75, help="budget, as a share of the model")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=30, help="after one of warm-up; 6 are the fewest for an interval")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch and of onnxruntime")
+    parser.add_argument("--rounds", type=int, default=30, help="timed rounds; an interval needs at least 6")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both runtimes")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     print(header())
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cut(model: nn.Module, macs: float) -> nn.Module:
-    """The model at a share of its MACs: the first candidate blocks are cut, hidden units drawn at random."""
+    """Compress the first candidate blocks to a share of the model's MACs, with hidden units drawn at random."""
     plan = make_plan(model, dcvit.Budget(macs=macs))
     student = model
     for block in plan.candidates[: plan.num_blocks]:
@@ -62,13 +61,14 @@ def cut(model: nn.Module, macs: float) -> nn.Module:
 
 
 def runs(model: nn.Module, images: Tensor, path: Path) -> dict[str, Callable[[], object]]:
-    """One forward pass by runtime. Writes the ONNX file, which onnxruntime then holds in memory."""
+    """Write the ONNX file and return a forward pass for each runtime."""
     import onnxruntime
 
     exported = dcvit.export_model(model, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would burden the next contestant
+    # Spinning idle threads would slow down the next contestant.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(exported.path, options, providers=["CPUExecutionProvider"])
     batch = images.numpy()
 
@@ -82,7 +82,7 @@ def runs(model: nn.Module, images: Tensor, path: Path) -> dict[str, Callable[[],
 def measure(
     contestants: dict[tuple[str, str], Callable[[], object]], rounds: int
 ) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each round, by contestant."""
+    """Return the seconds of each round, by contestant."""
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in contestants}
     for round_ in range(rounds + 1):
         for key, run in contestants.items():
@@ -94,7 +94,7 @@ def measure(
 
 
 def table(seconds: dict[tuple[str, str], list[float]], models: dict[str, nn.Module]) -> str:
-    """Medians, and of each runtime how much longer the compressed model takes than the original in the same round."""
+    """Format the median times, and for each runtime the ratio of compressed to original within a round."""
     before, after = (
         compressible(models[name]).cost().total.macs("with_attention_products") for name in (ORIGINAL, COMPRESSED)
     )

@@ -1,15 +1,16 @@
-"""What the compilers say about the GPU kernels, without a GPU: `python -m benchmarks gpu-static`.
+"""Inspect the compiled GPU kernels without a GPU: `python -m benchmarks gpu-static`.
 
 Every Triton kernel is compiled ahead of time as its launcher would launch it, in the configurations that
-`dcvit/kernels/_configs.py` has for the shapes of `cases`, and every CUDA kernel of `csrc/cuda`, for sm_80, sm_90 and
-the newest target of the compiler. The machine code then tells registers, spills and the widest memory accesses.
+`dcvit/kernels/_configs.py` has for the shapes of `cases`. Every CUDA kernel of `csrc/cuda` is compiled too. The targets
+are sm_80, sm_90 and the newest target of the compiler. The machine code shows the registers, the spills and the widest
+memory accesses.
 
-The launchers themselves say what they launch: they run on meta tensors, which have shapes and no data, and what they
-would launch is written down instead. At the size of ViT-B with batch 64 the report adds the bytes that each kernel must
-move (every tensor once, of gathered weights only what is kept), its floating-point operations, and the time that these
-take at least on an H100 SXM, by its data sheet: 3.35 TB/s, 989 TFLOP/s in dense bfloat16 and 67 TFLOP/s in float32. The
-same is counted for what launchers leave to torch, such as matrix products, and for the eager implementation, operator
-by operator. It is a bound, not a measurement.
+The launchers run on meta tensors, which have shapes but no data, and their launches are recorded instead of made. For
+ViT-B with batch 64 the report adds the bytes that each kernel must move (every tensor once, and of gathered weights
+only the kept part) and its floating-point operations. It also adds the least time that these take on an H100 SXM, by
+its data sheet: 3.35 TB/s, 989 TFLOP/s in dense bfloat16 and 67 TFLOP/s in float32. The same is counted, operator by
+operator, for the work that launchers leave to torch, such as matrix products, and for the eager implementation. These
+times are bounds, not measurements.
 """
 
 import argparse
@@ -41,7 +42,7 @@ MATRIX_RATE = 989e12
 VECTOR_RATE = 67e12
 
 WIDE = 16
-"""Bytes that a thread should load or store at once in a kernel that memory bounds."""
+"""Bytes that a thread of a memory-bound kernel should load or store at once."""
 
 SMALL = 2**20
 """Bytes below which the width of accesses does not matter: partial sums and vectors."""
@@ -52,7 +53,7 @@ TYPES = {
 }  # fmt: skip
 
 
-# --- what is launched ------------------------------------------------------------------------------------------------
+# --- launches --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Launch:
     """One launch of a Triton kernel.
 
     Attributes:
-        case: What launched it.
+        case: Title of the case that launched the kernel.
         function: The kernel.
-        arguments: All its arguments by name.
-        options: `num_warps` and `num_stages`, where the launcher sets them.
-        counted: Whether the case is one whose bytes are reported.
+        arguments: All arguments of the kernel by name.
+        options: `num_warps` and `num_stages`, if the launcher sets them.
+        counted: Whether bytes are reported for the case.
     """
 
     case: str
@@ -80,7 +81,7 @@ class Launch:
         return name
 
     def specialisation(self) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-        """Signature, constants and alignments, as Triton derives them from the arguments of a launch."""
+        """Return signature, constants and alignments, as Triton derives them from the arguments of a launch."""
         signature, constants, aligned = {}, {}, {}
         for i, parameter in enumerate(self.function.params):
             value = self.arguments[parameter.name]
@@ -99,19 +100,19 @@ class Launch:
         return signature, constants, aligned
 
     def key(self) -> str:
-        """The same for launches that run the same machine code."""
+        """Return a key that is equal for launches of the same machine code."""
         return repr((self.name, *self.specialisation(), sorted(self.options.items())))
 
     @property
     def tiles(self) -> str:
-        """The configuration in a few characters."""
+        """The configuration as a short text."""
         blocks = [str(self.arguments[p.name]) for p in self.function.params if p.is_constexpr]
         return "x".join(blocks) + "".join(f" {key[4]}{value}" for key, value in self.options.items())
 
 
 @contextlib.contextmanager
 def recorded(case: str, counted: bool) -> Iterator[list[Launch]]:
-    """Write down what is launched instead of launching it."""
+    """Record launches instead of making them; yield the list of records."""
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -134,10 +135,11 @@ class Case:
     """A call of an op on meta tensors.
 
     Attributes:
-        op: The op.
+        op: Name of the op.
         title: Sizes and dtype.
-        launch: Calls the launchers.
-        eager: Calls the eager implementation, backward included; `None` where only the configuration is wanted.
+        launch: Function that calls the launchers.
+        eager: Function that runs the eager implementation with its backward pass; `None` for a case that only tests
+            a configuration.
     """
 
     op: str
@@ -147,7 +149,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """ViT-B with batch 64, which is counted, then sizes that take the other configurations."""
+    """Return the cases: ViT-B with batch 64, which is counted, and sizes that use the other configurations."""
     half, single = torch.bfloat16, torch.float32
     found = [
         *(_distil(c, 64, 197, 768, dtype, True) for c in (1, 6) for dtype in (half, single)),
@@ -248,7 +250,7 @@ def _mlp(rows: int, width: int, hidden: int, kept: int | None, dtype: torch.dtyp
             y = _op("dropped_mlp").eager(*leaves[:5], idx, *leaves[5:7], 1e-6, leaves[7], True)
             torch.autograd.grad(y, leaves, x)
 
-    units = f"{hidden} nodes" if kept is None else f"{kept} of {hidden} nodes"
+    units = f"{hidden} hidden units" if kept is None else f"{kept} of {hidden} hidden units"
     title = f"[{rows}, {width}], {units}, {_short(dtype)}, forward and backward"
     return Case("dropped_mlp", title, launch, eager if counted else None)
 
@@ -257,7 +259,7 @@ def _short(dtype: torch.dtype) -> str:
     return TYPES[dtype]
 
 
-# --- what must be moved and computed ---------------------------------------------------------------------------------
+# --- bytes and operations --------------------------------------------------------------------------------------------
 
 WRITTEN = {
     "distillation_loss_fwd_kernel": ("partial", "unit"),
@@ -274,7 +276,7 @@ WRITTEN = {
     "dropped_mlp_hidden_bwd_kernel": ("grad_pre", "activation", "partial"),
     "dropped_mlp_norm_bwd_kernel": ("grad_x", "partial"),
 }
-"""The arguments that each kernel writes; a kernel that is not here fails the report."""
+"""Arguments that each kernel writes. A kernel that is missing here fails the report."""
 
 READ_AND_WRITTEN = {
     "distillation_loss_rescale_kernel": ("unit",),
@@ -296,16 +298,16 @@ OPERATIONS = {
     "dropped_mlp_hidden_bwd_kernel": ("pre", 40),
     "dropped_mlp_norm_bwd_kernel": ("x", 14),
 }
-"""Operations for each element of the named argument; the rest only add a few sums."""
+"""Operations for each element of the named argument. The other kernels only add a few partial sums."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done at least.
+    """The least work of a kernel.
 
     Attributes:
-        read: Bytes.
-        written: Bytes.
+        read: Bytes that are read.
+        written: Bytes that are written.
         flops: Floating-point operations.
     """
 
@@ -325,7 +327,7 @@ class Work:
 
 
 def work_of(launch: Launch) -> Work:
-    """Count what `launch` has to do."""
+    """Count the least work of a launch."""
     arguments, written = launch.arguments, WRITTEN[launch.name]
     size = {name: value.nbytes for name, value in arguments.items() if isinstance(value, Tensor)}
     again = READ_AND_WRITTEN.get(launch.name, ())
@@ -338,7 +340,7 @@ def work_of(launch: Launch) -> Work:
 
 
 class _OperatorCounter(TorchDispatchMode):
-    """Adds up what torch's operators move, and the time of each."""
+    """A mode that adds up the bytes, operations and times of torch's operators."""
 
     current: "_OperatorCounter | None" = None
 
@@ -365,13 +367,13 @@ class _OperatorCounter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
-    """Count the operators that run inside, if somebody asked for the count."""
+    """Count the operators that run in the context, if `count_eager` is running."""
     with _OperatorCounter.current or contextlib.nullcontext():
         yield
 
 
 def count_eager(case: Case) -> _OperatorCounter:
-    """Run a case's eager implementation on meta tensors and count."""
+    """Run a case's eager implementation on meta tensors and count its operators."""
     assert case.eager is not None
     _OperatorCounter.current = counter = _OperatorCounter()
     try:
@@ -381,7 +383,7 @@ def count_eager(case: Case) -> _OperatorCounter:
     return counter
 
 
-# --- what the compilers made of it -----------------------------------------------------------------------------------
+# --- machine code ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -389,14 +391,14 @@ class Code:
     """A compiled kernel.
 
     Attributes:
-        name: The kernel.
+        name: Name of the kernel.
         arch: Compute capability, 90 for sm_90.
-        threads: Threads of a block, at most where the launch decides; 0 if unknown.
-        registers: Per thread.
+        threads: Threads per block, or their maximum if each launch chooses them; 0 if unknown.
+        registers: Registers per thread.
         shared: Bytes of shared memory per block.
-        spills: Instructions that access local memory.
+        spills: Number of instructions that access local memory.
         load: Widest load from global memory, in bytes; 0 if there is none.
-        store: Widest store to it.
+        store: Widest store to global memory, in bytes; 0 if there is none.
     """
 
     name: str
@@ -410,13 +412,13 @@ class Code:
 
     @property
     def occupancy(self) -> float:
-        """Share of a multiprocessor's warps that can be resident."""
+        """The share of a multiprocessor's warps that can be resident."""
         if not self.threads:
             return float("nan")
         warps, blocks, shared = LIMITS.get(self.arch, LIMITS[max(LIMITS)])
         block_warps = -(-self.threads // 32)
         register_blocks = 65536 // (block_warps * (-(-self.registers * 32 // 256) * 256 or 256))
-        shared_blocks = shared // (self.shared + 1024)  # a block's own reserve
+        shared_blocks = shared // (self.shared + 1024)  # 1 KiB is reserved for each block
         return min(blocks, warps // block_warps, register_blocks, shared_blocks) * block_warps / warps
 
 
@@ -424,17 +426,17 @@ LIMITS = {
     80: (64, 32, 164 * 1024), 86: (48, 16, 100 * 1024), 89: (48, 24, 100 * 1024), 90: (64, 32, 228 * 1024),
     100: (64, 32, 228 * 1024), 103: (64, 32, 228 * 1024), 120: (48, 24, 100 * 1024), 121: (48, 24, 100 * 1024),
 }  # fmt: skip
-"""Warps, blocks and bytes of shared memory of a multiprocessor (CUDA programming guide, compute capabilities)."""
+"""Most warps, blocks and bytes of shared memory of a multiprocessor (CUDA programming guide, compute capabilities)."""
 
 
 def read_code(cubin: Path, arch: int, *, threads: int = 0, shared: int = 0) -> list[Code]:
-    """Take the kernels of a cubin apart.
+    """Disassemble the kernels of a cubin.
 
     Args:
         cubin: The file.
-        arch: What it was compiled for.
-        threads: Threads of a block, if known.
-        shared: Shared memory that a launch adds to what the kernel declares.
+        arch: Compute capability for which it was compiled.
+        threads: Threads per block; 0 if unknown.
+        shared: Bytes of shared memory per block; 0 for what the kernel declares.
     """
     tools = _nvidia()
     environment = os.environ | {"PATH": f"{Path(tools.cuobjdump.path).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -466,7 +468,7 @@ def read_code(cubin: Path, arch: int, *, threads: int = 0, shared: int = 0) -> l
 def read_opcodes(
     name: str, opcodes: Sequence[str], arch: int, threads: int, registers: int, shared: int
 ) -> Code:  # fmt: skip
-    """Sum a kernel's instructions up."""
+    """Summarise a kernel's instructions."""
     names = [opcode.split(".") for opcode in opcodes]
     return Code(
         name, arch, threads, registers, shared,
@@ -490,13 +492,13 @@ def _nvidia() -> Any:
 
 
 def newest_arch() -> int:
-    """The highest compute capability that Triton's compiler knows."""
+    """Return the highest compute capability that Triton's compiler supports."""
     text = subprocess.run([_nvidia().ptxas_blackwell.path, "--help"], capture_output=True, text=True, check=True).stdout
     return max(int(number) for number in re.findall(r"'sm_(\d+)'", text))
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """Compile a launch ahead of time; Triton's own object, with the code of every stage in `asm`."""
+    """Compile a launch ahead of time; return Triton's compiled kernel, with the code of every stage in `asm`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -506,7 +508,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 
 
 def compile_triton(launch: Launch, arch: int) -> Code:
-    """What the compiler makes of a launch."""
+    """Compile a launch and return its machine code's figures."""
     kernel = compiled(launch, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -516,7 +518,11 @@ def compile_triton(launch: Launch, arch: int) -> Code:
 
 
 def compile_cuda(source: Path, arch: int) -> list[Code]:
-    """Compile the kernels of a file of `csrc/cuda` with the nvcc on the path."""
+    """Compile the kernels of a file of `csrc/cuda` with the nvcc on the path.
+
+    Raises:
+        RuntimeError: If nvcc fails.
+    """
     torch_headers = Path(torch.__file__).parent / "include"
     folders = (ROOT / "csrc", source.parent, torch_headers, torch_headers / "torch" / "csrc" / "api" / "include")
     with tempfile.TemporaryDirectory() as folder:
@@ -532,7 +538,7 @@ def compile_cuda(source: Path, arch: int) -> list[Code]:
 
 
 def _demangled(name: str) -> str:
-    """A kernel's name and template arguments, without namespaces and parameters."""
+    """Return a kernel's name and template arguments, without namespaces and parameters."""
     if shutil.which("c++filt") is None:
         return name
     long = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
@@ -541,7 +547,7 @@ def _demangled(name: str) -> str:
     return short.partition("(")[0]
 
 
-# --- the judge -------------------------------------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -549,10 +555,10 @@ class Row:
     """A kernel of the report.
 
     Attributes:
-        code: What the compiler made of it.
-        tiles: Its configuration.
-        work: What it must do at the counted size; `None` where nothing is counted.
-        wide: Whether rows start at multiples of 16 bytes, without which no load or store can be wide.
+        code: Figures of the machine code.
+        tiles: The configuration.
+        work: The least work of the kernel at the counted size; `None` if it is not counted.
+        wide: Whether rows start at multiples of 16 bytes, which wide loads and stores require.
     """
 
     code: Code
@@ -562,15 +568,15 @@ class Row:
 
 
 def row_of(launch: Launch, code: Code) -> Row:
-    """What is judged about a launch that was compiled."""
-    # Triton, too, sees that rows are aligned only where their length is a multiple of 16.
+    """Return the row of a compiled launch."""
+    # Like here, Triton recognises aligned rows only if their length is a multiple of 16.
     aligned = all(launch.arguments.get(name, 0) % 16 == 0 for name in ROW_LENGTHS)
     work = work_of(launch) if launch.name in WRITTEN else None
     return Row(code, launch.tiles, work=work, wide=aligned)
 
 
 def judge(row: Row) -> list[str]:
-    """What is wrong with a kernel, in words."""
+    """Check a kernel and return a description of each problem."""
     code, work = row.code, row.work
     where = f"{code.name} ({row.tiles}) on sm_{code.arch}"
     problems = []
@@ -585,7 +591,7 @@ def judge(row: Row) -> list[str]:
 
 
 def _cuda_row(code: Code) -> Row | str:
-    """What is judged about a CUDA kernel, or why it cannot be."""
+    """Return the row of a CUDA kernel, or the reason why it cannot be checked."""
     name = re.split(r"[<(]", code.name)[0]
     if name in CUDA_SMALL:
         return Row(code)
@@ -608,13 +614,13 @@ CUDA_MOVES = {
     "norm_gradient_kernel": (True, True),
     "column_sums_kernel": (True, False),
 }
-"""CUDA kernels that memory bounds: whether they read and whether they write whole tensors, which must be wide."""
+"""Memory-bound CUDA kernels: whether they read and whether they write whole tensors, which must use wide accesses."""
 
 CUDA_SMALL = (
     "weight_sum_kernel", "distillation_losses_kernel", "image_sums_kernel", "prior_value_kernel", "prior_slopes_kernel",
     "finish_sums_kernel", "pack_kernel", "unpack_kernel",
 )  # fmt: skip
-"""CUDA kernels that add partial sums up, or gather the kept part of a weight."""
+"""CUDA kernels that add up partial sums, or gather the kept part of a weight."""
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -624,14 +630,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report.
 
     Returns:
-        1 if a kernel spills, or moves memory narrowly although that bounds it.
+        1 if a kernel spills, or is memory-bound and has only narrow accesses.
     """
     parser = argparse.ArgumentParser("python -m benchmarks gpu-static", description=__doc__.partition("\n")[0])
     parser.add_argument("--op", action="append", help="only this op; may be repeated")
     parser.add_argument("--arch", type=int, action="append", help="only this compute capability, such as 90")
     parser.add_argument("--counted-only", action="store_true", help="only ViT-B with batch 64")
     parser.add_argument("--no-cuda", action="store_true", help="leave csrc/cuda out")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels that are compiled at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of concurrent compilations")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("gpu-static: TRITON_INTERPRET=1 makes kernels that cannot be compiled; unset it.")
@@ -666,7 +672,7 @@ def _report_triton(chosen: Sequence[Case], archs: Sequence[int], jobs: int) -> l
     counted = {launch.key(): launch for _, launches, _ in by_case for launch in launches if launch.counted}
     every |= counted
     tasks = [(key, arch) for key in every for arch in archs]
-    with ThreadPoolExecutor(jobs) as pool:  # most of the time is spent in ptxas, a process of its own
+    with ThreadPoolExecutor(jobs) as pool:  # most of the time is spent in ptxas, a separate process
         codes = dict(zip(tasks, pool.map(lambda task: compile_triton(every[task[0]], task[1]), tasks), strict=True))
 
     problems = []

@@ -1,8 +1,8 @@
-"""How an op's implementations are measured: in one process, in turn, so that all see the same machine.
+"""Measure an op's implementations in one process and in turn.
 
-A round runs each contestant once; a ratio is taken within a round, and its median and quartiles are over rounds. What a
-slower or busier moment does to one of them it does to the others, which a ratio of two runs at different times is not
-spared. pytest-benchmark keeps the rounds (`--benchmark-json`), and with them machine and commit.
+A round runs each contestant once. Ratios are taken within a round, and their median and quartiles over the rounds. A
+slow or busy moment then affects all contestants alike, unlike a ratio of two runs at different times. pytest-benchmark
+stores the rounds (`--benchmark-json`), and with them machine and commit.
 """
 
 import functools
@@ -32,17 +32,18 @@ class Case:
     """One shape of one op.
 
     Attributes:
-        name: For the table.
-        op: The op's name.
-        call: Runs the op once through the given function, backward included where the case has one, and returns what
-            comes out, so that no compiler leaves it out.
+        name: Name in the table.
+        op: Name of the op.
         function: The op's public function, which takes `impl`.
-        inputs: Tensors of the call by name, as the op's selector sees them; they say which implementations run.
-        reference: What the machine can do: moves `bytes`, or computes `flops`, and nothing else.
-        bytes: Memory that the op must move, or 0.
+        call: Runs the op once through the function that it gets, including the backward pass if the case has one. It
+            returns the results, so that no compiler removes the work.
+        inputs: Tensors of the call by name, which determine the implementations that can run.
+        reference: A call that only moves `bytes` or only computes `flops`, to show what the machine can do.
+        bytes: Bytes that the op must move, or 0.
         flops: Operations of the op's matrix products, or 0.
-        results: Bytes of what `call` returns and keeps meanwhile, if the memory that a call takes beyond them and its
-            inputs is of interest.
+        results: Bytes that `call` returns and keeps for the backward pass. If not 0, the peak memory beyond them and
+            the inputs is measured too.
+        others: Further calls to measure, by name.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Case:
 
 @dataclass
 class Settings:
-    """What `python -m benchmarks kernels` was asked for."""
+    """Settings of `python -m benchmarks kernels`."""
 
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     runs: int = 500 if torch.cuda.is_available() else 15
@@ -71,17 +72,17 @@ settings = Settings()
 
 
 def device() -> torch.device:
-    """Where benchmarks run."""
+    """Return the device that runs the benchmarks."""
     return torch.device(settings.device)
 
 
 def draw(*shape: int) -> Tensor:
-    """Numbers of a normal distribution, where and of what benchmarks run."""
+    """Draw normally distributed numbers on the device and in the dtype of the benchmarks."""
     return torch.randn(shape, device=device(), dtype=settings.dtype)
 
 
 def measure(benchmark: Any, case: Case) -> None:
-    """Measure `case` with pytest-benchmark; figures go into its `extra_info`."""
+    """Measure a case with pytest-benchmark, and store the figures in its `extra_info`."""
     table = importlib.import_module(f"dcvit.ops.{case.op}").IMPLEMENTATIONS
     contestants: dict[str, Callable[[], object]] = {"eager": _caller(case, "eager")}
     for impl, implementation in table.items():
@@ -136,14 +137,14 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def copies(count: int) -> Callable[[], object]:
-    """A call that moves `count` bytes, half read and half written, by copying."""
+    """Return a call that copies and thereby moves `count` bytes, half read and half written."""
     source = torch.randn(max(1, count // 8), device=device())
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def header() -> str:
-    """Machine, versions and commit."""
+    """Return a line with the machine, the versions and the commit."""
 
     def git(*arguments: str) -> str:
         if shutil.which("git") is None:

@@ -1,9 +1,9 @@
-"""Each op x implementation x shape, against eager and torch.compile(eager): `python -m benchmarks kernels`.
+"""Time each op x implementation x shape against eager and torch.compile(eager): `python -m benchmarks kernels`.
 
 The op's tests run first; if one fails, no figure of the op is shown. Ratios say how many times faster an implementation
-is than eager or than the compiled eager code: the median over rounds, with quartiles. "share" is how much of the
-machine's copy bandwidth, or of the rate of the op's matrix products alone, a call reaches; both are measured in the
-same rounds. "extra MB" is the most memory that a call holds beyond its inputs and results.
+is than eager or than the compiled eager code: the median over rounds, with quartiles. "share" is the share that a call
+reaches of the machine's copy bandwidth, or of the rate of only the op's matrix products; both are measured in the same
+rounds. "extra MB" is the peak memory that a call holds beyond its inputs and results.
 """
 
 import argparse
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated")
     parser.add_argument("--case", help="only cases whose name contains this, in pytest's -k syntax")
-    parser.add_argument("--runs", type=int, help="rounds: 500 on a GPU and 15 on a CPU if not given")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU if there is one")
+    parser.add_argument("--runs", type=int, help="rounds; by default 500 on a GPU and 15 on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="of all tensors; ops that do not take it are skipped")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads; all cores if not given")
+                        help="of all tensors; ops that do not support it are skipped")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="CPU threads; by default all cores")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile(eager)")
     options = parser.parse_args(argv)
     settings.device = options.device or settings.device
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def failing(ops: Collection[str]) -> set[str]:
-    """The ops whose tests fail, of the implementations that are measured."""
+    """Run the tests of the measured implementations and return the ops whose tests fail."""
     files = [f"tests/ops/test_{op}.py" for op in ops]
     unmeasured = "not reference and not interpreted and not host"
     tests = ["-m", "pytest", *files, "-n", "auto", "-k", unmeasured, "-q", "--no-header", "-p", "no:cacheprovider"]
@@ -81,7 +81,7 @@ def failing(ops: Collection[str]) -> set[str]:
 
 
 def run(op: str, case: str | None) -> list[dict[str, Any]] | None:
-    """Measure an op under pytest-benchmark; `None` if that failed."""
+    """Measure an op under pytest-benchmark and return its cases, or `None` if that failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
         arguments = [
@@ -99,7 +99,7 @@ def run(op: str, case: str | None) -> list[dict[str, Any]] | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One case as text."""
+    """Format the figures of one case."""
     seconds = result["seconds"]
     best = {name: statistics.median(times) for name, times in seconds.items()}
     reference = "copying" if result["bytes"] else "matrix products"
@@ -124,7 +124,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def ratio(others: list[float] | None, times: list[float]) -> str:
-    """How many times faster than the others, within rounds: median [quartiles]."""
+    """Format the speed-up over the others within rounds: median [quartiles]."""
     if others is None:
         return ""
     ratios = sorted(other / own for other, own in zip(others, times, strict=True))

@@ -1,15 +1,15 @@
-"""Runs that are killed and go on: `python -m benchmarks kills`.
+"""Kill runs and resume them: `python -m benchmarks kills`.
 
 A compression of the embedded model is started, killed (SIGKILL) at a random moment and started again with the same
-command, until it is done. In the end its weights must be, bit for bit, those of a run that was left alone, and no unit
-of work that was finished before a kill may have been done again: its file must be the same inode, written at the same
-time.
+command, until it is done. In the end its weights must equal, bit for bit, those of an undisturbed run. No checkpoint
+entry that was finished before a kill may be made again: its file must be the same inode, with the same time of writing.
 
-With `--full N` so many more runs write to a file system of a few MiB that other files fill up at a random moment, and
-go on once there is room (this needs the right to mount one).
+With `--full N`, N more runs write to a file system of a few MiB that is filled up at a random moment, and resume once
+there is space again. This needs the permission to mount a file system.
 
-With `--processes N` so many processes of torch's launcher share a run, and one of them is killed in the middle of each
-stage, once each; the launcher starts them again. Then the weights must be those of as many processes left alone.
+With `--processes N`, N processes of torch's launcher share a run. There is one such run for each stage, and one process
+is killed in the middle of that stage. The launcher restarts the processes, and the weights must equal those of an
+undisturbed run of N processes.
 """
 
 import argparse
@@ -43,31 +43,31 @@ CONFIG = DCViT(
     ),
     synthesis=SynthesisConfig(iterations=10),
 )
-"""The default but for less of everything: a run takes seconds, and has every kind of unit."""
+"""The default settings, scaled down: a run takes seconds and has every kind of checkpoint entry."""
 
 WEIGHTS = "model.safetensors"
 MOST_KILLS = 8
-"""Of one run; each start goes on where the one before was killed, and may come to the end first."""
+"""Largest number of kills of one run. A run resumes after each kill, so it may finish earlier."""
 
 STAGES = ("synthesis", "views", "probes", "pruning probes", "step sizes", "reconstruction", "pilot runs", "refinement")
-"""Of a run, in their order."""
+"""Stages of a run, in chronological order."""
 
 FULL_BYTES = 8 << 20
-"""Of the file system that is filled up: more than a run takes."""
+"""Size of the file system that is filled up; a run needs less."""
 
 Entries = dict[str, tuple[int, int]]
-"""Of each finished unit its file's inode and time of writing."""
+"""Inode and time of writing of each finished checkpoint entry's file, by file name."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """How one run went.
+    """The history of one run.
 
     Attributes:
-        starts: How often the command was started.
-        killed_at: Seconds after its start, of each kill.
-        kept: Units that were finished at the last kill.
-        error: What went wrong; empty if nothing did.
+        starts: Number of starts of the command.
+        killed_at: Time of each kill, in seconds after the start.
+        kept: Number of checkpoint entries that were finished at the last kill.
+        error: Description of the failure; empty if there was none.
     """
 
     starts: int
@@ -77,13 +77,17 @@ class Story:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print how many runs ended well; exit code 1 if one did not."""
+    """Print how many runs ended well.
+
+    Returns:
+        1 if a run failed.
+    """
     parser = argparse.ArgumentParser("python -m benchmarks kills", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=100, help="at least; each run is killed once or more")
+    parser.add_argument("--kills", type=int, default=100, help="fewest kills in all; each run is killed once or more")
     parser.add_argument("--full", type=int, default=0, metavar="N", help="runs on a file system that fills up")
-    parser.add_argument("--ranks", type=int, default=0, metavar="N", help="processes of runs of which one is killed")
-    parser.add_argument("--at-once", type=int, default=2, help="runs beside each other, with one thread each")
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="processes of each shared run")
+    parser.add_argument("--at-once", type=int, default=2, help="concurrent runs, with one thread each")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--child", nargs=2, type=Path, metavar=("OUT", "RUN_DIR"), help="be the run that is killed")
     options = parser.parse_args(argv)
     if options.child:
@@ -92,48 +96,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         began = time.monotonic()
-        code, error = finish(folder / "alone")
-        alone = time.monotonic() - began
+        code, error = finish(folder / "undisturbed")
+        duration = time.monotonic() - began
         if code:
             print(error, file=sys.stderr)
             return 1
-        wanted = digest(folder / "alone")
-        print(f"left alone: {alone:.1f} s")
+        expected = digest(folder / "undisturbed")
+        print(f"undisturbed run: {duration:.1f} s")
 
         def killed(number: int) -> Story:
-            return kill(folder / f"run-{number}", wanted, alone, random.Random(options.seed * 100_000 + number))
+            return kill(folder / f"run-{number}", expected, duration, random.Random(options.seed * 100_000 + number))
 
         def filled(number: int) -> Story:
-            return fill(folder / f"full-{number}", wanted, alone, random.Random(options.seed * 100_000 + number))
+            return fill(folder / f"full-{number}", expected, duration, random.Random(options.seed * 100_000 + number))
 
-        stories = told(
-            "kills", killed, options.kills, options.micro_batch_size, lambda told: sum(len(s.killed_at) for s in told)
+        stories = repeat(
+            "kills", killed, options.kills, options.at_once, lambda stories: sum(len(s.killed_at) for s in stories)
         )
-        full = told("full disks", filled, options.full, options.micro_batch_size, len)
+        full = repeat("full disks", filled, options.full, options.at_once, len)
         shared: list[Story] = []
         if options.processes:
             code, error = finish(folder / "shared", options.processes)
             if code:
                 print(error, file=sys.stderr)
                 return 1
-            same = digest(folder / "shared")
+            expected_shared = digest(folder / "shared")
 
-            def rank_killed(number: int) -> Story:
-                return kill_rank(folder / f"shared-{number}", same, STAGES[number], options.processes)
+            def process_killed(number: int) -> Story:
+                return kill_process(folder / f"shared-{number}", expected_shared, STAGES[number], options.processes)
 
-            shared = told(f"kills of one of {options.processes} ranks", rank_killed, len(STAGES), 1, len)
+            shared = repeat(f"kills of one of {options.processes} processes", process_killed, len(STAGES), 1, len)
     return 1 if any(story.error for story in (*stories, *full, *shared)) else 0
 
 
-def told(
-    title: str, run: Callable[[int], Story], wanted: int, micro_batch_size: int, count: Callable[[Sequence[Story]], int]
+def repeat(
+    title: str, run: Callable[[int], Story], enough: int, at_once: int, count: Callable[[Sequence[Story]], int]
 ) -> list[Story]:
-    """Run until there are enough, and print how they went."""
+    """Make runs until their count is large enough, and print a summary.
+
+    Args:
+        title: Name of the runs in the summary.
+        run: Makes the run of a number.
+        enough: The count to reach.
+        at_once: Number of concurrent runs.
+        count: Counts finished runs, or the kills in them.
+    """
     stories: list[Story] = []
-    with ThreadPoolExecutor(micro_batch_size) as pool:
-        while count(stories) < wanted:
+    with ThreadPoolExecutor(at_once) as pool:
+        while count(stories) < enough:
             first = len(stories)
-            for story in pool.map(run, range(first, first + min(10 * micro_batch_size, wanted - count(stories)))):
+            for story in pool.map(run, range(first, first + min(10 * at_once, enough - count(stories)))):
                 stories.append(story)
                 if story.error:
                     print(f"run {len(stories) - 1}: {story}", file=sys.stderr)
@@ -142,19 +154,19 @@ def told(
         starts = sum(story.starts for story in stories)
         kept = sum(story.kept for story in stories)
         print(
-            f"{title}: {count(stories)}; {well} of {len(stories)} runs ended with the same weights and did no unit "
-            f"twice ({starts} starts, {kept} finished units found at the last one)"
+            f"{title}: {count(stories)}; {well} of {len(stories)} runs ended with the same weights and made no "
+            f"entry twice ({starts} starts, {kept} finished entries found at the last one)"
         )
     return stories
 
 
-def kill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Story:
-    """One run that is killed at least once."""
+def kill(folder: Path, expected: str, duration: float, moments: random.Random) -> Story:
+    """Make one run that is killed at least once."""
     killed_at: list[float] = []
     entries: Entries = {}
     kills = moments.randint(1, MOST_KILLS)
     for start in range(1, MOST_KILLS + 2):
-        moment = moments.uniform(0.2, 0.9) * alone if len(killed_at) < kills else None
+        moment = moments.uniform(0.2, 0.9) * duration if len(killed_at) < kills else None
         process = started(folder)
         try:
             _, error = process.communicate(timeout=moment)
@@ -167,18 +179,18 @@ def kill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Sto
             if again:
                 return Story(start, tuple(killed_at), len(entries), f"done again: {', '.join(again)}")
             entries = now
-            if not (folder / WEIGHTS).is_file():  # else it was over: what is saved is saved at once
+            if not (folder / WEIGHTS).is_file():  # else the run was done: a result is saved in one step
                 continue
         else:
             if process.returncode:
                 return Story(start, tuple(killed_at), len(entries), f"exit code {process.returncode}: {error}")
-        same = digest(folder) == wanted
+        same = digest(folder) == expected
         return Story(start, tuple(killed_at), len(entries), "" if same else "other weights")
     return Story(MOST_KILLS + 1, tuple(killed_at), len(entries), "it never ended")
 
 
-def kill_rank(folder: Path, wanted: str, stage: str, processes: int) -> Story:
-    """One run of several processes, of which one is killed in the middle of a stage."""
+def kill_process(folder: Path, expected: str, stage: str, processes: int) -> Story:
+    """Make one run of several processes, of which one is killed in the middle of a stage."""
     process = started(folder, processes)
     while process.poll() is None and not (stage_file(folder).is_file() and stage_file(folder).read_text() == stage):
         time.sleep(0.01)
@@ -193,18 +205,18 @@ def kill_rank(folder: Path, wanted: str, stage: str, processes: int) -> Story:
         return Story(2, (), len(entries), f"killed in {stage}: exit code {process.returncode}: {error}")
     now = finished(folder)
     again = [name for name, file in entries.items() if now.get(name) != file]
-    same = digest(folder) == wanted
+    same = digest(folder) == expected
     problem = f"done again: {again}" if again else "" if same else "other weights"
     return Story(2, (), len(entries), problem and f"killed in {stage}: {problem}")
 
 
-def fill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Story:
-    """One run whose disk is full from a random moment on, until it has stopped; then there is room again."""
+def fill(folder: Path, expected: str, duration: float, moments: random.Random) -> Story:
+    """Make one run whose disk is full from a random moment until the run has stopped, and then resume it."""
     with small_disk(folder) as disk:
         process = started(disk / "out")
-        time.sleep(moments.uniform(0.3, 0.9) * alone)
+        time.sleep(moments.uniform(0.3, 0.9) * duration)
         ballast = disk / "ballast"
-        with ballast.open("wb", buffering=0) as file, suppress(OSError):  # once it is full
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):  # raised once the disk is full
             while True:
                 file.write(bytes(1 << 12))
         before = finished(disk / "out")
@@ -220,13 +232,13 @@ def fill(folder: Path, wanted: str, alone: float, moments: random.Random) -> Sto
                 return Story(2, (), len(before), f"exit code {code}: {error}")
         after = finished(disk / "out")
         again = [name for name, file in before.items() if after.get(name) != file]
-        same = digest(disk / "out") == wanted
+        same = digest(disk / "out") == expected
         return Story(2, (), len(before), f"done again: {again}" if again else "" if same else "other weights")
 
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system in memory of `FULL_BYTES`."""
+    """Mount a file system of `FULL_BYTES` in memory, and unmount it afterwards."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={FULL_BYTES}", "dcvit", str(folder)], check=True)
     try:
@@ -236,7 +248,11 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def compress_digits(out: Path, kept: Path) -> int:
-    """What is killed. Exit code 2, and the reason on standard error, if it cannot go on."""
+    """Compress the embedded model; this is the run that is killed.
+
+    Returns:
+        The exit code: 2, with the reason on standard error, if the compression fails.
+    """
     torch.set_num_threads(1)
     bed = digits(seed=0)
     seen: set[str] = set()
@@ -261,7 +277,7 @@ def compress_digits(out: Path, kept: Path) -> int:
 
 
 def started(folder: Path, processes: int = 1) -> "subprocess.Popen[str]":
-    """The run, with one thread for each process."""
+    """Start a run, with one thread for each process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=1"]
     return subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), "-m", "benchmarks", "kills", "--child", str(folder),
@@ -271,28 +287,28 @@ def started(folder: Path, processes: int = 1) -> "subprocess.Popen[str]":
 
 
 def run_dir(folder: Path) -> Path:
-    """Where a run keeps its units."""
+    """Return the folder of a run's checkpoint entries."""
     return folder.with_name(f"{folder.name}.run")
 
 
 def stage_file(folder: Path) -> Path:
-    """Where a run notes the stage that it has come to."""
+    """Return the file in which a run notes its current stage."""
     return folder.with_name(f"{folder.name}.stage")
 
 
 def finish(folder: Path, processes: int = 1) -> tuple[int, str]:
-    """Run it to its end: exit code, and what it said."""
+    """Make a run to its end, and return the exit code and the text on standard error."""
     process = started(folder, processes)
     _, error = process.communicate()
     return process.returncode, error
 
 
 def finished(folder: Path) -> Entries:
-    """The units that are there."""
+    """Return the finished checkpoint entries of a run."""
     entries = run_dir(folder) / "units"
     return {path.name: ((stat := path.stat()).st_ino, stat.st_mtime_ns) for path in entries.glob("*.json")}
 
 
 def digest(folder: Path) -> str:
-    """Of a saved model's weights."""
+    """Return the SHA-256 of a saved model's weights."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks recovery` compares: the methods, and the test beds that they run on."""
+"""Methods and test beds that `python -m benchmarks recovery` compares."""
 
 import time
 from collections.abc import Callable
@@ -51,25 +51,25 @@ BEDS: dict[str, Callable[..., TestBed]] = {
     "resnet": resnet,
     "efficientnet": efficientnet,
 }
-"""From a seed, and a number of images, to a test bed whose few-shot set the seed draws."""
+"""Test beds by name: functions of a seed, which draws the few-shot set, and of the number of images."""
 
 RECOVERY_BEDS = ("digits", "photographs", "dinov2")
-"""Those that `recovery` measures unless told otherwise."""
+"""Test beds that `recovery` measures by default."""
 
 PROXY_SET_SHARE = 0.25
-"""The share of an allowance that synthesis may take, so that the recoveries get most of it."""
+"""Share of an allowance that synthesis may take, so that the recoveries get most of it."""
 
 TIMED_STEPS = 5
-"""Steps between which the time of one is measured."""
+"""Number of steps whose median time is the time of one step."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is told beyond test bed, budget and seed.
+    """Options of a run beyond test bed, budget and seed.
 
     Attributes:
         allowance: Seconds that a gradient method may take; `None` lets it run as published.
-        progress: Told how it goes.
+        progress: Callback that reports the progress.
     """
 
     allowance: float | None = None
@@ -78,13 +78,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Info:
-    """How a method came to its model.
+    """Information about how a method made its model.
 
     Attributes:
         seconds: Wall-clock time of the compression.
         blocks: The blocks that were compressed or dropped, best first.
-        epochs: Of each recovery, for the published procedures; else `None`.
-        iterations: Of the synthesis, likewise; `None` where there was none.
+        epochs: Epochs of each recovery, for the published procedures; else `None`.
+        iterations: Iterations of the synthesis, for the published procedure; else `None`.
     """
 
     seconds: float
@@ -94,35 +94,35 @@ class Info:
 
 
 Method = Callable[[TestBed, Budget, int, Options], tuple[nn.Module, Info]]
-"""From test bed, budget, seed and options to the compressed model."""
+"""A function from test bed, budget, seed and options to the compressed model."""
 
 
 def default(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
-    """What `dcvit.compress` does unless told otherwise."""
+    """Compress with the default settings of `dcvit.compress`."""
     return _compress(bed, budget, DCViT(seed=seed), options)
 
 
 def closed_form_only(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
-    """The default without any gradient step on the student's weights."""
+    """Compress with the default settings, but without gradient steps on the student's weights."""
     return _compress(bed, budget, DCViT.fast(seed=seed), options)
 
 
 def naive(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
-    """See `benchmarks.naive`."""
+    """Compress with the naive closed form of `benchmarks.naive`."""
     start = time.perf_counter()
     model, blocks = naive_closed_form(bed.model, load_images(bed.images, bed.model), budget, bed.augmentation, seed)
     return model, Info(time.perf_counter() - start, blocks)
 
 
 def paper(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
-    """DC-ViT as published, or as much of it as the allowance permits."""
+    """Compress with DC-ViT as published, with as many epochs as the allowance permits."""
     config = _published(bed, budget, seed, options)
     model, info = _compress(bed, budget, config, options)
     return model, replace(info, epochs=config.distillation.epochs, iterations=config.synthesis.iterations)
 
 
 def whole_blocks(bed: TestBed, budget: Budget, seed: int, options: Options) -> tuple[nn.Module, Info]:
-    """PRACTISE: as few whole blocks as meet the budget dropped, with the epochs of `paper`."""
+    """Drop as few whole blocks as meet the budget (PRACTISE), with the epochs of `paper`."""
     count = num_whole_blocks(bed.model, budget)
     config = _published(bed, budget, seed, options)
     start = time.perf_counter()
@@ -141,14 +141,14 @@ METHODS: dict[str, Method] = {
 }
 
 GRADIENT_METHODS = frozenset({"paper", "block dropping (PRACTISE)"})
-"""Those that an allowance shortens."""
+"""Methods that an allowance shortens."""
 
 
 def num_whole_blocks(model: nn.Module, budget: Budget) -> int:
-    """The smallest number of whole blocks without which a model meets a budget.
+    """Return the smallest number of whole blocks that must be dropped to meet a budget.
 
     Raises:
-        BudgetError: If even without all candidates it does not.
+        BudgetError: If the budget is not met even without all candidate blocks.
     """
     cost = compressible(model).cost()
     left, target = budget.amount(cost.total), budget.target(cost.total)
@@ -160,8 +160,8 @@ def num_whole_blocks(model: nn.Module, budget: Budget) -> int:
     if left <= target:
         return len(candidates)
     raise BudgetError(
-        f"{budget.metric}={budget.value!r} asks for {target:,}: without all {len(candidates)} blocks that may go "
-        f"{left:,} are left. Ask for more."
+        f"{budget.metric}={budget.value!r} asks for {target:,}: without all {len(candidates)} candidate blocks, "
+        f"{left:,} are left. Choose a larger budget."
     )
 
 
@@ -172,7 +172,7 @@ def _compress(bed: TestBed, budget: Budget, config: DCViT, options: Options) -> 
 
 
 def suited(config: Config, bed: TestBed) -> Config:
-    """The config with the views that suit a test bed's images."""
+    """Return the config with the random views that suit a test bed's images."""
     changes: dict[str, Any] = {
         name: replace(part, augmentation=bed.augmentation)
         for kind in (CalibrationConfig, TrainingConfig)
@@ -184,12 +184,12 @@ def suited(config: Config, bed: TestBed) -> Config:
 
 
 def parts_of(config: MethodConfig, kind: type[Part]) -> dict[str, Part]:
-    """By field, those parts of a method's config that are of a type."""
+    """Return the parts of a method's config that have a type, by field."""
     return {of.name: part for of in fields(config) if isinstance(part := getattr(config, of.name), kind)}
 
 
 def _published(bed: TestBed, budget: Budget, seed: int, options: Options) -> DCViT:
-    """The published settings, with as many iterations and epochs as the allowance permits."""
+    """Return the published settings, with as many iterations and epochs as the allowance permits."""
     config = suited(DCViT.paper(seed=seed), bed)
     if options.allowance is None:
         return config
@@ -199,14 +199,14 @@ def _published(bed: TestBed, budget: Budget, seed: int, options: Options) -> DCV
 
 
 def shortened(config: DCViT, allowance: float, recoveries: int, iteration: float, epoch: float) -> DCViT:
-    """A published config that fits into an allowance, at least one iteration and one epoch of it.
+    """Shorten a published config so that it fits into an allowance, to one iteration and one epoch at least.
 
     Args:
-        config: The published settings, the most that is done.
-        allowance: Seconds for synthesis and all recoveries.
-        recoveries: L + k.
-        iteration: Seconds of an iteration of the synthesis.
-        epoch: Seconds of an epoch of a recovery.
+        config: The published settings, whose iterations and epochs are upper limits.
+        allowance: Seconds for the synthesis and all recoveries.
+        recoveries: Number of recoveries, L + k.
+        iteration: Seconds of one iteration of the synthesis.
+        epoch: Seconds of one epoch of a recovery.
     """
 
     def fitting(seconds: float, each: float, most: int) -> int:
@@ -215,7 +215,7 @@ def shortened(config: DCViT, allowance: float, recoveries: int, iteration: float
     synthesis, recovery = config.synthesis, config.distillation
     iterations = fitting(PROXY_SET_SHARE * allowance, iteration, synthesis.iterations)
     epochs = fitting((allowance - iterations * iteration) / recoveries, epoch, recovery.epochs)
-    # A warm-up keeps its share: of full length it would leave nothing to a short schedule.
+    # The warm-up keeps its share. At full length it would take up all of a short schedule.
     warmup_iterations = round(synthesis.warmup_iterations * iterations / synthesis.iterations)
     warmup_epochs = round(recovery.warmup_epochs * epochs / recovery.epochs)
     return replace(
@@ -226,7 +226,7 @@ def shortened(config: DCViT, allowance: float, recoveries: int, iteration: float
 
 
 def _step_seconds(bed: TestBed, planned: Plan, config: DCViT) -> tuple[float, float]:
-    """Seconds of an iteration of the synthesis, and of an epoch of the last candidate's recovery, the longest."""
+    """Measure the seconds of a synthesis iteration, and of an epoch of the longest recovery, the last candidate's."""
     teacher, block = fuse(freeze(bed.model), config.impl), planned.candidates[-1]
     kept = draw_kept_units(teacher, block, planned.hidden_features, config.seed)
     student, images = compress_block(teacher, block, kept, config.impl), load_images(bed.images, teacher)
@@ -242,7 +242,7 @@ def _step_seconds(bed: TestBed, planned: Plan, config: DCViT) -> tuple[float, fl
 
 
 def _seconds_each(run: Callable[[Progress], object]) -> float:
-    """Median time between two calls of the progress that `run` is given."""
+    """Return the median seconds between two progress reports of `run`."""
     times: list[float] = []
     run(lambda *_: times.append(time.perf_counter()))
     return median(after - before for before, after in pairwise(times))

@@ -1,8 +1,8 @@
-"""The throw-away version of closed-form recovery, the one to beat: what an afternoon with plain torch gives.
+"""A simple baseline of closed-form recovery in plain torch.
 
-Random hidden units, one ridge regression per block with a fixed λ towards zero, the images and four random views of
-each. Blocks are ranked by the distillation loss on the few-shot images themselves; the best are then solved front to back
-on the student's own activations.
+Hidden units are drawn at random. Each block gets one ridge regression towards zero with a fixed λ, on the images and
+four random views of each. Blocks are ranked by the distillation loss on the few-shot images themselves. The best blocks
+are then solved front to back on the student's own activations.
 """
 
 import copy
@@ -24,10 +24,10 @@ from dcvit.search.plan import plan
 __all__ = ["naive_closed_form", "solve_block"]
 
 NUM_VIEWS = 4
-"""Random views of each image, beside the image itself."""
+"""Random views of each image, in addition to the image itself."""
 
 RIDGE = 0.01
-"""λ, as a share of the Gram matrix's mean diagonal."""
+"""λ, as a share of the mean diagonal of the Gram matrix."""
 
 BATCH_SIZE = 50
 
@@ -39,11 +39,11 @@ def naive_closed_form(
     """Compress a model to a budget.
 
     Args:
-        teacher: The original, frozen; unchanged.
+        teacher: The original, frozen. It is not changed.
         images: The few-shot set.
-        budget: Met by the published formulas' k and r_d.
-        augmentation: Of the random views.
-        seed: Draws views and hidden units.
+        budget: The budget, from which the published formulas give k and r_d.
+        augmentation: Augmentation of the random views.
+        seed: Seed of the views and hidden units.
 
     Returns:
         The compressed model, and the compressed blocks, best first.
@@ -76,17 +76,17 @@ def naive_closed_form(
 
 @torch.no_grad()
 def solve_block(student: nn.Module, block: int, kept: tuple[int, ...], inputs: Tensor, targets: Tensor) -> None:
-    """Compress a block in place, and fit its second MLP layer to all that it is to add to its input.
+    """Compress a block in place, and fit its second MLP layer to all that the block should add to its input.
 
     Args:
         student: The model that the block belongs to.
         block: The block, from 0.
         kept: The hidden units that stay.
-        inputs: What the block gets, `[B, N, D]`.
-        targets: What it should give, `[B, N, D]`.
+        inputs: Inputs of the block, `[B, N, D]`.
+        targets: Target outputs of the block, `[B, N, D]`.
 
     Raises:
-        DcvitError: If the block's output is not its input plus that layer's.
+        DcvitError: If the block does not end in a linear layer with a bias.
     """
     view = compressible(student)
     view.compress_block(block, kept)
@@ -112,7 +112,7 @@ def solve_block(student: nn.Module, block: int, kept: tuple[int, ...], inputs: T
 
 
 def _walk(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each block with the tokens before and after it, for the tokens before the first."""
+    """Yield each block with its input and output tokens, given the tokens before the first block."""
     for block in range(len(compressible(model).cost().blocks)):
         after = _run(model, tokens, block, block + 1)
         yield block, tokens, after

@@ -1,8 +1,9 @@
-"""How well methods recover: method x test bed x budget x seeds, with time and memory: `python -m benchmarks recovery`.
+"""Measure how well methods recover, with time and memory: `python -m benchmarks recovery`.
 
-Each run is a process of its own, so that its peak memory is its own. Finished runs are kept in a file (`--out`), and a
-table that was interrupted goes on where it stopped; a run counts as finished only for the same settings and the same
-code. All of a seed is run before the next seed, so an interrupted table is a whole one of fewer seeds.
+The runs are method x test bed x budget x seed. Each run has its own process, so that its peak memory can be measured.
+Finished runs are kept in a file (`--out`), and an interrupted table resumes where it stopped. A run counts as finished
+only for the same settings and the same code. All runs of a seed come before the next seed, so that an interrupted table
+is complete for fewer seeds.
 """
 
 import argparse
@@ -38,10 +39,10 @@ from dcvit.models import compressible
 from dcvit.runtime.progress import TerminalProgress, silent
 
 RUNS = ROOT / "benchmarks" / "results" / "recovery.jsonl"
-"""Part of the repository, so that a table grows from one machine and day to the next."""
+"""File of finished runs. It is part of the repository, so that a table can grow over several machines and days."""
 
 MEASURED = ("dcvit", "kernels", "csrc", "benchmarks/methods.py", "benchmarks/naive.py", "benchmarks/testbeds")
-"""What a run's figures depend on."""
+"""Files and folders on which the figures of a run depend."""
 
 PUBLISHED_EPOCHS = DCViT.paper().distillation.epochs
 
@@ -51,15 +52,15 @@ SEEDS = 5
 
 @dataclass(frozen=True)
 class Request:
-    """A run to be made: with the version of the code, what a finished run is known by.
+    """The settings of a run. Together with the version of the code, they identify a finished run.
 
     Attributes:
         bed: Name of the test bed.
         method: Name of the method.
-        budget: Share of the MACs to take away.
-        seed: Draws the few-shot set, and seeds the method.
-        threads: Of torch.
-        allowance: Seconds that a gradient method may take; `None` as published.
+        budget: Share of the MACs to remove.
+        seed: Seed of the few-shot set and of the method.
+        threads: CPU threads of torch.
+        allowance: Seconds that a gradient method may take; `None` lets it run as published.
     """
 
     bed: str
@@ -72,7 +73,7 @@ class Request:
 
     @property
     def label(self) -> str:
-        """What is said of it while it runs."""
+        """The label of the run in messages."""
         return f"{self.bed}, {self.budget:.0%}, seed {self.seed}, {self.method}"
 
 
@@ -81,21 +82,21 @@ class Record:
     """A finished run.
 
     Attributes:
-        request: What was asked for.
+        request: Settings of the run.
         code: Version of the code, see `benchmarks.runs.code_version`.
         header: Machine, versions and commit.
-        removed: Share of the MACs that was taken away.
-        error: r, see `benchmarks.testbeds.Measures`, as for the next four.
-        agreement: Share of images.
-        top1: Share of images.
-        cosine_class: Of the class token.
-        cosine_patch: Of the patch tokens.
+        removed: Share of the MACs that was removed.
+        error: r; `benchmarks.testbeds.Measures` describes this and the next four.
+        agreement: Share of images on which student and teacher agree.
+        top1: Share of images that are classified correctly; `None` without labels.
+        cosine_class: Mean cosine similarity of the class token.
+        cosine_patch: Mean cosine similarity of the patch tokens.
         seconds: Wall-clock time of the compression.
-        blocks: What was compressed or dropped, best first.
-        epochs: Of each recovery, for the published procedures.
-        iterations: Of the synthesis, for the published procedure.
-        memory: Peak resident set up to the end of the compression, in MiB.
-        memory_before: The same up to its start.
+        blocks: The blocks that were compressed or dropped, best first.
+        epochs: Epochs of each recovery, for the published procedures; else `None`.
+        iterations: Iterations of the synthesis, for the published procedure; else `None`.
+        memory: Peak resident set from the start of the process to the end of the compression, in MiB.
+        memory_before: Peak resident set up to the start of the compression, in MiB.
         wall: Seconds of the whole process.
     """
 
@@ -118,22 +119,22 @@ class Record:
 
     @property
     def summary(self) -> str:
-        """What is said of it when it is finished."""
+        """The main figures of the run in messages."""
         return f"r {self.error:.4f}, {self.seconds:.1f} s"
 
     @property
     def seconds_per_block(self) -> float:
-        """Wall-clock time of the compression over the number of blocks."""
+        """Wall-clock time of the compression, divided by the number of blocks."""
         return self.seconds / len(self.blocks)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
-        """The inverse of `dataclasses.asdict`, after JSON."""
+        """Return the record of a dictionary that `dataclasses.asdict` made and JSON stored."""
         return cls(**{**values, "request": Request(**values["request"]), "blocks": tuple(values["blocks"])})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, then print the table.
+    """Make the missing runs, then print the table.
 
     Returns:
         1 if a run failed.
@@ -148,12 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.table:
         records = latest(known, options.beds, options.methods, options.budgets, seeds)
     else:
-        wanted = requests(
+        runs = requests(
             options.beds or RECOVERY_BEDS, options.methods or METHODS, options.budgets or BUDGETS,
             seeds or range(SEEDS), options.threads, options.paper_hours,
         )  # fmt: skip
         records, failed = run_missing(
-            wanted, [] if options.force else known, options.out, MEASURED,
+            runs, [] if options.force else known, options.out, MEASURED,
             lambda request, code: run_apart(request, code, options.verbose),
         )  # fmt: skip
     return publish(report(records) if records else None, failed, options.results, "recovery")
@@ -161,24 +162,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks recovery", description=__doc__.partition("\n")[0])
-    parser.add_argument("--beds", nargs="+", choices=BEDS, help=f"{' '.join(RECOVERY_BEDS)} if not given")
+    parser.add_argument("--beds", nargs="+", choices=BEDS, help=f"by default {' '.join(RECOVERY_BEDS)}")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD",
-                        help="of " + ", ".join(map(repr, METHODS)) + "; all if not given")  # fmt: skip
+                        help="of " + ", ".join(map(repr, METHODS)) + "; by default all")  # fmt: skip
     parser.add_argument("--budgets", nargs="+", type=share,
-                        help=f"shares of the MACs to take away; {BUDGETS} if not given")  # fmt: skip
+                        help=f"shares of the MACs to remove; by default {BUDGETS}")  # fmt: skip
     parser.add_argument("--seeds", type=count,
-                        help=f"how many, each draws another few-shot set; {SEEDS} if not given")  # fmt: skip
-    parser.add_argument("--threads", type=count, default=1, help="of torch; 1 if not given")
+                        help=f"number of seeds, each with another few-shot set; by default {SEEDS}")  # fmt: skip
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads of torch; by default 1")
     parser.add_argument("--paper-hours", type=float,
-                        help="what a run of a published procedure may take: an hour if not given, and as published on "
-                        "the digits")  # fmt: skip
+                        help="hours that a run of a published procedure may take; by default one, and as published "
+                        "on the digits")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RUNS, help="JSON lines of finished runs")
-    parser.add_argument("--force", action="store_true", help="run again what is finished")
+    parser.add_argument("--force", action="store_true", help="also repeat finished runs")
     parser.add_argument("--table", action="store_true",
-                        help="only print what is in the file, the last run of each kind")  # fmt: skip
+                        help="only print the last finished run of each kind")  # fmt: skip
     parser.add_argument("--results", type=Path, help="write the table into this Markdown file, too")
-    parser.add_argument("--verbose", action="store_true", help="say how each run goes")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one request, in the process of its own
+    parser.add_argument("--verbose", action="store_true", help="show the progress of each run")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one request, in its own process
     return parser
 
 
@@ -193,15 +194,15 @@ def requests(
     threads: int,
     paper_hours: float | None,
 ) -> list[Request]:
-    """All runs of a table, seed by seed.
+    """Return all runs of a table, seed by seed.
 
     Args:
         beds: Names of test beds.
         methods: Names of methods.
-        budgets: Shares of the MACs to take away.
+        budgets: Shares of the MACs to remove.
         seeds: The seeds.
-        threads: Of torch.
-        paper_hours: Allowance of a gradient method; `None` is an hour, and on the digits as long as it takes.
+        threads: CPU threads of torch.
+        paper_hours: Allowance of a gradient method in hours; `None` is one hour, and unlimited on the digits.
     """
 
     def allowance(bed: str, method: str) -> float | None:
@@ -215,14 +216,14 @@ def requests(
 
 
 def run_apart(request: Request, code: str, verbose: bool = False) -> Record:
-    """One run in a process of its own, see `run_command`."""
+    """Make one run in its own process, see `run_command`."""
     more = ["--verbose"] if verbose else []
     found, wall = run_command("recovery", asdict(request), request.threads, *more)
     return Record.from_dict({**found, "request": asdict(request), "code": code, "wall": wall})
 
 
 def _measured(request: dict[str, Any], verbose: bool) -> dict[str, Any]:
-    """Make a run in this process; the fields of its `Record` that are known here."""
+    """Make a run in this process and return the fields of its `Record` that are known here."""
     asked = Request(**request)
     machine, bed = header(), BEDS[asked.bed](asked.seed)
     options = Options(asked.allowance, TerminalProgress(interval=60) if verbose else silent)
@@ -242,7 +243,7 @@ def _measured(request: dict[str, Any], verbose: bool) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The finished runs of a file, in its order."""
+    """Read the finished runs of a file, in its order."""
     return [Record.from_dict(values) for values in json_lines(path)]
 
 
@@ -253,13 +254,13 @@ def latest(
     budgets: Container[float] | None,
     seeds: Container[int] | None,
 ) -> list[Record]:
-    """The last run of each bed, method, budget and seed, among those asked for; `None` asks for all."""
+    """Return the last run of each bed, method, budget and seed, restricted to the given values; `None` means all."""
     found: dict[tuple[object, ...], Record] = {}
     for record in records:
         request = record.request
-        place = (request.bed, request.method, request.budget, request.seed)
-        if all(wanted is None or p in wanted for p, wanted in zip(place, (beds, methods, budgets, seeds), strict=True)):
-            found[place] = record
+        key = (request.bed, request.method, request.budget, request.seed)
+        if all(only is None or k in only for k, only in zip(key, (beds, methods, budgets, seeds), strict=True)):
+            found[key] = record
     return list(found.values())
 
 
@@ -267,7 +268,7 @@ def latest(
 
 
 def report(records: Sequence[Record]) -> str:
-    """The section of a results file: how it was measured, the table, and the ratios."""
+    """Return the section of a results file: how it was measured, the table, and the ratios."""
     hours = sum(record.wall for record in records) / 3600
     before = mean(record.memory_before for record in records)
     codes = list(dict.fromkeys(record.code for record in records))
@@ -302,7 +303,7 @@ def report(records: Sequence[Record]) -> str:
 
 
 def command(records: Sequence[Record]) -> str:
-    """The command that makes a table of these runs, in which the published procedures have the same allowance."""
+    """Return the command that makes a table of these runs. Their published procedures must have the same allowance."""
 
     def all_of(field: str, order: Iterable[Any] | None = None) -> list[str]:
         found = {getattr(record.request, field) for record in records}
@@ -317,12 +318,12 @@ def command(records: Sequence[Record]) -> str:
 
 
 def _shortened(record: Record) -> float | None:
-    """The allowance, where it is not the command's own; runs of one command are alike in this."""
+    """Return the allowance if it is not the default of the command. All runs of one command share it."""
     return None if record.request.allowance == 3600.0 else record.request.allowance
 
 
 def table(records: Iterable[Record]) -> str:
-    """Method by method for each test bed and budget."""
+    """Format the methods for each test bed and budget."""
     rows = []
     for (bed, budget), of_methods in _grouped(records).items():
         for method, runs in of_methods.items():
@@ -350,7 +351,7 @@ def table(records: Iterable[Record]) -> str:
 
 
 def ratios(records: Iterable[Record]) -> str:
-    """The default against the naive closed form in r, and against the paper's procedure in time per block."""
+    """Compare the default with the naive closed form in r, and with the paper's procedure in time per block."""
     rows = []
     for (bed, budget), runs in _grouped(records).items():
         default, naive, paper = (runs.get(name, []) for name in ("default", "naive closed form", "paper"))
@@ -363,30 +364,30 @@ def ratios(records: Iterable[Record]) -> str:
 
 
 def _published_seconds_per_block(run: Record) -> float:
-    """Time per block, of a published procedure as if it had had all of its epochs, which take equally long."""
+    """Return the time per block, extrapolated to all published epochs for a shortened published procedure."""
     return run.seconds_per_block * (1.0 if run.epochs is None else PUBLISHED_EPOCHS / run.epochs)
 
 
 def _grouped(records: Iterable[Record]) -> dict[tuple[str, float], dict[str, list[Record]]]:
-    """The runs of each test bed and budget, by method, in the order of the registries."""
+    """Group the runs by test bed and budget, and then by method, in the order of the registries."""
     beds, methods = list(BEDS), list(METHODS)
 
-    def place(record: Record) -> tuple[int, float, int, int]:
+    def order(record: Record) -> tuple[int, float, int, int]:
         request = record.request
         return beds.index(request.bed), request.budget, methods.index(request.method), request.seed
 
     found: dict[tuple[str, float], dict[str, list[Record]]] = {}
-    for record in sorted(records, key=place):
+    for record in sorted(records, key=order):
         request = record.request
         found.setdefault((request.bed, request.budget), {}).setdefault(request.method, []).append(record)
     return found
 
 
 def _ratio(ours: Sequence[Record], theirs: Sequence[Record], figure: Callable[[Record], float]) -> str:
-    """The ratio of the means over the seeds that both have."""
-    one, other = ({run.request.seed: figure(run) for run in runs} for runs in (ours, theirs))
-    seeds = one.keys() & other.keys()
-    return f"{sum(one[s] for s in seeds) / sum(other[s] for s in seeds):.3g}" if seeds else NOTHING
+    """Format the ratio of the means over the seeds that both have."""
+    own, others = ({run.request.seed: figure(run) for run in runs} for runs in (ours, theirs))
+    seeds = own.keys() & others.keys()
+    return f"{sum(own[s] for s in seeds) / sum(others[s] for s in seeds):.3g}" if seeds else NOTHING
 
 
 def _between(values: Sequence[int]) -> str:

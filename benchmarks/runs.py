@@ -1,4 +1,4 @@
-"""What benchmarks of whole compressions share: a process for each run, a file of finished ones, cells and tables."""
+"""Shared parts of the benchmarks of whole compressions: processes, the file of finished runs, and tables."""
 
 import argparse
 import json
@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 NOTHING = "–"
-"""An empty cell."""
+"""Text of an empty cell."""
 
 
 class AnyRequest(Protocol):
-    """A run to be made, a frozen dataclass. The bed is made before, unless `prepared` says that it needs not be."""
+    """The settings of a run, a frozen dataclass. Its bed is prepared before the run, unless `prepared` is true."""
 
     @property
     def bed(self) -> str:
@@ -47,19 +47,19 @@ class AnyRequest(Protocol):
 
     @property
     def label(self) -> str:
-        """What is said of it while it runs."""
+        """The label of the run in messages."""
 
     @property
     def prepared(self) -> bool:
-        """Whether its bed caches nothing."""
+        """Whether the bed caches nothing and thus needs no preparation."""
 
 
 class AnyRecord(Protocol):
-    """A finished run, a dataclass: known by its request and the version of the code."""
+    """A finished run, a dataclass that is identified by its request and the version of the code."""
 
     @property
     def request(self) -> Any:
-        """What was asked for."""
+        """The settings of the run."""
 
     @property
     def code(self) -> str:
@@ -67,7 +67,7 @@ class AnyRecord(Protocol):
 
     @property
     def summary(self) -> str:
-        """What is said of it when it is finished."""
+        """The main figures of the run in messages."""
 
 
 RequestT = TypeVar("RequestT", bound=AnyRequest)
@@ -75,7 +75,7 @@ RecordT = TypeVar("RecordT", bound=AnyRecord)
 
 
 def share(text: str) -> float:
-    """An argument between 0 and 1."""
+    """Parse an argument between 0 and 1."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a share between 0 and 1, both excluded")
@@ -83,7 +83,7 @@ def share(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """An argument of 1 or more."""
+    """Parse an argument of 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
@@ -91,22 +91,22 @@ def count(text: str) -> int:
 
 
 def run_command(command: str, request: dict[str, Any], threads: int, *more: str) -> tuple[dict[str, Any], float]:
-    """One run in a process of its own: `python -m benchmarks COMMAND --run REQUEST`.
+    """Make one run in its own process: `python -m benchmarks COMMAND --run REQUEST`.
 
-    Linux starts a process's peak memory at what its parent holds; the parent here has imported what the child
-    imports anyway, and must load no more.
+    On Linux, the peak memory of a process starts at the memory of its parent. The parent here has only imported what
+    the child imports anyway, and must not load more.
 
     Args:
-        command: Of `python -m benchmarks`.
-        request: What is to be run.
-        threads: Of torch.
-        more: Arguments beyond.
+        command: Command of `python -m benchmarks`.
+        request: Settings of the run.
+        threads: CPU threads of torch.
+        more: Further arguments.
 
     Returns:
-        What the process printed last, and the seconds that it took.
+        The JSON object that the process printed last, and the seconds that it took.
 
     Raises:
-        DcvitError: If it failed; what it said has gone to standard error.
+        DcvitError: If the process failed; its messages are on standard error.
     """
     start = time.perf_counter()
     arguments = [sys.executable, "-m", "benchmarks", command, "--threads", str(threads), "--run", json.dumps(request)]
@@ -121,28 +121,31 @@ def run_command(command: str, request: dict[str, Any], threads: int, *more: str)
 
 
 def run_missing(
-    wanted: Sequence[RequestT],
+    requests: Sequence[RequestT],
     known: Sequence[RecordT],
     out: Path,
     measured: Sequence[str],
     run: Callable[[RequestT, str], RecordT],
 ) -> tuple[list[RecordT], int]:
-    """The record of each run, made where there is none yet, and how many runs failed.
+    """Make the runs of a table that are missing.
 
     Args:
-        wanted: The runs of a table.
-        known: Finished ones.
-        out: The file that new ones are appended to.
-        measured: What their figures depend on, see `code_version`.
-        run: Makes one with the code of a version; a `DcvitError` means that it failed.
+        requests: Settings of the runs of a table.
+        known: The finished runs.
+        out: The file to which new runs are appended.
+        measured: Files and folders on which the figures depend, see `code_version`.
+        run: Makes a run, given its settings and the version of the code. It raises `DcvitError` if the run failed.
+
+    Returns:
+        The record of each run that did not fail, and the number of failed runs.
     """
     finished = {(record.request, record.code): record for record in known}
     out.parent.mkdir(parents=True, exist_ok=True)
     prepared: set[str] = set()
     records, failed = [], 0
-    for number, request in enumerate(wanted, 1):
-        label = f"{number}/{len(wanted)} {request.label}"
-        code = code_version(measured)  # each time: it may change while the table is made
+    for number, request in enumerate(requests, 1):
+        label = f"{number}/{len(requests)} {request.label}"
+        code = code_version(measured)  # read each time, because the code may change while the table is made
         record = finished.get((request, code))
         if record is None:
             if not request.prepared and request.bed not in prepared:
@@ -162,13 +165,13 @@ def run_missing(
 
 
 def publish(text: str | None, failed: int, results: Path | None, name: str) -> int:
-    """Print a table, write it into a results file if there is one, and say how many runs failed.
+    """Print a table, write it into a results file if one is named, and report how many runs failed.
 
     Args:
         text: The section of the results file; `None` without a finished run.
-        failed: Runs that failed.
-        results: The file.
-        name: The section's.
+        failed: Number of failed runs.
+        results: The results file, or `None`.
+        name: Name of the section.
 
     Returns:
         The exit status: 1 if a run failed.
@@ -183,29 +186,29 @@ def publish(text: str | None, failed: int, results: Path | None, name: str) -> i
 
 
 def prepare_bed(bed: str) -> None:
-    """Have a test bed make what it caches, so that no run's time and memory contain it; not in this process."""
+    """Fill the cache of a test bed in another process, so that no run's time and memory include it."""
     code = f"from benchmarks.methods import BEDS; BEDS[{bed!r}](0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=sys.stderr, check=False)
 
 
 def peak_memory() -> float:
-    """The peak resident set of this process so far, in MiB."""
+    """Return the peak resident set of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """What a file of JSON lines holds; nothing if there is none."""
+    """Read a file of JSON lines; a missing file counts as empty."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def code_version(measured: Sequence[str]) -> str:
-    """The last commit that touched what is measured, and a fingerprint of what has changed since.
+    """Return the last commit of the measured files, with a fingerprint if they have changed since.
 
-    A commit of something else, such as the results, does not make finished runs outdated.
+    A commit of other files, such as the results, does not make finished runs outdated.
 
     Args:
-        measured: Files and folders of the repository.
+        measured: Files and folders of the repository, relative to its root.
     """
 
     def git(*arguments: str) -> str:
@@ -215,8 +218,8 @@ def code_version(measured: Sequence[str]) -> str:
     commit = git("log", "-1", "--format=%h") or "no commit"
     if commit != "no commit" and not git("status", "--porcelain"):
         return commit
-    places = [ROOT / place for place in measured]
-    files = sorted(f for place in places for f in ([place] if place.is_file() else place.rglob("*")))
+    paths = [ROOT / path for path in measured]
+    files = sorted(f for path in paths for f in ([path] if path.is_file() else path.rglob("*")))
     sources = [f for f in files if f.suffix in (".py", ".cpp", ".cu", ".h")]
     return f"{commit}+{fingerprint(*[(str(f.relative_to(ROOT)), f.read_bytes()) for f in sources])}"
 
@@ -226,7 +229,7 @@ def command_lines(
     kind: Callable[[RecordT], Hashable],
     command: Callable[[Sequence[RecordT]], str],
 ) -> list[str]:
-    """The commands that make a table of some runs, one for each kind of them, as a results file shows them."""
+    """Return the indented commands that make a table of the runs, one for each kind of run."""
     kinds: dict[Hashable, list[RecordT]] = {}
     for record in records:
         kinds.setdefault(kind(record), []).append(record)
@@ -234,7 +237,7 @@ def command_lines(
 
 
 def spread(values: Sequence[float | None], decimals: int) -> str:
-    """Mean ± standard deviation; the mean alone of one value, and a dash where there is none."""
+    """Format mean ± standard deviation. A single value has no deviation, and no value gives a dash."""
     known = [value for value in values if value is not None]
     if not known:
         return NOTHING
@@ -243,13 +246,13 @@ def spread(values: Sequence[float | None], decimals: int) -> str:
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of titles and cells."""
+    """Format a Markdown table of titles and cells."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def with_section(existing: str, text: str, name: str) -> str:
-    """A results file with the section of a name, in place of an earlier one or at the end."""
+    """Insert a named section into the text of a results file, in place of an earlier one or at the end."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n{text}\n{end}\n"
     if begin in existing and end in existing:

@@ -1,10 +1,10 @@
-"""What a large compression takes, computed from what its units take here: `python -m benchmarks scaling`.
+"""Predict the time and memory of large compressions from rates measured here: `python -m benchmarks scaling`.
 
-The work of each stage is counted (`dcvit.costs`, and the sizes of `DCViT`), and divided by the rate at
-which this device was just seen to do such work: models' passes, with gradients and without, products of hidden units,
-greedy selection, Cholesky factors. Spread over more devices, what is shared (docs/distributed.md) is divided by their
-number, and what they tell each other is added, at a link's rate that is given. `--check` compares with a compression
-that is run now.
+The work of each stage is counted (`dcvit.costs`, and the sizes in `DCViT`) and divided by the rate at which this device
+does such work. Rates are measured for forward passes, passes with gradients, products of hidden units, greedy selection
+and Cholesky factorisations. For several devices, the shared work (docs/distributed.md) is divided by their number, and
+the time of their communication at a given link rate is added. `--check` compares the prediction with a compression that
+is run now.
 """
 
 import argparse
@@ -35,22 +35,22 @@ MODELS = {
 NUM_IMAGES = 1000
 BUDGET = 0.75
 RIDGES_TRIED = 3
-"""λ that a search for the best one tries, in the mean."""
+"""Mean number of λ that a search tries."""
 
 COMPRESSED = 1 / 4
-"""Share of the blocks that lose their attention; about as many are pruned."""
+"""Share of the blocks that lose their attention. About as many others are pruned."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second.
+    """Work that a device does in one second.
 
     Attributes:
-        forward: MACs of a model's pass.
-        backward: MACs of a pass with gradients, counted three times.
+        forward: MACs of a model's forward pass.
+        backward: MACs of a pass with gradients, which counts three times the MACs of the forward pass.
         gram: MACs of products of hidden units.
         select: Multiply-adds of greedy selection, in float64.
-        solve: Multiply-adds of Cholesky factors and solutions, in float64.
+        solve: Multiply-adds of Cholesky factorisations and solutions, in float64.
     """
 
     forward: float
@@ -62,14 +62,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What a compression consists of.
+    """The work of a compression.
 
     Attributes:
-        alone: Seconds by stage that one process works while the others wait.
-        queued: Seconds of one probe, and how many there are, by kind.
-        split: Seconds by stage that are divided evenly.
+        alone: Seconds of each stage in which one process works while the others wait.
+        queued: Seconds of one probe and the number of probes, by kind.
+        split: Seconds of each stage that is divided evenly among the processes.
         told: Bytes that are reduced over all processes.
-        memory: Bytes by kind that each process holds.
+        memory: Bytes that each process holds, by kind.
     """
 
     alone: dict[str, float]
@@ -79,24 +79,29 @@ class Work:
     memory: dict[str, float]
 
     def seconds(self, processes: int, link: float) -> dict[str, float]:
-        """By stage, on so many processes whose link moves so many bytes a second."""
+        """Return the seconds of each stage.
+
+        Args:
+            processes: Number of processes.
+            link: Bytes that their all-reduce moves per second.
+        """
         found = dict(self.alone)
         found |= {stage: each * math.ceil(count / processes) for stage, (each, count) in self.queued.items()}
         found |= {stage: whole / processes for stage, whole in self.split.items()}
         if processes > 1:
-            found["telling each other"] = 2 * self.told * (processes - 1) / processes / link
+            found["communication"] = 2 * self.told * (processes - 1) / processes / link
         return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the page."""
+    """Print the prediction, and the check if there is one."""
     parser = argparse.ArgumentParser("python -m benchmarks scaling", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--link", type=float, default=10e9, metavar="BYTES", help="that all-reduce moves a second")
+    parser.add_argument("--link", type=float, default=10e9, metavar="BYTES", help="all-reduced per second")
     parser.add_argument("--images", type=int, default=NUM_IMAGES)
-    parser.add_argument("--check", metavar="MODEL", help="compress this model with random weights from 50 images, too")
+    parser.add_argument("--check", metavar="MODEL", help="also compress this model, with random weights and 50 images")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -110,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @torch.no_grad()
 def measured(device: torch.device) -> Rates:
-    """Rates of a device, from a ViT-S and matrices of a ViT-B's size."""
+    """Measure the rates of a device with a ViT-S, and with matrices of a ViT-B's size."""
     model = timm.create_model("vit_small_patch16_224").eval().requires_grad_(False).to(device)
     batch = example_images(model, 16)
     macs = len(batch) * compressible(model).cost().total.macs("with_attention_products")
@@ -134,7 +139,7 @@ def measured(device: torch.device) -> Rates:
 
 
 class _Backward(nn.Module):
-    """A pass and its gradient by the images."""
+    """A model whose forward pass returns the gradient with respect to the images."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -145,12 +150,12 @@ class _Backward(nn.Module):
 
 
 def best(once: Callable[[], float], times: int = 4) -> float:
-    """Seconds, the least of some."""
+    """Return the least seconds of several measurements."""
     return min(once() for _ in range(times))
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds until a device has finished a call."""
+    """Return the seconds until a device has finished a call."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     start = time.perf_counter()
@@ -161,12 +166,12 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.DCViT) -> Work:
-    """What a model's compression with the default settings consists of, a quarter of its MACs taken away.
+    """Return the work of compressing a model by a quarter of its MACs with the default method.
 
     Args:
-        model: The model, on any device, the meta device too.
-        num_images: Few-shot images.
-        rates: Of the device that will do it.
+        model: The model, on any device including the meta device.
+        num_images: Number of few-shot images.
+        rates: Rates of the device.
         config: The settings.
     """
     view, recovery = compressible(model), config.reconstruction
@@ -180,14 +185,14 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.DCViT) -
     views = max(num_images, recovery.refinement_views if steps else recovery.num_views)
     rows = max(recovery.num_rows // views, 1) * views
     few, kept = min(rows, FEW_ROWS), hidden // 2
-    cut, pruned = round(COMPRESSED * depth), round(COMPRESSED * depth)
-    mlp = 2 * width * hidden  # MACs of a row
+    without_attention, pruned = round(COMPRESSED * depth), round(COMPRESSED * depth)
+    mlp = 2 * width * hidden  # MACs per row
 
     def solutions(units: int) -> float:
         return RIDGES_TRIED * (units**3 / 3 + 2 * units**2 * width) / rates.solve
 
     curve = sum(solutions(round(share * hidden)) for share in CURVE)
-    metric = (config.synthesis.num_images + HELD_OUT_VIEWS) * macs / 2 / rates.forward  # half of the model, in the mean
+    metric = (config.synthesis.num_images + HELD_OUT_VIEWS) * macs / 2 / rates.forward  # half of the model on average
     probe = few * (mlp / rates.forward + hidden**2 / rates.gram) + (0.75 * hidden) ** 2 / 2 * hidden / rates.select
     probe += curve + metric
     gradients = 3 * 0.8 * rows * (mlp / 2) / rates.backward
@@ -210,23 +215,24 @@ def work(model: nn.Module, num_images: int, rates: Rates, config: dcvit.DCViT) -
         alone={
             "proxy set": config.synthesis.iterations * config.synthesis.num_images * 3 * macs / rates.backward,
             "step sizes": len(recovery.step_sizes) * (few / rows * (one_block + gradients) + 2 * solutions(kept)),
-            "solutions of blocks": (cut + pruned) * 2 * solutions(kept),
+            "solutions of blocks": (without_attention + pruned) * 2 * solutions(kept),
         },
         queued={"probes": (probe, depth - 2), "pruning probes": (probe, depth)},
         split={
             "teacher's pass": views * macs / rates.forward,
             "student's passes": views * macs / rates.forward,
-            "normal equations": (2 * cut + pruned) * one_block,
-            "gradient steps": cut * recovery.epochs * gradients,
+            "normal equations": (2 * without_attention + pruned) * one_block,
+            "gradient steps": without_attention * recovery.epochs * gradients,
             "refinement": 3 * passes * macs / rates.backward,
         },
-        told=(2 * cut + pruned) * 8 * hidden**2 + cut * recovery.epochs * (rows / recovery.batch_rows) * 4 * mlp / 2,
+        told=(2 * without_attention + pruned) * 8 * hidden**2
+        + without_attention * recovery.epochs * (rows / recovery.batch_rows) * 4 * mlp / 2,
         memory=tensors,
     )
 
 
 def page(rates: Rates, processes: Sequence[int], link: float, num_images: int) -> list[str]:
-    """The rates, time and memory of each model, and what takes longest."""
+    """Return the lines of the prediction: rates, and for each model its time, its longest stages and its memory."""
     config = dcvit.DCViT()
     rows, memory = [], []
     for title, name in MODELS.items():
@@ -246,17 +252,17 @@ def page(rates: Rates, processes: Sequence[int], link: float, num_images: int) -
         memory.append([title, f"{sum(found.memory.values()) / 2**30:.1f}", most])
     figures = ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in vars(rates).items())
     return [
-        f"Rates seen, in thousand million a second: {figures}. {num_images} images, a quarter of the MACs taken away; "
+        f"Measured rates, in 10⁹ per second: {figures}. {num_images} images, a quarter of the MACs removed; "
         f"all-reduce at {link / 1e9:g} GB/s.",
         "",
-        markdown(["model", "processes", "minutes", "times as fast as one", "what takes longest"], rows),
+        markdown(["model", "processes", "minutes", "speed-up over one", "longest stages"], rows),
         "",
-        markdown(["model", "GiB a process", "most of it"], memory),
+        markdown(["model", "GiB per process", "largest parts, GiB"], memory),
     ]
 
 
 def check(name: str, rates: Rates, device: torch.device) -> list[str]:
-    """A compression that is run now, stage by stage, beside what was computed."""
+    """Run a compression now and compare its stages with the prediction."""
     model = timm.create_model(name).eval().to(device)
     config = dcvit.DCViT()
     expected = work(model, 50, rates, config).seconds(1, 1.0)
@@ -273,4 +279,4 @@ def check(name: str, rates: Rates, device: torch.device) -> list[str]:
     seen = dcvit.compress(model, example_images(model, 50), dcvit.Budget(macs=BUDGET), config).report.seconds
     rows = [[stage, f"{value:.0f}", f"{seen.get(stage, 0.0):.0f}"] for stage, value in computed.items()]
     rows.append(["all", f"{sum(computed.values()):.0f}", f"{sum(seen.get(stage, 0.0) for stage in computed):.0f}"])
-    return [f"{name}, 50 images:", "", markdown(["stage", "s, computed", "s, seen"], rows)]
+    return [f"{name}, 50 images:", "", markdown(["stage", "s, predicted", "s, measured"], rows)]

@@ -1,11 +1,11 @@
-"""How useful a proxy set is, and what it costs: `python -m benchmarks synthesis`.
+"""Measure how well proxy sets rank the blocks, and what they cost: `python -m benchmarks synthesis`.
 
-Each candidate block of a test bed's model is compressed alone, to a quarter of its hidden units, and recovered in
-closed form. Its true loss is r over the output tokens of the held-out images (`benchmarks.testbeds.Measures`). Metric
-sets then judge the same students, and the rank correlation (Spearman) with the true order says how well each orders
-them. Compared are the set that `dcvit.compress` makes, the published one (2000 iterations), and noise that no iteration
-has touched; each by both metrics, and by the one that `dcvit.compress` takes, which looks at held-out few-shot images
-too (`dcvit.metrics.fidelity`).
+In each student, one candidate block of a test bed's model is compressed to a quarter of its hidden units and recovered
+in closed form. Its true loss is r over the output tokens of the held-out images (`benchmarks.testbeds.Measures`). Each
+proxy set then ranks the same students, and Spearman's rank correlation with the true order measures how well it does.
+The proxy sets are the one that `dcvit.compress` makes, the published one (2000 iterations), and plain noise. Each is
+evaluated with both metrics, and with the one that `dcvit.compress` uses, which adds validation views of the few-shot
+images (`dcvit.metrics.fidelity`).
 """
 
 import argparse
@@ -36,26 +36,26 @@ from dcvit.recovery.reconstruct import BlockProblem, reconstruct_block
 from dcvit.search.space import choose_candidates
 
 KEPT = 0.25
-"""Share of the hidden units that a tried block keeps."""
+"""Share of the hidden units that the compressed block keeps."""
 
 VIEWS = 250
-"""Views that the blocks are solved on: what is compared is the judges, not the students."""
+"""Number of views for the closed form. Few are enough, because proxy sets are compared and not students."""
 
 METRICS: dict[str, MetricKind] = {
     "cross-entropy": "cross_entropy",
     "distillation": "distillation",
     "distillation, held-out images too": "distillation",
 }
-"""What the students are judged by."""
+"""Metrics that rank the students."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What one proxy set makes of the candidates.
+    """The figures of one proxy set.
 
     Attributes:
-        seconds: Of its synthesis.
-        correlation: Spearman's, of the order by each of `METRICS` with the true order.
+        seconds: Seconds of its synthesis.
+        correlation: Spearman's correlation of the order by each of `METRICS` with the true order.
     """
 
     seconds: float
@@ -66,20 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser("python -m benchmarks synthesis", description=__doc__.partition("\n")[0])
     parser.add_argument("--beds", nargs="+", choices=BEDS, default=["digits", "photographs"])
-    parser.add_argument("--seeds", type=int, default=5, help="few-shot sets, each with proxy sets of its own")
+    parser.add_argument("--seeds", type=int, default=5, help="number of few-shot sets, each with its own proxy sets")
     parser.add_argument("--iterations", type=int, default=DCViT.paper().synthesis.iterations,
-                        help="of the published set")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+                        help="iterations of the published set")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     print(header())
     rows = []
     for name in options.beds:
-        judged: dict[str, list[Evaluated]] = {}
+        evaluated: dict[str, list[Evaluated]] = {}
         for seed in range(options.seeds):
             for label, result in _compare(BEDS[name](seed), seed, options.iterations).items():
-                judged.setdefault(label, []).append(result)
-        for label, results in judged.items():
+                evaluated.setdefault(label, []).append(result)
+        for label, results in evaluated.items():
             cells = [spread([result.correlation[metric] for result in results], 2) for metric in METRICS]
             rows.append([name, label, str(len(results)), *cells, f"{mean(result.seconds for result in results):.1f}"])
     print("Rank correlation with the true order, mean ± standard deviation:\n")
@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Evaluated]:
+    """Return the figures of each proxy set on a test bed, by label."""
     config = DCViT(seed=seed)
     recovery = replace(config.reconstruction, augmentation=bed.augmentation, num_views=VIEWS)
     views = draw_views(bed.model, load_images(bed.images, bed.model), recovery, seed)
@@ -100,7 +101,7 @@ def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Evaluated]:
         f"noise: {default.num_images} images": replace(default, iterations=1),
     }
 
-    def judge(settings: SynthesisConfig) -> Evaluated:
+    def evaluate(settings: SynthesisConfig) -> Evaluated:
         start = time.perf_counter()
         made = synthesize(bed.model, replace(settings, flip=bed.augmentation.flip), RunContext(seed)).images
         seconds = time.perf_counter() - start
@@ -112,11 +113,11 @@ def _compare(bed: TestBed, seed: int, iterations: int) -> dict[str, Evaluated]:
             correlation[name] = float(spearmanr(losses, true).statistic)
         return Evaluated(seconds, correlation)
 
-    return {label: judge(settings) for label, settings in synthesis.items()}
+    return {label: evaluate(settings) for label, settings in synthesis.items()}
 
 
 def _students(model: nn.Module, views: Views, config: ReconstructionConfig, seed: int) -> dict[int, nn.Module]:
-    """The model with each candidate block compressed alone and solved, by block."""
+    """Return for each candidate block a model in which only that block is compressed and solved."""
     states, view = TeacherStates(model, views, config.batch_size), compressible(model)
     students = {}
     for block in choose_candidates(model, None):

@@ -1,8 +1,8 @@
 """Dense few-shot compression of vision transformers: `dcvit.compress` makes a pretrained model meet a budget.
 
-All that most users need is here. Other methods are in `dcvit.methods`, the parts of their settings in `dcvit.config`,
-errors in `dcvit.errors`, measurements in `dcvit.metrics`, and the steps of the algorithm in `dcvit.data`,
-`dcvit.search` and `dcvit.recovery`.
+This module exports all that most users need. Other methods are in `dcvit.methods`, parts of their settings in
+`dcvit.config`, errors in `dcvit.errors`, measurements in `dcvit.metrics`, and the steps of the algorithm in
+`dcvit.data`, `dcvit.search` and `dcvit.recovery`.
 """
 
 from dcvit._version import __version__

@@ -1,4 +1,4 @@
-"""What a compressed model may cost."""
+"""The budget of a compression: a bound on the cost of the compressed model."""
 
 import math
 from dataclasses import dataclass
@@ -11,28 +11,31 @@ from dcvit.serialization import plain_numbers
 __all__ = ["ADDITIVE", "METRICS", "PER_BATCH", "Budget"]
 
 PER_BATCH = ("activation_memory", "latency", "latency_ms")
-"""Those that depend on the batch size."""
+"""The metrics that depend on the batch size."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the compressed model may cost, in exactly one of these units.
+    """Bound on the cost of the compressed model, in exactly one metric.
+
+    A float in (0, 1) is a fraction of the original model's cost, and an int is an absolute number.
 
     Attributes:
-        macs: MACs per image. A float in (0, 1) is a fraction of the original, an int an absolute number.
-        params: Number of parameters, likewise.
-        file_size: Bytes of the saved weights (`model.safetensors`), likewise.
-        activation_memory: Peak bytes of the activations of one inference pass over a batch, likewise; weights and the
+        macs: MACs per image.
+        params: Number of parameters.
+        file_size: Size of the saved weights (`model.safetensors`) in bytes.
+        activation_memory: Peak memory of the activations of one inference pass over a batch, in bytes. Weights and the
             input are not counted, see `dcvit.metrics.memory`.
-        latency: Time of one inference pass over a batch on the model's device, a fraction in (0, 1) of the original's.
-            It is measured, and met to within 3 %, see `dcvit.search.latency`.
-        latency_ms: The same in milliseconds, an int or a float. The original is timed once to turn them into a
-            fraction; from then on models are timed in turn, so that a change of the machine's load moves no goal.
-        batch_size: Images a batch, for `activation_memory` and latency.
+        latency: Time of one inference pass over a batch on the model's device, as a fraction of the original's. It is
+            measured, and met to within 3 %, see `dcvit.search.latency`.
+        latency_ms: Time of one inference pass over a batch, in milliseconds, an int or a float. The original is timed
+            once to convert it to a fraction. After that, models are timed in alternation with the original, so a change
+            of the machine's load does not change the goal.
+        batch_size: Images per batch, for `activation_memory` and latency.
         convention: Which MACs count, see `dcvit.costs.MacConvention`.
 
     Raises:
-        BudgetError: If none or several are given, or a value is out of range.
+        BudgetError: If no metric or several metrics are set, or a value is out of range.
     """
 
     macs: float | int | None = None
@@ -46,9 +49,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        given = {metric: getattr(self, metric) for metric in METRICS if getattr(self, metric) is not None}
-        if len(given) != 1:
-            shown = ", ".join(f"{metric}={value!r}" for metric, value in given.items())
+        specified = {metric: getattr(self, metric) for metric in METRICS if getattr(self, metric) is not None}
+        if len(specified) != 1:
+            shown = ", ".join(f"{metric}={value!r}" for metric, value in specified.items())
             raise BudgetError(
                 f"Budget({shown}): expected exactly one of {', '.join(METRICS)}, "
                 "for example Budget(macs=0.75) for three quarters of the original's MACs."
@@ -64,7 +67,7 @@ class Budget:
             if not 0 < value < math.inf:
                 raise BudgetError(
                     f"latency_ms={value!r}: expected a positive number of milliseconds; "
-                    "a fraction of the original goes into latency=."
+                    "pass a fraction of the original as latency=."
                 )
             return
         if isinstance(value, float) and not 0.0 < value < 1.0:
@@ -73,25 +76,25 @@ class Budget:
                 f"excluded. {self._absolute}"
             )
         if isinstance(value, int) and (metric == "latency" or value <= 0):
-            wanted = (
+            expected = (
                 "expected a fraction of the original" if metric == "latency" else "an absolute number must be positive"
             )
-            raise BudgetError(f"{metric}={value!r}: {wanted}. {self._absolute}")
+            raise BudgetError(f"{metric}={value!r}: {expected}. {self._absolute}")
 
     @property
     def metric(self) -> str:
-        """The name of the field that is given, for example `"macs"`."""
+        """Name of the field that is set, for example `"macs"`."""
         return next(metric for metric in METRICS if getattr(self, metric) is not None)
 
     @property
     def value(self) -> float | int:
-        """The figure that was given."""
+        """Value of that field."""
         value: float | int = getattr(self, self.metric)
         return value
 
     @property
     def measured(self) -> bool:
-        """Whether it is of latency, which planning has to measure."""
+        """Whether the metric is latency, which planning has to measure."""
         return self.metric in ("latency", "latency_ms")
 
     @property
@@ -101,33 +104,33 @@ class Budget:
         return f"Pass an int for an absolute number of {self.metric}."
 
     def amount(self, cost: Cost) -> int:
-        """How many MACs or parameters a part costs.
+        """Return the number of MACs or parameters in a cost.
 
         Raises:
-            BudgetError: If the budget is of something that a part's cost does not tell.
+            BudgetError: If the budget's metric is neither of them.
         """
         if self.metric not in ("macs", "params"):
-            raise BudgetError(f"{self.metric}: a part's cost tells MACs and parameters only.")
+            raise BudgetError(f"{self.metric}: the cost of a part holds only MACs and parameters.")
         return cost.macs(self.convention) if self.metric == "macs" else cost.params
 
     def target(self, cost: Cost) -> int:
-        """The absolute target for a model of this cost, of MACs or parameters."""
+        """Return the absolute target for an original model of this cost, in MACs or parameters."""
         return self.target_of(self.amount(cost))
 
     def target_of(self, original: int) -> int:
-        """The absolute target where the original has `original` of this budget's unit."""
+        """Return the absolute target for an original model that costs `original` in the budget's metric."""
         value = self.value
         return int(value * original) if isinstance(value, float) else value
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that make this budget."""
+        """Return the arguments that create this budget."""
         batch = {"batch_size": self.batch_size} if self.metric in PER_BATCH else {}
         return {self.metric: self.value, "convention": self.convention, **batch}
 
 
 METRICS = ("macs", "params", "file_size", "activation_memory", "latency", "latency_ms")
-"""What a budget can be of; the names of `Budget`'s fields."""
+"""The metrics of a budget, which are names of `Budget`'s fields."""
 
 
 ADDITIVE = ("macs", "params", "file_size")
-"""Those of which every block and every hidden unit takes its own part, whatever else is compressed."""
+"""The additive metrics: the cost of a block or hidden unit does not depend on what else is compressed."""

@@ -1,7 +1,8 @@
-"""Every setting, frozen: parts that methods share, what every method reads, and dcvit's own method with its presets.
+"""Frozen settings: parts that methods share, the base of all methods, and dcvit's own method with its presets.
 
-A method is its config: `dcvit.compress(..., method=DCViT(num_blocks=3))`. Its type says which method, its fields are
-all that the method reads. The configs of the other methods lie beside them, in `dcvit.methods.baselines`.
+A method is selected by its config: `dcvit.compress(..., method=DCViT(num_blocks=3))`. The config's type determines the
+method, and the method reads only the config's fields. The configs of the other methods are next to their code, in
+`dcvit.methods.baselines`.
 """
 
 import json
@@ -40,7 +41,7 @@ def _check_choice(name: str, value: object, literal: Any) -> None:
 
 
 def _check_numbers(config: object) -> None:
-    """Take NumPy's numbers, and refuse floats where ints are counted."""
+    """Convert NumPy numbers, and refuse floats in integer fields."""
     plain_numbers(config)
     of: type = type(config)
     for name, kind in field_types(of).items():
@@ -50,7 +51,7 @@ def _check_numbers(config: object) -> None:
 
 
 def _freeze_positive(config: object, name: str) -> None:
-    """Make a field a tuple, of one or more positive floats."""
+    """Convert a field to a tuple, and refuse it unless it holds one or more positive floats."""
     values = tuple(getattr(config, name))
     object.__setattr__(config, name, values)
     _check(len(values) > 0 and min(values) > 0, name, values, "one or more positive floats")
@@ -58,25 +59,25 @@ def _freeze_positive(config: object, name: str) -> None:
 
 @runtime_checkable
 class _Batched(Protocol):
-    """Settings that say how many images pass through a model at once."""
+    """Settings with a micro-batch size."""
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that pass through a model at once."""
+        """Number of images that pass through a model at once."""
 
     def with_micro_batch_at_most(self: Part, count: int) -> Part:
-        """The same with at most so many images at once, which changes results by rounding alone."""
+        """Return a copy with a micro-batch of at most `count` images, which changes results only by rounding."""
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Random views of the few-shot images during recovery, timm's training augmentation.
+    """Settings of the random views of the few-shot images during recovery, timm's training augmentation.
 
     Attributes:
-        scale: Smallest and largest share of the image's area that a random crop takes.
+        scale: Smallest and largest share of the image's area in a random crop.
         ratio: Smallest and largest aspect ratio (width / height) of the crop.
         flip: Probability of a horizontal flip.
-        color_jitter: Largest relative change of brightness, contrast and saturation (the last for RGB only).
+        color_jitter: Largest relative change of brightness, contrast and, for RGB, saturation.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -94,14 +95,15 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The images and tokens that blocks are fitted on (`dcvit.recovery.calibration`).
+    """Settings of the images and tokens that blocks are fitted on (`dcvit.recovery.calibration`).
 
     Attributes:
-        num_views: Images that blocks are fitted on: the few-shot images and random views of them. Never fewer than the
-            few-shot images.
-        num_rows: Tokens drawn from them, at least one from each; each is one equation.
-        augmentation: Random views; `None` leaves it at the few-shot images.
-        batch_size: Images that pass through a model at once. Changes speed and memory, and results by rounding alone.
+        num_views: Number of images that blocks are fitted on: the few-shot images and random views of them. All
+            few-shot images are used, even if there are more of them.
+        num_rows: Number of tokens sampled from these images, at least one from each. Each token is one equation.
+        augmentation: Settings of the random views; `None` uses only the few-shot images.
+        batch_size: Number of images that pass through a model at once. Changes speed and memory, and results only by
+            rounding.
     """
 
     num_views: int = 1000
@@ -117,11 +119,11 @@ class CalibrationConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that pass through a model at once."""
+        """Number of images that pass through a model at once."""
         return self.batch_size
 
     def with_micro_batch_at_most(self: "Calibration", count: int) -> "Calibration":
-        """The same with at most so many images at once."""
+        """Return a copy with a micro-batch of at most `count` images."""
         return replace(self, batch_size=min(count, self.micro_batch_size))
 
 
@@ -130,28 +132,29 @@ Calibration = TypeVar("Calibration", bound=CalibrationConfig)
 
 @dataclass(frozen=True)
 class ReconstructionConfig(CalibrationConfig):
-    """Block reconstruction (`dcvit.recovery.reconstruct`): a compressed block learns alone what the teacher's block
-    gives.
+    """Settings of block reconstruction (`dcvit.recovery.reconstruct`).
+
+    Each compressed block is fitted to the outputs of the teacher's block, without the rest of the model.
 
     Attributes:
-        num_views: See `CalibrationConfig`; where no refinement follows.
+        num_views: See `CalibrationConfig`; used if no refinement follows.
         num_rows: See `CalibrationConfig`.
         augmentation: See `CalibrationConfig`.
-        batch_size: See `CalibrationConfig`; the gradients of a refinement step's parts add up.
-        refinement_views: As `num_views`, where refinement follows, which goes over them many times.
+        batch_size: See `CalibrationConfig`; a refinement step accumulates the gradients of its micro-batches.
+        refinement_views: Number of views if a refinement follows, which passes over them many times.
         units: Which hidden units a block keeps: those that explain the missing output best (`"greedy"`), or
             `"random"` ones as published.
-        epochs: Of the gradient steps after the closed form, passes over the rows; 0 leaves it at the closed form.
-        step_sizes: Candidates of the gradient steps' size, as a share of a parameter tensor's root mean square; the
-            best on held-out images is taken.
-        batch_rows: Rows a gradient step.
-        refinement_steps: Gradient steps on the output tokens at the end (`dcvit.recovery.finetune`), at most; 0 leaves
-            them out.
-        refinement_macs: Multiply-accumulates that they may take together, so that a large model is not held up: they
-            gain least, and cost most, of all. The default leaves them out of models of more than 133 million an image,
-            all ViTs at 224 px among them; multiply it to have them. One of a CNN counts as three, which it takes where
-            it is depthwise.
-        refinement_batch: Views a step.
+        epochs: Number of passes over the rows in the gradient steps after the closed form; 0 takes no steps.
+        step_sizes: Candidates of the gradient steps' size, as a share of a parameter tensor's root mean square. The
+            best one on held-out images is used.
+        batch_rows: Number of rows per gradient step.
+        refinement_steps: Largest number of gradient steps on the output tokens at the end (`dcvit.recovery.finetune`);
+            0 disables the refinement.
+        refinement_macs: Largest number of multiply-accumulates (MACs) of these steps together. They gain least and cost
+            most of all stages, so the limit spares large models. The default disables the refinement of models with
+            more than 133 million MACs per image, such as all ViTs at 224 px; raise it to refine these. A MAC of a CNN
+            counts as three, since a depthwise convolution needs that much time.
+        refinement_batch: Number of views per refinement step.
     """
 
     refinement_views: int = 2500
@@ -177,18 +180,19 @@ class ReconstructionConfig(CalibrationConfig):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a student trains end to end.
+    """Settings of end-to-end training of a student.
 
     Attributes:
-        epochs: Passes over the few-shot images, for each recovery.
-        learning_rate: AdamW's peak learning rate, or `"auto"`: the best of `learning_rates`, found on images held out.
-        learning_rates: The candidates of `"auto"`.
+        epochs: Number of passes over the few-shot images in each recovery.
+        learning_rate: AdamW's peak learning rate, or `"auto"` for the best of `learning_rates` on held-out images.
+        learning_rates: Candidates for `"auto"`.
         weight_decay: AdamW's decoupled weight decay, on all updated parameters.
         warmup_epochs: Epochs over which the learning rate rises linearly; it then follows a half cosine to zero.
-        batch_size: Images a step.
-        micro_batch: Of these, how many pass through a model at once; the gradients of a step's parts add up. `None`
-            is all. Changes speed and memory, and results by rounding alone.
-        augmentation: Random views; `None` shows the images as they are, and computes the teacher's tokens once.
+        batch_size: Number of images per step.
+        micro_batch: Number of images of a step that pass through a model at once; their gradients are accumulated.
+            `None` takes the whole batch. Changes speed and memory, and results only by rounding.
+        augmentation: Settings of the random views; `None` uses the images as they are, and computes the teacher's
+            tokens only once.
     """
 
     epochs: int = 100
@@ -218,24 +222,26 @@ class TrainingConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that pass through a model at once."""
+        """Number of images that pass through a model at once."""
         return self.batch_size if self.micro_batch is None else min(self.batch_size, self.micro_batch)
 
     def with_micro_batch_at_most(self: Training, count: int) -> Training:
-        """The same with at most so many images at once."""
+        """Return a copy with a micro-batch of at most `count` images."""
         return replace(self, micro_batch=min(count, self.micro_batch_size))
 
     def with_learning_rate(self: Training, find: Callable[[], float]) -> Training:
-        """The same with a number for the learning rate: what `find` finds if it is `"auto"`."""
+        """Return a copy with a numeric learning rate; `find` is called if it is `"auto"`."""
         return replace(self, learning_rate=find()) if self.learning_rate == "auto" else self
 
 
 @dataclass(frozen=True)
 class DistillationConfig(TrainingConfig):
-    """Feature distillation, DC-ViT's token distillation: the student learns to give the teacher's output tokens.
+    """Settings of feature distillation, which trains a student to match the teacher's output tokens.
+
+    The DC-ViT paper (arXiv 2403.18708) calls it token mimicking.
 
     Attributes:
-        epochs: See `TrainingConfig`; also those of each probe, where a method tries blocks so.
+        epochs: See `TrainingConfig`; also the epochs of each probe, in methods that probe blocks by distillation.
         learning_rate: See `TrainingConfig`.
         learning_rates: See `TrainingConfig`.
         weight_decay: See `TrainingConfig`.
@@ -243,16 +249,16 @@ class DistillationConfig(TrainingConfig):
         batch_size: See `TrainingConfig`.
         micro_batch: See `TrainingConfig`.
         augmentation: See `TrainingConfig`.
-        fixed_views: How many random views of each image there are; epochs cycle through them, and the teacher sees each
-            only once. They are held in memory with the teacher's tokens. `None` draws new ones every epoch.
-        tokens: Which output tokens are mimicked: all of them, or the class token only (an ablation), which the model
+        fixed_views: Number of random views of each image. Epochs cycle through them, and the teacher runs only once on
+            each. The views stay in memory with the teacher's tokens. `None` draws new views every epoch.
+        tokens: Which output tokens are distilled: all of them, or only the class token (an ablation), which the model
             must have.
         updated: Which part of the student is updated. `"front"`: the stem and every block up to one after the last
             compressed one. `"around"`: one block before the first compressed one to one after the last.
-            `"all"`: everything but the head. The head, and what pools for it, is always frozen.
-        lock_step: Of the students that train together (all candidates of the probes, all learning rates), how many go
-            through a batch at once. Activations of so many are in memory, but weights and optimiser states of all.
-            Changes speed and memory alone.
+            `"all"`: everything except the head. The head and its pooling are always frozen.
+        lock_step: Number of students that process a batch at once, among those that train together (all candidates of
+            the probes, or all learning rates). The activations of this many students are in memory, but the weights and
+            optimiser states of all. Changes speed and memory only.
     """
 
     fixed_views: int | None = None
@@ -270,24 +276,25 @@ class DistillationConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """The proxy set, made from the model itself.
+    """Settings of the proxy set, which is synthesised from the model itself.
 
     Attributes:
-        num_images: Images synthesised.
-        micro_batch: Of these, how many pass through the model at once; all of a model with BatchNorm, whose statistics
-            are those of all. `None` is all. Changes speed and memory, and results by rounding alone.
-        iterations: Adam steps.
+        num_images: Number of synthesised images.
+        micro_batch: Number of these images that pass through the model at once. `None` takes all of them, as does a
+            model with BatchNorm, whose statistics are over all images. Changes speed and memory, and results only by
+            rounding.
+        iterations: Number of Adam steps.
         learning_rate: Adam's peak learning rate.
         betas: Adam's moment decay rates.
         warmup_iterations: Steps over which the learning rate rises linearly; it then follows a half cosine to zero.
         jitter: Largest random roll, as a share of the image side (30 px of 224 in the paper).
-        flip: Probability that a step sees the images mirrored.
-        tv_exponent: β, the power of the four difference norms. `None` takes that of the model's family as published
+        flip: Probability that the images are mirrored in a step.
+        tv_exponent: β, the power of the four difference norms. `None` takes the published value for the model's family
             (`dcvit.models.ModelView.tv_exponent`): 0.6 for ViT, 1 for DeiT and Swin.
         tv_weight: Weight of the total variation.
         l2_weight: Weight of the images' mean 2-norm.
-        bn_weight: Weight of the distance between what each BatchNorm sees and the statistics that it has, ten times as
-            much at the first one; a model without BatchNorm has no such term.
+        bn_weight: Weight of the distance between the batch statistics and the stored statistics of each BatchNorm, ten
+            times as large for the first one. A model without BatchNorm has no such term.
     """
 
     num_images: int = 16
@@ -321,29 +328,29 @@ class SynthesisConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that pass through the model at once."""
+        """Number of images that pass through the model at once."""
         return self.num_images if self.micro_batch is None else min(self.num_images, self.micro_batch)
 
     def with_micro_batch_at_most(self, count: int) -> "SynthesisConfig":
-        """The same with at most so many images at once."""
+        """Return a copy with a micro-batch of at most `count` images."""
         return replace(self, micro_batch=min(count, self.micro_batch_size))
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What only an ablation of dcvit's method turns: each is measured in benchmarks/RESULTS.md, and best left alone.
+    """Settings for ablations of dcvit's method, measured in benchmarks/RESULTS.md. Other users keep the defaults.
 
-    Two more are in `DistillationConfig`, for other methods read them too: `tokens` and `updated`.
+    `tokens` and `updated`, which are also ablations, are in `DistillationConfig` because other methods read them too.
 
     Attributes:
-        ranking_images: What blocks are ranked on: synthesised images, or the few-shot images.
-        metric: How a student is compared with its teacher on them, see `dcvit.metrics.fidelity`: by all output tokens
-            (`"distillation"`), or by class distributions as published.
-        progressive: Of distillation: compress block by block, best first, or all at once with the same number of
-            epochs.
-        halving: Of distillation: whether hopeless probes stop early: twice, the worse half by metric loss, but never so
-            many that fewer blocks are left than are to be compressed. Of blocks that come out close together it may
-            choose others; `dcvit.search.sensitivity.RUNGS` says when they stop, and what was measured.
+        ranking_images: Images on which blocks are ranked: synthesised images, or the few-shot images.
+        metric: How a student is compared with its teacher on these images, see `dcvit.metrics.fidelity`: by all output
+            tokens (`"distillation"`), or by class distributions as published (`"cross_entropy"`).
+        progressive: With distillation, whether blocks are compressed one by one, best first, or all at once with the
+            same number of epochs.
+        halving: With distillation, whether the worse half of the probes by metric loss stops early, twice. At least as
+            many probes continue as blocks are to be compressed. The choice may differ between blocks with nearly equal
+            losses; `dcvit.search.sensitivity.RUNGS` documents when probes stop, and the measurements.
     """
 
     ranking_images: RankingImages = "synthetic"
@@ -360,12 +367,12 @@ class Ablation:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What every method reads; the type of a config says which method it is of.
+    """Settings that every method reads; the type of a config determines the method.
 
     Attributes:
-        candidates: Blocks that may be cut, from 0; `None` leaves the choice to the method.
-        seed: Seeds everything that is random.
-        impl: Which implementation of the ops runs, see `dcvit.ops`. Changes speed, and results by rounding alone.
+        candidates: Blocks that may be compressed, from 0; `None` leaves the choice to the method.
+        seed: Seed of everything random.
+        impl: Implementation of the ops, see `dcvit.ops`. Changes speed, and results only by rounding.
     """
 
     candidates: tuple[int, ...] | None = None
@@ -375,13 +382,13 @@ class MethodConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         if self.candidates is not None:
-            wanted: Iterable[int] = self.candidates
-            object.__setattr__(self, "candidates", tuple(sorted(set(wanted))))
-            _check(bool(self.candidates), "candidates", wanted, "at least one block, or None")
+            requested: Iterable[int] = self.candidates
+            object.__setattr__(self, "candidates", tuple(sorted(set(requested))))
+            _check(bool(self.candidates), "candidates", requested, "at least one block, or None")
             _check(
                 all(isinstance(b, int) and not isinstance(b, bool) for b in self.candidates or ()),
                 "candidates",
-                wanted,
+                requested,
                 "ints, blocks count from 0",
             )
         _check(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -389,24 +396,24 @@ class MethodConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that pass through a model at once, at most."""
+        """Largest number of images that pass through a model at once."""
         return max(part.micro_batch_size for part in self._parts().values())
 
     def with_micro_batch_at_most(self: Config, count: int) -> Config:
-        """The same with at most so many images at once, which changes results by rounding alone."""
+        """Return a copy with micro-batches of at most `count` images, which changes results only by rounding."""
         smaller: dict[str, Any] = {name: part.with_micro_batch_at_most(count) for name, part in self._parts().items()}
         return replace(self, **smaller)
 
     def halved(self: Config) -> Config | None:
-        """The same with half as many images at once; `None` at one image."""
+        """Return a copy with half the micro-batch size, rounded up; `None` if it is already one image."""
         return None if self.micro_batch_size == 1 else self.with_micro_batch_at_most(-(-self.micro_batch_size // 2))
 
     def with_(self: Config, **changes: Any) -> Config:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting as plain values for JSON."""
+        """Return every setting as plain values for JSON."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples become lists, as in a saved file
         return values
 
@@ -417,28 +424,28 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class DCViT(MethodConfig):
-    """DC-ViT (arXiv 2403.18708) and what dcvit made of it: attention and hidden units out of the blocks that recover
-    best.
+    """Settings of dcvit's own method, DC-ViT (arXiv 2403.18708) and what dcvit adds to it.
 
-    The defaults are for a few hundred images and one machine. Other presets: `fast`, `best` and `paper`.
+    It removes attention and hidden units from the blocks that recover best. The defaults are for a few hundred images
+    and one machine. Other presets are `fast`, `best` and `paper`.
 
     Attributes:
-        candidates: Blocks that may be cut, from 0; `None` is all, but of a transformer the first and the last keep
-            their attention.
+        candidates: Blocks that may be compressed, from 0; `None` allows all, except that the first and the last block
+            of a transformer keep their attention.
         seed: See `MethodConfig`.
         impl: See `MethodConfig`.
-        recovery: How cut students recover: block by block (`ReconstructionConfig`), or by distillation of the teacher's
-            output tokens as published (`DistillationConfig`).
-        synthesis: How the proxy set is made, the images that blocks are ranked on.
-        num_blocks: k, how many blocks lose their attention, if it is to be a certain number; then the others stay as
-            they are.
-        round_to: Kept hidden units are rounded down to a multiple of this, 8 for example where hardware likes that; the
-            budget holds.
-        structure: As published (`"fewest"`): as few blocks as meet the budget, the ones of least metric loss, lose
-            their attention, all with the same share of hidden units. Or (`"searched"`): the blocks, the units that each
-            keeps and whether its attention stays, of which the probes promise the least loss in all. Where the budget
-            is of latency or activation memory it is the fewest all the same.
-        ablation: What only an ablation turns.
+        recovery: How compressed students recover: block by block (`ReconstructionConfig`), or by distillation of the
+            teacher's output tokens as published (`DistillationConfig`).
+        synthesis: Settings of the proxy set, the images on which blocks are ranked.
+        num_blocks: k, the number of blocks that lose their attention; the others are then not changed. `None` leaves
+            the number open.
+        round_to: Kept hidden units are rounded down to a multiple of this, for example 8 for the hardware's sake. The
+            budget is still not exceeded.
+        structure: How the structure is found. `"fewest"`, as published: the fewest blocks that meet the budget, chosen
+            by smallest metric loss, lose their attention and the same share of hidden units. `"searched"`: the blocks,
+            their numbers of hidden units and whether their attention stays are chosen for the smallest total loss
+            predicted by the probes. Budgets of latency or activation memory always use `"fewest"`.
+        ablation: Settings for ablations.
     """
 
     recovery: ReconstructionConfig | DistillationConfig = field(default_factory=ReconstructionConfig)
@@ -464,7 +471,7 @@ class DCViT(MethodConfig):
 
     @classmethod
     def fast(cls, **changes: Any) -> "DCViT":
-        """The closed form alone: no gradient step on any block, no refinement.
+        """Return the fast preset: only the closed form, without gradient steps on blocks and without refinement.
 
         Args:
             **changes: Fields to change, for example `seed=2021`.
@@ -473,11 +480,11 @@ class DCViT(MethodConfig):
 
     @classmethod
     def best(cls, **changes: Any) -> "DCViT":
-        """Ten times the refinement, and four times the views, for quality at any price.
+        """Return the preset for best quality: ten times the refinement steps and four times the views.
 
-        Where the default refines, this takes about ten times as long and, for the views and the teacher's tokens of
-        them, four times the memory or disk. Models of more than 1.3 billion MACs an image, ViT-Small at 224 px among
-        them, are not refined all the same, and take about four times as long; raise `refinement_macs` to have it.
+        Where the default refines, this preset takes about ten times as long. The views and the teacher's tokens for
+        them need four times the memory or disk. Models with more than 1.3 billion MACs per image, such as ViT-Small at
+        224 px, are still not refined, and take about four times as long; raise `refinement_macs` to refine them.
 
         Args:
             **changes: Fields to change, for example `seed=2021`.
@@ -490,10 +497,10 @@ class DCViT(MethodConfig):
 
     @classmethod
     def paper(cls, **changes: Any) -> "DCViT":
-        """The published settings: DC-ViT (arXiv 2403.18708 and its supplementary), at a cost of (L + k) · 2000 epochs.
+        """Return the published settings of DC-ViT (arXiv 2403.18708 and its supplement).
 
-        The probes train in lock step: random views are drawn once for all of them, not anew for each block. Nothing
-        else differs from probes one after another.
+        The cost is (L + k) · 2000 epochs. The probes train in lock step: random views are drawn once for all of them,
+        not separately for each block. Otherwise the results equal those of probes that run one after another.
 
         Args:
             **changes: Fields to change, for example `seed=2021`.
@@ -527,10 +534,10 @@ class DCViT(MethodConfig):
 
     @property
     def reconstruction(self) -> ReconstructionConfig:
-        """`recovery`, where it is block reconstruction.
+        """`recovery`, if it is block reconstruction.
 
         Raises:
-            DcvitError: Where it is not.
+            DcvitError: If it is distillation.
         """
         if isinstance(self.recovery, ReconstructionConfig):
             return self.recovery
@@ -538,10 +545,10 @@ class DCViT(MethodConfig):
 
     @property
     def distillation(self) -> DistillationConfig:
-        """`recovery`, where it is distillation.
+        """`recovery`, if it is distillation.
 
         Raises:
-            DcvitError: Where it is not.
+            DcvitError: If it is block reconstruction.
         """
         if isinstance(self.recovery, DistillationConfig):
             return self.recovery
@@ -549,17 +556,17 @@ class DCViT(MethodConfig):
 
     @property
     def halving(self) -> bool:
-        """Whether hopeless probes stop early."""
+        """Whether the worse probes stop early."""
         return self.ablation.halving
 
     def with_tv_exponent(self, of_family: float) -> "DCViT":
-        """The same with a number for β: that of the model's family, unless there is one already."""
+        """Return a copy with a value for β: the one of the model's family, unless it is already set."""
         return self if self.synthesis.tv_exponent is not None else replace(
             self, synthesis=replace(self.synthesis, tv_exponent=of_family)
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting as plain values for JSON; `recovery` says under `method` which of the two kinds it is."""
+        """Return every setting as plain values for JSON; `method` in `recovery` names its kind."""
         values = super().to_dict()
         method = "reconstruction" if isinstance(self.recovery, ReconstructionConfig) else "distillation"
         return {**values, "recovery": {"method": method, **values["recovery"]}}

@@ -1,4 +1,4 @@
-"""What the steps of a run share beside the values that they work on."""
+"""The context that all steps of a run share."""
 
 from dataclasses import dataclass, field, replace
 
@@ -15,15 +15,15 @@ __all__ = ["STANDALONE", "RunContext"]
 
 @dataclass(frozen=True)
 class RunContext:
-    """How a run is carried out: one of these goes through all of its steps.
+    """Seed, processes and services of a run, passed to all of its steps.
 
     Attributes:
-        seed: Everything random follows from it.
-        impl: The implementation of the ops.
+        seed: Seed of everything random.
+        impl: Implementation of the ops, see `dcvit.ops`.
         processes: The processes that share the work, see `dcvit.runtime.distributed`.
-        progress: It is called after each step of a stage, see `dcvit.runtime.progress`.
-        store: It keeps finished work, see `dcvit.runtime.checkpoint`.
-        timer: It takes the time of the stages.
+        progress: Callback that is called after each step of a stage, see `dcvit.runtime.progress`.
+        store: Store of finished work, see `dcvit.runtime.checkpoint`.
+        timer: Timer of the stages.
     """
 
     seed: int = 0
@@ -34,15 +34,15 @@ class RunContext:
     timer: Timer = field(default_factory=Timer)
 
     def derived(self, *purpose: str | int) -> "RunContext":
-        """Return the same with the seed of one purpose, see `derive_seed`."""
+        """Return a copy with a seed derived for one purpose, see `derive_seed`."""
         return replace(self, seed=derive_seed(self.seed, *purpose))
 
     def within(self, prefix: str) -> "RunContext":
-        """Return the same with a store of its own for work whose names begin so."""
+        """Return a copy whose store prepends a prefix to the names of entries."""
         return replace(self, store=self.store.within(prefix))
 
     def single_process(self) -> "RunContext":
-        """Return the same for work that this process does by itself."""
+        """Return a copy for work that this process does by itself."""
         return replace(self, processes=SINGLE_PROCESS)
 
     def generator(self, *purpose: str | int) -> torch.Generator:
@@ -51,4 +51,4 @@ class RunContext:
 
 
 STANDALONE = RunContext()
-"""The context of a step that is called for itself: seed 0, one process, nothing shown or kept."""
+"""The default context of a step that is called on its own: seed 0, one process, no progress reports, no store."""

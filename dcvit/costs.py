@@ -1,7 +1,7 @@
-"""What a model costs: multiply-accumulates, parameters and the size of its file, counted analytically.
+"""The cost of a model: multiply-accumulates, parameters and the size of its file, counted analytically.
 
-One multiply-accumulate (MAC) is one multiplication and one addition, two FLOPs. Counted are the products of matrix
-multiplications and convolutions; norms, activations, softmax, biases and residual additions are not, as in
+One multiply-accumulate (MAC) is one multiplication and one addition, two FLOPs. The products of matrix multiplications
+and convolutions are counted. Norms, activations, softmax, biases and residual additions are not, as in
 `torch.utils.flop_counter`, against which the tests check every figure. All figures are per image.
 """
 
@@ -20,8 +20,8 @@ __all__ = ["MAC_CONVENTIONS", "BlockCost", "Cost", "MacConvention", "ModelCost",
 MacConvention = Literal["with_attention_products", "without_attention_products"]
 """Which MACs count.
 
-`with_attention_products` counts every product. `without_attention_products` leaves out q·kᵀ and attn·v, which have
-no weights and which counters that hook layers miss: ViT-B/16 at 224 px is 17.56 GMACs with them, 16.85 without.
+`with_attention_products` counts every product. `without_attention_products` omits q·kᵀ and attn·v, which have no
+weights, so counters that hook layers miss them. ViT-B/16 at 224 px has 17.56 GMACs with them and 16.85 without.
 """
 
 MAC_CONVENTIONS: tuple[MacConvention, ...] = get_args(MacConvention)
@@ -42,7 +42,11 @@ class Cost:
     params: int = 0
 
     def macs(self, convention: MacConvention) -> int:
-        """MACs per image under a convention."""
+        """Return the MACs per image under a convention.
+
+        Raises:
+            BudgetError: If the convention is unknown.
+        """
         if convention not in MAC_CONVENTIONS:
             raise BudgetError(f"convention={convention!r}: expected one of {', '.join(MAC_CONVENTIONS)}.")
         return self.weight_macs + (self.attention_macs if convention == "with_attention_products" else 0)
@@ -63,25 +67,26 @@ class Cost:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """The cost of one transformer block, split as compression splits it.
+    """The cost of one block, split into the parts that compression can remove.
 
     Attributes:
-        attention: What goes with the attention: its norm, projections, products and LayerScale.
-        mlp: The whole MLP branch, norm and LayerScale included.
-        hidden_unit: One hidden unit of the MLP; `mlp` has `hidden_features` of them.
+        attention: Cost of the attention branch: its norm, projections, products and LayerScale.
+        mlp: Cost of the whole MLP branch, norm and LayerScale included.
+        hidden_unit: Cost of one hidden unit of the MLP; `mlp` has `hidden_features` of them.
         hidden_features: Number of hidden units, 4d in a plain ViT.
-        pruned_node: What a hidden unit takes while the attention is there, if not `hidden_unit`: in a CNN a filter.
+        pruned_unit: Cost of one hidden unit while the attention is kept, if it differs from `hidden_unit`; the cost of
+            a filter in a CNN.
     """
 
     attention: Cost
     mlp: Cost
     hidden_unit: Cost
     hidden_features: int
-    pruned_node: Cost | None = None
+    pruned_unit: Cost | None = None
 
-    def unit(self, attention: bool) -> Cost:
-        """What one hidden unit takes of a block with its attention or without it."""
-        return self.pruned_node if attention and self.pruned_node is not None else self.hidden_unit
+    def unit_cost(self, attention: bool) -> Cost:
+        """Return the cost of one hidden unit of the block, with or without its attention."""
+        return self.pruned_unit if attention and self.pruned_unit is not None else self.hidden_unit
 
     @property
     def compressible(self) -> bool:
@@ -98,7 +103,7 @@ class ModelCost:
 
 
 def linear_cost(in_features: int, out_features: int, tokens: int, *, bias: bool) -> Cost:
-    """A linear layer applied to `tokens` rows."""
+    """Return the cost of a linear layer applied to `tokens` rows."""
     return Cost(
         weight_macs=tokens * in_features * out_features,
         params=in_features * out_features + (out_features if bias else 0),
@@ -106,14 +111,14 @@ def linear_cost(in_features: int, out_features: int, tokens: int, *, bias: bool)
 
 
 FILE_METADATA = {"format": "pt"}
-"""What a saved `model.safetensors` says of itself."""
+"""Metadata of a saved `model.safetensors`."""
 
 
 def file_size(state: Mapping[str, Tensor]) -> int:
-    """Bytes of the `model.safetensors` that holds a model's state: the values, and a header that names them.
+    """Return the size in bytes of the `model.safetensors` that holds a model's state.
 
-    Source: the format of safetensors: 8 bytes of length, a JSON header padded to a multiple of 8, then the tensors'
-    bytes, wide dtypes first, by name.
+    Source: the safetensors format. A file has 8 bytes for the header's length, a JSON header padded to a multiple of 8
+    bytes, and the tensors' bytes, wide dtypes first, then by name.
     """
     header: dict[str, object] = {"__metadata__": FILE_METADATA}
     end = 0
@@ -125,7 +130,7 @@ def file_size(state: Mapping[str, Tensor]) -> int:
 
 
 def _code(dtype: torch.dtype) -> str:
-    """A dtype's name in a header; only its length matters here, so signed and unsigned are one."""
+    """Return a dtype's name in the header. Only its length matters, so signed and unsigned are not distinguished."""
     if dtype == torch.bool:
         return "BOOL"
     kind = "BF" if dtype == torch.bfloat16 else "F" if dtype.is_floating_point else "I"

@@ -1,7 +1,7 @@
-"""What dcvit raises when the caller's input cannot be used.
+"""Errors that dcvit raises if the caller's input cannot be used, and its warnings.
 
-Every message names the value, what was expected and the next step. All of them are `ValueError`s, so that code
-that does not know dcvit can still catch them; the command line turns them into exit code 2. And what it warns of.
+Every message names the value, what was expected and the next step. All errors are `ValueError`s, so code that does not
+import dcvit's classes can still catch them. The command line turns them into exit code 2.
 """
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class DcvitError(ValueError):
-    """Base class of everything that dcvit refuses."""
+    """Base class of all errors of dcvit."""
 
 
 class UnsupportedModelError(DcvitError):
@@ -36,7 +36,7 @@ class BudgetError(DcvitError):
 
 
 class DistributedError(DcvitError):
-    """The processes of one compression were not given the same, or what they need is missing."""
+    """The processes of one compression got different inputs, or a requirement of distributed runs is missing."""
 
 
 class DtypeError(DcvitError):
@@ -44,7 +44,7 @@ class DtypeError(DcvitError):
 
 
 class ExportError(DcvitError):
-    """What an export needs is missing, or the exported file does not compute what the model does."""
+    """A requirement of an export is missing, or the outputs of the exported file differ from the model's."""
 
 
 class HubError(DcvitError):
@@ -60,24 +60,24 @@ class NonFiniteError(DcvitError):
 
 
 class RunStoreError(DcvitError):
-    """A run's folder is in use, of another run, foreign, or cannot be written."""
+    """A run's folder is in use, belongs to another run, was not written by dcvit, or cannot be written."""
 
 
 class SaveFolderError(DcvitError):
-    """A folder to save to is occupied, or a folder to load from is broken or foreign."""
+    """A folder to save to is occupied, or a folder to load from is damaged or was not written by dcvit."""
 
 
 class DcvitWarning(UserWarning):
-    """Base class of everything that dcvit puts up with and says."""
+    """Base class of all warnings of dcvit."""
 
 
 class DamagedEntryWarning(DcvitWarning):
-    """A unit on disk is not what was written; it is computed again."""
+    """A checkpoint entry on disk is damaged; it is computed again."""
 
 
 class ImagesWarning(DcvitWarning):
-    """Images were left out or scaled, are copies or of one colour, or look as if they were not normalised."""
+    """Images were skipped or rescaled, are copies or of a single colour, or seem not to be normalised."""
 
 
 class MemoryWarning(DcvitWarning):
-    """Fewer images pass through a model at once than was asked for."""
+    """The micro-batch is smaller than the requested one, because memory did not suffice."""

@@ -1,6 +1,6 @@
-"""What each stage of a compression found, as frozen dataclasses without algorithm.
+"""Results of each stage of a compression, as frozen dataclasses without algorithms.
 
-`result.json` holds them, so every field has a type that `dcvit.serialization` can check.
+They are saved in `result.json`, so every field has a type that `dcvit.serialization` can check.
 """
 
 import math
@@ -36,24 +36,24 @@ __all__ = [
 ]
 
 CURVE = (0.0, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
-"""Shares of the hidden units at which `dcvit.recovery.reconstruct.error_curve` looks."""
+"""Shares of the hidden units at which `dcvit.recovery.reconstruct.error_curve` computes the error."""
 
 
 def curve_units(hidden_features: int) -> tuple[int, ...]:
-    """The numbers of hidden units, of so many, at which `dcvit.recovery.reconstruct.error_curve` looks, ascending."""
+    """Return the numbers of hidden units that the shares in `CURVE` give for a block, ascending."""
     return tuple(sorted({round(share * hidden_features) for share in CURVE}))
 
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """What the parts of a model take, in milliseconds a batch.
+    """Latency of the parts of a model, in milliseconds per batch.
 
     Attributes:
-        batch_size: Images a batch.
-        depth: Blocks of the model, L.
-        original_ms: The whole original.
-        block_ms: One block as it is.
-        compressed_ms: Hidden units kept, ascending, and what a compressed block with them takes.
+        batch_size: Images per batch.
+        depth: Number of blocks of the model, L.
+        original_ms: Latency of the whole original model.
+        block_ms: Latency of one uncompressed block.
+        compressed_ms: Pairs of hidden units kept, ascending, and the latency of a compressed block with that many.
     """
 
     batch_size: int
@@ -63,30 +63,30 @@ class LatencyModel:
     compressed_ms: tuple[tuple[int, float], ...]
 
     @property
-    def rest_ms(self) -> float:
-        """What is not blocks."""
+    def overhead_ms(self) -> float:
+        """Non-block overhead, in milliseconds."""
         return self.original_ms - self.depth * self.block_ms
 
     def compressed(self, hidden_features: int) -> float:
-        """c(h), in milliseconds; never less than with fewer units."""
+        """Return c(h), the latency of a compressed block, in milliseconds. It never falls as units are added."""
         widths, times = zip(*self.compressed_ms, strict=True)
         return float(np.interp(hidden_features, widths, np.maximum.accumulate(times)))
 
     def predict(self, num_blocks: int, hidden_features: int) -> float:
-        """t(k, h), in milliseconds."""
-        whole = (self.depth - num_blocks) * self.block_ms
-        return self.rest_ms + whole + num_blocks * self.compressed(hidden_features)
+        """Return t(k, h), the predicted latency of a structure, in milliseconds."""
+        uncompressed = (self.depth - num_blocks) * self.block_ms
+        return self.overhead_ms + uncompressed + num_blocks * self.compressed(hidden_features)
 
 
 @dataclass(frozen=True)
 class StructureTiming:
-    """One structure that was timed in turn with the original.
+    """Timing of one structure, in alternation with the original model.
 
     Attributes:
-        num_blocks: Compressed blocks.
-        hidden_features: Hidden units that each keeps.
-        ratio: Its latency over the original's.
-        error: The ratio's standard error.
+        num_blocks: Number of compressed blocks.
+        hidden_features: Number of hidden units that each of them keeps.
+        ratio: Latency of the structure over the original's.
+        error: Standard error of the ratio.
     """
 
     num_blocks: int
@@ -96,19 +96,19 @@ class StructureTiming:
 
     @property
     def structure(self) -> tuple[int, int]:
-        """Of compressed blocks the number, and the hidden units that each keeps."""
+        """Number of compressed blocks, and of hidden units that each of them keeps."""
         return self.num_blocks, self.hidden_features
 
 
 @dataclass(frozen=True)
 class PlannedLatency:
-    """How a plan came to its latency.
+    """Measurements from which a latency plan was made.
 
     Attributes:
         model: The calibrated latency model.
-        goal: The latency asked for over the original's.
-        ratio: That of the planned structure with weights not recovered yet, the mean of its timings.
-        timings: All on the way, in order; one structure may have several.
+        goal: Required latency over the original's.
+        ratio: Latency of the planned structure over the original's, as a pruned skeleton; the mean of its timings.
+        timings: All timings in order; one structure may have several.
     """
 
     model: LatencyModel
@@ -117,32 +117,32 @@ class PlannedLatency:
     timings: tuple[StructureTiming, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Return the measurements as plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The structure that meets a budget; `compress` fills in which blocks and units.
+    """The structure that meets a budget. `compress` adds the chosen blocks and hidden units.
 
     Attributes:
         budget: The budget that is met.
         target: The budget as an absolute number: MACs per image, parameters, bytes or milliseconds.
-        num_blocks: k, how many blocks are cut: compressed, or pruned.
-        hidden_features: Hidden units that each of them keeps; where they differ, their mean, rounded down.
+        num_blocks: k, the number of blocks that are compressed or pruned.
+        hidden_features: Number of hidden units that each of them keeps; their mean, rounded down, if they differ.
         drop_ratio: r_d, the share of their hidden units that is dropped.
         candidates: The blocks among which those without attention are chosen, from 0.
-        cost: What the compressed model will cost.
+        cost: Cost of the compressed model.
         blocks: The chosen blocks in the order of compression, best first; empty until ranked.
         kept_units: For each chosen block, the indices of the hidden units kept, ascending.
-        pruned: Those of `blocks` that keep their attention, or have a convolution for it, ascending.
-        kept_heads: For each block that lost heads, those that its attention keeps, ascending.
-        convolved: The blocks in which a convolution took the place of the attention, ascending.
-        token_keep_rates: For each block behind whose attention tokens end, the share of the patch tokens that goes on.
+        pruned: Those of `blocks` that keep their attention or have a convolution in its place, ascending.
+        kept_heads: For each block that lost heads, the heads that its attention keeps, ascending.
+        convolved: The blocks in which a convolution replaces the attention, ascending.
+        token_keep_rates: For each block that drops tokens after its attention, the share of patch tokens that it keeps.
         attention_of: For each block that shares the weights of its attention, the block that owns them, which may be
             itself.
-        mlp_of: Likewise of its MLP.
-        latency: What was measured to meet a latency budget; `None` for the others.
+        mlp_of: For each block that shares the weights of its MLP, the block that owns them, which may be itself.
+        latency: Measurements of a latency budget; `None` for other budgets.
     """
 
     budget: Budget
@@ -163,7 +163,7 @@ class Plan:
     latency: PlannedLatency | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values for JSON."""
+        """Return the plan as plain values for JSON."""
         return {
             "budget": self.budget.to_dict(),
             "target": self.target,
@@ -189,25 +189,25 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
-        """The inverse of `to_dict`.
+        """Create a plan from the values of `to_dict`.
 
         Raises:
-            TypeError: If a value is missing or of another type.
-            BudgetError: If the budget is none.
+            TypeError: If a value is missing or has a wrong type.
+            BudgetError: If the budget is invalid.
         """
         return from_plain(cls, values)
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery did.
+    """Result of a recovery by distillation.
 
     Attributes:
         loss_before: Distillation loss on the unaugmented few-shot images before the first step.
-        loss_after: The same after the last step.
+        loss_after: Distillation loss on the unaugmented few-shot images after the last step.
         losses: Training loss of each epoch.
-        learning_rate: The peak learning rate.
-        seconds: Wall-clock time; of students that train together each has an equal share.
+        learning_rate: Peak learning rate.
+        seconds: Wall-clock time. Students that train together have equal shares of it.
     """
 
     loss_before: float
@@ -217,36 +217,40 @@ class Recovery:
     seconds: float
 
     def require_run(self, config: DistillationConfig) -> None:
-        """Refuse what a recovery by a config cannot have done.
+        """Refuse values that a recovery with a config cannot have produced.
+
+        Args:
+            config: Settings of the distillation. Its `learning_rate` must be a number.
 
         Raises:
-            ValueError: If it says so; the learning rate must be a number there.
+            ValueError: If the number of epochs or the learning rate does not fit the config.
         """
         if len(self.losses) > config.epochs or self.learning_rate != config.learning_rate:
             raise ValueError(
-                f"it tells of {len(self.losses)} epochs at learning rate {self.learning_rate}: expected "
+                f"it has {len(self.losses)} epochs at learning rate {self.learning_rate}: expected "
                 f"{config.epochs} at {config.learning_rate}"
             )
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the reconstruction of one block did.
+    """Result of the reconstruction of one block.
 
-    Errors are shares of what the teacher's block adds to its input that stay unexplained on the held-out images, or on
-    all where a single image leaves none to hold out: 0 is perfect, 1 is no better than leaving the block out. They are
-    a few per cent too low: units are chosen on all images, and blocks in front may have learnt from the held-out ones.
+    An error is the unexplained share of the teacher's block's contribution to the residual stream, on the held-out
+    images, or on all images if there is only one. 0 is perfect, and 1 is no better than dropping the block. Errors are
+    a few per cent too low: units are chosen on all images, and earlier blocks may have been fitted to the held-out
+    ones.
 
     Attributes:
-        block: The block, from 0.
-        ridge: λ of the closed form that the weights come from, a share of the mean squared hidden unit; `None` where
-            there was none, or none was better than the original weights.
-        error_before: With the original weights of the kept units.
-        error_closed_form: After the closed form, from the images that are not held out, if that was better; `None`
-            where there was none.
-        error_after: After the gradient steps, likewise.
-        epochs: Of the gradient steps, up to the best.
-        errors: After each epoch of the gradient steps, the best one or not; empty where there were none.
+        block: Index of the block, from 0.
+        ridge: λ of the closed form that gave the weights, as a share of the mean squared hidden unit; `None` if there
+            was no closed form, or none improved on the original weights.
+        error_before: Error with the original weights of the kept units.
+        error_closed_form: Error after the closed form on the training images, or `error_before` if that did not
+            improve; `None` without a closed form.
+        error_after: Error after the gradient steps, or the error before them if they did not improve.
+        epochs: Number of epochs of gradient steps up to the best.
+        errors: Error after each epoch of gradient steps; empty if there were none.
     """
 
     block: int
@@ -258,47 +262,46 @@ class Reconstruction:
     errors: tuple[float, ...] = ()
 
     def require_of(self, block: int, epochs: int) -> None:
-        """Refuse what the reconstruction of a block in so many epochs cannot have come to.
+        """Refuse values that the reconstruction of a block in at most `epochs` epochs cannot have produced.
 
         Raises:
-            ValueError: If it says so.
+            ValueError: If it is of another block, its error is not finite, or its epochs do not fit.
         """
         if self.block != block:
-            raise ValueError(f"it is of block {self.block}: expected {block}")
+            raise ValueError(f"it is the reconstruction of block {self.block}: expected {block}")
         if not math.isfinite(self.error_after) or not 0 <= self.epochs <= len(self.errors) <= epochs:
-            raise ValueError(f"it tells of an error of {self.error_after} after {self.epochs} epochs")
+            raise ValueError(f"it has an error of {self.error_after} after {self.epochs} epochs")
 
 
 @dataclass(frozen=True)
 class SensitivityCurve:
-    """What cutting a block alone would cost, by the number of hidden units that it keeps.
+    """Metric loss when only one block is compressed or pruned, by the number of hidden units that it keeps.
 
     Attributes:
         units: Numbers of hidden units, ascending, from 0 to all.
-        losses: The metric loss at each.
+        losses: Metric loss at each number.
     """
 
     units: tuple[int, ...]
     losses: tuple[float, ...]
 
     def loss(self, kept: int) -> float:
-        """The metric loss at any number of hidden units, interpolated."""
+        """Return the metric loss at any number of hidden units, by linear interpolation."""
         return float(np.interp(kept, self.units, self.losses))
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One candidate block compressed alone and recovered.
+    """Sensitivity probe: the result of compressing and recovering a single candidate block.
 
     Attributes:
-        block: The block, from 0.
-        metric_loss: What it is ranked by, lower is better; where it was stopped, at that point.
-        recovery: How the distillation went; `None` where the block was reconstructed.
-        reconstruction: How the reconstruction went; `None` where the student mimicked.
-        seconds: Wall-clock time; of probes in lock step each has an equal share.
-        sensitivity: The metric loss expected at other numbers of hidden units, where the block was reconstructed.
-        epochs: Epochs of distillation that it had, fewer than the others' where it was stopped; 0 where the block was
-            reconstructed.
+        block: Index of the block, from 0.
+        metric_loss: Loss by which the block is ranked, lower is better. For a stopped probe, the loss at that point.
+        recovery: Result of the distillation; `None` if the block was reconstructed.
+        reconstruction: Result of the reconstruction; `None` if the student was distilled.
+        seconds: Wall-clock time. Probes in lock step have equal shares of it.
+        sensitivity: Expected metric loss at other numbers of hidden units, if the block was reconstructed.
+        epochs: Epochs of distillation, fewer than for other probes if it was stopped; 0 if the block was reconstructed.
     """
 
     block: int
@@ -310,63 +313,65 @@ class Probe:
     epochs: int = 0
 
     def require_distilled(self, config: DistillationConfig, *, halving: bool) -> None:
-        """Refuse what no probe that mimics by a config comes to.
+        """Refuse values that a probe by distillation cannot have produced.
 
         Args:
-            config: How it mimics.
-            halving: Whether it may have stopped early.
+            config: Settings of the distillation.
+            halving: Whether the probe may have stopped early.
 
         Raises:
-            ValueError: If it says so.
+            ValueError: If a value does not fit the settings.
         """
         if self.recovery is None or (self.reconstruction, self.sensitivity) != (None, None):
-            raise ValueError(f"the probe of block {self.block} did not mimic")
+            raise ValueError(f"the probe of block {self.block} was not recovered by distillation")
         self.recovery.require_run(config)
         if self.epochs != len(self.recovery.losses) or (self.epochs < config.epochs and not halving):
-            raise ValueError(f"the probe of block {self.block} tells of {self.epochs} epochs")
-        # Of a student that diverged both losses are NaN.
+            raise ValueError(f"the probe of block {self.block} has {self.epochs} epochs")
+        # Both losses of a student that diverged are NaN.
         if not math.isfinite(self.metric_loss) and math.isfinite(self.recovery.loss_after):
             raise ValueError(f"the probe of block {self.block} has a metric loss of {self.metric_loss}")
 
     def require_reconstructed(self, block: int, kept: int, hidden_features: int) -> None:
-        """Refuse what the probe of a block by reconstruction cannot have come to.
+        """Refuse values that a probe by reconstruction cannot have produced.
 
         Args:
-            block: The block.
-            kept: The hidden units that it keeps.
-            hidden_features: Those that it has.
+            block: Index of the block.
+            kept: Number of hidden units that it keeps.
+            hidden_features: Number of hidden units of the original block.
 
         Raises:
-            ValueError: If it says so.
+            ValueError: If a value does not fit the block.
         """
         if self.block != block or self.reconstruction is None or self.recovery is not None or self.epochs:
             raise ValueError(f"it holds no reconstruction of block {block}")
         self.reconstruction.require_of(block, epochs=0)
         if not 0 <= self.metric_loss < math.inf:
             raise ValueError(f"it has a metric loss of {self.metric_loss}")
-        profile = self.sensitivity
-        if (profile is None) != (self.reconstruction.error_closed_form is None):
-            raise ValueError("it has either a closed form or losses at other numbers of hidden units: expected both")
-        if profile is None:
+        curve = self.sensitivity
+        if (curve is None) != (self.reconstruction.error_closed_form is None):
+            raise ValueError("it has only one of a closed form and a sensitivity curve: expected both or none")
+        if curve is None:
             return
-        if profile.units != curve_units(hidden_features) or len(profile.losses) != len(profile.units):
-            raise ValueError(f"its losses are not those at some numbers of {hidden_features} hidden units")
-        at_kept = profile.loss(kept)
-        if not all(map(math.isfinite, profile.losses)) or not math.isclose(at_kept, self.metric_loss, rel_tol=1e-6):
-            raise ValueError(f"its losses give {at_kept} at {kept} hidden units: expected {self.metric_loss}")
+        if curve.units != curve_units(hidden_features) or len(curve.losses) != len(curve.units):
+            raise ValueError(f"its sensitivity curve does not fit a block of {hidden_features} hidden units")
+        at_kept = curve.loss(kept)
+        if not all(map(math.isfinite, curve.losses)) or not math.isclose(at_kept, self.metric_loss, rel_tol=1e-6):
+            raise ValueError(f"its sensitivity curve has {at_kept} at {kept} hidden units: expected {self.metric_loss}")
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What a refinement did.
+    """Result of a refinement, the fine-tuning by `dcvit.recovery.finetune`.
 
     Attributes:
-        error_before: Mean squared error of the output tokens on held-out views, weighted as in the loss, before.
-        error_after: The same of the student that came out; never larger.
-        step_size: Of the full run, a share of a tensor's root mean square; 0 if no pilot run made it better.
-        steps: Gradient steps up to the best, pilot runs not counted.
+        error_before: Mean squared error of the output tokens on the validation views before the refinement, weighted as
+            in the loss.
+        error_after: The same error of the refined student; it is never larger.
+        step_size: Step size of the full run, as a share of a tensor's root mean square; 0 if no pilot run improved the
+            student.
+        steps: Number of gradient steps up to the best state, without pilot runs.
         seconds: Wall-clock time.
-        validations: Steps done and the error after them, each time that the full run was judged.
+        validations: Pairs of steps done and the error after them, for each validation of the full run.
     """
 
     error_before: float
@@ -377,29 +382,33 @@ class Refinement:
     validations: tuple[tuple[int, float], ...] = ()
 
     def require_run(self, steps: int, step_sizes: Sequence[float]) -> None:
-        """Refuse what a refinement cannot have done, see `refine`.
+        """Refuse values that `refine` cannot have produced.
+
+        Args:
+            steps: Number of steps of the full run.
+            step_sizes: Candidates of the step size.
 
         Raises:
-            ValueError: If it says so.
+            ValueError: If the error grew or is not finite, or the steps do not fit.
         """
         if not self.error_after <= self.error_before < math.inf:
-            raise ValueError(f"it says that the error went from {self.error_before} to {self.error_after}")
+            raise ValueError(f"its error changed from {self.error_before} to {self.error_after}")
         if not 0 <= self.steps <= steps or self.step_size not in (0.0, *step_sizes):
-            raise ValueError(f"it tells of {self.steps} steps of size {self.step_size}")
+            raise ValueError(f"it has {self.steps} steps of size {self.step_size}")
 
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """What one model costs and how good it is.
+    """Cost and accuracy of one model.
 
     Attributes:
         macs: MACs per image, in the budget's convention.
         params: Number of parameters.
         latency_ms: Median time of one batch, in milliseconds.
-        top1: Share of labelled images classified rightly; `None` where nothing was labelled.
-        file_size: Bytes of its saved weights.
-        activation_memory: Peak bytes of the activations of one pass at the budget's batch size, see
-            `dcvit.metrics.memory`; `None` unless the budget is of that.
+        top1: Share of labelled images classified correctly; `None` without labels.
+        file_size: Size of its saved weights in bytes.
+        activation_memory: Peak activation memory of one pass at the budget's batch size, in bytes, see
+            `dcvit.metrics.memory`; `None` unless the budget is of activation memory.
     """
 
     macs: int
@@ -412,11 +421,11 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One block.
+    """Shape of one block.
 
     Attributes:
         attention: Whether it has attention that could be removed.
-        hidden_features: Hidden units of its MLP.
+        hidden_features: Number of hidden units of its MLP.
     """
 
     attention: bool
@@ -425,34 +434,33 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Report:
-    """How a compression went.
+    """Report of a compression.
 
     Attributes:
-        model: The original's name, or its type.
-        teacher: Figures of the original.
+        model: Name of the original model, or its type.
+        teacher: Figures of the original model.
         student: Figures of the compressed model.
         num_images: Size of the few-shot set.
-        agreement: Share of images for which both name the same class; `None` without classes.
+        agreement: Share of images for which both models predict the same class; `None` without classes.
         distillation_loss: Final distillation loss on the few-shot images.
-        learning_rate: Given or found: the peak learning rate of the distillation, or the step size of reconstruction.
+        learning_rate: Peak learning rate of the distillation, or step size of the reconstruction, set or found.
         probes: The probe of each candidate block, best first.
-        pruning_probes: Of each block that might keep its attention and lose hidden units only, best first.
-        reconstructions: How each chosen block was reconstructed, front to back.
-        refinement: How the student mimicked after that; `None` if it did not.
-        steps: How the published distillation went after each progressive step; the first is the best probe's.
+        pruning_probes: The probe of each block that may keep its attention and lose only hidden units, best first.
+        reconstructions: Result of the reconstruction of each chosen block, front to back.
+        refinement: Result of the refinement after that; `None` without one.
+        steps: Result of the distillation after each progressive step, as published. The first is the best probe's.
         seed: The seed.
-        latency_ratio: The student's latency over the teacher's, median over runs in turn.
-        latency_batch: Images of the batch whose latencies the figures hold; `None` in results saved before it was
-            recorded.
+        latency_ratio: Latency of the student over the teacher's, the median over alternating runs.
+        latency_batch: Batch size of the measured latencies; `None` in results saved before it was recorded.
         seconds: Wall-clock time of each stage.
-        versions: Of what computed it.
-        settings: The method's config, as `MethodConfig.to_dict` gives it; empty in results saved before it was
+        versions: Versions of the software that produced the result.
+        settings: The method's config as returned by `MethodConfig.to_dict`; empty in results saved before it was
             recorded.
-        blocks: The original's blocks; likewise.
-        blocks_after: The compressed model's; likewise.
-        method: The name of the method, see `dcvit.methods`.
-        base_model: Hub repository of the original's weights; `None` unless they were loaded by a name that tells.
-        family: The original's, see `ModelView.family`; `None` in results saved before it was recorded.
+        blocks: Shapes of the original's blocks; empty in results saved before they were recorded.
+        blocks_after: Shapes of the compressed model's blocks; empty in results saved before they were recorded.
+        method: Name of the method, see `dcvit.methods`.
+        base_model: Hub repository of the original's weights; `None` unless the name they were loaded by identifies it.
+        family: Family of the original model, see `ModelView.family`; `None` in results saved before it was recorded.
     """
 
     model: str
@@ -482,11 +490,11 @@ class Report:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What a block keeps.
+    """The part of a block that is kept.
 
     Attributes:
-        hidden_features: Hidden units.
-        attention: Whether attention stays, so that the block is pruned, or goes.
+        hidden_features: Number of hidden units kept.
+        attention: Whether the attention is kept. A block with attention is pruned, one without it is compressed.
     """
 
     hidden_features: int
@@ -495,17 +503,17 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One method of a demonstration on one few-shot set.
+    """Result of one method on one few-shot set in a demonstration.
 
     Attributes:
-        method: Its name.
-        seed: Which few-shot set, and the seed of everything random.
-        top1: Share of held-out digits classified rightly.
-        agreement: Share of held-out digits on which it agrees with the original.
-        macs: Per image, attention products included.
+        method: Name of the method.
+        seed: Number of the few-shot set, and seed of everything random.
+        top1: Share of held-out digits classified correctly.
+        agreement: Share of held-out digits for which the student predicts the same class as the original model.
+        macs: MACs per image, attention products included.
         params: Number of parameters.
-        latency_ms: Median time of a batch of 64.
-        blocks: What was dropped or compressed, best first.
+        latency_ms: Median time of a batch of 64, in milliseconds.
+        blocks: The dropped or compressed blocks, best first.
     """
 
     method: str

@@ -1,7 +1,8 @@
-"""Dataclasses from the plain values of a file, which may say anything.
+"""Dataclasses from the plain values of an untrusted file.
 
-`dataclasses.asdict` makes plain values of a record; `from_plain` is its inverse, and checks every value against the
-annotation of its field: a file that was damaged or forged is refused here, with the place named, before it does harm.
+`dataclasses.asdict` converts a dataclass to plain values, and `from_plain` is its inverse. It checks every value
+against the annotation of its field. So a damaged or forged file is refused before it does harm, and the error names the
+field.
 """
 
 from collections.abc import Mapping
@@ -18,22 +19,22 @@ __all__ = ["field_types", "from_plain", "plain_numbers"]
 T = TypeVar("T")
 
 DEPTH = 16
-"""How deeply values of any kind may be nested; settings are to a depth of 3."""
+"""Largest nesting depth of values annotated with `Any`; settings have a depth of 3."""
 
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
 
 
 def from_plain(kind: type[T], values: Any, where: str = "") -> T:
-    """A record from the values that JSON gives back.
+    """Create a dataclass from the plain values of a JSON file.
 
     Args:
-        kind: A dataclass; its fields may be plain values, `Literal`s, unions, tuples, mappings and dataclasses.
-        values: A table with a value for each field that has no default.
-        where: How the record is called in errors.
+        kind: The dataclass. Its fields may be plain values, `Literal`s, unions, tuples, mappings and dataclasses.
+        values: A mapping with a value for each field that has no default.
+        where: Name of the record in error messages; by default, the name of the class.
 
     Raises:
-        TypeError: If a field is missing, unknown, or of another type; the message names it.
+        TypeError: If a field is missing, unknown or has a wrong type; the message names it.
         ValueError: If the dataclass itself refuses a value.
     """
     return cast(T, _convert(kind, values, where or kind.__name__))
@@ -41,7 +42,7 @@ def from_plain(kind: type[T], values: Any, where: str = "") -> T:
 
 @cache
 def field_types(kind: type) -> dict[str, Any]:
-    """The annotations of a dataclass's fields, by name."""
+    """Return the annotations of a dataclass's fields by name."""
     return get_type_hints(kind)
 
 
@@ -72,10 +73,10 @@ def _convert(kind: Any, values: Any, where: str) -> Any:
 def _one_of(kinds: tuple[Any, ...], values: Any, where: str) -> Any:
     if values is None and NoneType in kinds:
         return None
-    # An int is a float, too: an exact match goes first, so that what was an int stays one.
-    given = [kind for kind in kinds if kind is not NoneType]
-    for kind in sorted(given, key=lambda kind: kind is not type(values)):
-        if len(given) == 1:
+    # An int is also accepted as a float, so the exact type comes first: an int stays an int.
+    members = [kind for kind in kinds if kind is not NoneType]
+    for kind in sorted(members, key=lambda kind: kind is not type(values)):
+        if len(members) == 1:
             return _convert(kind, values, where)
         try:
             return _convert(kind, values, where)
@@ -108,7 +109,7 @@ def _record(kind: type, values: Any, where: str) -> Any:
     table, hints = _table(values, where), field_types(kind)
     known = {field.name: field for field in fields(kind)}
     if unknown := sorted(table.keys() - known.keys()):
-        raise TypeError(f"{where} has {_shown(unknown[0])}, which it should not")
+        raise TypeError(f"{where} has the unknown field {_shown(unknown[0])}")
     for name, field in known.items():
         if name not in table and field.default is MISSING and field.default_factory is MISSING:
             raise TypeError(f"{where} has no {name}")
@@ -131,7 +132,7 @@ def _scalar(kind: Any, values: Any, where: str) -> Any:
 
 
 def _check_depth(values: Any, where: str, left: int = DEPTH) -> None:
-    """Refuse values that are nested so deeply that to copy or show them would exhaust the stack."""
+    """Refuse values nested so deeply that copying or printing them would exhaust the stack."""
     if not isinstance(values, Mapping | list | tuple):
         return
     if not left:
@@ -141,13 +142,13 @@ def _check_depth(values: Any, where: str, left: int = DEPTH) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error, not too long."""
+    """Return a value as text for an error message, at most 40 characters long."""
     shown = _REPR.repr(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 
 def plain_numbers(config: Any) -> None:
-    """Make NumPy's numbers among a dataclass's fields Python's, which JSON takes."""
+    """Convert NumPy numbers in a dataclass's fields to Python numbers, which JSON accepts."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, np.generic):

@@ -1,6 +1,7 @@
-"""What the interpreter of Triton 3.8 does differently from a GPU, and what kernels use instead.
+"""A replacement for an operation in which the interpreter of Triton 3.8 differs from a GPU.
 
-It cuts float32 off to bfloat16 where a GPU rounds to nearest. Compiled, the function is the plain operation.
+The interpreter truncates float32 to bfloat16, and a GPU rounds to nearest. When compiled, the function is the plain
+conversion.
 """
 
 import os
@@ -13,7 +14,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
-    """A float32 value in `dtype`, rounded to nearest even."""
+    """Convert a float32 value to `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000

@@ -1,4 +1,4 @@
-"""What every launcher needs and no kernel sees."""
+"""Helpers of the launchers."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the device of `tensor` the current one, on which Triton launches.
+    """Return a context in which the device of `tensor` is current, because Triton launches on the current device.
 
     Args:
         tensor: Any tensor of the call.
 
     Raises:
-        RuntimeError: If it is on the CPU, and kernels were not imported to run there.
+        RuntimeError: If the tensor is on the CPU, and Triton was not imported in interpreter mode.
     """
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
-    # Triton's own functions, such as sum, are made to be interpreted only when it is imported.
+    # Triton decides when it is imported whether its own functions, such as sum, are interpreted.
     if tensor.device.type == "cpu" and isinstance(tl.sum, triton.JITFunction):
         raise RuntimeError(
             "Triton kernels got tensors on cpu, expected cuda. To run them there, for tests, set TRITON_INTERPRET=1 "
@@ -30,10 +30,10 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """`a / b`, rounded up."""
+    """Return `a / b`, rounded up."""
     return -(-a // b)
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`, at least 1."""
+    """Return the smallest power of two that is at least `number`, and at least 1."""
     return 1 << max(number - 1, 0).bit_length()

@@ -1,8 +1,8 @@
-"""Triton kernels of `dcvit.ops.distillation_loss`; the schema there says what arguments and results are.
+"""Triton kernels of `dcvit.ops.distillation_loss`; its schema describes arguments and results.
 
-A program takes one tile of the teacher's tokens `[B * N, D]`, reads it once, and goes through the candidates with it:
-it squares the difference and, in the same pass, writes the gradient. Each program leaves its sum in a buffer of its
-own, and a second kernel adds them in a fixed order.
+A program reads one tile of the teacher's tokens `[B * N, D]` once and loops over the candidates. For each candidate it
+sums the squared differences and, in the same pass, writes the gradient. The partial sums go to a buffer, and a second
+kernel adds them in a fixed order.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @triton.jit
 def _tile(rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Rows [R, 1] and columns [1, W] of this program's tile."""
+    """Return rows [R, 1] and columns [1, W] of this program's tile."""
     column_tiles = tl.cdiv(width, BLOCK_WIDTH)
     row = tl.program_id(0) // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(0) % column_tiles * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -25,14 +25,14 @@ def _tile(rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
 
 @triton.jit
 def _offsets(row, column, tokens, stride_b, stride_n, stride_d):
-    """Offsets [R, W] into tokens [B, N, D], in 64 bits."""
+    """Return offsets [R, W] into tokens [B, N, D], in 64 bits."""
     batch, token = row // tokens, row % tokens
     return batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_n + column.to(tl.int64) * stride_d
 
 
 @triton.jit
 def _weights(weight, stride, row, rows, tokens):
-    """Weights of the tile's rows [R, 1]."""
+    """Load the weights of the tile's rows [R, 1]."""
     if weight is None:
         result = tl.full(row.shape, 1.0, tl.float32)
     else:
@@ -42,7 +42,7 @@ def _weights(weight, stride, row, rows, tokens):
 
 @triton.jit
 def _sum_of_weights(weight, stride, tokens, BLOCK: tl.constexpr):
-    """The same sum, in the same order, in every program: [N] is short, and stays in the cache."""
+    """Sum the weights [N]. Every program does it in the same order; the weights are few and stay in the cache."""
     if weight is None:
         result = tokens * 1.0
     else:
@@ -61,9 +61,9 @@ def distillation_loss_fwd_kernel(
     student_c, student_b, student_n, student_d, teacher_b, teacher_n, teacher_d, weight_n,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of weighted squares of a tile, `partial[c, tile]`, and the gradient `unit` for losses with gradient 1.
+    """Store the weighted sums of squares of a tile, `partial[c, tile]`, and its part of the gradient `unit`.
 
-    `count` is B * D, as a float.
+    `unit` is the gradient of the students for losses with gradient 1. `count` is B * D, as a float.
     """
     row, column = _tile(rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     inside = (row < rows) & (column < width)
@@ -89,7 +89,7 @@ def distillation_loss_mean_kernel(
     partial, weight, losses, tiles, tokens, count, weight_n,
     BLOCK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one candidate, from its tiles' sums."""
+    """Compute the loss of one candidate from the sums of its tiles."""
     candidate = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, tiles, BLOCK):
@@ -106,7 +106,7 @@ def distillation_loss_bwd_kernel(
     grad_c, student_c, student_b, student_n, student_d, teacher_b, teacher_n, teacher_d, weight_n,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile for all candidates, whose losses have the gradients `grad`."""
+    """Compute the gradient of a tile for all candidates, whose losses have the gradients `grad`."""
     row, column = _tile(rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     inside = (row < rows) & (column < width)
     student += _offsets(row, column, tokens, student_b, student_n, student_d)
@@ -124,7 +124,7 @@ def distillation_loss_bwd_kernel(
 
 @triton.jit
 def distillation_loss_rescale_kernel(unit, grad, size, grad_c, BLOCK: tl.constexpr):
-    """Multiply the gradient of one candidate, `[B * N * D]`, in place; nothing moves if the factor is 1."""
+    """Multiply the gradient of one candidate, `[B * N * D]`, in place. A factor of 1 moves no memory."""
     candidate = tl.program_id(1)
     factor = tl.load(grad + tl.cast(candidate, tl.int64) * grad_c)
     if factor != 1.0:

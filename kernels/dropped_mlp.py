@@ -1,7 +1,8 @@
-"""Triton kernels of `dcvit.ops.dropped_mlp`; the schema there says what arguments and results are.
+"""Triton kernels of `dcvit.ops.dropped_mlp`; its schema describes arguments and results.
 
-Matrix products, two forward and four backward, are torch's, and so cuBLAS's; kernels are what lies between them, where
-each tensor is read once. M rows (tokens), D wide, K kept nodes, E wide output; W1 and W2 stand for their kept part:
+torch, and thus cuBLAS, computes the matrix products, two forward and four backward. The kernels compute the steps
+between them, and read each tensor once. There are M rows (tokens), width D, K kept hidden units and output width E. W1
+and W2 stand for their kept parts:
 
     forward   norm      h = LayerNorm(x)
               (product) u = h W1^T + b1
@@ -13,7 +14,7 @@ each tensor is read once. M rows (tokens), D wide, K kept nodes, E wide output; 
               (product) du^T LayerNorm(x) for w1; dy^T a for w2 and scale; dh = du W1, which is dx without LayerNorm
               norm      dx from dh, and the LayerNorm's own gradients
 
-Sums over tokens are split among programs that each leave a partial result, and those are added in a fixed order.
+Sums over tokens are split among programs. Each stores a partial sum, and these are added in a fixed order.
 """
 
 import torch
@@ -25,18 +26,18 @@ from dcvit.kernels._launch import cdiv, on
 from torch import Tensor
 from torch.nn import functional as F
 
-# Shared by the kernels.
+# Functions that several kernels use.
 
 
 @triton.jit
 def _vector(address, offset, size):
-    """A part of a vector in float32, 0 beyond its end."""
+    """Load a part of a vector in float32, with 0 beyond its end."""
     return tl.load(address + offset, offset < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _stats_of(stats, row, rows):
-    """Mean and 1/std of rows, [R, 1] each."""
+    """Load mean and 1/std of rows, [R, 1] each."""
     address = stats + row.to(tl.int64) * 2
     mean, rstd = tl.load(address, row < rows, other=0.0), tl.load(address + 1, row < rows, other=0.0)
     return mean[:, None], rstd[:, None]
@@ -52,7 +53,7 @@ def _gelu_slope(u):
     return 0.5 * (1 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
 
 
-# Forward.
+# Kernels of the forward pass.
 
 
 @triton.jit
@@ -60,7 +61,11 @@ def dropped_mlp_norm_fwd_kernel(
     x, norm_weight, norm_bias, known, stats, h, rows, width, x_m, x_d, eps,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm `h[M, D]`, with the `known` mean and 1/std of each row, or its own, kept in `stats[M, 2]` if given."""
+    """Compute LayerNorm `h[M, D]`.
+
+    Mean and 1/std of each row are those in `known`, if given. Else they are computed, and stored in `stats[M, 2]` if
+    that is given.
+    """
     row, column = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_WIDTH)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     start, offset = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
@@ -85,7 +90,7 @@ def dropped_mlp_norm_fwd_kernel(
 
 @triton.jit
 def dropped_mlp_gelu_fwd_kernel(pre, activation, size, BLOCK: tl.constexpr):
-    """`activation` a of all u, which may be the same memory."""
+    """Compute the activations a from all u; `activation` and `pre` may share memory."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(pre + offset, offset < size, other=0.0).to(tl.float32)
     tl.store(activation + offset, round_to(_gelu(u), activation.dtype.element_ty), offset < size)
@@ -95,7 +100,7 @@ def dropped_mlp_gelu_fwd_kernel(pre, activation, size, BLOCK: tl.constexpr):
 def dropped_mlp_output_fwd_kernel(
     z, b2, scale, x, y, rows, out, x_m, x_d, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):
-    """The output `[M, E]`, in whose memory z may be; `x` is given if it is added."""
+    """Compute the output `y[M, E]`, which may share memory with z. `x` is added if it is given."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside, start, offset = (row < rows)[:, None] & (column < out)[None, :], row.to(tl.int64)[:, None], column[None, :]
@@ -109,14 +114,17 @@ def dropped_mlp_output_fwd_kernel(
     tl.store(y + start * out + offset, round_to(value, y.dtype.element_ty), inside)
 
 
-# Backward.
+# Kernels of the backward pass.
 
 
 @triton.jit
 def dropped_mlp_hidden_bwd_kernel(
     pre, grad, grad_pre, activation, partial, rows, kept, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):
-    """`grad_pre` du, where `grad` da may be; `activation` a and partial sums of du `partial[P, K]`, where given."""
+    """Compute du in `grad_pre`, which may share memory with da in `grad`.
+
+    Also store a in `activation` and the partial sums of du in `partial[P, K]`, if these are given.
+    """
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     has_column = (column < kept)[None, :]
     summed = tl.zeros((BLOCK_WIDTH,), tl.float32)
@@ -139,9 +147,10 @@ def dropped_mlp_norm_bwd_kernel(
     rows, width, x_m, x_d, grad_m, grad_e,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x if `grad_x`, which may be `grad_h`, is given, with `grad` added if that is.
+    """Compute the gradients of the LayerNorm.
 
-    `partial[2, programs, D]` is for the norm's own gradients.
+    The gradient of x is stored in `grad_x` if that is given, which may be `grad_h`; `grad` is added to it if given.
+    Partial sums of the gradients of the norm's weight and bias are stored in `partial[2, programs, D]`.
     """
     column = tl.arange(0, BLOCK_WIDTH)
     has_column, offset = (column < width)[None, :], column.to(tl.int64)[None, :]
@@ -252,8 +261,8 @@ def dropped_mlp_backward(
                 _finish(grad_x, None, None, grad)
             if not need_x:
                 grad_x = x.new_empty(0)
-        # The gradient of scale is sum_m dy z with z = a W2^T + b2, which is sum_k G W2 + b2 sum_m dy for each output,
-        # with G = dy^T a, the gradient of w2 without the scale.
+        # The gradient of scale is sum_m dy z with z = a W2^T + b2. For each output, this is sum_k G W2 + b2 sum_m dy,
+        # where G = dy^T a is the gradient of w2 without the scale.
         if activation is not None:
             outer = grad.mT @ activation
             if need_w2:
@@ -273,7 +282,7 @@ def _kept(tensor: Tensor, idx: Tensor | None, dim: int) -> Tensor:
 
 
 def _spread(kept: Tensor, idx: Tensor | None, dim: int, hidden: int) -> Tensor:
-    """The inverse of `_kept`, with zeros where nothing was kept."""
+    """Undo `_kept`, with zeros for what was not kept."""
     if idx is None:
         return kept
     shape = list(kept.shape)
@@ -301,7 +310,7 @@ def _layer_norm(
 
 
 def _gelu_of(pre: Tensor, activation: Tensor) -> None:
-    """Write GELU of the one into the other."""
+    """Write GELU of `pre` into `activation`."""
     size = pre.numel()
     if size > 0:
         dropped_mlp_gelu_fwd_kernel[(cdiv(size, _configs.FLAT_TILE),)](
@@ -310,7 +319,7 @@ def _gelu_of(pre: Tensor, activation: Tensor) -> None:
 
 
 def _finish(y: Tensor, b2: Tensor | None, scale: Tensor | None, x: Tensor | None) -> None:
-    """In place: bias, scale and residual."""
+    """Apply bias, scale and residual to `y` in place."""
     rows, out = y.shape
     if rows == 0:
         return
@@ -322,7 +331,7 @@ def _finish(y: Tensor, b2: Tensor | None, scale: Tensor | None, x: Tensor | None
 
 
 def _through_gelu(pre: Tensor, grad: Tensor, activation: Tensor | None) -> Tensor:
-    """In place: the gradient of the pre-activations from that of the activations; partial sums of it `[P, K]`."""
+    """Replace the gradient of the activations by that of the pre-activations; return its partial sums `[P, K]`."""
     rows, kept = pre.shape
     if pre.numel() == 0:
         return pre.new_zeros(1, kept, dtype=torch.float32)
@@ -339,7 +348,7 @@ def _through_gelu(pre: Tensor, grad: Tensor, activation: Tensor | None) -> Tenso
 def _through_norm(
     grad_h: Tensor, x: Tensor, stats: Tensor, norm_weight: Tensor | None, grad: Tensor | None, need_x: bool
 ) -> Tensor:
-    """In place: the gradient of x, if it is needed, from that of h; those of the norm's weight and bias `[2, D]`."""
+    """Replace the gradient of h by that of x, if needed; return those of the norm's weight and bias `[2, D]`."""
     rows, width = x.shape
     if rows == 0:
         return stats.new_zeros(2, width)

@@ -1,12 +1,12 @@
-"""Triton kernels of `dcvit.ops.synthesis_step`; the schema there says what arguments and results are.
+"""Triton kernels of `dcvit.ops.synthesis_step`; its schema describes arguments and results.
 
-Two passes, because the gradient needs the norms of all pixels. The update is in place, but its gradient needs each
-pixel's eight neighbours as they were. On a GPU nothing orders the programs of one kernel, nor the warps of one program
-between a load and a store, so a program that wrote its pixels would change what its neighbours, or its own later loads,
-still have to read. The first pass therefore leaves a copy of the images, and the second reads pixels only from that
-copy and never from `images`, which it only writes. The two kernels run one after the other on one stream. The copy is
-one write more than the eight passes over memory that cannot be avoided (read the images twice, read gradient and both
-moments, write images and both moments).
+There are two passes, because the gradient needs the norms of all pixels. The update is in place, but its gradient needs
+the old values of each pixel's eight neighbours. A GPU does not order the programs of one kernel, nor the warps of one
+program between a load and a store. A program that wrote its pixels would thus change values that its neighbours, or its
+own later loads, still have to read. The first pass therefore copies the images. The second pass reads pixels only from
+that copy, and only writes `images`. The two kernels run one after the other on one stream. The copy adds one write to
+the eight passes over memory that cannot be avoided (read the images twice, read gradient and both moments, write images
+and both moments).
 """
 
 import triton
@@ -27,7 +27,7 @@ def synthesis_step_fwd_kernel(
     beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size,
     PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the prior, Adam and clip; `snapshot` holds the images before the step."""
+    """Add the prior's gradient, and apply Adam and the clipping; `snapshot` holds the images before the step."""
     image, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     number = image.to(tl.int64)
     right, down, diagonal, antidiagonal, l2 = slopes_of(
@@ -53,10 +53,10 @@ def synthesis_step_fwd_kernel(
         square = beta2 * tl.load(address, inside, other=0.0) + one_minus_beta2 * slope * slope
         tl.store(address, square, inside)
 
-        # Rounded as eager's division and root are, which the fast ones of the GPU are not.
+        # Correctly rounded like eager's division and root, unlike the GPU's fast versions.
         root = tl.sqrt_rn(tl.div_rn(square, tl.zeros_like(square) + correction2))
         moved = pixel - step_size * tl.div_rn(mean, root + eps)
-        # A pixel that is NaN stays so, as with torch.clamp.
+        # A NaN pixel stays NaN, as with torch.clamp.
         lowest, highest = tl.load(low + channel * low_c), tl.load(high + channel * high_c)
         moved = tl.maximum(moved, lowest, propagate_nan=tl.PropagateNan.ALL)
         moved = tl.minimum(moved, highest, propagate_nan=tl.PropagateNan.ALL)

@@ -1,8 +1,8 @@
-"""Triton kernels of `dcvit.ops.tv_prior`; the schema there says what arguments and results are.
+"""Triton kernels of `dcvit.ops.tv_prior`; its schema describes arguments and results.
 
-The forward is one pass over the images: a program goes through every `PARTS`-th tile of one image, in a fixed order,
-and leaves five sums of squares, of the four differences and of the pixels. One last program turns them into norms and
-value, in float64. The backward is one more pass; it takes the slopes ||.||^(beta - 2) from the norms.
+The forward is one pass over the images. A program reads every `PARTS`-th tile of one image, in a fixed order. It stores
+five sums of squares: of the four differences and of the pixels. A single program then computes the norms and the value
+from them, in float64. The backward is one more pass; it computes the slopes ||.||^(beta - 2) from the norms.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @triton.jit
 def tile_of(tile, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Channel, rows [H, 1] and columns [1, W] of a tile of an image; tiles go along columns, rows, channels."""
+    """Return channel, rows [H, 1] and columns [1, W] of a tile. Tiles run along columns, then rows, then channels."""
     tiles_w, tiles_h = tl.cdiv(width, BLOCK_W), tl.cdiv(height, BLOCK_H)
     row = tile // tiles_w % tiles_h * BLOCK_H + tl.arange(0, BLOCK_H)
     column = tile % tiles_w * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -24,13 +24,13 @@ def tile_of(tile, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def offsets_of(row, column, stride_h, stride_w):
-    """Offsets of pixels in a channel, in 64 bits."""
+    """Return offsets of pixels in a channel, in 64 bits."""
     return row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
 
 
 @triton.jit
 def _difference(address, pixel, exists):
-    """The pixel minus its neighbour at `address`, or 0 where there is none."""
+    """Return the pixel minus its neighbour at `address`, or 0 if there is no neighbour."""
     return tl.where(exists, pixel - tl.load(address, exists, other=0.0), 0.0)
 
 
@@ -40,7 +40,7 @@ def tv_prior_fwd_kernel(
     batch, channels, height, width, stride_b, stride_c, stride_h, stride_w,
     PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares `partial[5, B, PARTS]`; if there is a `snapshot`, `[B, C, H, W]`, the pixels are copied there."""
+    """Store the sums of squares `partial[5, B, PARTS]`, and copy the pixels to `snapshot`, `[B, C, H, W]`, if given."""
     image, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     images += image.to(tl.int64) * stride_b
     zero = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
@@ -77,7 +77,7 @@ def tv_prior_norms_kernel(
     batch, beta: tl.float64, tv_weight: tl.float64, l2_weight: tl.float64,
     PARTS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Norms and value, from all sums; one program."""
+    """Compute the norms and the value from all sums, in one program."""
     part = tl.arange(0, PARTS)[None, :]
     l2 = tl.zeros((BLOCK_B,), tl.float64)
     for start in range(0, batch, BLOCK_B):
@@ -101,21 +101,21 @@ def tv_prior_norms_kernel(
 
 @triton.jit
 def _power(norm, exponent):
-    """norm^exponent, in float64; 1 for the norm 0."""
+    """Return norm^exponent in float64, and 1 for the norm 0."""
     norm = norm.to(tl.float64)
     return tl.exp(tl.cast(exponent, tl.float64) * tl.log(tl.where(norm > 0, norm, 1.0)))
 
 
 @triton.jit
 def _slope(norm, beta, weight):
-    """The factor of v in the gradient of weight * ||v||^beta: weight * beta * ||v||^(beta - 2), and 0 for v = 0."""
+    """Return the factor of v in the gradient of weight * ||v||^beta: weight * beta * ||v||^(beta - 2), 0 for v = 0."""
     slope = tl.cast(weight, tl.float64) * beta * _power(norm, tl.cast(beta, tl.float64) - 2)
     return tl.where(norm > 0, slope, 0.0).to(tl.float32)
 
 
 @triton.jit
 def slopes_of(norms, image_norms, image, batch, beta, tv_weight, l2_weight):
-    """What differences in the four directions, and pixels, are multiplied with in the gradient."""
+    """Return the factors of the four differences, and of the pixels, in the gradient."""
     return (
         _slope(tl.load(norms), beta, tv_weight),
         _slope(tl.load(norms + 1), beta, tv_weight),
@@ -127,9 +127,9 @@ def slopes_of(norms, image_norms, image, batch, beta, tv_weight, l2_weight):
 
 @triton.jit
 def prior_gradient(address, row, column, height, width, stride_h, stride_w, right, down, diagonal, antidiagonal, l2):
-    """The prior's gradient in a tile whose pixels are at `address`; the last five are `slopes_of`.
+    """Return the pixels at `address` and the prior's gradient there; the last five arguments are `slopes_of`.
 
-    Every difference is between two pixels and pulls them together, so each pixel is pulled to its eight neighbours.
+    Every difference pulls two pixels together, so each pixel is pulled towards its eight neighbours.
     """
     inside = (row < height) & (column < width)
     has_left, has_right = inside & (column > 0), inside & (column + 1 < width)
@@ -162,7 +162,7 @@ def tv_prior_bwd_kernel(
     beta: tl.float64, tv_weight: tl.float64, l2_weight: tl.float64,
     PARTS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The prior's gradient, `[B, C, H, W]`, times `grad`, a number."""
+    """Store the prior's gradient, `[B, C, H, W]`, times the scalar `grad`."""
     image, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     images += image.to(tl.int64) * stride_b
     factor = tl.load(grad)
@@ -184,11 +184,11 @@ def tv_prior_bwd_kernel(
 def launch_norms(
     images: Tensor, snapshot: Tensor | None, beta: float, tv_weight: float, l2_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward, which leaves a contiguous copy of the images in `snapshot` if there is one.
+    """Launch the forward, which also copies the images to `snapshot` if it is given.
 
     Args:
-        images: `[B, C, H, W]`, with at least one image.
-        snapshot: `[B, C, H, W]`, contiguous.
+        images: Images `[B, C, H, W]`, at least one.
+        snapshot: Contiguous buffer for the copy, `[B, C, H, W]`, or `None`.
         beta: Exponent of the difference norms.
         tv_weight: Weight of the total variation.
         l2_weight: Weight of the images' mean 2-norm.

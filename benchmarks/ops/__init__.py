@@ -1,1 +1,1 @@
-"""One file for each op, which pytest runs; `python -m benchmarks kernels` prints what they find."""
+"""Benchmarks of the ops, one file for each, which pytest runs; `python -m benchmarks kernels` prints their results."""

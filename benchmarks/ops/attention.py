@@ -1,4 +1,4 @@
-"""Attention of few tokens and its gradient: the embedded model's, and that of ViT-Ti and ViT-S on small images."""
+"""Attention over few tokens and its gradient: shapes of the embedded model, and of ViT-Ti and ViT-S on small images."""
 
 from collections.abc import Callable
 from typing import Any

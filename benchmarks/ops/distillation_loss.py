@@ -1,4 +1,4 @@
-"""The loss of C candidates and its gradient, at the tokens of ViT-B with batch 64."""
+"""The distillation loss of C candidates and its gradient, at the tokens of ViT-B with batch 64."""
 
 from collections.abc import Callable
 from typing import Any

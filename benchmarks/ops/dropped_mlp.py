@@ -21,7 +21,7 @@ SHAPES = [
     (257, 1024, 1024),
     (257, 1024, 3072),
 ]
-"""Tokens, width, kept nodes; the MLP is four times as wide as the block, or as wide as what is kept."""
+"""Tokens, width and kept hidden units. The whole MLP has max(4 * width, kept) hidden units."""
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
@@ -41,7 +41,7 @@ def test_dropped_mlp(benchmark: Any, tokens: int, width: int, kept: int, mode: s
         "norm_weight": draw(width), "norm_bias": draw(width),
     }  # fmt: skip
     idx = torch.randperm(hidden, device=device())[:kept].sort().values
-    if not training:  # the finished student holds the kept nodes only
+    if not training:  # the finished student holds only the kept hidden units
         tensors |= {"w1": w1[idx], "b1": tensors["b1"][idx], "w2": w2[:, idx].contiguous()}
         idx = None
     for tensor in tensors.values():

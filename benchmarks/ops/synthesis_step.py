@@ -1,4 +1,4 @@
-"""One step on 50 images: prior, its gradient, Adam and the clip."""
+"""One synthesis step on 50 images: the prior, its gradient, Adam and the clipping of pixels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from dcvit.ops import synthesis_step
 @pytest.mark.parametrize("shape", [(50, 3, 224, 224)], ids=lambda shape: "x".join(map(str, shape)))
 def test_synthesis_step(benchmark: Any, shape: tuple[int, ...]) -> None:
     if settings.dtype != torch.float32:
-        pytest.skip("it takes float32 alone")
+        pytest.skip("it takes only float32")
     torch.manual_seed(0)
     images, grad = draw(2, *shape)
     exp_avg, exp_avg_sq = torch.zeros_like(images), torch.zeros_like(images)
@@ -26,7 +26,7 @@ def test_synthesis_step(benchmark: Any, shape: tuple[int, ...]) -> None:
     def call(function: Callable[..., Tensor]) -> object:
         return function(**tensors, step=100, lr=0.01, beta=0.6)
 
-    # Images are read for the norms; then images, gradient and moments are read, images and moments written.
+    # Images are read for the norms. Then images, gradient and moments are read, and images and moments written.
     count = 8 * images.nbytes
     measure(
         benchmark, Case(f"{list(shape)}", "synthesis_step", synthesis_step, call, tensors, copies(count), bytes=count)

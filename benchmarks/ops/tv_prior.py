@@ -1,4 +1,4 @@
-"""The prior of 50 images and its gradient."""
+"""The image prior of 50 images and its gradient."""
 
 from collections.abc import Callable
 from typing import Any

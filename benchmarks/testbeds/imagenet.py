@@ -1,4 +1,4 @@
-"""The paper's own protocol, for whoever has the data: a timm model on ImageNet."""
+"""The paper's protocol for users who have ImageNet: a timm model with ImageNet images."""
 
 from pathlib import Path
 
@@ -16,23 +16,24 @@ from dcvit.runtime.seeding import generator
 __all__ = ["SEEDS", "imagenet"]
 
 SEEDS = (2021, 2022, 2023, 2024, 2025)
-"""Which draw the few-shot sets: five, as in the paper."""
+"""Seeds of the few-shot sets: five, as in the paper."""
 
 
 def imagenet(
     root: Path, seed: int, num_images: int = 50, *, model: str | nn.Module = "deit_base_patch16_224", num_held_out: int
 ) -> TestBed:
-    """A timm model with few-shot images of the training set, judged on the validation set.
+    """Return the bed of a timm model, with few-shot images of the training set, evaluated on the validation set.
 
     Args:
-        root: Holds `train` and `val`, a folder for each class in each, in the order of the model's classes by name.
-        seed: Draws the few-shot set, and which validation images judge: the same for every seed.
-        num_images: Few-shot images.
+        root: Folder with `train` and `val`. Each has one folder per class, whose sorted names are in the order of the
+            model's classes.
+        seed: Seed of the few-shot set. The drawn validation images are the same for every seed.
+        num_images: Number of few-shot images.
         model: A timm model, or its name.
-        num_held_out: Validation images; all if there are fewer.
+        num_held_out: Number of validation images; all are used if there are fewer.
 
     Raises:
-        DcvitError: If a folder is missing, or its classes are not as many as the model's.
+        DcvitError: If a folder is missing, or the number of classes is not the model's.
     """
     for part in ("train", "val"):
         if not (root / part).is_dir():
@@ -50,7 +51,7 @@ def imagenet(
 
 
 def _drawn(data: ImageFolder, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """So many images `[N, C, H, W]` and their classes `[N]`, drawn without replacement."""
+    """Draw `count` images `[N, C, H, W]` and their classes `[N]`, without replacement."""
     chosen = torch.randperm(len(data), generator=generator(seed, "imagenet"))[:count].tolist()
     images, labels = zip(*(data[index] for index in chosen), strict=True)
     return torch.stack(images), torch.tensor(labels)

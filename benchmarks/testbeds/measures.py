@@ -1,4 +1,4 @@
-"""How close a student is to a test bed's model, on the held-out images."""
+"""Measures of how close a student is to a test bed's model, on the held-out images."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ __all__ = ["Measures", "measure"]
 
 @dataclass(frozen=True)
 class Measures:
-    """A student against its teacher.
+    """The comparison of a student with its teacher.
 
     Attributes:
-        error: r = ‖s − t‖² / ‖t − mean(t)‖² over all output tokens; 0 is exact, 1 is as good as a constant. Of a
-            student with fewer tokens, over those that both have: the class token.
-        agreement: Share of images for which both name the same class.
-        top1: Share of images whose class is named rightly; `None` without labels.
-        cosine_class: Mean cosine similarity of the class token; `None` without one.
-        cosine_patch: Mean cosine similarity of the other tokens; `None` of a student with fewer.
+        error: r = ‖s − t‖² / ‖t − mean(t)‖² over all output tokens; 0 is exact, 1 is as good as a constant. For a
+            student with fewer tokens, it is taken over the tokens that both have, such as the class token.
+        agreement: Share of images for which both predict the same class.
+        top1: Share of images whose class is predicted correctly; `None` without labels.
+        cosine_class: Mean cosine similarity of the class token; `None` without a class token.
+        cosine_patch: Mean cosine similarity of the other tokens; `None` for a student with fewer tokens.
     """
 
     error: float
@@ -35,8 +35,8 @@ def measure(bed: TestBed, student: nn.Module) -> Measures:
     """Compare a student with a bed's model on the bed's held-out images.
 
     Args:
-        bed: The test bed; its model has one class token in front, or none.
-        student: In evaluation mode.
+        bed: The test bed, whose model has one class token in front, or none.
+        student: The student, in evaluation mode.
     """
     teacher_tokens = bed.teacher_tokens
     student_tokens = output_tokens(student, bed.held_out)
@@ -57,7 +57,7 @@ def measure(bed: TestBed, student: nn.Module) -> Measures:
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> float:
-    """‖s − t‖² / ‖t − mean(t)‖² of tokens `[M, T, D]`, mean(t) over images and tokens, summed in float64."""
+    """Compute ‖s − t‖² / ‖t − mean(t)‖² of tokens `[M, T, D]` in float64; mean(t) is over images and tokens."""
     mean = teacher.mean((0, 1), dtype=torch.float64)
     missed = sum(float((s.double() - t.double()).square().sum()) for s, t in zip(student, teacher, strict=True))
     spread = sum(float((t.double() - mean).square().sum()) for t in teacher)

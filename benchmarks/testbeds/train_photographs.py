@@ -1,8 +1,9 @@
-"""Train the models of the beds on photographs into the cache: `python -m benchmarks.testbeds.train_photographs`.
+"""Train the models of the photograph beds into the cache: `python -m benchmarks.testbeds.train_photographs`.
 
-A model tells from a crop which photograph it is of, from crops of the few-shot regions: a ViT (bed `photographs`), a
-Swin (`swin`) or a ResNet (`resnet`). It takes a few minutes on one core. One thread is used, so that the weights do not
-depend on the number of cores; on another processor or torch version they differ by rounding that training amplifies.
+A model learns to tell which photograph a crop is from, on crops of the few-shot regions. It is a ViT (bed
+`photographs`), a Swin (`swin`) or a ResNet (`resnet`). Training takes a few minutes on one core. It uses one thread, so
+that the weights do not depend on the number of cores. On another processor or torch version, the weights differ by
+rounding errors that training amplifies.
 """
 
 import argparse
@@ -38,7 +39,7 @@ PREPROCESSING = {
 NUM_CROPS, BATCH_SIZE, WEIGHT_DECAY = 3600, 60, 0.0
 
 SEED = derive_seed(0, "train")
-"""Of 63 bits, so that no few-shot set has it by chance."""
+"""Seed of the training. It has 63 bits, so that no few-shot set uses the same seed by chance."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Recipe:
     """A model and how it is trained.
 
     Attributes:
-        architecture: What `create` makes it of.
-        create: From that to a model, randomly initialised.
+        architecture: Arguments of `create`.
+        create: Function that makes a randomly initialised model of the architecture.
         epochs: Passes over the crops.
-        learning_rate: At the peak.
+        learning_rate: Peak learning rate.
     """
 
     architecture: dict[str, Any]
@@ -73,7 +74,7 @@ RECIPES = {
             "embed_dim": 64,
             "depth": 8,
             "num_heads": 4,
-            "weight_init": "jax",  # as of the embedded model: with timm's own, late blocks stay near the identity
+            "weight_init": "jax",  # as in the embedded model; with timm's default, late blocks stay near the identity
         },
         lambda architecture: create_vision_transformer(architecture, PREPROCESSING),
     ),
@@ -99,12 +100,12 @@ RECIPES = {
         _of_timm,
     ),
 }
-"""By the name of the bed. At a learning rate of 2e-3 the ViT's first blocks learn it all: held-out top-1 is 3 points
-higher, and dropping a middle block costs nothing."""
+"""Recipes by name of the bed. At a learning rate of 2e-3, the first blocks of the ViT learn the whole task: held-out
+top-1 is 3 points higher, and dropping a middle block costs nothing."""
 
 
 def trained_model(bed: str = "photographs") -> nn.Module:
-    """The cached model of a bed, trained first if there is none."""
+    """Load the model of a bed from the cache; train it first if it is missing."""
     folder = model_folder(bed)
     if not (folder / "model.safetensors").is_file():
         save_model(train(bed), folder)
@@ -112,7 +113,7 @@ def trained_model(bed: str = "photographs") -> nn.Module:
 
 
 def model_folder(bed: str = "photographs") -> Path:
-    """Where the model of a bed is kept, by what made it."""
+    """Return the cache folder of a bed's model, whose name depends on the recipe."""
     recipe = RECIPES[bed]
     data = (PHOTOGRAPHS, HELD_OUT_SHARE, SIDE)
     training = (NUM_CROPS, recipe.epochs, BATCH_SIZE, recipe.learning_rate, WEIGHT_DECAY, SEED)
@@ -120,11 +121,11 @@ def model_folder(bed: str = "photographs") -> Path:
 
 
 def train(bed: str = "photographs", epochs: int | None = None) -> nn.Module:
-    """A bed's model trained on crops of the few-shot regions, in evaluation mode.
+    """Train a bed's model on crops of the few-shot regions, and return it in evaluation mode.
 
     Args:
-        bed: One of `RECIPES`.
-        epochs: Passes over the crops, if not the recipe's.
+        bed: Name of the bed, one of `RECIPES`.
+        epochs: Passes over the crops; those of the recipe if `None`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -148,9 +149,9 @@ def _train(recipe: Recipe, epochs: int) -> nn.Module:
 
 
 def _recoloured(pixels: Tensor) -> Tensor:
-    """Pixels `[B, 3, H, W]`, half of them mirrored, each with other brightness, contrast and colour balance.
+    """Mirror half of the images `[B, 3, H, W]`, and change each one's brightness, contrast and colour balance.
 
-    Without it colours alone would give most photographs away, and one block would do.
+    Otherwise colours would be enough to tell most photographs, and one block would be enough to learn the task.
     """
     count = len(pixels)
     mirrored = torch.where(torch.rand(count, 1, 1, 1) < 0.5, pixels.flip(-1), pixels)
@@ -161,7 +162,7 @@ def _recoloured(pixels: Tensor) -> Tensor:
 def main() -> None:
     """Train, report and save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbeds.train_photographs", description=__doc__)
-    parser.add_argument("--bed", choices=RECIPES, default="photographs", help="whose model (default: %(default)s)")
+    parser.add_argument("--bed", choices=RECIPES, default="photographs", help="bed of the model (default: %(default)s)")
     bed = parser.parse_args().bed
     start = time.perf_counter()
     model, folder = train(bed), model_folder(bed)

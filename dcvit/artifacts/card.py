@@ -1,6 +1,6 @@
-"""The model card: `README.md` of a saved model, drawn from the other files beside it.
+"""The model card: the `README.md` of a saved model, generated from the other files in its folder.
 
-Its front matter is what the Hugging Face hub reads: https://huggingface.co/docs/hub/model-cards.
+The Hugging Face hub reads its front matter: https://huggingface.co/docs/hub/model-cards.
 """
 
 import re
@@ -15,7 +15,7 @@ from dcvit.runtime.files import well_formed
 __all__ = ["PartNames", "model_card", "part_names", "pruning_kind", "shared_weights"]
 
 _HUB_LICENSES = ("apache-2.0", "apple-amlr", "apple-ascl", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit")
-"""Licences that timm's models have and the hub knows by the same name; the hub takes others as `other`, with a name."""
+"""Licences that timm and the hub call by the same name. The hub lists any other licence as `other`, with its name."""
 
 _LOAD = """\
 Where dcvit is installed:
@@ -26,30 +26,30 @@ import dcvit, timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 ```
 
-Where it is not, `modeling_dcvit.py` of this folder takes its place; it needs torch and timm (1.0.31 or newer) alone:
+Where it is not, use `modeling_dcvit.py` from this folder instead; it needs only torch and timm (1.0.31 or newer):
 
 ```python
 import sys, timm
 
 sys.path.insert(0, "FOLDER")
-import modeling_dcvit  # makes the architecture known to timm
+import modeling_dcvit  # registers the architecture with timm
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 ```
 
-That file holds what this model needs and no more; without dcvit, load each model in a process of its own.
+That file contains only what this model needs; without dcvit, load each model in a separate process.
 
-`FOLDER` is this folder; from the hub, `huggingface_hub.snapshot_download("OWNER/NAME")` brings it and returns its path.
+`FOLDER` is this folder; `huggingface_hub.snapshot_download("OWNER/NAME")` downloads it and returns its path.
 """
 
 
 def model_card(result: Mapping[str, Any], config: Mapping[str, Any], *, dtype: str = "float32") -> str:
-    """The text of a model card; names that a file gives come as words or code, never as markdown or HTML.
+    """Return the text of a model card; names that a file gives appear as words or code, never as markdown or HTML.
 
     Args:
-        result: What `result.json` holds.
-        config: What `config.json` holds.
-        dtype: In which the weights are stored.
+        result: The contents of `result.json`.
+        config: The contents of `config.json`.
+        dtype: The dtype in which the weights are stored.
     """
     report, preprocessing = result["report"], config["pretrained_cfg"]
     license_ = preprocessing.get("license")
@@ -69,7 +69,7 @@ def model_card(result: Mapping[str, Any], config: Mapping[str, Any], *, dtype: s
 
 
 def _name(text: str) -> str:
-    """A name from a file as markdown: a plain word as it is, anything else as code, where nothing has a meaning."""
+    """Return a name from a file as markdown: a plain word unchanged, anything else as code, which escapes markup."""
     return text if re.fullmatch(r"[\w+-]+(\.[\d]+[\w+-]*)*", text) else _code(text)
 
 
@@ -90,26 +90,30 @@ def _front_matter(license_: str | None, base_model: str | None, task: str) -> Mo
 
 
 def pruning_kind(result: Mapping[str, Any]) -> Literal["compressed", "pruned", "mixed", "dropped"]:
-    """What a model's blocks lost: attention and hidden units, hidden units alone, some this and some that, or all.
+    """Return what was removed from a model's blocks.
 
     Args:
-        result: What `result.json` holds.
+        result: The contents of `result.json`.
+
+    Returns:
+        `compressed` if every block lost its attention and hidden units, `pruned` if every block lost only hidden units,
+        `mixed` if there are blocks of both kinds, `dropped` if whole blocks were removed.
     """
-    cut, pruned = result["plan"]["kept_units"], result["plan"].get("pruned", ())
-    if not cut:
+    kept, pruned = result["plan"]["kept_units"], result["plan"].get("pruned", ())
+    if not kept:
         return "dropped"
-    return "compressed" if not pruned else "pruned" if len(pruned) == len(cut) else "mixed"
+    return "compressed" if not pruned else "pruned" if len(pruned) == len(kept) else "mixed"
 
 
 @dataclass(frozen=True)
 class PartNames:
-    """What the two parts of a block are called of which it can lose some.
+    """Names of the two sublayers of a block that can be pruned.
 
     Attributes:
-        mixing: What mixes positions.
-        pointwise: What looks at each alone.
-        units: The hidden units.
-        units_of_block: Likewise, with where they are.
+        mixing: The sublayer that mixes positions.
+        pointwise: The sublayer that processes each position separately.
+        units: Its hidden units.
+        units_of_block: Its hidden units, with the name of the sublayer.
     """
 
     mixing: str
@@ -119,10 +123,10 @@ class PartNames:
 
 
 def part_names(result: Mapping[str, Any]) -> PartNames:
-    """What the parts of a model's blocks are called: in a CNN other than in a transformer.
+    """Return the names of the sublayers of a model's blocks, which differ between CNNs and transformers.
 
     Args:
-        result: What `result.json` holds.
+        result: The contents of `result.json`.
     """
     if result["report"].get("family") == "cnn":
         return PartNames("spatial convolution", "filters", "filters", "filters")
@@ -130,19 +134,20 @@ def part_names(result: Mapping[str, Any]) -> PartNames:
 
 
 def shared_weights(plan: Mapping[str, Any]) -> list[str]:
-    """Which blocks share weights, in words, an entry each for attention and MLP; none where none do.
+    """Describe which blocks share weights: one entry for attention, one for MLPs; an empty list if none are shared.
 
     Args:
         plan: The plan in `result.json`.
     """
-    told = []
+    sentences = []
     for name, part in (("attention_of", "attention"), ("mlp_of", "MLP")):
         runs: dict[int, list[str]] = {}
         for block, owner in plan.get(name, {}).items():
             runs.setdefault(owner, []).append(str(block))
         if runs:
-            told.append(f"one {part} for the blocks " + ", and one for ".join(", ".join(run) for run in runs.values()))
-    return told
+            listed = ", and one for ".join(", ".join(run) for run in runs.values())
+            sentences.append(f"one {part} for the blocks {listed}")
+    return sentences
 
 
 def _what(result: Mapping[str, Any]) -> str:
@@ -156,9 +161,9 @@ def _what(result: Mapping[str, Any]) -> str:
         made += f" with the method {_name(report['method'])}"
     if rates := plan.get("token_keep_rates"):
         rate = next(iter(rates.values()))
-        return f"{made}: behind the attention of the {_named(blocks)} the share {rate:g} of the patch tokens goes on.\n"
+        return f"{made}: after the attention of the {_named(blocks)}, only {rate:g} of the patch tokens are kept.\n"
     if shared := shared_weights(plan):
-        return f"{made}: {'; '.join(shared)}. Blocks count from 0, and each has a transformation of its own.\n"
+        return f"{made}: {'; '.join(shared)}. Blocks count from 0, and each has its own transformation.\n"
     if pruning_kind(result) == "dropped":
         return f"{made}: without the {_named(blocks)}.\n"
     if heads := plan.get("kept_heads"):
@@ -166,7 +171,7 @@ def _what(result: Mapping[str, Any]) -> str:
         made += f", with fewer attention heads in the {_plural(heads)} {listed}"
     if convolved := plan.get("convolved"):
         listed = ", ".join(map(str, convolved))
-        made += f", with a convolution in the place of the attention of the {_plural(convolved)} {listed}"
+        made += f", with a convolution in place of the attention of the {_plural(convolved)} {listed}"
     left = sorted({len(units) for units in plan["kept_units"].values()})
     names = part_names(result)
     units = f"{plan['hidden_features']} {names.units_of_block} are left"
@@ -182,7 +187,7 @@ def _what(result: Mapping[str, Any]) -> str:
 
 
 def _named(blocks: Sequence[int]) -> str:
-    """Blocks in words."""
+    """Return the blocks as text."""
     return f"{_plural(blocks)} {', '.join(map(str, blocks))} (counted from 0)"
 
 
@@ -203,8 +208,8 @@ def _images(preprocessing: Mapping[str, Any]) -> str:
 def _licence(license_: str | None) -> str:
     if license_ is None:
         return (
-            "Unknown: the original's configuration names none. The original's terms bind this model too; look them up "
-            "where it came from.\n"
+            "Unknown: the original's configuration names none. The original's terms apply to this model too; look them "
+            "up where it came from.\n"
         )
     return f"The original's, as its timm configuration gives it: {_name(license_)}.\n"
 
@@ -228,18 +233,18 @@ def _figures(result: Mapping[str, Any]) -> str:
         rows.append(f"| top-1, % | {100 * teacher['top1']:.2f} | {100 * student['top1']:.2f} | |")
     convention = result["plan"]["budget"]["convention"].replace("_", " ")
     agreed = result["agreement"]
-    told = [
-        f"MACs are counted {convention}. The latency is that of the machine which compressed the model, and a rough "
-        "figure.",
-        f"The mean squared error between the output tokens of both on the unlabelled images is "
+    notes = [
+        f"MACs are counted {convention}. The latency was measured on the machine that compressed the model; it is a "
+        "rough figure.",
+        f"The mean squared error between the output tokens of both models on the unlabelled images is "
         f"{result['report']['distillation_loss']:.4g}.",
     ]
     if agreed is not None:
-        told.append(f"Both name the same class for {100 * agreed:.2f} % of the images that they were compared on.")
-    return "\n".join(rows) + "\n\n" + " ".join(told) + "\n"
+        notes.append(f"Both predict the same class for {100 * agreed:.2f} % of the images that they were compared on.")
+    return "\n".join(rows) + "\n\n" + " ".join(notes) + "\n"
 
 
 def _batch(report: Mapping[str, Any]) -> str:
-    """The batch that was timed."""
+    """Return a description of the batch that was timed."""
     count = report.get("latency_batch")
     return "a batch" if count is None else f"a batch of {count}"

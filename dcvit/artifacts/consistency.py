@@ -1,7 +1,8 @@
-"""Whether the parts of a saved result fit each other.
+"""Checks that the parts of a saved result agree with each other.
 
-`dcvit.serialization` checks every value of a file alone. Here is what must hold between them: blocks that exist and are
-named once, lists as long as those that they belong to, figures that something can be divided by.
+`dcvit.serialization` checks each value of a file separately. This module checks relations between values: every block
+exists and is named once, lists that belong together have equal lengths, and figures that are used as divisors are
+positive.
 """
 
 import math
@@ -21,10 +22,10 @@ def require_consistent(plan: Plan, report: "Report") -> None:
 
     Args:
         plan: The plan of a saved result.
-        report: Its report. What earlier versions did not record is not compared.
+        report: Its report. Values that earlier versions did not record are not compared.
 
     Raises:
-        ValueError: If two values do not fit each other; the message names both.
+        ValueError: If two values contradict each other; the message names both.
     """
     depth = len(report.blocks or report.blocks_after) or None
     _check_plan(plan, depth)
@@ -34,7 +35,7 @@ def require_consistent(plan: Plan, report: "Report") -> None:
         _check_figures(f"report.{name}", figures, plan.budget.metric)
     for name in ("top1", "file_size", "activation_memory"):
         before, after = getattr(report.teacher, name), getattr(report.student, name)
-        resaved = name == "file_size" and before is None  # saving measures the student's, which old results lack
+        resaved = name == "file_size" and before is None  # saving measures the student; old results lack the teacher's
         if (before is None) != (after is None) and not resaved:
             raise ValueError(f"report.teacher.{name} is {before} and report.student.{name} {after}: expected both")
     if "dcvit" not in report.versions:
@@ -55,7 +56,7 @@ def _check_plan(plan: Plan, depth: int | None) -> None:
     ):
         _check_blocks(f"plan.{name}", blocks, depth)
     if not plan.blocks:
-        raise ValueError("plan.blocks is empty: expected the blocks that were cut")
+        raise ValueError("plan.blocks is empty: expected the blocks that were compressed")
     if plan.num_blocks != len(plan.blocks):
         raise ValueError(f"plan.num_blocks is {plan.num_blocks}, but plan.blocks names {len(plan.blocks)}")
     for name, part, whole_name, whole in (
@@ -78,7 +79,7 @@ def _check_plan(plan: Plan, depth: int | None) -> None:
 
 
 def _check_shapes(plan: Plan, report: "Report") -> None:
-    """The blocks before and after, with what the plan says that was kept of them."""
+    """Compare the blocks before and after with the units that the plan says were kept."""
     before, after = report.blocks, report.blocks_after
     if before and after and len(before) != len(after):
         raise ValueError(f"report.blocks_after has {len(after)} blocks, report.blocks {len(before)}")
@@ -91,11 +92,11 @@ def _check_shapes(plan: Plan, report: "Report") -> None:
             )
     for block, (old, new) in enumerate(zip(before, after, strict=False)):  # after is empty in older results
         if old != new and block not in plan.blocks:
-            raise ValueError(f"report.blocks_after[{block}] is not report.blocks[{block}], though it was not cut")
+            raise ValueError(f"report.blocks_after[{block}] is not report.blocks[{block}], but it was not compressed")
 
 
 def _check_course(plan: Plan, report: "Report", depth: int | None) -> None:
-    """Probes and recoveries."""
+    """Check the probes and recoveries."""
     for name, probes in (("probes", report.probes), ("pruning_probes", report.pruning_probes)):
         _check_blocks(f"report.{name}", [probe.block for probe in probes], depth)
         for probe in probes:
@@ -130,7 +131,7 @@ def _check_above_0(where: str, value: float | None) -> None:
 
 
 def _check_blocks(where: str, blocks: Sequence[int], depth: int | None) -> None:
-    """Blocks are named once each, and exist."""
+    """Refuse blocks that do not exist or are named twice."""
     seen: set[int] = set()
     for block in blocks:
         if block in seen:

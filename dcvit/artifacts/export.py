@@ -1,7 +1,8 @@
-"""A model as one file that other runtimes read: an ONNX model, or a program of `torch.export`.
+"""Export of a model to one file that other runtimes read: an ONNX model or a `torch.export` program.
 
-Both take any batch size, and neither needs dcvit or timm. A file is written beside its place, read back by the runtime
-that it is for and compared with the model; only one that computes the same gets there, in one rename.
+Both formats accept any batch size and need neither dcvit nor timm. A file is first written as a draft beside its
+destination, read back by the runtime that it is for, and compared with the model. Only if the outputs agree is the
+draft renamed to its final name.
 """
 
 import copy
@@ -32,46 +33,50 @@ from dcvit.runtime.seeding import generator
 __all__ = ["SUFFIXES", "TOLERANCES", "ExportFormat", "Exported", "compare_rounded", "export_model"]
 
 ExportFormat = Literal["onnx", "torch-export"]
-"""`onnx`: for onnxruntime and others. `torch-export`: for `torch.export.load`."""
+"""The file formats: `onnx` for onnxruntime and other ONNX runtimes, `torch-export` for `torch.export.load`."""
 
 SUFFIXES: dict[ExportFormat, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
-"""How a file's name ends."""
+"""The file name suffix of each format."""
 
 TOLERANCES = {
     torch.float32: 1e-4,
     torch.float16: 10 * torch.finfo(torch.float16).eps,
     torch.bfloat16: 10 * torch.finfo(torch.bfloat16).eps,
 }
-"""The largest relative error by dtype.
+"""The largest allowed relative error, by dtype.
 
-In float32 runtimes differ by the order of summation, by about 1e-6 at most on the models tried. In half precision each
-layer rounds anew; ten epsilons, 0.98 % and 7.8 %, are three times what PyTorch itself was off by on DINOv2 ViT-S/14,
-the photographs bed's model and the embedded one, trained, whole or cut: at most 0.3 % and 2.1 %.
+In float32, runtimes differ only in the order of summation, which gave errors of at most about 1e-6 on the models tried.
+In half precision every layer rounds. Ten epsilons are 0.98 % (float16) and 7.8 % (bfloat16). That is three times the
+error of PyTorch itself, at most 0.3 % and 2.1 %, measured on DINOv2 ViT-S/14, the model of the photographs test bed and
+the embedded model, trained, uncompressed and compressed.
 """
 
 BATCH_SIZES = (1, 3)
-"""That a file is compared at; it is traced at another one."""
+"""Batch sizes at which a file is compared with the model. It is traced at a different one."""
 
 SINGLE_FILE_BYTES = 1_500_000_000
-"""Of weights. Protocol buffers, which ONNX is stored as, end at 2 GiB; beyond this weights get a file of their own."""
+"""The largest size of weights inside an ONNX file, whose protocol buffer format is limited to 2 GiB.
+
+Larger weights are stored in a separate file.
+"""
 
 _NEEDED: dict[ExportFormat, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
 
 _Run = Callable[[Tensor], Tensor]
-"""From images in float32 to outputs in float32."""
+"""A function from images in float32 to outputs in float32."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and how close it comes to the model.
+    """An exported file and how closely its outputs match the model's.
 
     Attributes:
         path: The file.
         format: `onnx` or `torch-export`.
-        dtype: Of weights, input and output.
-        num_bytes: Size, with the weights where those have a file of their own.
+        dtype: The dtype of weights, input and output.
+        num_bytes: The size, including a separate file of weights if there is one.
         errors: By batch size, the largest difference from the model in float32, relative to its largest output.
-        tolerance: What the errors had to stay below.
+        tolerance: The largest error that was allowed.
     """
 
     path: Path
@@ -90,28 +95,31 @@ def export_model(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a model to one file, read it back and compare.
+    """Write a model to one file, read the file back and compare its outputs with the model's.
 
-    The file takes normalised images `[B, C, H, W]` of the model's own size and any B, and gives what the model gives:
-    logits `[B, num_classes]`, or features of a backbone. It also tells how images are normalised: as `metadata_props`
-    of an ONNX model, as the extra file `dcvit.json` of a `torch.export` program.
+    The file takes normalised images `[B, C, H, W]` of the model's input size, with any B. It returns what the model
+    returns: logits `[B, num_classes]`, or features if the model is a backbone. It also records how images are
+    normalised: as `metadata_props` in an ONNX model, as the extra file `dcvit.json` in a `torch.export` program.
 
     Args:
-        model: A supported model, whole or compressed. Unchanged.
-        path: The file; its folder is created if missing.
-        format: For which runtime.
-        dtype: One of `dcvit.artifacts.result.DTYPES`, of weights, input and output; ONNX takes no bfloat16.
-        overwrite: Replace an earlier export of that format. Nothing else is ever replaced.
+        model: A supported model, compressed or not. It is not changed.
+        path: The file to write; its folder is created if missing.
+        format: The file format.
+        dtype: The dtype of weights, input and output, one of `dcvit.artifacts.result.DTYPES`; ONNX files do not take
+            bfloat16.
+        overwrite: Whether to replace an earlier export of that format. No other file is ever replaced.
 
     Returns:
-        Where it is, its size and its errors.
+        The file's path, size and errors.
 
     Raises:
         UnsupportedModelError: If the model's family is not supported.
-        SaveFolderError: If the path is a folder, ends otherwise than `SUFFIXES`, or exists and `overwrite` is not set
-            or it is no export; or if it cannot be written, and then what was there stays.
-        DtypeError: If the dtype cannot hold a weight, or the format not the dtype.
-        ExportError: If a package is missing, or the file does not compute what the model does; it is then removed.
+        SaveFolderError: If the path is a folder or has another suffix than `SUFFIXES`, or if the file exists and
+            `overwrite` is not set or it is not an export. Also if the file cannot be written; an earlier file is then
+            kept.
+        DtypeError: If a weight does not fit the dtype, or the format does not support the dtype.
+        ExportError: If a package is missing, or the file does not compute what the model does; the file is then
+            removed.
     """
     path = Path(path)
     compressible(model)  # refuses other families
@@ -123,7 +131,7 @@ def export_model(
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned_drafts(path)
         with draft_folder(path) as folder:
-            # A file of weights is called after this name, so that no other export's file names it.
+            # The file of weights is named after this draft, so that no other export refers to it.
             draft = folder / f"{path.stem}-{secrets.token_hex(8)}{path.suffix}"
             write(subject, _trace(subject), draft)
             errors = _compare(reference, read(draft, dtype), dtype, f"The {format} file")
@@ -137,7 +145,7 @@ def export_model(
 
 
 def _put(draft: Path, path: Path) -> None:
-    """Give an export its name, after its file of weights, if it has one; delete those that the replaced one names."""
+    """Move a draft and its weight file, if it has one, to their final names; delete weights of the replaced export."""
     earlier = weights_of(path)
     weights = draft.with_name(f"{draft.name}.data")
     placed = path.with_name(weights.name)
@@ -154,18 +162,18 @@ def _put(draft: Path, path: Path) -> None:
         raise
     sync(path.parent)
     for name in earlier - {placed.name}:
-        with suppress(OSError):  # no file names it any more
+        with suppress(OSError):  # no export refers to it any more
             path.with_name(name).unlink()
 
 
 def compare_rounded(model: nn.Module, dtype: torch.dtype) -> dict[int, float]:
-    """How much a model's output changes where its weights are stored in another dtype; it still computes in float32.
+    """Measure how much a model's output changes if its weights are stored in another dtype; it computes in float32.
 
     Returns:
-        By batch size, the error as `Exported` has it.
+        By batch size, the error as defined in `Exported`.
 
     Raises:
-        DtypeError: If the dtype cannot hold a weight.
+        DtypeError: If a weight does not fit the dtype.
         ExportError: If an error exceeds the dtype's tolerance.
     """
     rounded = _plain(model, dtype).float()
@@ -179,7 +187,7 @@ def _check(path: Path, format: ExportFormat, dtype: torch.dtype, overwrite: bool
         raise DtypeError(f"dtype={dtype}: expected one of {', '.join(f'torch.{name}' for name in DTYPES)}.")
     if format == "onnx" and dtype == torch.bfloat16:
         raise DtypeError(
-            "dtype=torch.bfloat16: onnxruntime does not run such a model on a CPU, so that it could not be compared. "
+            "dtype=torch.bfloat16: onnxruntime cannot run such a model on a CPU, so its outputs could not be compared. "
             "Take torch.float16, or format='torch-export'."
         )
     missing = [name for name in _NEEDED[format] if importlib.util.find_spec(name) is None]
@@ -196,7 +204,7 @@ def _check(path: Path, format: ExportFormat, dtype: torch.dtype, overwrite: bool
 
 
 def _plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy on the CPU, in evaluation mode, in another dtype and without dcvit's ops."""
+    """Return a copy on the CPU, in evaluation mode, in another dtype and without dcvit's ops."""
     plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     choose_impl(plain, "eager")
     weights = cast_weights(plain.state_dict(), dtype)
@@ -205,17 +213,17 @@ def _plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _images(model: nn.Module, count: int) -> Tensor:
-    """Random images `[count, C, H, W]` of the pixel range that the model is made for, always the same."""
+    """Return random images `[count, C, H, W]` in the model's pixel range, always the same ones."""
     prep = preprocessing(model)
     low, high = (bound.view(-1, 1, 1) for bound in prep.pixel_range)
-    drawing = generator(0, "export", count)
-    return low + (high - low) * torch.rand(count, *prep.input_size, generator=drawing, dtype=low.dtype, device="cpu")
+    random = generator(0, "export", count)
+    return low + (high - low) * torch.rand(count, *prep.input_size, generator=random, dtype=low.dtype, device="cpu")
 
 
 def _trace(model: nn.Module) -> torch.export.ExportedProgram:
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        # Two images: sizes 0 and 1 are what torch.export would take for constants.
+        # Two images, because torch.export would treat a batch size of 0 or 1 as a constant.
         return torch.export.export(model, (_images(model, 2).to(dtype),), dynamic_shapes=_dynamic_shapes())
 
 
@@ -224,7 +232,7 @@ def _dynamic_shapes() -> dict[str, Any]:
 
 
 def _metadata(model: nn.Module) -> dict[str, str]:
-    """What one has to know to run a file: a JSON value for each key."""
+    """Return what is needed to run the file, one JSON value per key."""
     prep = preprocessing(model)
     names = ("input_size", "mean", "std")
     return {"dcvit": json.dumps(__version__), **{name: json.dumps(getattr(prep, name)) for name in names}}
@@ -250,10 +258,10 @@ def _write_onnx(model: nn.Module, program: torch.export.ExportedProgram, path: P
 
 
 def _require_whole(path: Path) -> None:
-    """Refuse a file of weights that ends early: numpy, which writes it, does not say that its last part did not fit.
+    """Refuse a truncated file of weights: numpy, which writes it, does not report that the last part did not fit.
 
     Raises:
-        OSError: If that is so.
+        OSError: If the file is truncated.
     """
     import onnx
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
@@ -281,7 +289,7 @@ def _read_onnx(path: Path, dtype: torch.dtype) -> _Run:
 
 def _write_program(model: nn.Module, program: torch.export.ExportedProgram, path: Path) -> None:
     values = {name: json.loads(value) for name, value in _metadata(model).items()}
-    archive = io.BytesIO()  # torch ends the process where it cannot write to a file
+    archive = io.BytesIO()  # torch aborts the process if it cannot write to a file
     torch.export.save(program, archive, extra_files={"dcvit.json": json.dumps(values)})
     with create(path) as file:
         file.write(archive.getbuffer())
@@ -293,19 +301,19 @@ def _read_program(path: Path, dtype: torch.dtype) -> _Run:
 
 
 def _compare(reference: nn.Module, run: _Run, dtype: torch.dtype, what: str) -> dict[int, float]:
-    """The errors by batch size.
+    """Return the errors by batch size.
 
     Raises:
-        ExportError: If one exceeds the dtype's tolerance, or is not a number.
+        ExportError: If an error is NaN or exceeds the dtype's tolerance.
     """
     errors = {}
     with torch.no_grad():
         for count in BATCH_SIZES:
             images = _images(reference, count)
             expected = reference(images)
-            largest = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)  # a head may give zeros alone
+            largest = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)  # all outputs may be zero
             errors[count] = float((run(images) - expected).abs().max() / largest)
-    if not all(error <= TOLERANCES[dtype] for error in errors.values()):  # what is not a number is not within either
+    if not all(error <= TOLERANCES[dtype] for error in errors.values()):  # also true of NaN
         listed = ", ".join(f"{error:.2g} at batch size {count}" for count, error in errors.items())
         step = "report the model's name" if dtype == torch.float32 else "take torch.float32"
         raise ExportError(

@@ -1,4 +1,4 @@
-"""A saved model on the Hugging Face hub."""
+"""Upload of a saved model to the Hugging Face hub."""
 
 import shutil
 from pathlib import Path
@@ -18,31 +18,31 @@ from dcvit.runtime import files
 __all__ = ["push_to_hub"]
 
 HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
-"""What weights in half precision are called in a file; `load` gives them back in float32."""
+"""Half-precision dtypes by their name in a safetensors file. `load` returns all weights in float32."""
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = False, api: HfApi | None = None) -> str:
-    """Upload a saved model: its weights, configuration and result, and nothing else of the folder.
+    """Upload the weights, configuration and result of a saved model, and no other file of its folder.
 
-    The model card is written anew from the result, and the modelling file is made of this package's sources, so that
-    what was changed in the folder's goes nowhere. A card of one's own belongs on the hub.
+    The model card is generated again from the result, and the modelling file from this package's sources, so edits to
+    the folder's copies are not uploaded. To change the card, edit it on the hub.
 
-    After `import dcvit`, `timm.create_model("hf-hub:OWNER/NAME", pretrained=True)` loads it; the model card says how to
-    load it where dcvit is not installed.
+    After `import dcvit`, `timm.create_model("hf-hub:OWNER/NAME", pretrained=True)` loads the model. The model card says
+    how to load it where dcvit is not installed.
 
     Args:
-        folder: What `CompressionResult.save` or `dcvit compress` wrote.
-        repo_id: `OWNER/NAME`; made if there is no such repository.
-        private: Whether a new repository is seen by its owner alone. One that exists stays as it is.
-        api: The client; by default the one that the hub's own tools have been logged in with.
+        folder: A folder that `CompressionResult.save` or `dcvit compress` wrote.
+        repo_id: The repository, `OWNER/NAME`; it is created if it does not exist.
+        private: Whether a new repository is visible only to its owner. An existing repository is not changed.
+        api: The client; by default, one with the login of the hub's own tools.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        SaveFolderError: If a file is missing, broken, a link, or not dcvit's.
-        UnsupportedModelError: If the model is none that dcvit saves.
-        HubError: If the name is not one, or the hub refuses or cannot be reached.
+        SaveFolderError: If a file is missing, broken, a link, or was not written by dcvit.
+        UnsupportedModelError: If dcvit does not save models of this architecture.
+        HubError: If `repo_id` is not a valid name, or the hub refuses the upload or cannot be reached.
     """
     folder = Path(folder)
     try:
@@ -57,21 +57,21 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = False, api:
             )
     except OSError as error:
         raise HubError(
-            f"Nothing was uploaded, no copy can be made ({error}): set TMPDIR to a folder with room for one."
+            f"Nothing was uploaded, because no copy can be made ({error}): set TMPDIR to a folder with enough room."
         ) from error
 
 
 def _stage(folder: Path, staged: Path) -> None:
-    """Copy a saved model to an empty folder, and load it there: what does not load is not worth an upload.
+    """Copy a saved model to an empty folder and load it there, so that a broken model is not uploaded.
 
     Raises:
-        SaveFolderError: If a file is missing, broken, a link, or not dcvit's.
-        UnsupportedModelError: If the model is none that dcvit saves.
-        OSError: If there is no room for it.
+        SaveFolderError: If a file is missing, broken, a link, or was not written by dcvit.
+        UnsupportedModelError: If dcvit does not save models of this architecture.
+        OSError: If there is not enough room.
     """
     for name in (CARD_FILE, MODELING_FILE):
         if (kind := files.kind_of(folder / name)) not in (None, "a regular file"):
-            raise SaveFolderError(f"{str(folder / name)!r} is {kind}, which dcvit did not save: take it away.")
+            raise SaveFolderError(f"{str(folder / name)!r} is {kind}, which dcvit did not save: remove it.")
     for name in (RESULT_FILE, CONFIG_FILE, WEIGHTS_FILE):
         with reading(folder / name):
             source = files.open_regular(folder / name)
@@ -97,7 +97,7 @@ def _upload(staged: Path, repo_id: str, private: bool, api: HfApi) -> str:
             allow_patterns=list(SAVED_FILES),
             commit_message=f"Upload a model that dcvit {__version__} compressed",
         )
-    except Exception as error:  # whatever the client and the HTTP library below it raise
+    except Exception as error:  # the client and its HTTP library may raise anything
         reason = " ".join(str(error).split())
         raise HubError(
             f"repo_id={repo_id!r}: not uploaded ({type(error).__name__}: {reason}). `hf auth login` logs in; its token "

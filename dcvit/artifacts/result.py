@@ -1,15 +1,15 @@
-"""What `compress` gives back, and its saved form.
+"""The result of `compress` and its saved form.
 
-A saved result is a folder of these files, without pickle:
+A saved result is a folder with these files. None of them uses pickle.
 
-- `config.json` and `model.safetensors`: an ordinary timm model, which after `import dcvit` is rebuilt by
-  `timm.create_model("local-dir:FOLDER", pretrained=True)`;
-- `modeling_dcvit.py`: takes the place of `import dcvit` where dcvit is not installed;
-- `README.md`: the model card;
-- `result.json`: the plan and the report;
-- `metric_set.safetensors`: the synthesised images, 8 bits a channel, with their target classes and losses. Few-shot
-  images are never saved;
-- `report.html`, where `dcvit.report.write_report` made one.
+- `config.json` and `model.safetensors`: an ordinary timm model. After `import dcvit`,
+  `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+- `modeling_dcvit.py`: a replacement for `import dcvit` where dcvit is not installed.
+- `README.md`: the model card.
+- `result.json`: the plan and the report.
+- `metric_set.safetensors`: the synthesised images, with 8 bits per channel, their target classes and losses. Few-shot
+  images are never saved.
+- `report.html`: the report, if `dcvit.report.write_report` wrote one.
 """
 
 import json
@@ -73,43 +73,43 @@ RESULT_FILE = "result.json"
 CARD_FILE, MODELING_FILE = "README.md", "modeling_dcvit.py"
 PROXY_SET_FILE, REPORT_FILE = "metric_set.safetensors", "report.html"
 FAMILY_FILE = "family.json"
-"""Lists the members of a family, which are folders beside it."""
+"""The file that lists the members of a family, which are folders beside it."""
 
 REPORT_MARK = '<meta name="generator" content="dcvit'
-"""What tells a report from a page that someone else wrote."""
+"""The text that identifies a report among pages that something else wrote."""
 
 SAVED_FILES = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, MODELING_FILE, RESULT_FILE)
-"""What a hub is given of a saved result."""
+"""The files of a saved result that are uploaded to a hub."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""In which weights can be stored, by name."""
+"""The dtypes in which weights can be stored, by name."""
 
 RESULT_FILES = (*SAVED_FILES, PROXY_SET_FILE, REPORT_FILE)
 
 MOST_PROXY_SET_BYTES, MOST_IMAGE_BYTES = 512 << 20, 64 << 20
-"""Of a proxy set that is read, which has 3,500 images of 224 x 224 then, and of an image in it."""
+"""Size limits of a proxy set that is read, which is 3,500 images of 224 x 224, and of one image in it."""
 
 EXPORTED_FILES = ("model.onnx", "model.pt2")
-"""What `dcvit export` may have put beside them, of the result that was there then; `model.onnx` names its weights."""
+"""Exports that `dcvit export` may have written to the folder; `model.onnx` names its file of weights."""
 
 DIGESTS = "digests"
 """The entry of `result.json` with the SHA-256 of each file that `load` reads beside it."""
 
 MOST_READS = 100
-"""Of a folder that others save to at the same time, before a reader gives up."""
+"""How often a reader tries a folder that other processes keep saving to, before it gives up."""
 
 _Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """What `compress` gives back.
+    """The result of `compress`.
 
     Attributes:
         model: The compressed model, an ordinary `nn.Module`.
-        plan: Its structure: blocks and kept units.
-        report: Figures, losses, timings.
-        proxy_set: What the blocks were ranked on. It is saved only if it was synthesised.
+        plan: Its structure: blocks and kept hidden units.
+        report: Figures, losses and timings.
+        proxy_set: The images on which the blocks were ranked. It is saved only if it was synthesised.
     """
 
     model: nn.Module
@@ -118,7 +118,7 @@ class CompressionResult:
     proxy_set: ProxySet | None = None
 
     def to(self, device: str | torch.device) -> "CompressionResult":
-        """The same on another device, to which the model itself is moved."""
+        """Return the result on another device; the model is moved in place."""
         made = None if self.proxy_set is None else self.proxy_set.to(device)
         return replace(self, model=self.model.to(device), proxy_set=made)
 
@@ -131,21 +131,21 @@ class CompressionResult:
         more: Mapping[str, Any] | None = None,
         page: "Callable[[Record], str] | None" = None,
     ) -> None:
-        """Save model, plan, report, model card and synthesised images to a folder, all files at once.
+        """Save model, plan, report, model card and synthesised images to a folder, all files or none.
 
         Args:
-            folder: Created if missing.
-            overwrite: Replace an earlier result in that folder, and what it was exported to there. Nothing else is ever
+            folder: The folder; it is created if missing.
+            overwrite: Whether to replace an earlier result in that folder, with its exports. Nothing else is ever
                 replaced.
-            dtype: In which the weights are stored, one of `DTYPES`; the model's own if not given. timm loads them into
-                float32 whatever it is, so that a half-precision file sublayers the size and rounds the weights once.
+            dtype: The dtype in which the weights are stored, one of `DTYPES`; by default, the model's own. timm always
+                loads them into float32, so a half-precision file has half the size and rounds the weights once.
             more: Further entries of `result.json`.
-            page: The HTML of `report.html`, from what is saved.
+            page: Makes the HTML of `report.html` from the saved record.
 
         Raises:
-            SaveFolderError: If the folder holds something else, or an earlier result and `overwrite` is not set; or if
-                it cannot be written, and then what was there stays.
-            DtypeError: If the dtype cannot hold a weight.
+            SaveFolderError: If the folder holds something else, or holds an earlier result and `overwrite` is not set.
+                Also if it cannot be written; an earlier result is then kept.
+            DtypeError: If a weight does not fit the dtype.
         """
         check_output_folder(folder, overwrite=overwrite)
         images = None if self.proxy_set is None else ProxyImages.of(self.proxy_set, self.model)
@@ -157,20 +157,20 @@ class CompressionResult:
         save_model(self.model, folder, extra=extra, tensors=tensors, dtype=dtype)
 
     def files(self, dtype: torch.dtype | None = None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What is saved beside the model, by file name: `result.json` as values, the model card as text."""
+        """Return the contents of files beside the model, by name: `result.json` as values, the model card as text."""
         values = {**self.to_dict(), **(more or {})}
         stored = str(dtype or next(self.model.parameters()).dtype).removeprefix("torch.")
         card = model_card(values, compressible(self.model).config(), dtype=stored)
         return {RESULT_FILE: values, CARD_FILE: card}
 
     def _stored_as(self, dtype: torch.dtype | None) -> "CompressionResult":
-        """The same, with the size of a file in a dtype, or in the model's own."""
+        """Return the result with the file size that the model has in a dtype, by default its own."""
         weights = self.model.state_dict()
         size = file_size(weights if dtype is None else cast_weights(weights, dtype))
         return replace(self, report=replace(self.report, student=replace(self.report.student, file_size=size)))
 
     def to_dict(self) -> dict[str, Any]:
-        """`result.json`: what one looks for first at the top, everything else in `plan` and `report`."""
+        """Return the contents of `result.json`: the main figures first, everything else in `plan` and `report`."""
         plan, report = self.plan.to_dict(), asdict(self.report)
         return {
             "teacher": report["teacher"],
@@ -191,12 +191,12 @@ class CompressionResult:
 
 @dataclass(frozen=True)
 class ProxyImages:
-    """Synthesised images as they are saved.
+    """The saved form of synthesised images.
 
     Attributes:
-        pixels: uint8, `[M, C, H, W]`.
-        targets: The classes that they were made for, `[M]`.
-        losses: CE + R at each iteration.
+        pixels: The pixels, uint8 `[M, C, H, W]`.
+        targets: Their target classes, `[M]`.
+        losses: The loss CE + R at each iteration.
     """
 
     pixels: Tensor
@@ -205,19 +205,19 @@ class ProxyImages:
 
     @classmethod
     def of(cls, proxy_set: ProxySet, model: nn.Module) -> "ProxyImages | None":
-        """A proxy set for a model; `None` if it was not synthesised."""
+        """Convert a proxy set of a model; return `None` if it was not synthesised."""
         if proxy_set.targets is None:
             return None
         pixels = preprocessing(model).pixels(proxy_set.images).clamp(0, 1).mul(255).round().to(torch.uint8)
         return cls(pixels.cpu(), proxy_set.targets.cpu(), proxy_set.losses)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """What `metric_set.safetensors` holds."""
+        """Return the contents of `metric_set.safetensors`."""
         losses = torch.tensor(self.losses, dtype=torch.float64)
         return {"pixels": self.pixels.contiguous(), "targets": self.targets, "losses": losses}
 
     def proxy_set(self, model: nn.Module) -> ProxySet:
-        """The images as a model takes them; saving rounded them to 8 bits."""
+        """Return the images as a model's inputs; saving rounded them to 8 bits."""
         images = preprocessing(model).normalised(self.pixels.to(next(model.parameters()).dtype) / 255)
         return ProxySet(images, self.targets, min(self.losses, default=float("nan")), self.losses)
 
@@ -230,7 +230,7 @@ class Record:
         plan: The plan.
         report: The report.
         images: The synthesised images; `None` where none were saved.
-        values: All of `result.json`; the plan and the report in it as they were checked, with what defaults add.
+        values: The contents of `result.json`. Its plan and report have been checked and completed with defaults.
     """
 
     plan: Plan
@@ -243,10 +243,10 @@ def load(folder: str | Path) -> CompressionResult:
     """Load a saved result, with its model in evaluation mode.
 
     Args:
-        folder: What `CompressionResult.save` or `dcvit compress` wrote.
+        folder: A folder that `CompressionResult.save` or `dcvit compress` wrote.
 
     Raises:
-        SaveFolderError: If a file is missing, broken, of another save, or not dcvit's.
+        SaveFolderError: If a file is missing, broken, from another save, or was not written by dcvit.
     """
     return read_together(Path(folder) / RESULT_FILE, lambda: _load(Path(folder)))
 
@@ -272,10 +272,10 @@ def _load(folder: Path) -> CompressionResult:
 
 
 def _check_digests(folder: Path, values: Mapping[str, Any]) -> None:
-    """Refuse files that were not saved together; earlier versions saved no digests.
+    """Refuse files that were not saved together. Results of earlier versions have no digests and are not checked.
 
     Raises:
-        SaveFolderError: If a file is another than `result.json` was saved with, or that holds no table of digests.
+        SaveFolderError: If a file is not the one that `result.json` was saved with, or the digests are not a table.
     """
     if DIGESTS not in values:
         return
@@ -299,20 +299,20 @@ def _check_digests(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_together(file: Path, read: Callable[[], _Read]) -> _Read:
-    """Read a file and others that were saved with it; again, if another process saves new ones meanwhile.
+    """Read files that were saved together, and read again if another process replaced them meanwhile.
 
     Args:
-        file: One that every save replaces.
-        read: Reads them all.
+        file: A file that every save replaces.
+        read: Reads all files.
 
     Raises:
-        SaveFolderError: If they are replaced faster than they are read.
+        SaveFolderError: If the files are replaced faster than they are read.
     """
     for _ in range(MOST_READS):
         try:
-            opened = open_regular(file)  # and kept open: its number is not given to another file
+            opened = open_regular(file)  # kept open, so that its inode number is not reused
         except OSError:
-            return read()  # which says what is wrong
+            return read()  # this raises the error that says what is wrong
         with opened:
             try:
                 found = read()
@@ -322,11 +322,11 @@ def read_together(file: Path, read: Callable[[], _Read]) -> _Read:
             else:
                 if _is_still(file, opened):
                     return found
-    raise SaveFolderError(f"{str(file.parent)!r} is saved to again and again: read it when that is done.")
+    raise SaveFolderError(f"{str(file.parent)!r} is being saved to all the time: read it when that is done.")
 
 
 def _is_still(file: Path, opened: BinaryIO) -> bool:
-    """Whether a file is the one that was opened."""
+    """Return whether a path still names the file that was opened."""
     try:
         return os.path.samestat(os.fstat(opened.fileno()), os.lstat(file))
     except OSError:
@@ -337,17 +337,17 @@ def read_record(folder: str | Path) -> Record:
     """Read a saved result without its model.
 
     Args:
-        folder: What `CompressionResult.save` or `dcvit compress` wrote.
+        folder: A folder that `CompressionResult.save` or `dcvit compress` wrote.
 
     Raises:
-        SaveFolderError: If a file is missing, broken, or not dcvit's.
+        SaveFolderError: If a file is missing, broken, or was not written by dcvit.
     """
     folder = Path(folder)
-    if not os.path.isdir(folder):  # which is false, too, of a name that is too long or holds a NUL
+    if not os.path.isdir(folder):  # also false if the name is too long or contains NUL
         raise SaveFolderError(f"{str(folder)!r} is not a folder: expected one that dcvit saved.")
     values = in_present_words(read_json(folder / RESULT_FILE))
     try:
-        _of_earlier_versions(values)
+        _add_missing_entries(values)
         plan, report = Plan.from_dict(values["plan"]), from_plain(Report, values["report"])
         require_consistent(plan, report)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -356,11 +356,11 @@ def read_record(folder: str | Path) -> Record:
             "For another model use timm.create_model."
         ) from error
     checked = {**values, "plan": plan.to_dict(), "report": asdict(report)}
-    return Record(plan, report, _read_metric_images(folder / PROXY_SET_FILE), checked)
+    return Record(plan, report, _read_proxy_images(folder / PROXY_SET_FILE), checked)
 
 
-def _of_earlier_versions(values: Mapping[str, Any]) -> None:
-    """In place: what they did not write."""
+def _add_missing_entries(values: Mapping[str, Any]) -> None:
+    """Add, in place, the entries that earlier versions did not write."""
     plan, report = values["plan"], values["report"]
     if "pruned" not in plan:
         kept, after = map(int, plan["kept_units"]), report.get("blocks_after", ())
@@ -382,13 +382,14 @@ def save_model(
 
     Args:
         model: A supported model.
-        folder: Created if missing. Files of dcvit's in it are replaced, all of them.
-        extra: More files, by name: text as it is, anything else as JSON; `result.json` gets the digests of the others.
+        folder: The folder; it is created if missing. All files in it that dcvit wrote are replaced.
+        extra: More files, by name: text is written unchanged, anything else as JSON. `result.json` gets the digests of
+            the other files.
         tensors: More safetensors files, by name.
-        dtype: In which the weights are stored; the model's own if not given.
+        dtype: The dtype in which the weights are stored; by default, the model's own.
 
     Raises:
-        DtypeError: If the dtype cannot hold a weight.
+        DtypeError: If a weight does not fit the dtype.
         SaveFolderError: If the folder holds something else, or cannot be written.
     """
     _refuse(folder, _foreign_entries(Path(folder)))
@@ -401,7 +402,7 @@ def save_model(
         mode = file_mode(draft)
         for name, content in {WEIGHTS_FILE: state, **(tensors or {})}.items():
             save_file(dict(content), draft / name, metadata=FILE_METADATA)
-            os.chmod(draft / name, mode)  # safetensors writes for the owner alone
+            os.chmod(draft / name, mode)  # safetensors lets only the owner read its files
         for name, content in files.items():
             write_text(draft / name, content if isinstance(content, str) else _as_json(content))
         if result is not None:
@@ -414,10 +415,10 @@ def _as_json(values: Any) -> str:
 
 
 def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights in another dtype, by name.
+    """Return weights in another dtype, by name.
 
     Raises:
-        DtypeError: If a finite weight becomes infinite in it.
+        DtypeError: If a finite weight becomes infinite in that dtype.
     """
     if dtype not in DTYPES.values():
         raise DtypeError(f"dtype={dtype}: expected one of {', '.join(f'torch.{name}' for name in DTYPES)}.")
@@ -425,18 +426,18 @@ def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str,
     for name, tensor in weights.items():
         if tensor.is_floating_point() and bool((cast[name].isinf() & tensor.isfinite()).any()):
             raise DtypeError(
-                f"dtype={dtype}: {name} holds {float(tensor.abs().max()):.4g}, beyond what that dtype can; take "
+                f"dtype={dtype}: {name} holds {float(tensor.abs().max()):.4g}, beyond the range of that dtype; take "
                 "torch.bfloat16, or leave the weights in torch.float32."
             )
     return cast
 
 
 def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder to which a result cannot be saved, by writing to it or beside it.
+    """Refuse a folder to which a result cannot be saved. This writes a file to it, or to the folder above it.
 
     Raises:
-        SaveFolderError: If it is a file, cannot be written, holds something else, or an earlier result and `overwrite`
-            is not set.
+        SaveFolderError: If it is a file, cannot be written, holds something else, or holds an earlier result and
+            `overwrite` is not set.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -451,25 +452,25 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is neither a folder nor a place for one.
+    """Refuse a path that is not a folder and where no folder can be created.
 
     Raises:
-        SaveFolderError: If it is a file, or a link that is_main nowhere.
+        SaveFolderError: If it is a file or a broken link.
     """
     if folder.is_dir():
         return
     kind = kind_of(folder)
     if kind == "a link":
         raise SaveFolderError(
-            f"{str(folder)!r} is a link to {os.readlink(folder)!r}, where no folder is: make that, or name another "
-            "folder."
+            f"{str(folder)!r} is a link to {os.readlink(folder)!r}, which does not exist: create that folder, or "
+            "name another one."
         )
     if kind is not None:
         raise SaveFolderError(f"{str(folder)!r} is a file: name a folder that is empty or does not exist.")
 
 
 def _foreign_entries(folder: Path) -> list[str]:
-    """What a folder holds, if it is there, that neither a result nor its exports nor abandoned drafts do."""
+    """Return the names in a folder that belong to neither a result nor its exports nor abandoned drafts."""
     exports = [name for name in EXPORTED_FILES if is_export(folder / name)]
     own = {*RESULT_FILES, *exports}.union(*(weights_of(folder / name) for name in exports))
     return [
@@ -485,7 +486,7 @@ def _foreign_entries(folder: Path) -> list[str]:
 
 
 def _refuse(folder: str | Path, foreign: Sequence[str]) -> None:
-    """Refuse to replace a folder with such files.
+    """Refuse to replace a folder that holds other files.
 
     Raises:
         SaveFolderError: If there are any.
@@ -498,7 +499,7 @@ def _refuse(folder: str | Path, foreign: Sequence[str]) -> None:
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file is a report that dcvit wrote; of what is no regular file, or cannot be read, no one knows."""
+    """Return whether a file is a report that dcvit wrote; `False` if it cannot be read or is not a regular file."""
     try:
         with open_regular(path) as file:
             return REPORT_MARK.encode() in file.read(500)
@@ -510,18 +511,18 @@ def check_report_file(path: Path) -> None:
     """Refuse a file that a report must not replace.
 
     Raises:
-        SaveFolderError: If there is something that is not a report.
+        SaveFolderError: If it exists and is not a report that dcvit wrote.
     """
     if kind_of(path) is not None and not is_report(path):
         raise SaveFolderError(f"{str(path)!r} is not a report that dcvit wrote: move it away first.")
 
 
 def check_output_file(file: Path, *, overwrite: bool = False) -> None:
-    """Refuse a file to which figures cannot be written, by writing beside it.
+    """Refuse a file that cannot be written. This writes another file to its folder.
 
     Raises:
-        SaveFolderError: If it is a folder, a link or the like, its folder cannot be written, or it exists and
-            `overwrite` is not set.
+        SaveFolderError: If it is not a regular file, its folder cannot be written, or it exists and `overwrite` is not
+            set.
     """
     kind = kind_of(file)
     if kind not in (None, "a regular file"):
@@ -534,28 +535,28 @@ def check_output_file(file: Path, *, overwrite: bool = False) -> None:
 
 
 def original_name(folder: str | Path) -> str:
-    """The name of the model from which a saved one was compressed.
+    """Return the name of the original of a saved model.
 
     Raises:
-        SaveFolderError: If the folder has no `result.json`, or that names no model.
+        SaveFolderError: If the folder has no `result.json`, or the file names no model.
     """
     file = Path(folder) / RESULT_FILE
     report = read_json(file).get("report")
     name = report.get("model") if isinstance(report, dict) else None
     if not isinstance(name, str):
-        raise SaveFolderError(f"{str(file)!r} names no original: pass the original's name yourself.")
+        raise SaveFolderError(f"{str(file)!r} does not name the original: pass the original's name yourself.")
     return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file of a saved folder.
+    """Return the table in a JSON file of a saved folder.
 
     Raises:
-        SaveFolderError: If there is no such file, or it is not a regular one, too large, or holds something else.
+        SaveFolderError: If the file does not exist, is not a regular file, is too large, or holds something else.
     """
     try:
-        with reading(path) as place:
-            values = parse_json(read_text(place))
+        with reading(path) as file:
+            values = parse_json(read_text(file))
     except ValueError as error:
         if isinstance(error, SaveFolderError):
             raise
@@ -569,10 +570,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[Path]:
-    """Read a file of a saved folder; what hinders that becomes a sentence.
+    """Turn an error from reading a file of a saved folder into one that says what to do.
 
     Yields:
-        Where it lies, see `dcvit.runtime.files.own_file`.
+        The path to read, see `dcvit.runtime.files.own_file`.
 
     Raises:
         SaveFolderError: If the file is missing, is not a regular one, is too large, or cannot be read.
@@ -592,11 +593,11 @@ def reading(path: Path) -> Iterator[Path]:
         raise SaveFolderError(f"{str(path)!r} cannot be read ({error}): let this user read it.") from error
 
 
-def _read_metric_images(path: Path) -> ProxyImages | None:
+def _read_proxy_images(path: Path) -> ProxyImages | None:
     if not os.path.lexists(path):
         return None
     try:
-        with reading(path) as place, open_regular(place, most=MOST_PROXY_SET_BYTES) as file:
+        with reading(path) as found, open_regular(found, most=MOST_PROXY_SET_BYTES) as file:
             tensors = load_tensors(file.read())
         pixels, targets, losses = (tensors[name] for name in ("pixels", "targets", "losses"))
         if not _are_images(pixels) or targets.shape != pixels.shape[:1] or losses.ndim != 1:

@@ -1,9 +1,10 @@
-"""Output that is written whole or not at all, and that a full disk does not cost.
+"""Atomic output: a folder or file is replaced completely or not at all, and a full disk does not lose the results.
 
-A folder is written beside its place and takes its name in one rename: whoever looks finds the old or the new, and a
-process that is killed leaves the old. Three folders cannot give their names to others: a mount point, the current
-folder, and one whose parent cannot be written. Their files are moved out and the new ones in, one by one; a process
-that is killed in between leaves a part of the old or of the new, which does not load.
+A folder is written as a draft beside its destination and then renamed in one step. Readers see either the old or the
+new folder, and a process that is killed leaves the old one. Three kinds of folders cannot be renamed: a mount point,
+the current folder, and a folder whose parent cannot be written. There, the old files are moved out and the new ones
+moved in, one by one. A process that is killed in between leaves a part of the old or of the new files, which does not
+load.
 """
 
 import os
@@ -38,7 +39,7 @@ _Saved = TypeVar("_Saved")
 
 
 def require_writable(folder: str | Path) -> None:
-    """Refuse a folder that takes no file, or that cannot be made, by making a file in it or in the nearest above it.
+    """Refuse a folder that cannot be written or created. This creates a file in it or in the nearest existing parent.
 
     Raises:
         SaveFolderError: If that fails.
@@ -53,15 +54,16 @@ def require_writable(folder: str | Path) -> None:
 
 @contextmanager
 def replacing_folder(folder: str | Path, *, first: str = "", last: str = "") -> Iterator[Path]:
-    """Write a folder that in the end takes its place with all that it holds, or leaves what was there as it was.
+    """Replace a folder with a new one, or leave the old folder unchanged if an error occurs.
 
-    All that the place holds is deleted; who calls this has looked at it. A folder that is there keeps its
-    permissions; it and the files in it get its owner, where the process may.
+    Everything in the old folder is deleted, so the caller must have checked its contents. The new folder gets the old
+    one's permissions; it and the files in it get the old one's owner, if the process may set it.
 
     Args:
-        folder: Where; of a link to a folder, the folder that it is_main to.
-        first: The file that is there whenever anything is, even where files are moved one by one.
-        last: The file that is there only when everything is.
+        folder: The folder to replace; a link is followed.
+        first: The file that is moved in first and out last where files are moved one by one. It exists whenever any
+            other file does.
+        last: The file that is moved in last and out first. It exists only when all other files do.
 
     Yields:
         A new folder to write to.
@@ -91,7 +93,7 @@ def replacing_folder(folder: str | Path, *, first: str = "", last: str = "") -> 
 
 
 def replace_file(path: str | Path, text: str) -> None:
-    """Write a file of text whole, or leave what was there as it was.
+    """Replace a text file, or leave the old file unchanged if an error occurs.
 
     Raises:
         SaveFolderError: If it cannot be written.
@@ -109,7 +111,7 @@ def replace_file(path: str | Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a new file of text.
+    """Write a new text file.
 
     Raises:
         OSError: If that fails.
@@ -119,17 +121,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def or_elsewhere(save: Callable[[Path], _Saved], path: str | Path) -> _Saved:
-    """Save what took long to compute; where its place is gone or full, to the temporary or the current folder.
+    """Save results that took long to compute; if that fails, save them to the temporary or the current folder.
 
     Args:
-        save: Saves it to a path.
-        path: Where it should be.
+        save: Saves the results to a path.
+        path: The path where they should be.
 
     Returns:
-        What `save` does.
+        The return value of `save`.
 
     Raises:
-        SaveFolderError: If it cannot be saved there; the message names where it is instead.
+        SaveFolderError: If they cannot be saved to `path`; the message names the path where they are instead.
     """
     path = Path(path)
     try:
@@ -142,7 +144,7 @@ def or_elsewhere(save: Callable[[Path], _Saved], path: str | Path) -> _Saved:
 
 
 def _save_elsewhere(save: Callable[[Path], object], name: str) -> Path | None:
-    """Save to a folder of another disk, if there is one with room; where."""
+    """Save to the temporary or the current folder, and return the path; `None` if neither has room."""
     for place in (tempfile.gettempdir, os.getcwd):
         with suppress(OSError, SaveFolderError):
             folder = Path(tempfile.mkdtemp(prefix="dcvit-", dir=place()))
@@ -156,7 +158,7 @@ def _save_elsewhere(save: Callable[[Path], object], name: str) -> Path | None:
 
 
 def _keeps_its_place(folder: Path) -> bool:
-    """Whether a folder cannot give its name to another one."""
+    """Return whether a folder cannot be replaced by a rename."""
     if not folder.is_dir():
         return False
     with suppress(FileNotFoundError):  # the current folder was deleted
@@ -172,11 +174,11 @@ def _keeps_its_place(folder: Path) -> bool:
 
 
 def _take_name(draft: Path, folder: Path) -> bool:
-    """Give a draft the name of a folder in one rename; whether that was possible."""
+    """Replace a folder with a draft in one rename; return whether that was possible."""
     if folder.is_dir():
         take_after(draft, os.stat(folder))
         if any(folder.iterdir()):
-            with suppress(OSError):  # of a folder that is another user's, for example
+            with suppress(OSError):  # the folder may belong to another user
                 return exchange(draft, folder)
             return False
     os.replace(draft, folder)
@@ -184,7 +186,7 @@ def _take_name(draft: Path, folder: Path) -> bool:
 
 
 def _move_entries(draft: Path, folder: Path, first: str, last: str) -> None:
-    """Move out what a folder holds and in what a draft holds, one by one: all of it or, on an error, nothing."""
+    """Move a folder's files out and a draft's files in, one by one; undo the moves on an error."""
 
     def rank(name: str) -> int:
         return (name == last) - (name == first)
@@ -206,12 +208,12 @@ def _move_entries(draft: Path, folder: Path, first: str, last: str) -> None:
 
 
 def _sync_all(folder: Path) -> None:
-    """Let a folder and all in it outlive a loss of power."""
+    """Sync a folder and everything in it to disk, so that it survives a power failure."""
     for parent, _, names in os.walk(folder):
         for path in (*(Path(parent, name) for name in names), Path(parent)):
             sync(path)
 
 
 def _reason(error: OSError | SafetensorError) -> str:
-    """What the system says, without the name of the draft that it says it of."""
+    """Return the system's message without the name of the draft."""
     return getattr(error, "strerror", None) or str(error)

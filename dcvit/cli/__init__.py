@@ -1,4 +1,4 @@
-"""The command line, `dcvit COMMAND`: a module for each command; `dcvit --help` lists them."""
+"""The command line, `dcvit COMMAND`, with one module for each command; `dcvit --help` lists them."""
 
 import argparse
 import errno
@@ -45,12 +45,12 @@ COMMANDS: tuple[Command, ...] = tuple(
         demo, compress, methods, families, sweep, report, synthesize, evaluate, export, push, latency, info
     )
 )  # fmt: skip
-"""In the order of `dcvit --help`."""
+"""All commands, in the order of `dcvit --help`."""
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 DISK_ERRORS = {getattr(errno, name) for name in ("ENOSPC", "EROFS", "EDQUOT", "EFBIG", "EIO") if hasattr(errno, name)}
-"""Which are no fault of the input; Windows lacks one."""
+"""Error numbers of disk problems, which are not caused by the input. Windows lacks one of them."""
 
 EPILOG = """\
 examples:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments after the program's name; the process's own if `None`.
+        argv: The arguments after the program's name; those of the process if `None`.
 
     Returns:
         The exit code.
@@ -80,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, error)):
         try:
             code = _main(argv)
-        except SystemExit as left:  # argparse has printed help, or refused the arguments
+        except SystemExit as left:  # argparse has printed help or refused the arguments
             usage, code = left, int(left.code or EXIT_OK)
         out.flush()
         if out.failure and code == EXIT_OK:
             if not out.unread:
                 print(
-                    f"dcvit: error: standard output takes no more ({out.failure}): the work is done, and what was to "
-                    "be saved is saved.",
+                    f"dcvit: error: standard output takes no more ({out.failure}): the work is done, and all results "
+                    "are saved.",
                     file=sys.stderr,
                 )
             code = EXIT_FAILED
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    """Run the command line; output is lenient."""
+    """Run the command line; standard output and error are already wrapped in `Lenient`."""
     arguments = _parser().parse_args(argv)
     progress = TerminalProgress()
     try:
@@ -117,13 +117,13 @@ def _main(argv: Sequence[str] | None) -> int:
         return EXIT_BAD_INPUT if isinstance(error, DcvitError) and not _is_of_disk(error) else EXIT_FAILED
     except KeyboardInterrupt:
         progress.close()
-        print(f"dcvit: interrupted. {_how_to_go_on(arguments)}", file=sys.stderr)
+        print(f"dcvit: interrupted. {_how_to_resume(arguments)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
 
 
 def _is_of_disk(error: BaseException | None) -> bool:
-    """Whether the cause is a disk that is full, read-only or broken, which is no fault of the input."""
+    """Return whether the cause is a full, read-only or broken disk, which is not caused by the input."""
     while error is not None:
         native = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
         if (int(native[1]) if native else getattr(error, "errno", None)) in DISK_ERRORS:
@@ -133,16 +133,20 @@ def _is_of_disk(error: BaseException | None) -> bool:
 
 
 def _fill_closed_descriptors() -> None:
-    """Open what the caller closed (`>&-`), or the next file that is opened gets what others print there."""
+    """Open the standard descriptors that the caller closed (`>&-`), so that no other file receives their output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
-    """What a command comes to."""
+    """Run a command and return its values.
+
+    Raises:
+        DistributedError: If several processes were started for a command that does not share its work.
+    """
     command: Command = arguments.command
     processes: ProcessGroup = arguments.processes
     if processes.size > 1 and not command.shared:
@@ -153,10 +157,10 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     return command.run(arguments, progress)
 
 
-def _how_to_go_on(arguments: argparse.Namespace) -> str:
+def _how_to_resume(arguments: argparse.Namespace) -> str:
     folder = run_folder(arguments) if "run_dir" in arguments else None
     if folder is not None and (folder / RUN_FILE).is_file():
-        return f"The same command goes on from what is in {str(folder)!r}."
+        return f"The same command resumes from the checkpoints in {str(folder)!r}."
     return "Nothing was saved."
 
 
@@ -168,17 +172,17 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """One line; of dcvit's own without the place in the code, which tells a user nothing."""
-    place = "" if issubclass(category, DcvitWarning) else f" ({category.__name__}, {filename}:{lineno})"
-    print(f"dcvit: warning: {message}{place}", file=sys.stderr)
+    """Print a warning on one line. The source location is left out of dcvit's own warnings: users cannot act on it."""
+    location = "" if issubclass(category, DcvitWarning) else f" ({category.__name__}, {filename}:{lineno})"
+    print(f"dcvit: warning: {message}{location}", file=sys.stderr)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that names the defaults, but for those that only stand for something not being asked for."""
+    """A help formatter that shows defaults, except `None`, `False` and `()`, which only mean an absent option."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unasked = action.default is None or action.default is False or action.default == ()
-        return action.help if unasked else super()._get_help_string(action)
+        absent = action.default is None or action.default is False or action.default == ()
+        return action.help if absent else super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:

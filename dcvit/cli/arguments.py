@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands share."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ __all__ = [
 ]  # fmt: skip
 
 MODEL_HELP = "a timm name (deit_small_patch16_224), local-dir:FOLDER, hf-hub:OWNER/NAME, or demo (the embedded model)"
-TV_EXPONENT_HELP = "of the prior of synthesis (as published: 1 for DeiT and Swin, 0.6 for others)"
+TV_EXPONENT_HELP = "exponent β of the image prior of synthesis (as published: 1 for DeiT and Swin, 0.6 for others)"
 DATA_HELP = "a folder of image files, searched recursively, or digits (scikit-learn's)"
 
 
@@ -27,20 +27,20 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def random_weights_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--random-weights", action="store_true", help="do not load the weights that belong to the name")
+    parser.add_argument("--random-weights", action="store_true", help="do not load the pretrained weights of the model")
 
 
 def run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run-dir", type=Path, metavar="FOLDER",
-        help="where finished work is kept, so that the same command goes on after it was stopped; OUT.run if not "
-        "given, and then deleted in the end",
+        help="folder for checkpoints, from which the same command resumes after it was stopped; by default OUT.run, "
+        "which is deleted in the end",
     )  # fmt: skip
 
 
 def output_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     parser.add_argument(
-        "--out", default=default, required=default is None, metavar="FOLDER", help="where to save; empty or new"
+        "--out", default=default, required=default is None, metavar="FOLDER", help="folder for the result; empty or new"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in that folder")
 
@@ -51,11 +51,11 @@ def impl_argument(parser: argparse.ArgumentParser) -> None:
 
 def device_argument(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="where to compute")
+    parser.add_argument("--device", default=default, help="device that runs the model")
 
 
 def amount(text: str) -> float | int:
-    """`0.75`, `4200000000`, `4.2G`, `22M` or `300K`."""
+    """Parse an amount such as `0.75`, `4200000000`, `4.2G`, `22M` or `300K`."""
     units = {"K": 10**3, "M": 10**6, "G": 10**9}
     unit = units.get(text[-1:].upper())
     try:
@@ -64,7 +64,7 @@ def amount(text: str) -> float | int:
         return float(text) if "." in text or "e" in text.lower() else int(text)
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a number: 0.75 for 75 %, 4200000 or 4.2G for so many"
+            f"{text!r}: expected a fraction such as 0.75 for 75 %, or an absolute number such as 4200000 or 4.2G"
         ) from error
 
 
@@ -72,7 +72,7 @@ def block_list(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of blocks, from 0, such as 1,2,5") from error
+        raise argparse.ArgumentTypeError(f"{text!r}: expected block indices, from 0, such as 1,2,5") from error
 
 
 def name_list(text: str) -> tuple[str, ...]:
@@ -80,16 +80,16 @@ def name_list(text: str) -> tuple[str, ...]:
 
 
 def run_folder(arguments: argparse.Namespace) -> Path | None:
-    """Where finished work is kept: beside the result, unless a folder is named; `None` if nothing is kept."""
+    """Return the folder for checkpoints: by default beside the result; `None` if the method keeps none."""
     named: Path | None = arguments.run_dir
     if not METHODS[getattr(arguments, "method", "dcvit")].resumable or (named is None and not CAN_LOCK):
         return None
-    out = Path(arguments.out).resolve()  # `.` has no name
+    out = Path(arguments.out).resolve()  # resolved, because `.` has no name
     return named if named is not None else out.with_name(f"{out.name}.run")
 
 
 def forget_run(arguments: argparse.Namespace) -> None:
-    """Delete the work of a run that is done, unless its folder was named."""
+    """Delete the checkpoints of a finished run, unless the user named their folder."""
     folder = run_folder(arguments)
     if folder is not None and arguments.run_dir is None:
         delete_run(folder)

@@ -1,4 +1,4 @@
-"""What a command of the command line is."""
+"""The type of a command of the command line."""
 
 import argparse
 from collections.abc import Callable
@@ -11,22 +11,22 @@ __all__ = ["Command"]
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    """For a command that takes none of its own."""
+    """Add no arguments, for a command that takes none."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it takes, what it does, as values for JSON, and how a person sees them.
+    """A command: its arguments, the function that runs it, and the function that formats its values.
 
     Attributes:
-        name: As it is called.
-        summary: Its line in `dcvit --help`.
-        description: The first paragraph of its own help.
-        run: Does it; gives values that JSON can hold.
-        show: What is printed of them.
-        add_arguments: Adds its arguments to a parser.
+        name: Name on the command line.
+        summary: Line in `dcvit --help`.
+        description: First paragraph of the command's own help.
+        run: Function that runs the command and returns values that JSON can hold.
+        show: Function that formats these values as text for the terminal.
+        add_arguments: Function that adds the command's arguments to a parser.
         json_file: Whether `--json` may name a file to write to.
-        shared: Whether several processes may share its work.
+        shared: Whether several processes may share the work.
     """
 
     name: str

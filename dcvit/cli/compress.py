@@ -1,4 +1,4 @@
-"""`dcvit compress`: one model, one budget."""
+"""`dcvit compress`: compress a model to a budget."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ PRESETS: Mapping[str, Callable[[], DCViT]] = {
 }
 RECOVERIES = {"reconstruction": ReconstructionConfig, "distillation": DistillationConfig}
 
-PLACES: Mapping[str, Sequence[str]] = {
+CONFIG_FIELDS: Mapping[str, Sequence[str]] = {
     "epochs": ("recovery.epochs", "distillation.epochs", "training.epochs"),
     "learning_rate": ("recovery.learning_rate", "distillation.learning_rate", "training.learning_rate"),
     "synthesis_iterations": ("synthesis.iterations",),
@@ -62,7 +62,7 @@ PLACES: Mapping[str, Sequence[str]] = {
     "structure": ("structure",),
     "round_to": ("round_to",),
 }
-"""Where an option's value goes in a method's config: the first of these that it has."""
+"""For each option, the config fields that it may set. The first one that the method's config has is used."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +70,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help=DATA_HELP)
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--macs", type=amount, metavar="X", help="budget: 0.75 is three quarters, 3.2G is absolute")
-    budget.add_argument("--params", type=amount, metavar="X", help="budget in parameters, likewise")
-    budget.add_argument("--file-size", type=amount, metavar="X", help="budget in bytes of the saved weights, likewise")
+    budget.add_argument("--params", type=amount, metavar="X", help="budget in parameters, relative or absolute")
     budget.add_argument(
-        "--activation-memory", type=amount, metavar="X", help="budget in bytes of activations at their peak, likewise"
+        "--file-size", type=amount, metavar="X", help="budget in bytes of the saved weights, relative or absolute"
+    )
+    budget.add_argument(
+        "--activation-memory",
+        type=amount,
+        metavar="X",
+        help="budget in bytes of activations at their peak, relative or absolute",
     )
     budget.add_argument(
         "--latency", type=float, metavar="X", help="budget as a fraction of the original's latency, measured here"
@@ -86,33 +91,34 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="images a batch, of a budget of latency or activation memory",
+        help="batch size for a budget of latency or activation memory",
     )
     parser.add_argument(
         "--convention", choices=MAC_CONVENTIONS, default=MAC_CONVENTIONS[0], help="whether q·kᵀ and attn·v count"
     )
     parser.add_argument(
-        "--method", choices=tuple(METHODS), default="dcvit", help="how it is compressed, see `dcvit methods`"
+        "--method", choices=tuple(METHODS), default="dcvit", help="compression method, see `dcvit methods`"
     )
     parser.add_argument("--num-images", type=int, metavar="N", help="use N random images of the data, not all")
     parser.add_argument(
         "--preset", choices=tuple(PRESETS),
-        help="settings before the options below: fast (the closed form alone), default, best (ten times the refinement "
-        "and four times the views), paper (the published ones, 2000 epochs a probe)",
+        help="settings that the options below then change: fast (only the closed form), default, best (ten times the "
+        "refinement and four times the views), paper (the published settings, 2000 epochs per probe)",
     )  # fmt: skip
     parser.add_argument(
         "--recovery",
         choices=tuple(RECOVERIES),
-        help="block by block (default), or by distillation of the output tokens as published (--preset paper's)",
+        help="reconstruction block by block (default), or distillation of the output tokens as published (default of "
+        "--preset paper)",
     )
     default, published = DCViT(), DCViT.paper()
     parser.add_argument(
         "--epochs", type=int,
-        help=f"gradient steps: of each chosen block ({default.reconstruction.epochs}); distillation, of each probe and "
-        f"each step ({DistillationConfig().epochs}, with --preset paper {published.distillation.epochs})",
+        help=f"epochs of gradient steps on a chosen block ({default.reconstruction.epochs}); of distillation, for each "
+        f"probe and each step ({DistillationConfig().epochs}, with --preset paper {published.distillation.epochs})",
     )  # fmt: skip
     parser.add_argument(
-        "--learning-rate", type=float, metavar="RATE", help="peak, of distillation; found automatically if not given"
+        "--learning-rate", type=float, metavar="RATE", help="peak, of distillation; found automatically by default"
     )
     parser.add_argument(
         "--synthesis-iterations", type=int, metavar="N",
@@ -125,14 +131,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tv-exponent", type=float, metavar="β", help=TV_EXPONENT_HELP)
     parser.add_argument("--candidates", type=block_list, metavar="I,J,…", help="blocks that may be compressed, from 0")
     parser.add_argument(
-        "--num-blocks", type=int, metavar="K", help="take the attention of K blocks, and touch no others"
+        "--num-blocks", type=int, metavar="K", help="remove the attention of K blocks, and leave all others unchanged"
     )
     parser.add_argument(
         "--structure", choices=("searched", "fewest"),
-        help="searched (default): blocks keep their attention where losing units alone costs less; fewest (--preset "
-        "paper's): as few blocks as meet the budget lose it",
+        help="searched (default): blocks keep their attention where removing only hidden units loses less; fewest "
+        "(--preset paper's): as few blocks as possible lose their attention",
     )  # fmt: skip
-    parser.add_argument("--round-to", type=int, metavar="N", help="round kept hidden units down to a multiple")
+    parser.add_argument("--round-to", type=int, metavar="N", help="round kept hidden units down to a multiple of N")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same result")
     output_arguments(parser)
     run_argument(parser)
@@ -140,8 +146,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     device_argument(parser)
     parser.add_argument(
         "--devices", type=name_list, default=(), metavar="D,E,…",
-        help="share the work over several of this machine: cuda:0,cuda:1 or cpu,cpu; several machines: "
-        "see docs/distributed.md",
+        help="share the work among several devices of this machine, such as cuda:0,cuda:1 or cpu,cpu; for several "
+        "machines see docs/distributed.md",
     )  # fmt: skip
 
 
@@ -154,7 +160,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     )
     config = _config(arguments)
     if arguments.devices:
-        arguments.device = "cpu"  # each process moves its own
+        arguments.device = "cpu"  # each process moves the model to its own device
     model = load_named_model(arguments.model, arguments)
     require_supported(model)
     images, labels, _ = load_data(arguments.data, model, digits_by_default(arguments), arguments.seed, progress)
@@ -179,14 +185,21 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
 def with_top1(
     result: CompressionResult, original: float, images: torch.Tensor, labels: torch.Tensor
 ) -> CompressionResult:
-    """A result with top-1 on labelled images; the original's is given, for it serves several results."""
+    """Return a result with top-1 on labelled images added.
+
+    Args:
+        result: The result.
+        original: Top-1 of the original, which callers compute once for several results.
+        images: Normalised images, `[N, C, H, W]`.
+        labels: Class of each image, `[N]`.
+    """
     report = result.report
     student = replace(report.student, top1=top1(result.model, images, labels))
     return replace(result, report=replace(report, teacher=replace(report.teacher, top1=original), student=student))
 
 
 def _config(arguments: argparse.Namespace) -> MethodConfig:
-    """The method's settings, as the options have them.
+    """Return the method's settings with the values of the options.
 
     Raises:
         DcvitError: If an option is given that the method does not read.
@@ -197,37 +210,37 @@ def _config(arguments: argparse.Namespace) -> MethodConfig:
     for option in ("preset", "recovery", "run_dir"):
         if arguments.method != "dcvit" and getattr(arguments, option) is not None:
             raise _unread(option, arguments)
-    for option, places in PLACES.items():
+    for option, names in CONFIG_FIELDS.items():
         if (value := getattr(arguments, option)) is not None:
-            config = _changed(config, option, places, value, arguments)
+            config = _changed(config, option, names, value, arguments)
     return config.with_(candidates=arguments.candidates, seed=arguments.seed, impl=arguments.impl)
 
 
 def _preset(arguments: argparse.Namespace) -> DCViT:
-    """Dcvit's own method, with the preset and the kind of recovery that are asked for."""
+    """Return the settings of dcvit's own method for the chosen preset and kind of recovery."""
     config = PRESETS[arguments.preset or "default"]()
-    wanted = RECOVERIES[arguments.recovery] if arguments.recovery else type(config.recovery)
-    if isinstance(config.recovery, wanted):
+    kind = RECOVERIES[arguments.recovery] if arguments.recovery else type(config.recovery)
+    if isinstance(config.recovery, kind):
         return config
     if arguments.preset in (None, "default"):
-        return config.with_(recovery=wanted())
+        return config.with_(recovery=kind())
     raise DcvitError(
-        f"--recovery {arguments.recovery}: --preset {arguments.preset} recovers otherwise; leave one of the two out."
+        f"--recovery {arguments.recovery}: --preset {arguments.preset} uses another recovery; leave one of the two out."
     )
 
 
 def _changed(
-    config: MethodConfig, option: str, places: Sequence[str], value: Any, arguments: argparse.Namespace
+    config: MethodConfig, option: str, names: Sequence[str], value: Any, arguments: argparse.Namespace
 ) -> MethodConfig:
-    """The config with an option's value at the first of its places that there is."""
-    for part, _, name in (place.rpartition(".") for place in places):
+    """Return the config with an option's value in the first of the named fields that the config has."""
+    for part, _, name in (dotted.rpartition(".") for dotted in names):
         if not part and _has(config, name):
             return config.with_(**{name: value})
         if _has(config, part) and _has(getattr(config, part), name):
             return config.with_(**{part: replace(getattr(config, part), **{name: value})})
     if option == "learning_rate" and isinstance(config, DCViT):
         raise DcvitError(
-            f"--learning-rate {value:g}: it is of distillation, and block reconstruction finds its own step size; add "
+            f"--learning-rate {value:g}: only distillation reads it, block reconstruction finds its own step size; add "
             "--recovery distillation, or leave it out."
         )
     raise _unread(option, arguments)
@@ -262,31 +275,32 @@ def _show(values: dict[str, Any]) -> str:
     pruned = [block for block in values["plan"]["pruned"] if block not in convolved]
     if values["plan"]["token_keep_rates"]:
         rates = values["plan"]["token_keep_rates"].items()
-        cut = f"Tokens end in blocks (share that goes on): {', '.join(f'{b} ({rate:g})' for b, rate in rates)}"
+        compression = f"Share of tokens kept in blocks: {', '.join(f'{b} ({rate:g})' for b, rate in rates)}"
     elif shared := shared_weights(values["plan"]):
-        cut = f"Shared weights: {'; '.join(shared)}"
+        compression = f"Shared weights: {'; '.join(shared)}"
     elif pruning_kind(values) == "dropped":
-        cut = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
+        compression = f"Dropped blocks: {', '.join(map(str, values['blocks']))}"
     else:
         compressed = [block for block in values["blocks"] if block not in values["plan"]["pruned"]]
-        told = [
+        parts = [
             f"{name} blocks (hidden units kept): "
             + ", ".join(f"{block} ({len(units[str(block)])})" for block in blocks)
             for name, blocks in (("Compressed", compressed), ("Convolved", convolved), ("Pruned", pruned))
             if blocks
         ]
         if heads := values["plan"]["kept_heads"]:
-            told.append("Heads kept in blocks: " + ", ".join(f"{b} ({len(kept)})" for b, kept in heads.items()))
-        cut = f"{'; '.join(told)}; drop ratio {values['drop_ratio']:.4f}"
+            parts.append("Heads kept in blocks: " + ", ".join(f"{b} ({len(kept)})" for b, kept in heads.items()))
+        compression = f"{'; '.join(parts)}; drop ratio {values['drop_ratio']:.4f}"
     return (
         f"{table(rows)}\n\n{_latency_met(values)}"
-        f"{cut}; {agreed}distillation loss {values['distillation_loss']:.4g}; {sum(values['seconds'].values()):.0f} s.\n"
+        f"{compression}; {agreed}distillation loss {values['distillation_loss']:.4g}; "
+        f"{sum(values['seconds'].values()):.0f} s.\n"
         f"{saved(values['out'], values['page'])}"
     )
 
 
 def _latency_met(values: dict[str, Any]) -> str:
-    """Of a latency budget: what was asked, planned and measured at the end, as shares of the original's latency."""
+    """Compare the requested, planned and final latency of a latency budget, as shares of the original's."""
     planned, finished = values["plan"]["latency"], values["report"]["latency_ratio"]
     if planned is None:
         return ""

@@ -1,4 +1,4 @@
-"""`dcvit demo`: compress the embedded model, compare methods."""
+"""`dcvit demo`: compress the embedded model and compare methods."""
 
 import argparse
 from dataclasses import replace
@@ -40,15 +40,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="repeat with seeds 0 to N-1, print mean ± std"
     )
-    parser.add_argument("--num-images", type=int, default=50, metavar="N", help="unlabelled images")
+    parser.add_argument("--num-images", type=int, default=50, metavar="N", help="number of unlabelled images")
     parser.add_argument(
         "--epochs",
         type=int,
         default=PUBLISHED_DEMO_CONFIG.distillation.epochs,
-        help="of each recovery of block dropping and of the published procedure",
+        help="epochs of each recovery of block dropping and of the published procedure",
     )
     parser.add_argument(
-        "--drop", type=int, default=NUM_DROPPED, metavar="N", help="whole blocks that block dropping takes"
+        "--drop", type=int, default=NUM_DROPPED, metavar="N", help="number of whole blocks that block dropping removes"
     )
     output_arguments(parser, default="dcvit-demo")
     impl_argument(parser)
@@ -60,8 +60,8 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         raise DcvitError(f"--seeds {arguments.seeds}: expected 1 or more.")
     blocks = len(candidate_groups(load_model("demo"), None))
     if not 1 <= arguments.drop <= blocks:
-        raise DcvitError(f"--drop {arguments.drop}: expected 1 to {blocks}, the blocks that may go.")
-    torch.set_num_threads(1)  # a second one saves this small model next to nothing, and costs much on a busy machine
+        raise DcvitError(f"--drop {arguments.drop}: expected 1 to {blocks}, the number of blocks that may be dropped.")
+    torch.set_num_threads(1)  # a second thread hardly speeds up this small model, and slows it down on a busy machine
     distillation = replace(PUBLISHED_DEMO_CONFIG.distillation, epochs=arguments.epochs)
     comparison: Comparison = compare(
         "demo",
@@ -114,7 +114,7 @@ def _show(values: dict[str, Any]) -> str:
     return (
         f"{table(rows)}\n\n"
         f"On the 797 held-out digits, from {images} unlabelled images{spread}; latency of a batch of 64.\n"
-        f"Block dropping and DC-ViT had {values['epochs']} epochs for each recovery, of {PAPER_EPOCHS} published.\n"
+        f"Block dropping and DC-ViT had {values['epochs']} epochs for each recovery; published are {PAPER_EPOCHS}.\n"
         f"{verdict}\n{saved(values['out'], values['page'])}"
     )
 

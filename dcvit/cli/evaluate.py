@@ -1,4 +1,4 @@
-"""`dcvit evaluate`: cost, latency and agreement of a model."""
+"""`dcvit evaluate`: measure the cost, latency and agreement of a model."""
 
 import argparse
 from typing import Any
@@ -21,7 +21,7 @@ __all__ = ["COMMAND"]
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     parser.add_argument("--data", required=True, help=DATA_HELP)
-    parser.add_argument("--teacher", metavar="MODEL", help="a model to agree with, " + MODEL_HELP)
+    parser.add_argument("--teacher", metavar="MODEL", help="a model to measure agreement with: " + MODEL_HELP)
     device_argument(parser)
 
 

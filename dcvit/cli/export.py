@@ -1,4 +1,4 @@
-"""`dcvit export`: a saved model for other runtimes."""
+"""`dcvit export`: write a saved model for other runtimes."""
 
 import argparse
 from pathlib import Path
@@ -19,17 +19,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=(*SUFFIXES, "timm"),
         default="onnx",
-        help="for onnxruntime and others, for torch.export.load, or a folder for timm as compress writes",
+        help="onnx for onnxruntime and others, torch-export for torch.export.load, or timm for a folder as of compress",
     )
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="of the weights, and for files of input and output"
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="of the weights, and for files of input and output",
     )
     parser.add_argument(
         "--out",
         metavar="PATH",
-        help="where to write; FOLDER/model.onnx, FOLDER/model.pt2 or the folder FOLDER-DTYPE if not given",
+        help="output path; by default FOLDER/model.onnx, FOLDER/model.pt2 or the folder FOLDER-DTYPE",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what was exported there earlier")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
 
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
@@ -70,8 +73,8 @@ COMMAND = Command(
     summary="write a saved model for other runtimes, or in half precision",
     description=(
         "Write a saved model as one file that takes any batch size and needs neither dcvit nor timm, or as another "
-        "folder with its weights in another dtype. What was written is run and compared with the model; on a mismatch "
-        "nothing is left."
+        "folder with its weights in another dtype. The export is run and compared with the model; on a mismatch it is "
+        "deleted."
     ),
     run=_run,
     show=_show,

@@ -1,4 +1,4 @@
-"""`dcvit families`: what can be compressed, and how."""
+"""`dcvit families`: list the model families and the methods for each."""
 
 import argparse
 from typing import Any
@@ -37,8 +37,8 @@ def _show(values: dict[str, Any]) -> str:
 
 COMMAND = Command(
     name="families",
-    summary="list the model families, and the methods that each takes",
-    description="What can be compressed, and by which of `dcvit methods`.",
+    summary="list the model families and the methods that compress each",
+    description="List the models that can be compressed, and which of `dcvit methods` compress them.",
     run=_run,
     show=_show,
 )

@@ -1,4 +1,4 @@
-"""`dcvit info`: what is installed, what a model costs."""
+"""`dcvit info`: show what is installed and what a model costs."""
 
 import argparse
 from collections.abc import Callable
@@ -85,9 +85,9 @@ def _show(values: dict[str, Any]) -> str:
 
 COMMAND = Command(
     name="info",
-    summary="what is installed, what a model costs",
+    summary="show what is installed and what a model costs",
     description=(
-        "Versions and which kernels can run, with the reason where they cannot; for a model, what each block costs and "
+        "Show versions, and which kernels can run or why they cannot. For a model, show what each block costs and "
         "which budgets can be met."
     ),
     run=_run,

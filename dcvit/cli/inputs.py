@@ -1,4 +1,4 @@
-"""The model and the images that the arguments name."""
+"""Load the model and the images that the arguments name."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,7 +19,11 @@ __all__ = ["Data", "digits_by_default", "load_data", "load_named_model"]
 
 
 def load_named_model(name: str, arguments: argparse.Namespace, *, pretrained: bool | None = None) -> nn.Module:
-    """A model on the device of the arguments, with its weights unless they ask for random ones."""
+    """Load a model onto the device of the arguments, with random weights if the arguments ask for them.
+
+    Raises:
+        DcvitError: If the device cannot be used.
+    """
     with seeded(0, "random weights"):
         model = load_model(name, pretrained=not arguments.random_weights if pretrained is None else pretrained)
     try:
@@ -29,12 +33,12 @@ def load_named_model(name: str, arguments: argparse.Namespace, *, pretrained: bo
 
 
 class Data(NamedTuple):
-    """Images that an argument names.
+    """The images that an argument names.
 
     Attributes:
         images: The images.
-        labels: Their classes `[N]`, where the data has them for the model.
-        unlabelled: Why there are no labels; `None` if there are.
+        labels: Class of each image, `[N]`, if the data has labels for the model.
+        unlabelled: Reason why there are no labels; `None` if there are labels.
     """
 
     images: FewShotImages
@@ -45,7 +49,11 @@ class Data(NamedTuple):
 def load_data(
     data: str, model: nn.Module, num_images: int | None = None, seed: int = 0, progress: Progress = silent
 ) -> Data:
-    """Images, and labels where the data has them for this model."""
+    """Load images, and their labels if the data has labels for this model.
+
+    Raises:
+        ImagesError: If `num_images` is not between 1 and the number of files.
+    """
     device = next(model.parameters()).device
     if data == "digits":
         digits = load_digits()
@@ -70,15 +78,15 @@ def load_data(
 
 
 def digits_by_default(arguments: argparse.Namespace) -> int | None:
-    """50 images of the digits unless told otherwise: their other use is as a test set."""
-    wanted: int | None = arguments.num_images
-    return 50 if wanted is None and arguments.data == "digits" else wanted
+    """Return the number of images; 50 by default for the digits, because all of them are used as the test set."""
+    requested: int | None = arguments.num_images
+    return 50 if requested is None and arguments.data == "digits" else requested
 
 
 def _classes(folder: Path, files: Sequence[Path], expected: int) -> tuple[list[str], str | None]:
-    """The names of a folder's subfolders, and why these are not the model's classes, if they are not.
+    """Return the names of a folder's subfolders, and the reason if they are not the model's classes.
 
-    A subfolder without images counts too: without it each class after it would take the number of another.
+    A subfolder without images counts too: without it, every later class would get a wrong index.
     """
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     filled = {_top(folder, file) for file in files}
@@ -97,5 +105,5 @@ def _classes(folder: Path, files: Sequence[Path], expected: int) -> tuple[list[s
 
 
 def _top(folder: Path, file: Path) -> str:
-    """The first part of a file's path in a folder."""
+    """Return the first part of a file's path relative to a folder."""
     return file.relative_to(folder).parts[0]

@@ -1,4 +1,4 @@
-"""`dcvit latency`: models timed side by side."""
+"""`dcvit latency`: time models side by side."""
 
 import argparse
 import json
@@ -33,22 +33,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=True,
         metavar="MODEL",
-        help="put the original of the compressed models first; its name is needed unless it is demo",
+        help="time the original of the compressed models first; MODEL may be left out only if it is demo",
     )
     random_weights_argument(parser)
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a run")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per run")
     parser.add_argument("--runs", type=int, default=500, metavar="N", help="timed runs of each model in each mode")
-    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="runs before them that do not count")
+    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="untimed runs of each model before them")
     parser.add_argument(
-        "--modes", type=name_list, default=("eager",), metavar="M,N,…", help="how they run, of " + ", ".join(MODES)
+        "--modes", type=name_list, default=("eager",), metavar="M,N,…", help="execution modes, of " + ", ".join(MODES)
     )
     parser.add_argument(
         "--clock",
         choices=tuple(STOPWATCHES),
         default="wall",
-        help="cpu reads the processor time of one thread, for a machine that others load",
+        help="cpu reads the processor time of one thread, for a busy machine",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; torch's choice if not given")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; by default torch's choice")
     parser.add_argument("--overwrite", action="store_true", help="replace the FILE of --json if it exists")
     device_argument(parser)
 
@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         models[name] = load_named_model(
             f"local-dir:{_folder(name)}" if folder else name, arguments, pretrained=folder or None
         )
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that tells memory writes to the terminal itself
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler that measures memory prints to the terminal
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     rows = compare_latency(
         models,
@@ -95,9 +95,12 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
 
 
 def _originals(original: str | bool | None, models: list[str]) -> list[str]:
-    """The originals to put first: the one that the user names, else those that are embedded in dcvit.
+    """Return the originals to time first: the one that the user names, else the embedded model.
 
-    A name that a folder holds is never looked up: it may lead anywhere.
+    A name that is read from a folder is never loaded, because it may lead to any download.
+
+    Raises:
+        DcvitError: If no model is a folder of a compressed model, or the user must name the original.
     """
     if original is None:
         return []
@@ -116,7 +119,7 @@ def _originals(original: str | bool | None, models: list[str]) -> list[str]:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether MODEL is a folder of a saved model; a timm name, or `demo`, is not even where a folder is called so."""
+    """Return whether MODEL is a folder of a saved model. `demo` never is, even if a folder has that name."""
     return name.startswith("local-dir:") or (name != DEMO_MODEL and (Path(name) / "config.json").is_file())
 
 
@@ -151,8 +154,8 @@ COMMAND = Command(
     name="latency",
     summary="time models side by side",
     description=(
-        "Time forward passes of models that take turns, run by run, so that a change of load hits all alike. Ratios "
-        "are to the first model in the same mode, within a round."
+        "Time forward passes of models in turn, run by run, so that a change of load affects all equally. Ratios are "
+        "to the first model in the same mode and round."
     ),
     run=_run,
     show=_show,

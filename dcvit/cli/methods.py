@@ -1,4 +1,4 @@
-"""`dcvit methods`: what `dcvit compress --method` takes."""
+"""`dcvit methods`: list the values of `dcvit compress --method`."""
 
 import argparse
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["COMMAND", "listed"]
 
 
 def listed() -> list[Method]:
-    """The methods, the default first."""
+    """Return the methods, the default first."""
     return sorted(METHODS.values(), key=lambda method: method.name != "dcvit")
 
 
@@ -42,7 +42,7 @@ def _show(values: dict[str, Any]) -> str:
 COMMAND = Command(
     name="methods",
     summary="list the methods of compress",
-    description="What `dcvit compress --method` takes: dcvit's own method, and published ones to compare with.",
+    description="List the values of `dcvit compress --method`: dcvit's own method, and published ones to compare with.",
     run=_run,
     show=_show,
 )

@@ -1,4 +1,4 @@
-"""`dcvit push`: a saved model to the Hugging Face hub."""
+"""`dcvit push`: upload a saved model to the Hugging Face hub."""
 
 import argparse
 from typing import Any
@@ -12,8 +12,8 @@ __all__ = ["COMMAND"]
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a folder that dcvit compress wrote")
-    parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; made if there is none")
-    parser.add_argument("--private", action="store_true", help="a new repository is seen by its owner alone")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
@@ -29,7 +29,7 @@ COMMAND = Command(
     name="push",
     summary="upload a saved model to the Hugging Face hub",
     description=(
-        "Upload a saved model with a model card that is written anew from its result, and nothing else of the folder. "
+        "Upload a saved model with a newly written model card, and no other file of the folder. "
         "Log in first: hf auth login."
     ),
     run=_run,

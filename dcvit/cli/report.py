@@ -1,4 +1,4 @@
-"""`dcvit report`: the page of a saved result again."""
+"""`dcvit report`: write the page of a saved result again."""
 
 import argparse
 from typing import Any
@@ -26,8 +26,8 @@ COMMAND = Command(
     name="report",
     summary="write the report of a result again",
     description=(
-        "Write RUN/report.html, one file that shows what was done and how it went, from the saved folder alone: no "
-        "model is run. `compress` and `demo` write it already."
+        "Write RUN/report.html, one file that shows how the model was compressed, from the saved folder and without "
+        "running a model. `compress` and `demo` already write it."
     ),
     run=_run,
     show=_show,

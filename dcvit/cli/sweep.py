@@ -1,4 +1,4 @@
-"""`dcvit sweep`: one model, many budgets."""
+"""`dcvit sweep`: compress a model to many budgets."""
 
 import argparse
 from collections.abc import Sequence
@@ -47,13 +47,13 @@ __all__ = ["COMMAND"]
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
-    parser.add_argument("--data", help=DATA_HELP + "; digits for the model demo if not given")
+    parser.add_argument("--data", help=DATA_HELP + "; by default digits for the model demo")
     parser.add_argument(
         "--macs", type=amount, nargs="+", default=list(DEFAULT_SHARES), metavar="X",
         help="budgets: 0.75 is three quarters, 3.2G is absolute",
     )  # fmt: skip
     parser.add_argument(
-        "--block-dropping", action="store_true", help="also drop whole blocks and recover, to compare with"
+        "--block-dropping", action="store_true", help="also drop whole blocks and recover, for comparison"
     )
     parser.add_argument("--num-images", type=int, metavar="N", help="use N random images of the data, not all")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same result")
@@ -77,21 +77,21 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
     family = sweep(model, images, arguments.macs, config, run_dir=run_folder(arguments), progress=progress)
     seconds = sum(sum(member.report.seconds.values()) for member in family.members)
     members = [replace(m, report=replace(m.report, model=arguments.model)) for m in family.members]
-    judges, evaluated_on, labels = images.normalised, f"the {len(images)} few-shot images", None
+    held_out, evaluated_on, labels = images.normalised, f"the {len(images)} few-shot images", None
     if arguments.data == "digits":
         digits = load_digits()
-        judges, labels = digits.test_images.to(arguments.device), digits.test_labels
-        evaluated_on = f"the {len(judges)} held-out digits"
+        held_out, labels = digits.test_images.to(arguments.device), digits.test_labels
+        evaluated_on = f"the {len(held_out)} held-out digits"
     original = freeze(model)
     if labels is not None:
-        known = top1(original, judges, labels)
-        members = [with_top1(member, known, judges, labels) for member in members]
+        known = top1(original, held_out, labels)
+        members = [with_top1(member, known, held_out, labels) for member in members]
     family = replace(family, original=members[0].report.teacher, members=members)
     points = [family.points()[0]]
     for member, point in zip(members, family.points()[1:], strict=True):
-        points.append(replace(point, agreement=agreement(member.model, original, judges)))
+        points.append(replace(point, agreement=agreement(member.model, original, held_out)))
     if arguments.block_dropping:
-        points += _dropped_points(original, images, judges, labels, members, arguments, progress)
+        points += _dropped_points(original, images, held_out, labels, members, arguments, progress)
     save = partial(
         family.save, overwrite=arguments.overwrite, points=points, evaluated_on=evaluated_on,
         page=lambda values: saved_family_page(values).html(),
@@ -104,13 +104,13 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
 def _dropped_points(
     original: nn.Module,
     images: FewShotImages,
-    judges: torch.Tensor,
+    held_out: torch.Tensor,
     labels: torch.Tensor | None,
     members: Sequence[CompressionResult],
     arguments: argparse.Namespace,
     progress: TerminalProgress,
 ) -> list[FamilyPoint]:
-    """Whole blocks dropped and recovered by distillation, down to the smallest member."""
+    """Drop whole blocks and recover by distillation, down to the MACs of the smallest member; return the points."""
     config = Practise(distillation=PUBLISHED_DEMO_CONFIG.distillation) if arguments.data == "digits" else Practise()
     config = config.with_(seed=arguments.seed, impl=arguments.impl)
     convention = members[-1].plan.budget.convention
@@ -128,12 +128,12 @@ def _dropped_points(
     points = []
     for name, model in list(models.items())[1:]:
         cost = compressible(model).cost().total
-        # In proportion to the members' own original: the two were not timed in one run.
+        # Scaled to the original of the members, because these models were timed in another run than the members.
         time = members[0].report.teacher.latency_ms * latency[name].ratio_to(latency["original"])
         points.append(
             FamilyPoint(
                 name, "block dropping", cost.macs(convention), cost.params, time,
-                agreement(model, original, judges), None if labels is None else top1(model, judges, labels),
+                agreement(model, original, held_out), None if labels is None else top1(model, held_out, labels),
             )
         )  # fmt: skip
     return points
@@ -163,7 +163,7 @@ def _show(values: dict[str, Any]) -> str:
         )
     return (
         f"{table(rows)}\n\n"
-        f"Judged on {values['evaluated_on']}; the sweep took {values['seconds']:.0f} s.\n"
+        f"Evaluated on {values['evaluated_on']}; the sweep took {values['seconds']:.0f} s.\n"
         f"Saved to {values['out']}: dcvit.load_family({values['out']!r}), or each folder as a timm model; "
         f"report: {values['page']}."
     )

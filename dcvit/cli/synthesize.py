@@ -1,4 +1,4 @@
-"""`dcvit synthesize`: the proxy set of a model."""
+"""`dcvit synthesize`: make the proxy set of a model."""
 
 import argparse
 import os
@@ -28,11 +28,11 @@ __all__ = ["COMMAND"]
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     settings = SynthesisConfig()
-    parser.add_argument("--num-images", type=int, default=settings.num_images, metavar="N", help="in one batch")
+    parser.add_argument("--num-images", type=int, default=settings.num_images, metavar="N", help="made in one batch")
     parser.add_argument("--iterations", type=int, default=settings.iterations, metavar="N", help="steps of Adam")
     parser.add_argument("--tv-exponent", type=float, default=settings.tv_exponent, metavar="β", help=TV_EXPONENT_HELP)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; empty or new")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the images; empty or new")
     impl_argument(parser)
     device_argument(parser)
 
@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
         _check_output(out)
         with replacing_folder(out) as draft:
             save_file({"images": images.contiguous(), "targets": targets}, draft / PROXY_SET_FILE)
-            os.chmod(draft / PROXY_SET_FILE, file_mode(draft))  # safetensors writes for the owner alone
+            os.chmod(draft / PROXY_SET_FILE, file_mode(draft))  # safetensors makes files that only the owner can read
             save_image(pixels, draft / "images.png", nrow=10)
 
     or_elsewhere(save, arguments.out)
@@ -61,7 +61,11 @@ def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str,
 
 
 def _check_output(folder: Path) -> None:
-    """Refuse a folder that holds something or cannot be written."""
+    """Refuse a folder that is not empty or cannot be written.
+
+    Raises:
+        SaveFolderError: If it is not empty or cannot be written.
+    """
     check_folder(folder)
     if folder.is_dir() and not all(map(is_draft, os.listdir(folder))):
         raise SaveFolderError(f"{str(folder)!r} is not empty: name a folder that is empty or does not exist.")
@@ -76,8 +80,8 @@ COMMAND = Command(
     name="synthesize",
     summary="make the proxy set from a model",
     description=(
-        "Make images that a model takes for random classes, by inverting it. Writes metric_set.safetensors "
-        "(images, targets) and images.png."
+        "Invert a model: make images that it assigns to random classes. Write metric_set.safetensors (images, targets) "
+        "and images.png."
     ),
     run=_run,
     show=_show,

@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Text that several commands print."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ __all__ = ["saved", "span", "table"]
 
 
 def saved(folder: str, page: str) -> str:
-    """Where a result and its report are, and how to load it."""
+    """Say where a result and its report are, and how to load the result."""
     return (
         f"Saved to {folder}: after `import dcvit`, timm.create_model('local-dir:{folder}', pretrained=True).\n"
         f"Report: {page}"
@@ -14,13 +14,18 @@ def saved(folder: str, page: str) -> str:
 
 
 def span(values: Sequence[int]) -> str:
-    """The least and the largest, or the one value that there is."""
+    """Format the smallest and the largest value, or a single value if they are equal."""
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def table(rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
-    """Rows of text in columns with a rule under the first row; the first column to the left, the others as said."""
+    """Format rows of text as columns, with a rule under the first row.
+
+    Args:
+        rows: The cells of each row; the first row holds the titles.
+        left: Whether all columns are aligned to the left; else only the first column is.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:

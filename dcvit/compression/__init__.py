@@ -1,1 +1,1 @@
-"""`compress` and `sweep`, and what every run begins and ends with."""
+"""The functions `compress` and `sweep`, and the steps that every run begins and ends with."""

@@ -34,9 +34,9 @@ from dcvit.runtime.progress import Progress, Timer, silent
 __all__ = ["DEFAULT", "checked_images", "compress", "open_store"]
 
 DEFAULT = DCViT()
-"""The method unless told otherwise."""
+"""The default method."""
 
-Given = TypeVar("Given")
+Movable = TypeVar("Movable")
 
 
 def compress(
@@ -55,47 +55,47 @@ def compress(
     """Make a model smaller and faster from a few unlabelled images.
 
     Args:
-        model: A timm model, or a name that `timm.create_model` takes (its pretrained weights are loaded). Unchanged.
+        model: A timm model, or a name that `timm.create_model` takes; its pretrained weights are loaded. The model is
+            not changed.
         images: The few-shot set, see `dcvit.data.images.load_images`. Labels are never read.
-        budget: What the result may cost, `Budget(macs=0.75)` for example.
-        method: How: a config, whose type says which method, as `DCViT(num_blocks=3)`, `DCViT.best()` or
-            `dcvit.methods.FSKD()`; or the name of a method (`dcvit.methods.METHODS`), for its default config.
-        proxy_set: Images to rank blocks on, in place of synthesised ones.
-        run_dir: A folder for finished work, see `dcvit.runtime.checkpoint`: the same call with the same folder goes on
-            where an earlier one was stopped, and ends with the same weights. It can be deleted in the end.
-        processes: The processes that share the work, see `dcvit.runtime.distributed`: each calls this with the same
-            arguments.
-        devices: Start such processes on this machine, one for each, and share the work over them:
-            `["cuda:0", "cuda:1"]` or `["cpu"] * 2`. A script must then guard what it does by
+        budget: The largest cost of the result, for example `Budget(macs=0.75)`.
+        method: A config, whose type identifies the method, such as `DCViT(num_blocks=3)`, `DCViT.best()` or
+            `dcvit.methods.FSKD()`; or the name of a method in `dcvit.methods.METHODS`, for its default config.
+        proxy_set: Images to rank blocks on, instead of synthesised ones.
+        run_dir: A folder for checkpoints, see `dcvit.runtime.checkpoint`. The same call with the same folder resumes an
+            interrupted run and ends with the same weights. The folder can be deleted when the run is finished.
+        processes: The processes that share the work, see `dcvit.runtime.distributed`. Each of them calls this function
+            with the same arguments.
+        devices: Devices of this machine, such as `["cuda:0", "cuda:1"]` or `["cpu"] * 2`. One process is started for
+            each of several devices, and they share the work. A script must then protect its main part with
             `if __name__ == "__main__"`, and `progress` must be picklable.
-        progress: Told how it goes, see `dcvit.runtime.progress`.
-        stopwatch: Times one pass, for a latency budget and for the report, under the caller's autocast and TF32;
-            everything else is computed in full precision.
+        progress: Called with the state of the work, see `dcvit.runtime.progress`.
+        stopwatch: Times one forward pass, for a latency budget and for the report, under the caller's autocast and
+            TF32 settings. Everything else is computed in full precision.
 
     Returns:
         The compressed model, the plan that it follows, and a report.
 
     Raises:
-        DcvitError: If there is no such method, or it has no use for `proxy_set`, `run_dir` or `devices`; or if the
-            class token is to be mimicked, and the model has none.
-        DistributedError: If a rank is given something else than the first.
+        DcvitError: If there is no such method, or it does not support `proxy_set`, `run_dir` or `devices`. Also if only
+            the class token is to be distilled, and the model has none.
+        DistributedError: If the arguments of a process differ from those of the main process.
         UnsupportedModelError: If the model cannot be compressed, or not by that method.
         ImagesError: If the images do not fit the model.
-        BudgetError: If the budget cannot be met, or is of what that method does not save.
-        NonFiniteError: If a weight is NaN or infinite, or a block of the original makes such values of the images.
-        RunStoreError: If `run_dir` is in use, or holds something else, or a run of other settings, model or images; and
-            later, if it cannot be written.
-        All of them before any long work; `NonFiniteError` also during it, where a student's values grow too large.
+        BudgetError: If the budget cannot be met, or the method does not reduce its metric.
+        NonFiniteError: If a weight, or the output of a block of the original, is NaN or infinite.
+        RunStoreError: If `run_dir` is in use, or holds something else or a run with other settings, model or images.
+            Also later, if it cannot be written.
+        All of these are raised before any long work. `NonFiniteError` is also raised later, if a student's values
+        overflow.
     """
     chosen, config = method_of(method)
     chosen.require_metric(budget)
     clock = InPrecision(stopwatch, Precision.of_caller())
     if run_dir is not None and not chosen.resumable:
-        raise DcvitError(
-            f"run_dir with method={chosen.name!r}: only {_resumable()} goes on where it was stopped; leave it out."
-        )
+        raise DcvitError(f"run_dir with method={chosen.name!r}: only {_resumable()} can resume a run; leave it out.")
     if proxy_set is not None and not isinstance(config, DCViT):
-        raise DcvitError(f"proxy_set with method={chosen.name!r}: only dcvit ranks on one, leave it out.")
+        raise DcvitError(f"proxy_set with method={chosen.name!r}: only dcvit uses a proxy set; leave it out.")
     if processes.size > 1 or len(devices) > 1:
         _require_shareable(chosen, config, processes, devices)
     if len(devices) > 1:
@@ -104,7 +104,7 @@ def compress(
             "run_dir": run_dir, "progress": progress, "stopwatch": clock,
         }  # fmt: skip
         result = on_devices(devices, partial(_as_process, call))
-        assert result is not None  # the first process gives it
+        assert result is not None  # the main process returns it
         return result if isinstance(model, str) else result.to(next(model.parameters()).device)
     with own_state():
         timer = Timer()
@@ -118,41 +118,41 @@ def compress(
             config = _settled(config, original)
             few_shot = checked_images(images, proxy_set, original, progress)
             if stopwatch is not time_forward:
-                clock(original, few_shot.normalised[:1])  # it may refuse
+                clock(original, few_shot.normalised[:1])  # a custom stopwatch may raise an error
         with open_store(run_dir, original, few_shot, proxy_set, config, processes, budget=budget.to_dict()) as store:
             context = RunContext(config.seed, config.impl, processes, progress, store, timer)
             task = Task(original, few_shot, budget, config, context, clock, proxy_set)
 
             def completed(config: MethodConfig) -> CompressionResult:
-                given = replace(task, config=config)
-                return finish(model, given, chosen.compress(given), method=chosen.name)
+                configured = replace(task, config=config)
+                return finish(model, configured, chosen.compress(configured), method=chosen.name)
 
             return within_memory(completed, config, processes).to(home)
 
 
 def _require_shareable(method: Method, config: MethodConfig, processes: ProcessGroup, devices: Sequence[str]) -> None:
-    """Refuse what several processes cannot do.
+    """Refuse a method or config that several processes cannot run together.
 
     Raises:
-        DcvitError: If that is so.
+        DcvitError: If they cannot, or if `devices` is set in a run that has several processes already.
     """
     if processes.size > 1 and devices:
         raise DcvitError(
-            f"devices={list(devices)} with {processes.size} ranks: each rank has a device; leave one of them out."
+            f"devices={list(devices)} with {processes.size} processes: each of them has a device; leave devices out."
         )
     if not method.resumable:
         raise DcvitError(
-            f"method={method.name!r} on several devices: only {_resumable()} shares its work; name one device."
+            f"method={method.name!r} on several devices: only {_resumable()} can use several; name one device."
         )
     if isinstance(config, DCViT) and isinstance(config.recovery, DistillationConfig) and config.halving:
-        raise DcvitError("halving=True on several devices: no one process sees all probes; leave one of them out.")
+        raise DcvitError("halving=True on several devices: halving needs all probes in one process; name one device.")
 
 
 def _settled(config: MethodConfig, model: nn.Module) -> MethodConfig:
-    """A method's config for a certain model: with a number for β, where there is a prior.
+    """Return a method's config with the defaults that depend on the model, such as the prior's exponent β.
 
     Raises:
-        DcvitError: If the class token is to be mimicked, and the model has none.
+        DcvitError: If only the class token is to be distilled, and the model has none.
     """
     for of in fields(config):
         part = getattr(config, of.name)
@@ -164,23 +164,23 @@ def _settled(config: MethodConfig, model: nn.Module) -> MethodConfig:
 
 
 def _resumable() -> str:
-    """The methods that are, by name."""
+    """Return the names of the methods that can resume a run."""
     return ", ".join(name for name, method in METHODS.items() if method.resumable)
 
 
 def _as_process(call: Mapping[str, Any], processes: ProcessGroup, device: str) -> CompressionResult | None:
-    """Call `compress` in a process that `on_devices` started; return what the first found.
+    """Call `compress` in a process that `on_devices` started; return the result in the main process only.
 
     Args:
         call: The arguments by name, without `processes` and `devices`.
         processes: The processes.
-        device: This one's.
+        device: The device of this process.
     """
     model = call["model"]
     moved = {name: _moved(call[name], device) for name in ("images", "proxy_set")}
     original = copy.deepcopy(load_model(model)).to(device)
     progress = call["progress"] if processes.is_main else silent
-    result = compress(**{**call, **moved, "model": original, "ranks": processes, "progress": progress})
+    result = compress(**{**call, **moved, "model": original, "processes": processes, "progress": progress})
     if not processes.is_main:
         return None
     report = result.report
@@ -189,25 +189,25 @@ def _as_process(call: Mapping[str, Any], processes: ProcessGroup, device: str) -
     return replace(result.to("cpu"), report=report)
 
 
-def _moved(given: Given, device: str) -> Given:
-    """Images on a device, where they are tensors; others follow the model."""
-    return cast(Given, given.to(device)) if isinstance(given, Tensor | FewShotImages | ProxySet) else given
+def _moved(value: Movable, device: str) -> Movable:
+    """Return tensors of images on a device. Images in other forms are returned unchanged; loading moves them."""
+    return cast(Movable, value.to(device)) if isinstance(value, Tensor | FewShotImages | ProxySet) else value
 
 
 def checked_images(
     images: Images | FewShotImages, proxy_set: ProxySet | None, original: nn.Module, progress: Progress
 ) -> FewShotImages:
-    """The few-shot set, after all that is refused before any work: of the images, and of the model on them.
+    """Load the few-shot set, and check the images and the model's outputs for them before any long work.
 
     Args:
-        images: The caller's.
-        proxy_set: The caller's, if there is one.
+        images: The caller's images.
+        proxy_set: The caller's proxy set, if there is one.
         original: The original.
-        progress: Told how many images are read.
+        progress: Called with the number of images that have been read.
 
     Raises:
         ImagesError: If the images do not fit the model.
-        NonFiniteError: As `require_finite` does.
+        NonFiniteError: If a weight, or the output of a block of the original, is NaN or infinite.
     """
     few_shot = load_images(images, original, progress)
     if proxy_set is not None:
@@ -223,27 +223,27 @@ def open_store(
     proxy_set: ProxySet | None,
     config: MethodConfig,
     processes: ProcessGroup = SINGLE_PROCESS,
-    **asked: Any,
+    **targets: Any,
 ) -> AbstractContextManager[Store]:
-    """The store of a run (`dcvit.runtime.checkpoint.open_run`), opened with all that its result depends on.
+    """Open the store of a run (`dcvit.runtime.checkpoint.open_run`), identified by all inputs of its result.
 
     Args:
-        run_dir: Its folder; `None` keeps what is finished in memory, so that it is not done again if that runs out.
+        run_dir: The folder. `None` keeps checkpoints in memory, so that work is not repeated if device memory runs out.
         model: The original.
         images: The few-shot set.
-        proxy_set: The caller's, if there is one.
+        proxy_set: The caller's proxy set, if there is one.
         config: The method's settings.
         processes: The processes that share the work.
-        **asked: What is asked for, as plain values: a budget, or several.
+        **targets: The budget or budgets, as plain values.
 
     Raises:
-        RunStoreError: As `open_run` does.
-        DistributedError: As `ProcessGroup.store` does.
+        RunStoreError: If `run_dir` is in use, or holds something else or a different run.
+        DistributedError: If the inputs of a process differ from those of the main process.
     """
     if run_dir is None and processes.size == 1:
         return nullcontext(MemoryStore())
     fingerprint = {
-        **asked,
+        **targets,
         "settings": config.to_dict(),
         "model": digest_model(model, compressible(model).config()),
         "images": digest_images(images.normalised),

@@ -1,4 +1,4 @@
-"""The end of every compression: the compressed model as an ordinary one, with its figures."""
+"""The last step of every compression: the compressed model becomes an ordinary one, and its figures are measured."""
 
 from dataclasses import asdict, replace
 
@@ -19,7 +19,7 @@ from dcvit.serialization import from_plain
 __all__ = ["finish"]
 
 PASS_SECONDS = 0.25
-"""What a pass may take that is timed for the report, whose latency is a rough figure."""
+"""The longest pass that is timed for a report, in which latency is a rough figure."""
 
 
 def finish(
@@ -30,14 +30,14 @@ def finish(
     method: str = "dcvit",
     timing: Timing = QUICK_TIMING,
 ) -> CompressionResult:
-    """Return the compressed model as an ordinary one, with its figures.
+    """Return the compressed model as an ordinary model, with its plan and report.
 
     Args:
-        model: What the caller named; `task.teacher` is that model, loaded.
-        task: What the method was given. The first of its context's ranks measures, while the others wait.
-        outcome: What the method arrived at.
+        model: The model or name that the caller passed; `task.teacher` is the loaded model.
+        task: The inputs of the method. The main process of its context measures, while the others wait.
+        outcome: The result of the method.
         method: The method's name.
-        timing: How often passes are timed where the budget is not of latency.
+        timing: How often passes are timed for budgets that are not measured on the machine.
     """
     context = task.context
     with context.timer("report"):
@@ -100,7 +100,7 @@ def _report(
 
 
 def _quick_batch(model: nn.Module, images: Tensor, stopwatch: Stopwatch) -> Tensor:
-    """As many of some images as pass in `PASS_SECONDS`, at least one."""
+    """Return as many of the images as pass through the model in `PASS_SECONDS`, at least one."""
     one = min(stopwatch(model, images[:1]) for _ in range(2))
     return images[: max(1, int(PASS_SECONDS / one))]
 

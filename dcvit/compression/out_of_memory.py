@@ -1,4 +1,4 @@
-"""Fewer images at once where a device's memory does not suffice."""
+"""Smaller micro-batches for a device that runs out of memory."""
 
 import gc
 import warnings
@@ -18,15 +18,15 @@ Found = TypeVar("Found")
 
 
 def within_memory(work: Callable[[Config], Found], config: Config, processes: ProcessGroup = SINGLE_PROCESS) -> Found:
-    """What some work comes to; each time that memory runs out it begins anew, with half as many images at once.
+    """Return the result of some work; restart it with micro-batches of half the size if memory runs out.
 
     Args:
-        work: Given the settings. What it keeps in a store is not done again.
-        config: The settings to begin with.
+        work: A function of the settings. Entries that it keeps in a store are not computed again.
+        config: The settings of the first attempt.
         processes: The processes that share the work.
 
     Raises:
-        DcvitError: If memory does not suffice for one image, or for one of several ranks.
+        DcvitError: If a micro-batch of one image does not fit, or if memory runs out in one of several processes.
     """
     while True:
         try:
@@ -34,14 +34,14 @@ def within_memory(work: Callable[[Config], Found], config: Config, processes: Pr
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             halved = config.halved()
-        # Outside of the handler, whose traceback holds on to tensors.
+        # This is outside of the handler, because its traceback keeps tensors in memory.
         if halved is None or processes.size > 1:
             raise DcvitError(
                 f"The device ran out of memory ({reason}). "
                 + (
-                    f"It was rank {processes.rank}'s; set batch_size and micro_batch lower, "
+                    f"This happened in rank {processes.rank}; set batch_size and micro_batch lower, "
                     if processes.size > 1
-                    else "So it does with one image at once; "
+                    else "Even one image at a time does not fit; "
                 )
                 + "take fewer views, rows and synthesised images, or compress on the CPU."
             )

@@ -1,8 +1,8 @@
 """The dense family: many sizes of one model from one search.
 
-Everything that does not depend on the budget is done once: the proxy set, the views and the teacher's tokens for them,
-the probes, which say what each block would lose at any number of hidden units, and the step sizes. A size then costs
-its blocks' reconstruction and, where distillation refines it, a share of a single compression's steps.
+Work that does not depend on the budget is done once: the proxy set, the views and the teacher's tokens for them, the
+sensitivity probes of each block over the number of hidden units, and the search for step sizes. Each size then costs
+only the reconstruction of its blocks and, if distillation refines it, a share of a single compression's steps.
 """
 
 import json
@@ -60,30 +60,30 @@ from dcvit.serialization import from_plain
 __all__ = ["DEFAULT_SHARES", "Family", "check_family_folder", "load_family", "sweep"]
 
 DEFAULT_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-"""Shares of the original's MACs that a sweep goes through unless told otherwise."""
+"""The default budgets of a sweep: shares of the original's MACs."""
 
 REFINEMENT_SHARE = 1 / 3
-"""Of a single compression's refinement steps, those that each member gets, and about as many of its views.
+"""The share of a single compression's refinement steps, and about of its views, that each member gets.
 
-The first member finds the step size for all.
+The step size is searched for the first member only.
 """
 
 TIMING = replace(QUICK_TIMING, max_seconds=10.0)
-"""Of every member, in turn."""
+"""How all members are timed, in turn."""
 
 ONE_RUN = Timing(runs=1, warmup=1)
-"""Of a member that is timed with the others later."""
+"""How a single member is timed before all are timed together."""
 
 NEAR = 0.005
-"""A member that is smaller than what is asked for by at most this share of the original is taken for it."""
+"""How far a member may be below a target, as a share of the original, before a new member is compressed."""
 
 FORMAT = 1
 
 DIGEST = "result_sha256"
-"""The entry of a member in the index with the SHA-256 of its `result.json`, which has those of its other files."""
+"""The key of a member's SHA-256 of `result.json` in the index; `result.json` has those of the other files."""
 
 MEMBER = r"macs-[0-9]{1,19}"
-"""What a member's folder is called, see `Family.name`."""
+"""The pattern of members' folder names, see `Family.name`."""
 
 
 @dataclass
@@ -107,24 +107,25 @@ class Family:
         latency_ms: float | None = None,
         progress: Progress = silent,
     ) -> CompressionResult:
-        """The best member that costs no more than asked for.
+        """Return the best member whose cost does not exceed a target.
 
-        A family that `sweep` has just made compresses a new member where none is within 0.5 % of the original below
-        the target; a loaded one has not kept what that needs, and gives its largest member that fits.
+        Exactly one of the three targets must be set. A family that `sweep` returned compresses a new member if no
+        member is at most 0.5 % of the original below the target. A loaded family cannot do that, and returns its
+        largest member within the target.
 
         Args:
-            macs: A share of the original, or an absolute number of MACs per image. One of the three is given.
-            params: Likewise for parameters.
-            latency_ms: Milliseconds that a batch of the few-shot images took when the members were measured.
-            progress: Told how a new member comes along.
+            macs: A share of the original, or an absolute number of MACs per image.
+            params: A share of the original, or an absolute number of parameters.
+            latency_ms: The latency in milliseconds of the batch of few-shot images on which the members were timed.
+            progress: Called with the state of a new member's compression.
 
         Raises:
-            BudgetError: If the target is out of range, or none or more than one is given.
+            BudgetError: If the target is out of range, or if not exactly one target is set.
         """
-        given = [name for name, value in (("macs", macs), ("params", params), ("latency_ms", latency_ms)) if value]
-        if len(given) != 1:
+        targets = [name for name, value in (("macs", macs), ("params", params), ("latency_ms", latency_ms)) if value]
+        if len(targets) != 1:
             raise BudgetError(
-                f"Family.at({', '.join(given)}): expected exactly one of macs, params and latency_ms, for example "
+                f"Family.at({', '.join(targets)}): expected exactly one of macs, params and latency_ms, for example "
                 "family.at(macs=0.8)."
             )
         if latency_ms is not None:
@@ -146,7 +147,7 @@ class Family:
             return best
         smallest = min(map(amount, self.members))
         raise BudgetError(
-            f"{budget.metric}={budget.value!r} asks for {target:,}: the smallest member has {smallest:,}. Ask for more, "
+            f"{budget.metric}={budget.value!r} asks for {target:,}: the smallest member has {smallest:,}. Ask for more "
             "or sweep again with this budget."
         )
 
@@ -159,21 +160,22 @@ class Family:
         evaluated_on: str | None = None,
         page: Callable[[Mapping[str, Any]], str] | None = None,
     ) -> dict[str, Any]:
-        """Save every member to a folder of its own, and `family.json`, which lists them, all at once.
+        """Save each member to its own folder, and list the members in `family.json`; all files or none.
 
         Args:
-            folder: Created if missing.
-            overwrite: Replace an earlier family in that folder, with all of its members. Nothing else is ever replaced.
-            points: What the report is to show, where figures other than the members' own are at hand.
-            evaluated_on: The images that those figures are of.
-            page: The HTML of `report.html`, from what `family.json` holds.
+            folder: The folder; it is created if missing.
+            overwrite: Whether to replace an earlier family in that folder, with all its members. Nothing else is ever
+                replaced.
+            points: The figures that the report shows; by default, the members' own.
+            evaluated_on: The images on which those figures were measured.
+            page: Makes the HTML of `report.html` from the contents of `family.json`.
 
         Returns:
-            What `family.json` holds.
+            The contents of `family.json`.
 
         Raises:
-            SaveFolderError: If the folder holds something else, or an earlier family and `overwrite` is not set; or if
-                it cannot be written, and then what was there stays.
+            SaveFolderError: If the folder holds something else, or holds an earlier family and `overwrite` is not set.
+                Also if it cannot be written; an earlier family is then kept.
         """
         check_family_folder(folder, overwrite=overwrite)
         report = self.members[0].report
@@ -198,7 +200,7 @@ class Family:
         return index
 
     def points(self) -> list[FamilyPoint]:
-        """The original and the members, with their own figures, for `dcvit.report.family_page`."""
+        """Return the original and the members, with their own figures, for `dcvit.report.family_page`."""
         first = self.original
         points = [FamilyPoint("original", "original", first.macs, first.params, first.latency_ms, None, first.top1)]
         for member in self.members:
@@ -213,11 +215,11 @@ class Family:
 
     @staticmethod
     def name(member: CompressionResult) -> str:
-        """A member's folder."""
+        """Return the name of a member's folder."""
         return f"macs-{member.report.student.macs}"
 
     def figures(self, member: CompressionResult) -> dict[str, Any]:
-        """What the index says of a member: budget, structure, cost and quality."""
+        """Return the figures of a member for the index: budget, structure, cost and quality."""
         report = member.report
         return {
             "budget": member.plan.to_dict()["budget"],
@@ -251,7 +253,7 @@ class Family:
         return member
 
     def _within_latency(self, latency_ms: float, progress: Progress) -> CompressionResult:
-        """The largest member that is fast enough; a new one, where the measured latencies leave room for it."""
+        """Return the largest member that is fast enough, or compress a new one if a larger one may be fast enough."""
         fitting = [member for member in self.members if member.report.student.latency_ms <= latency_ms]
         best = max(fitting, key=lambda member: member.report.student.macs, default=None)
         if best is None:
@@ -263,7 +265,7 @@ class Family:
         larger = [member for member in self.members if member.report.student.macs > best.report.student.macs]
         if self._search is None or not larger:
             return best
-        # Latency is all but linear in the MACs between two sizes: where between them the target should lie.
+        # Latency is almost linear in the MACs between two sizes, so interpolation gives the MACs of the target.
         above = min(larger, key=lambda member: member.report.student.macs)
         low, high = best.report.student, above.report.student
         macs = int(np.interp(latency_ms, [low.latency_ms, high.latency_ms], [low.macs, high.macs]))
@@ -275,7 +277,7 @@ class Family:
 
 @dataclass
 class _Search:
-    """What the members share, and how one more is made."""
+    """The state that all members share, from which another member can be compressed."""
 
     model: str | nn.Module
     original: nn.Module
@@ -287,7 +289,7 @@ class _Search:
 
     @own_state()
     def compress(self, planned: Plan, config: DCViT, context: RunContext) -> CompressionResult:
-        """A member, not yet timed with the others; `config` is this one's, or takes fewer images at once."""
+        """Compress a member, which is not yet timed with the others; `config` may have smaller micro-batches."""
         refinement = Schedule(round(REFINEMENT_SHARE * self.prepared.refinement_steps), self.step_sizes)
         outcome = compress_prepared(self.prepared, planned, config, context, refinement=refinement)
         if outcome.refinement is not None and outcome.refinement.step_size > 0:
@@ -309,27 +311,27 @@ def sweep(
     """Compress a model to many sizes from one search.
 
     Args:
-        model: A timm model, or a name that `timm.create_model` takes. Unchanged.
+        model: A timm model, or a name that `timm.create_model` takes. The model is not changed.
         images: The few-shot set, see `dcvit.data.images.load_images`. Labels are never read.
-        budgets: What the members may cost: shares of the original's MACs, absolute numbers of MACs, or `Budget`s.
-        method: How; its `recovery` must be a `ReconstructionConfig`, as it is but for `DCViT.paper()`.
-        proxy_set: Images to rank blocks on, in place of synthesised ones.
-        run_dir: A folder for finished work, as of `dcvit.compress`.
-        progress: Told how it goes.
+        budgets: The members' largest costs: shares of the original's MACs, absolute numbers of MACs, or `Budget`s.
+        method: The config. Its `recovery` must be a `ReconstructionConfig`, as in all presets except `DCViT.paper()`.
+        proxy_set: Images to rank blocks on, instead of synthesised ones.
+        run_dir: A folder for checkpoints, as for `dcvit.compress`.
+        progress: Called with the state of the work.
 
     Returns:
         The family, largest member first.
 
     Raises:
-        UnsupportedModelError, ImagesError, RunStoreError: As `dcvit.compress` does.
+        UnsupportedModelError, ImagesError, RunStoreError: As for `dcvit.compress`.
         BudgetError: If there is no budget, two are the same, or one cannot be met.
-        DcvitError: If `method` is another one, or recovers by distillation.
-        All of them before any long work.
+        DcvitError: If `method` is not a `DCViT` config, or recovers by distillation.
+        All of these are raised before any long work.
     """
     _, config = method_of(method)
     if not isinstance(config, DCViT):
-        raise DcvitError(f"method={method!r}: a sweep is of dcvit's own method; pass DCViT() or leave it out.")
-    recovery = config.reconstruction  # a family's sizes share their probes, which those of distillation cannot
+        raise DcvitError(f"method={method!r}: a sweep supports only dcvit's own method; pass DCViT() or leave it out.")
+    recovery = config.reconstruction  # distillation has no probes that several sizes could share
     fewer = max(recovery.num_views, round(REFINEMENT_SHARE * recovery.refinement_views))
     config = config.with_(recovery=replace(recovery, refinement_views=min(fewer, recovery.refinement_views)))
     with own_state():
@@ -340,8 +342,8 @@ def sweep(
             plans = _plans(original, budgets, config)
             few_shot = checked_images(images, proxy_set, original, progress)
             teacher = fuse(original, config.impl)
-        asked = [planned.budget.to_dict() for planned in plans]
-        with open_store(run_dir, original, few_shot, proxy_set, config, budgets=asked) as store:
+        targets = [planned.budget.to_dict() for planned in plans]
+        with open_store(run_dir, original, few_shot, proxy_set, config, budgets=targets) as store:
             context = RunContext(config.seed, config.impl, progress=progress, store=store, timer=timer)
 
             def searched(config: DCViT) -> tuple[_Search, list[CompressionResult]]:
@@ -353,7 +355,7 @@ def sweep(
                 for planned in plans:
                     of_member = replace(context.within(f"size-{len(members) + 1}"), timer=Timer())
                     member = search.compress(planned, config, of_member)
-                    if not members:  # the first bears the time that all share
+                    if not members:  # the first member's time includes what all share
                         seconds = {**timer.seconds, **member.report.seconds}
                         member = replace(member, report=replace(member.report, seconds=seconds))
                     members.append(member)
@@ -361,14 +363,14 @@ def sweep(
                 return search, members
 
             search, members = within_memory(searched, config)
-    # Where little can be chosen, several budgets come to one structure.
+    # In a small model, several budgets may give the same structure.
     members = [m for i, m in enumerate(members) if not any(_alike(m, other) for other in members[:i])]
     members = _timed(search, members)
     return Family(members[0].report.teacher, members, search)
 
 
 def _alike(one: CompressionResult, other: CompressionResult) -> bool:
-    """Whether two members cost the same, as those of one structure do."""
+    """Return whether two members have equal costs, as members of the same structure do."""
     costs = [(member.report.student.macs, member.report.student.params) for member in (one, other)]
     return costs[0] == costs[1]
 
@@ -376,12 +378,13 @@ def _alike(one: CompressionResult, other: CompressionResult) -> bool:
 def _timed(
     search: _Search, members: Sequence[CompressionResult], original_ms: float | None = None
 ) -> list[CompressionResult]:
-    """The members with latencies that were measured in turn, so that they compare.
+    """Return the members with comparable latencies, which were measured in turn with the original's.
 
     Args:
-        search: What they share.
+        search: The state that the members share.
         members: The members.
-        original_ms: What the original took when others were measured: so that these compare with them.
+        original_ms: The original's latency when other members were timed. Latencies are scaled by it, so that they
+            compare with those of the other members.
     """
     models = {"original": search.original, **{str(i): member.model for i, member in enumerate(members)}}
     batch = search.images.normalised[: min(members[0].plan.budget.batch_size, search.config.micro_batch_size)]
@@ -404,36 +407,37 @@ def _timed(
 
 
 def _plans(original: nn.Module, budgets: Iterable[float | int | Budget], config: DCViT) -> list[Plan]:
-    """The plan of each budget, largest first.
+    """Return the plan of each budget, largest first.
 
     Raises:
-        BudgetError: If there is none, two are the same, they count different things, or one cannot be met.
+        BudgetError: If there is no budget, two give the same structure, their metrics or conventions differ, or one
+            cannot be met.
     """
-    wanted = [budget if isinstance(budget, Budget) else Budget(macs=budget) for budget in budgets]
-    if not wanted:
+    targets = [budget if isinstance(budget, Budget) else Budget(macs=budget) for budget in budgets]
+    if not targets:
         raise BudgetError("budgets=(): expected at least one, for example (0.9, 0.8, 0.7).")
-    if len({(budget.metric, budget.convention) for budget in wanted}) > 1:
-        raise BudgetError("budgets: expected all of one unit and one convention, so that they can be put in order.")
-    if wanted[0].metric not in ADDITIVE:
+    if len({(budget.metric, budget.convention) for budget in targets}) > 1:
+        raise BudgetError("budgets: expected one metric and one convention for all, so that they can be ordered.")
+    if targets[0].metric not in ADDITIVE:
         raise BudgetError(
-            f"budgets of {wanted[0].metric}: expected one of {', '.join(ADDITIVE)}; ask the family for it."
+            f"budgets of {targets[0].metric}: expected one of {', '.join(ADDITIVE)}; use Family.at for a latency."
         )
-    plans = sorted((plan(original, budget, config) for budget in wanted), key=lambda p: p.target, reverse=True)
+    plans = sorted((plan(original, budget, config) for budget in targets), key=lambda p: p.target, reverse=True)
     for larger, smaller in pairwise(plans):
         if larger.cost == smaller.cost:
             raise BudgetError(
-                f"budgets: {larger.budget.value!r} and {smaller.budget.value!r} come to the same structure; leave one "
-                "of them out."
+                f"budgets: {larger.budget.value!r} and {smaller.budget.value!r} give the same structure; leave one of "
+                "them out."
             )
     return plans
 
 
 def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
-    """Refuse a folder that a family cannot be saved to, before any long work.
+    """Refuse a folder to which a family cannot be saved, before any long work.
 
     Raises:
-        SaveFolderError: If it is a file, cannot be written, holds something else, or an earlier family and `overwrite`
-            is not set; if that family is broken, or holds a file that dcvit did not write.
+        SaveFolderError: If it is a file, cannot be written, holds something else, or holds an earlier family and
+            `overwrite` is not set. Also if that family is broken, or holds a file that dcvit did not write.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -452,21 +456,21 @@ def check_family_folder(folder: str | Path, *, overwrite: bool) -> None:
     foreign = sorted(present - {FAMILY_FILE, REPORT_FILE, *earlier})
     if foreign:
         raise SaveFolderError(
-            f"{str(folder)!r} holds something else beside an earlier family ({', '.join(foreign[:3])}), and would be "
-            "replaced as a whole: move that away, or name another folder."
+            f"{str(folder)!r} holds something else beside an earlier family ({', '.join(foreign[:3])}), which "
+            "would be deleted: move that away, or name another folder."
         )
     for name in earlier:
         check_output_folder(folder / name, overwrite=True)
 
 
 def load_family(folder: str | Path) -> Family:
-    """A family that `Family.save` wrote.
+    """Load a family that `Family.save` wrote.
 
     Args:
         folder: The folder with `family.json`.
 
     Raises:
-        SaveFolderError: If it holds no family, or one of its members is missing, broken, or of another family.
+        SaveFolderError: If it holds no family, or a member is missing, broken, or from another family.
     """
     return read_together(Path(folder) / FAMILY_FILE, lambda: _load_family(Path(folder)))
 
@@ -478,7 +482,7 @@ def _load_family(folder: Path) -> Family:
         if (folder / name).is_symlink():
             raise SaveFolderError(f"{str(folder / name)!r} is a link: put the member's folder itself in its place.")
         members.append(load(folder / name))
-        if recorded not in (None, digest(folder / name / RESULT_FILE)):  # earlier versions saved none
+        if recorded not in (None, digest(folder / name / RESULT_FILE)):  # earlier versions saved no digests
             raise SaveFolderError(
                 f"{str(folder / name)!r} is not the member that {FAMILY_FILE} was saved with: copy the whole folder "
                 "again, or sweep again."
@@ -488,7 +492,7 @@ def _load_family(folder: Path) -> Family:
 
 @dataclass(frozen=True)
 class _Index:
-    """What `family.json` holds that a family is loaded from."""
+    """The part of `family.json` that is needed to load a family."""
 
     original: ModelFigures
     folders: tuple[str, ...]
@@ -496,10 +500,10 @@ class _Index:
 
 
 def _read_index(folder: Path) -> _Index:
-    """The index of a family.
+    """Read the index of a family.
 
     Raises:
-        SaveFolderError: If it is not one, or names members that are not folders beside it.
+        SaveFolderError: If it is not an index, or names members that are not folders beside it.
     """
     path = folder / FAMILY_FILE
     index = read_json(path)

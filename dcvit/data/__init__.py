@@ -1,1 +1,1 @@
-"""The few-shot images: loading, augmentation, and synthesis from the model itself."""
+"""Images: the few-shot set and its augmentation, and the proxy set made from the model itself."""

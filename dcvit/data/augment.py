@@ -1,8 +1,9 @@
 """Random views of the few-shot images: timm's training augmentation on tensors.
 
-Random resized crop, horizontal flip and colour jitter, as timm's `create_transform(is_training=True)` does them. The
-work is torchvision's. Its transforms draw from torch's global generator, so what they draw is drawn here, in the same
-order, from a generator of one's own; a seed then fixes every view.
+The views are random resized crops with horizontal flips and colour jitter, as timm's
+`create_transform(is_training=True)` makes them with torchvision. Torchvision's transforms draw from torch's global
+generator. This module draws the same numbers, in the same order, from a separate generator, so that a seed fixes every
+view.
 """
 
 import math
@@ -19,19 +20,19 @@ from dcvit.data.images import FewShotImages
 __all__ = ["augment"]
 
 CROP_ATTEMPTS = 10
-"""Crops that are drawn before one in the middle is taken."""
+"""Number of random crops that are tried before a central one is taken."""
 
 
 def augment(
     images: FewShotImages, indices: Sequence[int], config: AugmentationConfig, generator: torch.Generator
 ) -> Tensor:
-    """One random view of each chosen image, normalised.
+    """Return one random, normalised view of each chosen image.
 
     Args:
         images: The few-shot set.
-        indices: Which images.
-        config: How strong.
-        generator: Draws the views, on the CPU.
+        indices: The indices of the chosen images.
+        config: The strength of the augmentation.
+        generator: A generator on the CPU that draws the views.
 
     Returns:
         Views `[len(indices), C, H, W]`.
@@ -43,7 +44,7 @@ def augment(
 
 
 def _view(image: Tensor, size: Sequence[int], config: AugmentationConfig, generator: torch.Generator) -> Tensor:
-    """A random view of an image `[C, H, W]` in [0, 1], in another height and width."""
+    """Return a random view of an image `[C, H, W]` in [0, 1], resized to a height and width."""
     top, left, height, width = _crop(image.shape[-2], image.shape[-1], config, generator)
     view: Tensor = F.resized_crop(
         image, top, left, height, width, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True
@@ -56,7 +57,7 @@ def _view(image: Tensor, size: Sequence[int], config: AugmentationConfig, genera
 
 
 def _crop(height: int, width: int, config: AugmentationConfig, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop, as `torchvision.transforms.v2.RandomResizedCrop` draws it."""
+    """Return top, left, height and width of a random crop, drawn as torchvision's `v2.RandomResizedCrop` draws it."""
     narrowest, widest = (math.log(ratio) for ratio in config.ratio)
     for _ in range(CROP_ATTEMPTS):
         area = height * width * _uniform(*config.scale, generator)
@@ -71,9 +72,9 @@ def _crop(height: int, width: int, config: AugmentationConfig, generator: torch.
 
 
 def _jittered(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """An image with its brightness, contrast and saturation changed in any order, as `v2.ColorJitter` does it."""
+    """Return an image with brightness, contrast and saturation changed in random order, as by `v2.ColorJitter`."""
     changes = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation][: 3 if len(image) == 3 else 2]
-    order = torch.randperm(4, generator=generator, device="cpu").tolist()  # the fourth is the hue, which stays
+    order = torch.randperm(4, generator=generator, device="cpu").tolist()  # the fourth is the hue, which is not changed
     factors = [_uniform(max(0.0, 1 - strength), 1 + strength, generator) for _ in changes]
     for chosen in order:
         if chosen < len(changes):
@@ -82,10 +83,10 @@ def _jittered(image: Tensor, strength: float, generator: torch.Generator) -> Ten
 
 
 def _uniform(low: float, high: float, generator: torch.Generator) -> float:
-    """A random number between two others."""
+    """Return a random number between two others."""
     return float(torch.empty(1, dtype=torch.float32, device="cpu").uniform_(low, high, generator=generator))
 
 
 def _below(count: int, generator: torch.Generator) -> int:
-    """A random whole number from 0 on below another."""
+    """Return a random integer from 0 to `count` − 1."""
     return int(torch.randint(count, (1,), generator=generator, device="cpu"))

@@ -1,7 +1,7 @@
-"""The few-shot set: whatever the caller has, as one checked tensor.
+"""The few-shot set: the caller's images as one checked tensor.
 
-Labels are never read. On the CPU the images lie on disk once they are many (`dcvit.runtime.spill`), unless the caller
-has them in a tensor.
+Labels are never read. On the CPU a large set is kept on disk (`dcvit.runtime.spill`), unless the caller passes a
+tensor.
 """
 
 import hashlib
@@ -44,42 +44,42 @@ __all__ = [
 ]
 
 Images = Tensor | Dataset[Any] | DataLoader[Any] | Iterable[Any] | str | Path | Sequence[str | Path]
-"""What `compress` takes as images."""
+"""What `compress` accepts as images."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
-"""By content, whatever the suffix. Of Pillow's other readers one starts a program (EPS)."""
+"""Formats that are read, by content, whatever the suffix. One of Pillow's other readers starts a program (EPS)."""
 
 UNREAD_SUFFIXES = (
     ".gif", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".j2k", ".jxl", ".tga", ".ico", ".psd", ".svg", ".pbm",
     ".pnm", ".exr", ".hdr", ".dcm", ".nii", ".npy", ".mha", ".nd2", ".czi", ".svs", ".raw", ".dng", ".cr2", ".nef",
     ".arw",
 )  # fmt: skip
-"""Files of these are named when they are left out; others, such as texts, are no images."""
+"""Suffixes of image files that are left out with a warning. Other files, such as texts, are left out without one."""
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img")
-"""Under which an item or a batch that is a dict has its images; the first that is there counts."""
+"""Keys under which an item or batch that is a dict holds its images. The first key that exists is used."""
 
 MOST_UNCOUNTED = 10_000
-"""Images that are read of a source that does not say how many it has: it may be without end."""
+"""Number of images that are read at most from a source without a length, which may be endless."""
 
 MOST_PIXELS = 1 << 27
-"""Of an image, and of what it is resized to before it is cropped; 512 MiB."""
+"""Largest number of pixels of an image, also after it is resized and before it is cropped; 512 MiB."""
 
 MOST_BYTES = 1 << 30
-"""Of an image file."""
+"""Largest size of an image file, in bytes."""
 
 CONVERT = "convert them to 8 bits, for values below 4096 by Image.fromarray((array / 16).astype('uint8'))"
 
 NEARLY_CONSTANT = 2 / 255
-"""An image of less standard deviation, in pixels from 0 to 1, is told of."""
+"""Standard deviation, for pixels from 0 to 1, below which a warning names an image."""
 
 MICRO_BATCH_SIZE = 64
-"""So many images are normalised and looked at in one step."""
+"""Number of images that are normalised and checked in one step."""
 
 NAMED = 5
-"""So many files are named in one message."""
+"""Number of files that one message names."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class FewShotImages:
 
     Attributes:
         normalised: The images as the model takes them, `[N, C, H, W]`.
-        pixels: The same images in [0, 1], each `[C, H', W']` at its own size, from which augmentation crops; a large
-            file's at a size of which the smallest crop is no smaller than what the model takes.
-        mean: Per channel, which the normalisation takes from pixels.
-        std: Per channel, by which it divides them.
-        files: What each was read from; `None` where they do not come from files.
+        pixels: The same images in [0, 1], each `[C, H', W']` at its own size, from which augmentation crops. Those of
+            large files are shrunk, but even the smallest crop is no smaller than the model's input.
+        mean: Per-channel mean that normalisation subtracts from pixels.
+        std: Per-channel standard deviation by which normalisation divides them.
+        files: The file of each image; `None` if the images do not come from files.
     """
 
     normalised: Tensor
@@ -105,14 +105,14 @@ class FewShotImages:
         return len(self.normalised)
 
     def to(self, device: str | torch.device) -> "FewShotImages":
-        """The same on another device."""
+        """Return the images on another device."""
         normalised = self.normalised.to(device)
         if isinstance(self.pixels, _Pixels):
             return replace(self, normalised=normalised, pixels=self.pixels.of(normalised))
         return replace(self, normalised=normalised, pixels=[picture.to(device) for picture in self.pixels])
 
     def subset(self, indices: Sequence[int]) -> "FewShotImages":
-        """Some of the images."""
+        """Return some of the images."""
         files = None if self.files is None else tuple(self.files[i] for i in indices)
         normalised = self.normalised[list(indices)]
         if isinstance(self.pixels, _Pixels):
@@ -124,23 +124,23 @@ def load_images(images: Images | FewShotImages, model: nn.Module, progress: Prog
     """Collect and check the few-shot images for a model.
 
     Args:
-        images: A normalised tensor `[N, C, H, W]`; a `Dataset`, `DataLoader` or other iterable of normalised tensors
-            `[C, H, W]` or PIL images, alone, as the first of a tuple, or under one of `IMAGE_KEYS` of a dict; a folder,
-            see `image_files`; or a list of files. PIL images and files get timm's evaluation preprocessing for the
-            model. Grey ones of 16 or 32 bits are first scaled by the range of the whole set, with a warning that names
-            it. Other warnings name files that are left out, copies, images of nearly one colour, and tensors that look
-            like pixels.
-        model: The model that will see them.
-        progress: Told how many images are read, as the stage `"images"`; not of a tensor. Of a source without a length
-            the total is `MOST_UNCOUNTED`.
+        images: A normalised tensor `[N, C, H, W]`; a `Dataset`, `DataLoader` or other iterable; a folder, see
+            `image_files`; or a list of files. An iterable gives normalised tensors `[C, H, W]` or PIL images: by
+            themselves, as the first element of a tuple, or under one of `IMAGE_KEYS` of a dict. PIL images and files
+            get timm's evaluation preprocessing for the model. Grey images of 16 or 32 bits are first scaled by the
+            range of the whole set, with a warning that names it. Other warnings name files that are left out, copies,
+            images of nearly one colour, and tensors that look like pixels.
+        model: The model that will see the images.
+        progress: Called with the number of images read, as the stage `"images"`, but not for a tensor. For a source
+            without a length the total is `MOST_UNCOUNTED`.
 
     Returns:
         The images on the model's device.
 
     Raises:
-        ImagesError: If there are none, or any does not fit: size, channels, dtype, device, NaN or infinite pixels; if
-            all are alike; if fewer than half of the files can be read; if only some have more than 8 bits; or if a
-            source without a length gives more than `MOST_UNCOUNTED`.
+        ImagesError: If there are no images; if any has a wrong size, channels, dtype or device, or NaN or infinite
+            pixels; if all are equal; if fewer than half of the files can be read; if only some have more than 8 bits;
+            or if a source without a length gives more than `MOST_UNCOUNTED`.
     """
     if isinstance(images, FewShotImages):
         check_images(images.normalised, model)
@@ -173,13 +173,13 @@ def load_images(images: Images | FewShotImages, model: nn.Module, progress: Prog
 
 
 def _batches(items: Iterable[Any], at_own_size: "_Pictures", prep: Preprocessing, like: Tensor) -> Iterator[Tensor]:
-    """The images in order, normalised `[B, C, H, W]`: pictures many at a time, tensors one by one.
+    """Yield the images in order, normalised `[B, C, H, W]`: pictures in batches, tensors one by one.
 
     Args:
         items: Pictures of 8 bits, and tensors.
         at_own_size: The pictures are added to it.
-        prep: Prepares them.
-        like: They get its dtype, and all its device.
+        prep: The model's preprocessing.
+        like: A tensor whose device all images get, and whose dtype the pictures get.
     """
     levels: list[Tensor] = []
 
@@ -215,7 +215,7 @@ def _few_shot(
 
 
 def _counted(items: Iterator[Any], source: Any, progress: Progress) -> Iterator[Any]:
-    """The same items; progress is told of each, and a source without a length has a limit."""
+    """Yield the same items, report the progress of each, and limit a source without a length."""
     known = length_hint(source.dataset if isinstance(source, DataLoader) else source)
     done, limit = 0, max(known, MOST_UNCOUNTED)
     progress("images", done, known or limit, None)
@@ -232,7 +232,7 @@ def _counted(items: Iterator[Any], source: Any, progress: Progress) -> Iterator[
 
 
 def _in_8_bits(items: Iterable[Any], prep: Preprocessing) -> Iterator[Any]:
-    """The same images; those of more than 8 bits come when all are read, scaled by the range of them all."""
+    """Yield the same images with 8 bits. Deeper ones come after all are read, scaled by the range of the whole set."""
     deep, low, high = _Pictures(), math.inf, -math.inf
     for number, item in enumerate(items):
         if isinstance(item, Image.Image) and is_deep(item):
@@ -256,19 +256,19 @@ def _in_8_bits(items: Iterable[Any], prep: Preprocessing) -> Iterator[Any]:
     )
     scale = 255 / (high - low) if high > low else 0.0
     for number in range(len(deep)):
-        levels = ((deep[number].double() - low) * scale).round().clamp(0, 255)  # shrinking may go beyond the range
+        levels = ((deep[number].double() - low) * scale).round().clamp(0, 255)  # shrinking may overshoot the range
         yield prep.convert(to_pil_image(levels.to(torch.uint8)))
 
 
 ROUNDING = 1e-2
-"""So far beyond [0, 1] pixels still count as inside: interpolation and half precision take them there."""
+"""Distance from [0, 1] at which pixels still count as inside: interpolation and half precision overshoot by as much."""
 
 
 def _normalisation(normalised: Tensor, prep: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that make these images of pixels in [0, 1]: the model's, if those do.
+    """Return the mean and standard deviation that make these images of pixels in [0, 1]: the model's if they do.
 
-    A caller may have normalised in another way, as is usual of microscopy or CT. Views must not be clipped then: what
-    is [0, 1] is taken from the images, channel by channel.
+    A caller may have normalised in another way, as is usual for microscopy or CT. Views must not be clipped then, so
+    the range that stands for [0, 1] is taken from the images, channel by channel.
     """
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (prep.mean, prep.std))
     ends = torch.stack([torch.stack([x.amin((0, 2, 3)), x.amax((0, 2, 3))]) for x in normalised.split(64)])
@@ -280,7 +280,7 @@ def _normalisation(normalised: Tensor, prep: Preprocessing) -> tuple[tuple[float
 
 
 def _warn_of_pixels(images: Tensor, prep: Preprocessing) -> None:
-    """Say so where images look like pixels that nobody has normalised, by their 256 levels."""
+    """Warn if images look like unnormalised pixels, which have 256 levels."""
     if set(prep.mean) == {0.0} and set(prep.std) == {1.0}:
         return
     for top in (1, 255):
@@ -301,10 +301,10 @@ def _warn_of_pixels(images: Tensor, prep: Preprocessing) -> None:
 
 @dataclass(frozen=True)
 class _Looks:
-    """What tells whether an image is a copy of another, or of nearly one colour.
+    """What shows whether an image is a copy of another one, or of nearly one colour.
 
     Attributes:
-        digest: Of its values.
+        digest: The digest of its values.
         spread: Their standard deviation, per channel.
     """
 
@@ -313,10 +313,10 @@ class _Looks:
 
     @classmethod
     def of(cls, images: Tensor) -> list["_Looks"]:
-        """Those of normalised images `[B, C, H, W]`."""
+        """Return the looks of normalised images `[B, C, H, W]`."""
         contents = images.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
         values = images.detach().flatten(2).float()
-        spreads = (values - values.mean(2, keepdim=True)).square().mean(2).sqrt()  # in a tenth of the time of `std`
+        spreads = (values - values.mean(2, keepdim=True)).square().mean(2).sqrt()  # ten times as fast as `std`
         return [
             cls(hashlib.sha1(content.data, usedforsecurity=False).digest(), spread)
             for content, spread in zip(contents, spreads, strict=True)
@@ -324,7 +324,7 @@ class _Looks:
 
 
 def _check_looks(looks: Sequence[_Looks], std: tuple[float, ...], files: Sequence[Path] | None) -> None:
-    """Refuse images that are all alike, and warn of copies and of images of nearly one colour."""
+    """Refuse images that are all equal, and warn of copies and of images of nearly one colour."""
 
     def name(number: int) -> str:
         return f"image {number}" if files is None else repr(str(files[number]))
@@ -356,34 +356,34 @@ def _check_looks(looks: Sequence[_Looks], std: tuple[float, ...], files: Sequenc
 
 
 def named(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 class _Pictures:
-    """Pictures of different sizes, `[C, H, W]` of one dtype, by number."""
+    """Pictures `[C, H, W]` of different sizes and one dtype, by number."""
 
     def __init__(self) -> None:
         self._values = SpilledBuffer()
-        self._places: dict[int, tuple[int, torch.Size]] = {}
+        self._offsets: dict[int, tuple[int, torch.Size]] = {}
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __contains__(self, number: int) -> bool:
-        return number in self._places
+        return number in self._offsets
 
     def append(self, number: int, picture: Tensor) -> None:
-        self._places[number] = len(self._values), picture.shape
+        self._offsets[number] = len(self._values), picture.shape
         self._values.append(picture.flatten())
 
     def __getitem__(self, number: int) -> Tensor:
-        first, shape = self._places[number]
+        first, shape = self._offsets[number]
         return self._values[first : first + shape.numel()].view(shape)
 
 
 class _Pixels(Sequence[Tensor]):
-    """The images in [0, 1], worked out when they are asked for: from what their files hold, or from the normalised."""
+    """The images in [0, 1], computed on access from the content of their files or from the normalised images."""
 
     def __init__(
         self,
@@ -394,16 +394,16 @@ class _Pixels(Sequence[Tensor]):
         numbers: Sequence[int] | None = None,
     ) -> None:
         self._normalised, self._at_own_size = normalised, at_own_size
-        self._numbers = range(len(normalised)) if numbers is None else numbers  # under which they lie at their own size
-        self._given = mean, std
+        self._numbers = range(len(normalised)) if numbers is None else numbers  # of the images in `at_own_size`
+        self._normalisation = mean, std
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).to(normalised.device) for values in (mean, std)
         )
 
     def of(self, normalised: Tensor, indices: Sequence[int] | None = None) -> "_Pixels":
-        """Those of the same images elsewhere, or of some of them."""
+        """Return the same images on another device, or some of them."""
         numbers = self._numbers if indices is None else [self._numbers[i] for i in indices]
-        return _Pixels(normalised, self._at_own_size, *self._given, numbers)
+        return _Pixels(normalised, self._at_own_size, *self._normalisation, numbers)
 
     def __len__(self) -> int:
         return len(self._normalised)
@@ -423,13 +423,13 @@ class _Pixels(Sequence[Tensor]):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, sorted by path.
+    """Return the image files of a folder and its subfolders, sorted by path.
 
-    Links to folders are followed, each folder being read once. Names that begin with `.` or `@` are left out: folders
-    of thumbnails, checkpoints and the like. What is left out is told in a warning.
+    Links to folders are followed, and each folder is read once. Names that begin with `.` or `@` are left out, such as
+    folders of thumbnails and checkpoints. A warning names what is left out.
 
     Raises:
-        ImagesError: If the folder does not exist or holds none.
+        ImagesError: If the folder does not exist or holds no image files.
     """
     if not os.path.isdir(folder):
         raise ImagesError(f"{str(folder)!r} is not a folder: expected one with image files.")
@@ -463,14 +463,14 @@ def image_files(folder: Path) -> list[Path]:
                 left_out["are of a format that is not read; convert them to PNG or JPEG"].append(entry.path)
             elif is_link and not os.path.exists(path):
                 left_out["are links that lead nowhere"].append(entry.path)
-    told = "; ".join(f"{named([repr(path) for path in paths])} {why}" for why, paths in left_out.items())
+    reasons = "; ".join(f"{named([repr(path) for path in paths])} {why}" for why, paths in left_out.items())
     if not files:
         raise ImagesError(
             f"The folder {str(folder)!r} holds no image files ({', '.join(IMAGE_SUFFIXES)})."
-            + (f" Left out: {told}." if told else "")
+            + (f" Left out: {reasons}." if reasons else "")
         )
-    if told:
-        warnings.warn(f"Of the folder {str(folder)!r} these are left out: {told}.", ImagesWarning, stacklevel=2)
+    if reasons:
+        warnings.warn(f"Left out of the folder {str(folder)!r}: {reasons}.", ImagesWarning, stacklevel=2)
     return sorted(files)
 
 
@@ -480,12 +480,12 @@ def is_hidden(name: str) -> bool:
 
 
 def _readable(files: Sequence[Path], prep: Preprocessing, read: list[Path]) -> Iterator[Image.Image]:
-    """The images of files one by one; at the end it warns of those that cannot be read, or refuses if they are most.
+    """Yield the images of files one by one. At the end, warn of unreadable files, or refuse if they are most.
 
     Args:
         files: The files.
-        prep: What the images are prepared for.
-        read: Those that could be read are added to it.
+        prep: The model's preprocessing.
+        read: The files that could be read are added to it.
     """
     broken: list[str] = []
     stacked: list[str] = []
@@ -497,7 +497,7 @@ def _readable(files: Sequence[Path], prep: Preprocessing, read: list[Path]) -> I
                 image = _picture(opened, prep)
         except UnsupportedModelError:
             raise
-        except Exception as error:  # Pillow's readers raise whatever a broken file makes them
+        except Exception as error:  # Pillow's readers raise errors of many kinds
             broken.append(f"{str(path)!r} ({_reason(error)})")
             continue
         if several:
@@ -512,14 +512,14 @@ def _readable(files: Sequence[Path], prep: Preprocessing, read: list[Path]) -> I
     if stacked:
         warnings.warn(
             f"{len(stacked)} of {len(files)} files hold several images, and only the first of each is read: "
-            f"{named(stacked)}. Save the others as files of their own if they are wanted.",
+            f"{named(stacked)}. To use the others, save them as separate files.",
             ImagesWarning,
             stacklevel=3,
         )
 
 
 def _prepared(items: Iterable[Any], prep: Preprocessing) -> Iterator[Tensor | Image.Image]:
-    """The images of a caller's source: tensors as they are, and pictures as `_picture` gives them."""
+    """Yield the images of a caller's source: tensors unchanged, and pictures as `_picture` returns them."""
     for number, item in enumerate(items):
         if isinstance(item, Tensor):
             _require_dense(item, f"Image {number}")
@@ -538,10 +538,11 @@ def _prepared(items: Iterable[Any], prep: Preprocessing) -> Iterator[Tensor | Im
 
 
 def _picture(image: Image.Image, prep: Preprocessing) -> Image.Image:
-    """An image in memory and in the model's channels; one of more than 8 bits in Pillow's mode F.
+    """Return an image in memory and in the model's channels; one of more than 8 bits is in Pillow's mode F.
 
     Raises:
-        ImagesError: If it is too large, also once it is resized for the model, or has NaN or infinite pixels.
+        ImagesError: If it is empty; if it is too large, before or after it is resized for the model; or if it has NaN
+            or infinite pixels.
     """
     width, height = image.size
     if not width or not height:
@@ -568,10 +569,10 @@ def _reason(error: Exception) -> str:
 
 
 def _images_of(source: Any) -> Iterator[Any]:
-    """The images of a `Dataset`, a `DataLoader` or another iterable, one by one.
+    """Yield the images of a `Dataset`, a `DataLoader` or another iterable, one by one.
 
     Raises:
-        ImagesError: If it is none of them, or has fewer items than it says.
+        ImagesError: If the source is none of these, or has fewer items than its length.
     """
     try:
         yield from _read(source)
@@ -583,7 +584,7 @@ def _images_of(source: Any) -> Iterator[Any]:
 
 
 def _read(source: Any) -> Iterator[Any]:
-    """See `_images_of`."""
+    """Yield the images of a source, see `_images_of`."""
     if isinstance(source, Mapping):
         yield from _of_batch(source)
         return
@@ -593,10 +594,10 @@ def _read(source: Any) -> Iterator[Any]:
             if collates:
                 yield from _of_batch(batch)
             else:
-                yield from _of_item(tuple(batch) if isinstance(batch, list) else batch)  # torch made it of a tuple
+                yield from _of_item(tuple(batch) if isinstance(batch, list) else batch)  # torch made it from a tuple
         return
     if hasattr(source, "__iter__") or (hasattr(source, "__getitem__") and not hasattr(source, "__len__")):
-        items = iter(source)  # without `__iter__`, by index up to an IndexError
+        items = iter(source)  # without `__iter__`, Python counts up to an IndexError
     elif hasattr(source, "__getitem__"):
         items = (source[i] for i in range(len(source)))
     else:
@@ -608,7 +609,7 @@ def _read(source: Any) -> Iterator[Any]:
 
 
 def _of_item(item: Any) -> Iterable[Any]:
-    """The image of an item of a data set, or the images if it is a batch or a list of them."""
+    """Return the images of a data set's item, which is an image, a batch or a list of images."""
     if isinstance(item, list) and item and all(map(_is_image, item)):
         return item
     image = _image_of(item)
@@ -616,7 +617,7 @@ def _of_item(item: Any) -> Iterable[Any]:
 
 
 def _of_batch(batch: Any) -> Iterable[Any]:
-    """The images of what a `DataLoader` collates: a batch, one with its labels, a dict of them, or a list of items."""
+    """Return the images that a `DataLoader` collates: a batch, one with labels, a dict of them, or a list of items."""
     first = _image_of(batch)
     if isinstance(batch, Mapping):
         return list(first) if _is_batch(first) or isinstance(first, list | tuple) else [first]
@@ -629,13 +630,13 @@ def _of_batch(batch: Any) -> Iterable[Any]:
 
 
 def _image_of(item: Any) -> Any:
-    """The image of an item: the item, the first of a tuple, or what either has under one of `IMAGE_KEYS` if a dict."""
+    """Return the image of an item: the item itself, the first element of a tuple, or a value under `IMAGE_KEYS`."""
     if isinstance(item, Mapping):
         found = next((key for key in IMAGE_KEYS if key in item), None)
         if found is None:
             raise ImagesError(
                 f"An item is a dict with the keys {named([repr(key) for key in item])}: expected the image under one "
-                f"of {', '.join(map(repr, IMAGE_KEYS))}. Rename the key, or pass the images alone."
+                f"of {', '.join(map(repr, IMAGE_KEYS))}. Rename the key, or pass only the images."
             )
         return item[found]
     if isinstance(item, tuple | list) and len(item) > 0:
@@ -652,7 +653,7 @@ def _is_image(item: Any) -> bool:
 
 
 def _require_dense(images: Tensor, name: str) -> None:
-    """Refuse a sparse tensor and the like, of which torch cannot do what is done with images."""
+    """Refuse sparse and nested tensors, which lack operations of torch that images need."""
     if images.is_nested or images.layout != torch.strided:
         kind = "a nested tensor" if images.is_nested else f"a tensor of layout {images.layout}"
         raise ImagesError(f"{name}: {kind}, expected a dense one. Call its to_dense(), or stack its parts.")
@@ -664,11 +665,12 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
     Args:
         images: `[N, C, H, W]`.
         model: The model.
-        name: How errors call them.
-        first: The number of the first of them, among all.
+        name: What errors call the images.
+        first: The number of the first image among all.
 
     Raises:
-        ImagesError: If there are none, or size, channels, dtype or device do not fit, or pixels are NaN or infinite.
+        ImagesError: If there are none, if their size, channels, dtype or device do not fit, or if pixels are NaN or
+            infinite.
     """
     _require_dense(images, name)
     view = compressible(model)
@@ -705,15 +707,15 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
 
 
 FINITE_IMAGES = 8
-"""So many images are passed through a model to see whether its values stay finite."""
+"""Number of images that are passed through a model to check that its values are finite."""
 
 
 @torch.no_grad()
 def require_finite(model: nn.Module, images: FewShotImages) -> None:
-    """Refuse a model that has, or makes of images, values that are NaN or infinite.
+    """Refuse a model whose weights are NaN or infinite, or that makes such values of images.
 
     Raises:
-        NonFiniteError: Naming the weight, or the first block after which they appear.
+        NonFiniteError: If there are such values. The error names the weight, or the first block that outputs them.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -722,13 +724,13 @@ def require_finite(model: nn.Module, images: FewShotImages) -> None:
                 f"{bad:,} of {tensor.numel():,} values of {name} are NaN or infinite: load the model's weights again."
             )
     view = compressible(model)
-    state, where = view.embed(images.normalised[:FINITE_IMAGES]), "what precedes block 0"
+    state, where = view.embed(images.normalised[:FINITE_IMAGES]), "the part before block 0"
     for block in range(view.num_blocks()):
         if not bool(state.isfinite().all()):
             break
         state, where = view.run_blocks(state, block, block + 1), f"block {block}"
     if not bool(state.isfinite().all()):
         raise NonFiniteError(
-            f"Of the first {min(len(images), FINITE_IMAGES)} images {where} makes values that are NaN or infinite: "
+            f"On the first {min(len(images), FINITE_IMAGES)} images {where} outputs NaN or infinite values: "
             "check how images are normalised, and that the weights are not of a lower precision."
         )

@@ -5,12 +5,12 @@ classes y, minimise
 
     CE(M_O(x), y) + R(x)
 
-where the prior R is an L2 term and the total variation of four difference images (`dcvit.ops.tv_prior`). The prior
-is taken of the images themselves, the cross-entropy of a jittered view: rolling and mirroring leave the prior as it
-is, but for the rows that a roll joins.
+where the prior R is an L2 term and the total variation of four difference images (`dcvit.ops.tv_prior`). The prior is
+computed on the images themselves, and the cross-entropy on a jittered view. Rolling and mirroring would not change the
+prior, except in the rows that a roll joins.
 
-A model with BatchNorm knows the mean and variance of what each of these norms saw in training; DeepInversion's prior
-asks the view for the same (`bn_prior`).
+A model with BatchNorm stores the mean and variance of what each of these norms saw in training. DeepInversion's prior
+compares them with those of the view (`bn_prior`).
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ from dcvit.runtime.process_state import own_state
 __all__ = ["FIRST_BN_WEIGHT", "ProxySet", "bn_prior", "require_synthesized", "synthesize"]
 
 FIRST_BN_WEIGHT = 10.0
-"""The first BatchNorm counts so many times as much as another (DeepInversion's code)."""
+"""Weight of the first BatchNorm relative to the others (DeepInversion's code)."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class ProxySet:
 
     Attributes:
         images: Normalised, `[M, C, H, W]`.
-        targets: The classes that they were made for, `[M]`; `None` where the images were not synthesised.
-        loss: The lowest value of the objective; NaN where the images were not synthesised.
-        losses: The objective at each iteration; empty where the images were not synthesised.
+        targets: The classes that the images were made for, `[M]`; `None` if they were not synthesised.
+        loss: The lowest value of the objective; NaN if the images were not synthesised.
+        losses: The objective at each iteration; empty if the images were not synthesised.
     """
 
     images: Tensor
@@ -54,7 +54,7 @@ class ProxySet:
     losses: tuple[float, ...] = ()
 
     def to(self, device: str | torch.device) -> "ProxySet":
-        """The same on another device."""
+        """Return the proxy set on another device."""
         return replace(
             self, images=self.images.to(device), targets=None if self.targets is None else self.targets.to(device)
         )
@@ -66,21 +66,21 @@ def synthesize(
     config: SynthesisConfig | None = None,
     context: RunContext = STANDALONE,
 ) -> ProxySet:
-    """Make images that the model takes for given classes.
+    """Make images that the model assigns to given classes.
 
     A model without classes is inverted through the random projection of `dcvit.models.pseudo_head`.
 
     Args:
-        model: The original model M_O, in evaluation mode with frozen weights; unchanged.
+        model: The original model M_O, in evaluation mode with frozen weights; it is not changed.
         config: Settings of the optimisation.
-        context: Its seed draws targets, noise and jitter; its progress is told after each iteration.
+        context: Its seed draws targets, noise and jitter; its progress is called after each iteration.
 
     Returns:
         The images of the iteration with the lowest loss, inside the valid pixel range.
     """
     config = config or SynthesisConfig()
     require_supported(model)
-    model = copy_blocks(model, ())  # it gets hooks, which are the caller's only if the model is
+    model = copy_blocks(model, ())  # the copy gets the hooks, and the caller's model none
     view = compressible(model)
     parameter = next(model.parameters())
     channels, height, width = view.input_size()
@@ -145,12 +145,12 @@ def require_synthesized(found: ProxySet, model: nn.Module, config: SynthesisConf
     """Refuse a proxy set that `synthesize` could not have made.
 
     Args:
-        found: The proxy set; its targets must be there.
-        model: The original.
+        found: The proxy set, which must have targets.
+        model: The original model.
         config: Settings of the optimisation.
 
     Raises:
-        ValueError: If that is so.
+        ValueError: If it could not.
     """
     assert found.targets is not None
     parameter, (channels, height, width) = next(model.parameters()), require_supported(model).input_size()
@@ -159,27 +159,27 @@ def require_synthesized(found: ProxySet, model: nn.Module, config: SynthesisConf
     require_alike({"images": found.images, "targets": found.targets}, {"images": images, "targets": targets})
     low, high = (bound.to(found.images).view(-1, 1, 1) for bound in preprocessing(model).pixel_range)
     if not bool(((low <= found.images) & (found.images <= high)).all()):
-        raise ValueError("its images have pixels that no image has")
+        raise ValueError("its images have pixels outside of the valid range")
     if not bool(((found.targets >= 0) & (found.targets < num_classes(model))).all()):
         raise ValueError(f"its targets are not among the model's {num_classes(model)} classes")
     if len(found.losses) != config.iterations or found.loss not in found.losses:
-        raise ValueError(f"it tells of {len(found.losses)} iterations and a loss of {found.loss}")
+        raise ValueError(f"it has {len(found.losses)} iterations and a loss of {found.loss}")
 
 
 def bn_prior(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
-    """How far what the BatchNorms of a model see is from the statistics that they have.
+    """Return how far the inputs of a model's BatchNorms are from the norms' running statistics.
 
-    Σ ‖mean − running mean‖₂ + ‖variance − running variance‖₂ over the norms, the first `FIRST_BN_WEIGHT` times
-    (DeepInversion, arXiv 1912.08795, equation 4).
+    This is Σ ‖mean − running mean‖₂ + ‖variance − running variance‖₂ over the norms, where the first one counts
+    `FIRST_BN_WEIGHT` times (DeepInversion, arXiv 1912.08795, equation 4).
 
     Args:
-        inputs: Each norm, and what it is given, `[B, D, H, W]`, in the order of the model.
+        inputs: Each norm and its input `[B, D, H, W]`, in the order of the model.
     """
     total = inputs[0][1].new_zeros(())
-    for number, (norm, given) in enumerate(inputs):
+    for number, (norm, features) in enumerate(inputs):
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        variance, mean = torch.var_mean(given, dim=(0, 2, 3), correction=0)
+        variance, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
         distance = (mean - norm.running_mean).norm() + (variance - norm.running_var).norm()
         total = total + (FIRST_BN_WEIGHT if number == 0 else 1.0) * distance
     return total
@@ -187,7 +187,7 @@ def bn_prior(inputs: list[tuple[nn.BatchNorm2d, Tensor]]) -> Tensor:
 
 @contextmanager
 def _bn_inputs(model: nn.Module) -> Iterator[list[tuple[nn.BatchNorm2d, Tensor]]]:
-    """A list that fills in each pass with the model's BatchNorms and what they are given."""
+    """Yield a list to which each pass appends the model's BatchNorms and their inputs."""
     inputs: list[tuple[nn.BatchNorm2d, Tensor]] = []
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
     handles = [norm.register_forward_pre_hook(lambda module, args: inputs.append((module, args[0]))) for norm in norms]

@@ -1,4 +1,4 @@
-"""The demonstration: this method against block dropping, at the same MACs, on held-out digits."""
+"""The demonstration: a comparison of this method with block dropping at the same MACs, on held-out digits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,13 +38,13 @@ BLOCK_DROPPING = "block dropping (PRACTISE)"
 THIS_METHOD = "dcvit"
 
 NUM_DROPPED = 2
-"""Whole blocks that block dropping removes: two of eight, about a quarter of the MACs."""
+"""Number of whole blocks that block dropping removes: two of eight, about a quarter of the MACs."""
 
 # Digits are centred and have a writing direction: small shifts only, no mirror images, no colours.
 DIGIT_VIEWS = AugmentationConfig(scale=(0.7, 1.0), ratio=(0.9, 1.1), flip=0.0, color_jitter=0.0)
 
 DEMO_CONFIG = DCViT(recovery=ReconstructionConfig(augmentation=DIGIT_VIEWS), synthesis=SynthesisConfig(flip=0.0))
-"""The default, with views that suit digits."""
+"""The default config, with augmentation that suits digits."""
 
 PUBLISHED_DEMO_CONFIG = DCViT.paper(
     recovery=DistillationConfig(
@@ -57,7 +57,7 @@ PUBLISHED_DEMO_CONFIG = DCViT.paper(
     ),
     synthesis=SynthesisConfig(num_images=50, iterations=100, flip=0.0),
 )
-"""The published procedure, shortened to minutes on a CPU and fitted to 8x8 digits."""
+"""The published procedure, shortened to minutes on a CPU and adapted to 8x8 digits."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Settings:
     """The settings of the methods that are compared.
 
     Attributes:
-        config: Of this method.
-        published: Of the published procedure and of block dropping; impl is `config`'s.
+        config: The settings of this method.
+        published: The settings of the published procedure and of block dropping. Their impl is replaced by `config`'s.
     """
 
     config: DCViT = DEMO_CONFIG
@@ -81,7 +81,7 @@ class Comparison:
     """All rows, and the result of the first seed.
 
     Attributes:
-        rows: Method by method for each seed.
+        rows: One row per method and seed, grouped by seed.
         result: This method's result on the first seed, with top-1 on the held-out digits filled in.
     """
 
@@ -94,7 +94,7 @@ class Comparison:
         return tuple(dict.fromkeys(row.method for row in self.rows))
 
     def summary(self, method: str) -> dict[str, Any]:
-        """Mean and standard deviation of a method over the seeds (0 for one seed)."""
+        """Return mean and standard deviation of a method's figures over the seeds (the deviation of one seed is 0)."""
         rows = [row for row in self.rows if row.method == method]
 
         def spread(name: str) -> dict[str, float]:
@@ -111,7 +111,7 @@ class Comparison:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """`result.json` of a demonstration: the first seed's result, and all methods under `comparison`."""
+        """Return the contents of `result.json`: the first seed's result, and all methods under `comparison`."""
         return {**self.result.to_dict(), **self._summaries()}
 
     def save(self, folder: str | Path, *, overwrite: bool = False, page: Callable[[Record], str] | None = None) -> None:
@@ -136,12 +136,12 @@ def compare(
 
     Args:
         model: The original model, or its name.
-        digits: Few-shot sets are drawn from the training part; figures are of the held-out part.
-        seeds: One few-shot set and one run of both methods each.
+        digits: The data. Few-shot sets are drawn from the training part, and the figures use the held-out part.
+        seeds: The seeds. Each gives one few-shot set and one run of all methods.
         num_images: Size of a few-shot set.
-        num_dropped: Whole blocks that block dropping removes.
-        settings: Of the methods; their seeds are replaced.
-        progress: Told how it goes.
+        num_dropped: Number of whole blocks that block dropping removes.
+        settings: The settings of the methods. Their seeds are replaced.
+        progress: Called during each run, see `Progress`.
     """
     teacher = freeze(load_model(model))
     rows: list[ComparisonRow] = []

@@ -11,15 +11,15 @@ __all__ = ["IMAGE_SIZE", "MEAN", "NUM_TRAIN", "STD", "Digits", "load_digits"]
 
 IMAGE_SIZE = 8
 MEAN, STD = 0.305, 0.376
-"""Of the pixels in [0, 1]."""
+"""Mean and standard deviation of the pixels, scaled to [0, 1]."""
 
 NUM_TRAIN = 1000
-"""Images that the embedded model was trained on, and from which few-shot sets are drawn; the other 797 are held out."""
+"""Number of images that the embedded model was trained on. Few-shot sets are drawn from them; 797 are held out."""
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Normalised images `[N, 1, 8, 8]` and labels `[N]`, split once and for all."""
+    """Normalised images `[N, 1, 8, 8]` and labels `[N]`, in a fixed split."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -27,10 +27,10 @@ class Digits:
     test_labels: Tensor
 
     def few_shot(self, num_images: int, seed: int) -> Tensor:
-        """Some training images without their labels, `[num_images, 1, 8, 8]`.
+        """Return a random selection of training images without labels, `[num_images, 1, 8, 8]`.
 
         Raises:
-            DcvitError: If there are not that many.
+            DcvitError: If `num_images` is less than 1 or more than there are.
         """
         if not 1 <= num_images <= len(self.train_images):
             raise DcvitError(f"num_images={num_images}: expected 1 to {len(self.train_images)}.")
@@ -39,10 +39,10 @@ class Digits:
 
 
 def load_digits() -> Digits:
-    """The digits.
+    """Load the digits.
 
     Raises:
-        DcvitError: If scikit-learn, which holds them, is not installed.
+        DcvitError: If scikit-learn, which contains them, is not installed.
     """
     try:
         from sklearn import datasets
@@ -51,7 +51,7 @@ def load_digits() -> Digits:
     data = datasets.load_digits()
     images = (torch.from_numpy(data.images).float() / 16 - MEAN) / STD
     labels = torch.from_numpy(data.target).long()
-    # The files are in the order of writers; a fixed shuffle spreads them over both parts.
+    # The images are ordered by writer. A fixed shuffle spreads the writers over both parts.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order, None], labels[order]
     return Digits(images[:NUM_TRAIN], labels[:NUM_TRAIN], images[NUM_TRAIN:], labels[NUM_TRAIN:])

@@ -1,8 +1,8 @@
 """Train the embedded model: `python -m dcvit.demo.train FOLDER`.
 
-The model that ships is what this script writes. It takes a few minutes on one core. One thread is used, so that the
-weights do not depend on the number of cores; on another processor or torch version they differ by rounding that
-training amplifies, and the held-out accuracy by a point or so.
+This script writes the model that ships with dcvit. It takes a few minutes on one core. It uses one thread, so that the
+weights do not depend on the number of cores. On another processor or torch version, training amplifies rounding errors,
+and the held-out accuracy differs by about a point.
 """
 
 import argparse
@@ -30,8 +30,8 @@ ARCHITECTURE = {
     "embed_dim": 64,
     "depth": 8,
     "num_heads": 4,
-    # The original ViT initialisation. With timm's smaller one, the last blocks of so easy a task stay near the identity
-    # and dropping them costs nothing, which would leave nothing to compare.
+    # The original ViT initialisation. With timm's smaller one, the last blocks stay near the identity on such an easy
+    # task. Dropping them would then cost nothing, and there would be nothing to compare.
     "weight_init": "jax",
 }
 PREPROCESSING = {"mean": [MEAN], "std": [STD], "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
@@ -43,14 +43,14 @@ WEIGHT_DECAY = 0.0
 
 @dataclass(frozen=True)
 class Training:
-    """How a classifier is trained.
+    """Settings of a classifier's training.
 
     Attributes:
         epochs: Passes over the examples.
-        batch_size: Examples a step.
-        learning_rate: At the peak.
-        weight_decay: Decoupled.
-        report_every: Epochs between two printed lines.
+        batch_size: Examples per step.
+        learning_rate: The peak learning rate.
+        weight_decay: AdamW's decoupled weight decay.
+        report_every: Number of epochs between two printed lines.
     """
 
     epochs: int
@@ -61,11 +61,11 @@ class Training:
 
 
 def train(epochs: int = EPOCHS, seed: int = 0) -> nn.Module:
-    """A ViT trained on the training part of the digits, in evaluation mode.
+    """Train a ViT on the training part of the digits, and return it in evaluation mode.
 
     Args:
         epochs: Passes over the 1000 images.
-        seed: Initialises, orders and augments.
+        seed: Seed of the initialisation, of the order of the images and of the augmentation.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -84,15 +84,15 @@ def fit_classifier(
     count: int,
     training: Training,
 ) -> nn.Module:
-    """Train a classifier with AdamW, in place; it comes back in evaluation mode.
+    """Train a classifier with AdamW in place, and return it in evaluation mode.
 
-    Draws from torch's global generator.
+    The random numbers come from torch's global generator.
 
     Args:
         model: The classifier.
-        examples: From indices `[B]` to images `[B, C, H, W]` as the model takes them, and their classes `[B]`.
-        count: How many examples there are.
-        training: How.
+        examples: Maps indices `[B]` to preprocessed images `[B, C, H, W]` and their classes `[B]`.
+        count: Number of examples.
+        training: The settings.
     """
     epochs, batch_size, learning_rate = training.epochs, training.batch_size, training.learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=training.weight_decay)
@@ -101,7 +101,7 @@ def fit_classifier(
     model.train()
     for epoch in range(epochs):
         for chosen in torch.randperm(count).split(batch_size):
-            # Linear warm-up over a tenth of the training under half a cosine.
+            # The smaller of a linear warm-up over a tenth of the training and half a cosine.
             share = min((step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * share
@@ -119,7 +119,7 @@ def fit_classifier(
 
 
 def _moved(images: Tensor) -> Tensor:
-    """Each image `[B, 1, 8, 8]` turned by up to 0.15 rad, scaled by up to 10 % and shifted by up to 0.8 px."""
+    """Return each image `[B, 1, 8, 8]` rotated by up to 0.15 rad, scaled by up to 10 %, shifted by up to 0.8 px."""
     count = len(images)
     angle, scale = (torch.rand(count) - 0.5) * 0.3, 1 + (torch.rand(count) - 0.5) * 0.2
     shift = (torch.rand(count, 2) - 0.5) * 0.4  # in units of half the image side
@@ -131,7 +131,7 @@ def _moved(images: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Train, report and save."""
+    """Train the model, print its accuracy, and save it."""
     parser = argparse.ArgumentParser(prog="python -m dcvit.demo.train", description=__doc__)
     parser.add_argument("folder", type=Path, help="where to save; empty or new")
     parser.add_argument("--epochs", type=int, default=EPOCHS)

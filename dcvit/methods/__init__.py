@@ -1,6 +1,6 @@
-"""Few-shot compression methods behind one call, `dcvit.compress(..., method=...)`, so that they compare.
+"""Few-shot compression methods behind one call, `dcvit.compress(..., method=...)`, so that they can be compared.
 
-One module each, with the type of its settings; `dcvit.config.DCViT` is the default.
+Each method has one module, which also holds its config class. `dcvit.config.DCViT` is the default.
 """
 
 from dcvit.config import DCViT

@@ -1,7 +1,7 @@
-"""The largest structure that meets a budget, where whole blocks go or MLPs alone are pruned.
+"""Search for the largest structure that meets a budget, by dropping whole blocks or pruning only MLPs.
 
-What a structure costs is read off a model that has it, not calculated from its parts, so that every budget that a
-structure decides is met exactly from below.
+The cost of a structure is read from a model that has it, not added up from its parts. The result therefore never
+exceeds a budget whose cost the structure determines.
 """
 
 from bisect import bisect_right
@@ -22,16 +22,16 @@ __all__ = ["candidate_groups", "fewest_blocks", "flat", "plan_of", "require_bloc
 
 
 def target(model: nn.Module, budget: Budget) -> int:
-    """A budget as an absolute number, for an original.
+    """Return the budget of an original model as an absolute number.
 
     Raises:
-        BudgetError: If the budget is not below the original.
+        BudgetError: If the budget is not below the original's cost.
     """
     original = spent(model, budget)
-    wanted = budget.target_of(original)
-    if wanted >= original:
+    limit = budget.target_of(original)
+    if limit >= original:
         raise BudgetError(f"{budget.metric}={budget.value!r}: the original has only {original:,}. Ask for less.")
-    return wanted
+    return limit
 
 
 def plan_of(
@@ -42,14 +42,14 @@ def plan_of(
     candidates: Sequence[int],
     **more: Any,
 ) -> Plan:
-    """The plan that a student follows, read off it.
+    """Return the plan that a student follows, as its structure shows.
 
     Args:
         teacher: The original.
-        student: The smaller model, in which blocks have the same numbers.
-        budget: What it meets.
-        blocks: Those that are not the original's, at least one.
-        candidates: Those that might have been.
+        student: The smaller model. Its blocks have the same numbers as the teacher's.
+        budget: The budget that the student meets.
+        blocks: The blocks that differ from the original's, at least one.
+        candidates: The blocks that were allowed to change.
         more: Further fields of the plan.
     """
     compressible(teacher)
@@ -67,25 +67,25 @@ def plan_of(
     )
 
 
-def candidate_groups(model: nn.Module, wanted: tuple[int, ...] | None) -> list[tuple[int, ...]]:
-    """The blocks that may go, those together that go together: each alone in a ViT, shifted pairs in a Swin.
+def candidate_groups(model: nn.Module, candidates: tuple[int, ...] | None) -> list[tuple[int, ...]]:
+    """Return the blocks that may be dropped, in groups: single blocks of a ViT, shifted pairs of a Swin.
 
     Args:
         model: The original.
-        wanted: The caller's candidates; see `dcvit.search.space.choose_candidates` where there are none.
+        candidates: The caller's candidates. With `None`, `dcvit.search.space.choose_candidates` chooses them.
 
     Raises:
         BudgetError: See `dcvit.search.space.choose_candidates`.
     """
-    candidates = choose_candidates(model, wanted)
-    return [group for group in compressible(model).groups() if group[0] in candidates]
+    allowed = choose_candidates(model, candidates)
+    return [group for group in compressible(model).groups() if group[0] in allowed]
 
 
 def require_blocks(model: nn.Module, candidates: Sequence[int]) -> None:
-    """Refuse candidates of which one is no block.
+    """Refuse candidates that are not blocks of the model.
 
     Raises:
-        BudgetError: If that is so.
+        BudgetError: If a candidate does not exist.
     """
     depth = compressible(model).num_blocks()
     if not set(candidates) <= set(range(depth)):
@@ -93,25 +93,25 @@ def require_blocks(model: nn.Module, candidates: Sequence[int]) -> None:
 
 
 def flat(groups: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """The blocks of some groups, in their order."""
+    """Return the blocks of all groups, in the groups' order."""
     return tuple(block for group in groups for block in group)
 
 
 def fewest_blocks(
     model: nn.Module, budget: Budget, choose: Callable[[int], Sequence[tuple[int, ...]]], most: int
 ) -> tuple[int, ...]:
-    """The fewest whole blocks without which a model meets a budget.
+    """Return the fewest whole blocks that must be dropped to meet a budget.
 
     Args:
         model: The original.
-        budget: What is left may cost so much.
-        choose: Which groups of blocks go if so many go.
-        most: How many groups may go.
+        budget: What the smaller model may cost.
+        choose: Returns the groups of blocks to drop, for a number of groups.
+        most: The largest number of groups that may be dropped.
 
     Raises:
-        BudgetError: If it cannot be met.
+        BudgetError: If the budget cannot be met.
     """
-    wanted = target(model, budget)
+    limit = target(model, budget)
     left = spent(model, budget)
     blocks: tuple[int, ...] = ()
     for count in range(1, most + 1):
@@ -120,27 +120,27 @@ def fewest_blocks(
         for block in blocks:
             compressible(smaller).drop_block(block)
         left = spent(smaller, budget)
-        if left <= wanted:
+        if left <= limit:
             return blocks
     raise BudgetError(
-        f"{budget.metric}={budget.value!r} asks for {wanted:,}: without all {len(blocks)} blocks that may go {left:,} "
-        "are left. Ask for more, or allow more blocks in `candidates`."
+        f"{budget.metric}={budget.value!r} asks for {limit:,}: without all {len(blocks)} blocks that may be dropped "
+        f"{left:,} are left. Ask for more, or allow more blocks in `candidates`."
     )
 
 
 def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], round_to: int) -> dict[int, int]:
-    """How many hidden units each block may keep, all the same share, so that a model meets a budget.
+    """Return the number of hidden units that each block keeps, the same share in all, so that a model meets a budget.
 
     Args:
         model: The original.
-        budget: What is left may cost so much.
-        candidates: The blocks that lose units.
-        round_to: Kept units are a multiple of it, or all of a block's.
+        budget: What the smaller model may cost.
+        candidates: The blocks that lose hidden units.
+        round_to: A block keeps a multiple of this many hidden units, or all of them.
 
     Raises:
-        BudgetError: If it cannot be met with one unit, or one multiple, a block.
+        BudgetError: If even `round_to` hidden units per block exceed the budget.
     """
-    view, wanted = compressible(model), target(model, budget)
+    view, limit = compressible(model), target(model, budget)
     hidden = {block: view.hidden_features(block) for block in candidates}
     widest = max(hidden.values())
 
@@ -151,10 +151,10 @@ def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], rou
     def cost(step: int) -> int:
         return spent(_pruned(model, kept(step)), budget)
 
-    step = bisect_right(range(1, widest), wanted, key=cost)
+    step = bisect_right(range(1, widest), limit, key=cost)
     if not step:
         raise BudgetError(
-            f"{budget.metric}={budget.value!r} asks for {wanted:,}: with {round_to} hidden "
+            f"{budget.metric}={budget.value!r} asks for {limit:,}: with {round_to} hidden "
             f"{'unit' if round_to == 1 else 'units'} in each of {len(hidden)} blocks {cost(1):,} are left. Ask for "
             "more; this method keeps everything else."
         )
@@ -162,7 +162,7 @@ def widest_mlps(model: nn.Module, budget: Budget, candidates: Sequence[int], rou
 
 
 def _pruned(model: nn.Module, kept: Mapping[int, int]) -> nn.Module:
-    """A model whose MLPs are so narrow, for what it costs."""
+    """Return a copy in which each block keeps the given number of hidden units; only its cost matters."""
     smaller = copy_blocks(model, ())
     for block, units in kept.items():
         compressible(smaller).prune_block(block, range(units))

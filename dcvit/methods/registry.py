@@ -1,6 +1,6 @@
-"""The table of methods, and what each is given and gives back.
+"""The table of methods, with the inputs and results that they share.
 
-A module that holds a method registers it; after `import dcvit.methods` the table is complete.
+Each method's module registers it. The table is complete after `import dcvit.methods`.
 """
 
 from collections.abc import Callable
@@ -26,16 +26,16 @@ Config = TypeVar("Config", bound=MethodConfig, covariant=True)
 
 @dataclass(frozen=True)
 class Task(Generic[Config]):
-    """What a method is given.
+    """The inputs of a method.
 
     Attributes:
         teacher: The original, frozen.
         images: The few-shot set.
         budget: What the student may cost.
-        config: The method's settings; their type says which method.
-        context: How the run is carried out; its seed and impl are the config's.
-        stopwatch: Times one pass, for a budget of latency.
-        proxy_set: Images of the caller's to rank blocks on.
+        config: The method's settings. Their type identifies the method.
+        context: How the run is carried out. Its seed and impl are the config's.
+        stopwatch: Times one forward pass, for latency budgets.
+        proxy_set: The caller's images to rank blocks on, if there are any.
     """
 
     teacher: nn.Module
@@ -49,18 +49,19 @@ class Task(Generic[Config]):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method arrives at.
+    """The result of a method.
 
     Attributes:
         student: The compressed model.
         plan: Its structure. A block of `blocks` that is not in `kept_units` was dropped whole.
-        probes: Of each candidate block, best first, where the method tries them.
-        pruning_probes: Of each block that might keep its attention and lose hidden units only, likewise.
-        learning_rate: Given or found: of the distillation, or the step size of reconstruction; 0 without gradient steps.
-        steps: How each distillation went.
-        reconstructions: How each block was fitted, front to back.
-        refinement: How the student mimicked after that.
-        proxy_set: What blocks were ranked on.
+        probes: The sensitivity probes of the candidate blocks, best first, if the method makes any.
+        pruning_probes: The probes of the blocks that can keep their attention and lose only hidden units, best first.
+        learning_rate: The learning rate of distillation or the step size of reconstruction, as configured or found; 0
+            without gradient steps.
+        steps: A report of each distillation.
+        reconstructions: A report of each fitted block, front to back.
+        refinement: A report of the distillation that follows reconstruction.
+        proxy_set: The images that blocks were ranked on.
     """
 
     student: nn.Module
@@ -79,15 +80,15 @@ class Method:
     """A way to compress a model.
 
     Attributes:
-        name: What `dcvit.compress(method=...)` takes for the default of `config`.
-        config: The type of its settings, which names the method in that call.
-        title: What it does, in a line.
+        name: The name that `dcvit.compress(method=...)` accepts; it stands for the default `config`.
+        config: The type of its settings. An instance selects the method in that call.
+        title: What it does, in one line.
         source: The paper.
-        families: The model families that it handles, see `ModelView.family`.
-        compress: The method. It refuses what it cannot do before any long work.
-        metrics: What the budgets that it meets are of, see `dcvit.budget.METRICS`.
-        resumable: Whether it does its units through its context's store, so that a run that was killed goes on, and
-            shares its work over the context's ranks.
+        families: The model families that it supports, see `ModelView.family`.
+        compress: Runs the method. It refuses unsupported inputs before any long work.
+        metrics: The budget metrics that it supports, see `dcvit.budget.METRICS`.
+        resumable: Whether it keeps checkpoint entries in its context's store, so that a killed run can resume, and
+            shares its work over the context's processes.
     """
 
     name: str
@@ -100,10 +101,10 @@ class Method:
     resumable: bool = False
 
     def require_family(self, model: nn.Module) -> None:
-        """Refuse a model of a family that the method does not handle.
+        """Refuse a model of a family that the method does not support.
 
         Raises:
-            UnsupportedModelError: Naming the methods that do.
+            UnsupportedModelError: If so; the message names the methods that support the family.
         """
         family = compressible(model).family
         if family not in self.families:
@@ -114,16 +115,16 @@ class Method:
             )
 
     def require_metric(self, budget: Budget) -> None:
-        """Refuse a budget of what the method does not save.
+        """Refuse a budget whose metric the method does not support.
 
         Raises:
-            BudgetError: Naming the methods that do.
+            BudgetError: If so; the message names the methods that support the metric.
         """
         if budget.metric not in self.metrics:
             others = ", ".join(other.name for other in METHODS.values() if budget.metric in other.metrics)
             raise BudgetError(
-                f"{budget.metric}={budget.value!r}: method={self.name!r} meets budgets of {', '.join(self.metrics)} alone; "
-                f"ask for one of these, or choose one of {others}."
+                f"{budget.metric}={budget.value!r}: method={self.name!r} meets only budgets of "
+                f"{', '.join(self.metrics)}; ask for one of these, or choose one of {others}."
             )
 
 
@@ -132,26 +133,26 @@ METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Enter a method in the table."""
+    """Add a method to the table."""
     METHODS[method.name] = method
 
 
-def method_of(given: str | MethodConfig) -> tuple[Method, MethodConfig]:
-    """The method that a config is of, or a name stands for, and its settings.
+def method_of(choice: str | MethodConfig) -> tuple[Method, MethodConfig]:
+    """Return the method that a config or a name selects, and its settings.
 
     Args:
-        given: A config, or the name of a method, which stands for its default config.
+        choice: A config, or the name of a method, which stands for its default config.
 
     Raises:
         DcvitError: If it is neither.
     """
-    if isinstance(given, str) and given in METHODS:
-        return METHODS[given], METHODS[given].config()
+    if isinstance(choice, str) and choice in METHODS:
+        return METHODS[choice], METHODS[choice].config()
     for method in METHODS.values():
-        if type(given) is method.config:
-            return method, given
+        if type(choice) is method.config:
+            return method, choice
     types = ", ".join(method.config.__name__ for method in METHODS.values())
     raise DcvitError(
-        f"method={given!r}: expected a config ({types}), or the name of a method, one of {', '.join(METHODS)} "
+        f"method={choice!r}: expected a config ({types}), or the name of a method, one of {', '.join(METHODS)} "
         "(`dcvit methods` describes them)."
     )

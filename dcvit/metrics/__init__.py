@@ -1,1 +1,1 @@
-"""What is measured of models: latency, memory, fidelity to the original."""
+"""Measurements of models: latency, memory, cost, accuracy, and fidelity to the original."""

@@ -1,4 +1,4 @@
-"""How good a model is."""
+"""How often models predict the right class, or the same class as another model."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ __all__ = ["agreement", "closeness", "top1"]
 
 @torch.no_grad()
 def predictions(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """The most likely class of each image `[N, C, H, W]`, as `[N]`; where memory runs out fewer pass at once."""
+    """Return the most likely class `[N]` of each image `[N, C, H, W]`. If memory runs out, the batch is halved."""
     found: list[Tensor] = []
     while (done := sum(map(len, found))) < len(images):
         try:
@@ -24,12 +24,12 @@ def predictions(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tenso
 
 
 def top1(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 64) -> float:
-    """Share of the images `[N, C, H, W]` whose most likely class is their label `[N]`, in [0, 1]."""
+    """Return the share of the images `[N, C, H, W]` whose most likely class is their label `[N]`, in [0, 1]."""
     return float((predictions(model, images, batch_size) == labels.to(images.device)).double().mean())
 
 
 def agreement(student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int = 64) -> float | None:
-    """Share of the images for which two models name the same class, in [0, 1]; `None` for models without classes."""
+    """Return the share of the images for which two models predict the same class, in [0, 1]; `None` without classes."""
     if compressible(teacher).num_classes() < 2:
         return None
     same = predictions(student, images, batch_size) == predictions(teacher, images, batch_size)
@@ -40,20 +40,20 @@ def agreement(student: nn.Module, teacher: nn.Module, images: Tensor, batch_size
 def closeness(
     student: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int = 64
 ) -> tuple[float | None, float]:
-    """How two models agree, and the distillation loss of the one against the other; memory does not grow with the images.
+    """Return the agreement and the distillation loss of two models. Memory does not grow with the number of images.
 
     Args:
-        student: The one.
-        teacher: The other.
+        student: The compressed model.
+        teacher: The original model.
         images: `[N, C, H, W]`.
-        batch_size: So many pass at once.
+        batch_size: Images in one pass.
 
     Returns:
-        The share of the images for which they name the same class, as `agreement` has it, and the mean squared
-        difference of their output tokens; where the student has fewer of them, of what the heads take.
+        The share of the images for which they predict the same class, see `agreement`, and the mean squared difference
+        of their output tokens. If the student has fewer tokens, the inputs of the heads are compared instead.
     """
     views = [compressible(model) for model in (student, teacher)]
-    named = views[1].num_classes() >= 2
+    has_classes = views[1].num_classes() >= 2
     same, loss = 0, 0.0
     for batch in images.split(batch_size):
         tokens = [view.tokens(batch) for view in views]
@@ -62,7 +62,7 @@ def closeness(
             pooled = [view.features(of) for view, of in zip(views, tokens, strict=True)]
             compared = [features.unsqueeze(1) for features in pooled]
         loss += len(batch) * float(distillation_loss(compared[0], compared[1]))
-        if named:
+        if has_classes:
             classes = [view.logits(of).argmax(-1) for view, of in zip(views, tokens, strict=True)]
             same += int((classes[0] == classes[1]).sum())
-    return (same / len(images) if named else None), loss / len(images)
+    return (same / len(images) if has_classes else None), loss / len(images)

@@ -1,4 +1,4 @@
-"""What a model costs, in the unit of a budget."""
+"""What a model costs, in the metric of a budget."""
 
 from torch import nn
 
@@ -11,10 +11,10 @@ __all__ = ["spent"]
 
 
 def spent(model: nn.Module, budget: Budget) -> int:
-    """Return what a model costs, in a budget's unit.
+    """Return what a model costs, in a budget's metric.
 
     Raises:
-        BudgetError: If the budget is of latency, which has to be measured.
+        BudgetError: If the metric is latency, which has to be measured.
     """
     if budget.metric == "file_size":
         return file_size(model.state_dict())

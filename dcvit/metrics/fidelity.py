@@ -1,17 +1,17 @@
-"""Step 4: how far a student is from its teacher, on images that it did not learn from.
+"""Step 4: how far a student is from its teacher, on images that it was not trained on.
 
 Published (`"cross_entropy"`, DC-ViT, arXiv 2403.18708): the cross-entropy between the class distributions of teacher
-and student, on the synthesised proxy set, less the teacher's with itself, so that 0 is perfect: the Kullback-Leibler
-divergence, which orders students alike.
+and student, on the synthesised proxy set. The teacher's entropy is subtracted, so that 0 is perfect. This is the
+Kullback-Leibler divergence, which ranks students in the same order.
 
 Default (`"distillation"`): the relative distillation error over all output tokens,
 
     r = ‖s − t‖² / ‖t − mean(t)‖²,
 
-on the proxy set and, where there are any, on the few-shot images held out of the reconstruction; the geometric mean
-of the two. Each set misleads in its own way: synthesised images are far from photographs, which exaggerates the first
-blocks, and held-out images are few and much like those that were learnt from. All tokens say more than one class
-distribution, and a backbone without classes has no other judge.
+on the proxy set and, if there are any, on the few-shot images held out of the reconstruction; the geometric mean of
+the two. Each set has its own bias. Synthesised images are far from photographs, which exaggerates the first blocks.
+Held-out images are few, and much like the training images. All tokens say more than one class distribution, and a
+backbone without classes allows no other metric.
 """
 
 import math
@@ -29,36 +29,36 @@ __all__ = ["Metric"]
 
 
 class Metric:
-    """The teacher's answers, and how far a student's are from them.
+    """The distance of students from a teacher, on sets of images.
 
     Args:
-        teacher: The original.
-        image_sets: Sets of images `[M, C, H, W]`, normalised; of several the geometric mean of the losses is taken.
+        teacher: The original model.
+        image_sets: Sets of normalised images `[M, C, H, W]`. For several sets, the losses' geometric mean is taken.
         kind: What is compared.
-        batch_size: Images a pass.
+        batch_size: Images in one pass.
     """
 
     def __init__(
         self, teacher: nn.Module, image_sets: Sequence[Tensor], kind: MetricKind, batch_size: int = 64
     ) -> None:
-        self._validates = [_Validation(teacher, images, kind, batch_size) for images in image_sets]
+        self._validations = [_Validation(teacher, images, kind, batch_size) for images in image_sets]
 
     def loss(self, student: nn.Module, first_block: int | None = None) -> float:
-        """How far a student is from its teacher; lower is better.
+        """Return how far a student is from its teacher; lower is better.
 
         Args:
             student: The student.
-            first_block: A block before which it agrees with the teacher, which saves computing what lies before;
-                `None` where nothing is known.
+            first_block: A block before which the student equals the teacher, so that the earlier ones are not computed;
+                `None` if that is not known of any.
         """
-        losses = [judge.loss(student, first_block) for judge in self._validates]
+        losses = [validation.loss(student, first_block) for validation in self._validations]
         if len(losses) == 1:
             return losses[0]
         return math.exp(sum(math.log(max(loss, 1e-30)) for loss in losses) / len(losses))
 
 
 class _Validation:
-    """The teacher's tokens before each block, and what a student's output is compared with."""
+    """The teacher's tokens before each block, and its outputs, for one set of images."""
 
     def __init__(self, teacher: nn.Module, images: Tensor, kind: MetricKind, batch_size: int) -> None:
         view = compressible(teacher)
@@ -73,7 +73,7 @@ class _Validation:
                     before.append(tokens)
                     tokens = view.run_blocks(tokens, block, block + 1)
                 outputs.append(view.final_norm(tokens))
-            self._expected = [self._answer(teacher, tokens) for tokens in outputs]
+            self._expected = [self._outputs(teacher, tokens) for tokens in outputs]
         mean = torch.cat([tokens.flatten(0, 1) for tokens in outputs]).mean(0)
         self._spread = sum(float((tokens - mean).double().square().sum()) for tokens in outputs)
 
@@ -87,13 +87,13 @@ class _Validation:
         ):
             tokens = before if first_block is not None else view.embed(images)
             tokens = view.final_norm(view.run_blocks(tokens, first_block or 0, depth))
-            found = self._answer(student, tokens)
+            found = self._outputs(student, tokens)
             if self._kind == "cross_entropy":
                 total += float((expected.exp() * (expected - found)).sum())
             else:
                 total += float((expected - found).double().square().sum())
         return total / (len(self._images) if self._kind == "cross_entropy" else max(self._spread, 1e-30))
 
-    def _answer(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """Log-probabilities `[B, K]` from output tokens `[B, N, D]`, or these themselves."""
+    def _outputs(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Return log-probabilities `[B, K]` of output tokens `[B, N, D]`, or the tokens themselves."""
         return class_logits(model, tokens).log_softmax(-1) if self._kind == "cross_entropy" else tokens

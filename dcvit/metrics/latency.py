@@ -1,8 +1,8 @@
-"""How long one forward pass takes.
+"""Latency of one forward pass.
 
-Latency is measured as the paper does (DC-ViT, arXiv 2403.18708): many runs at one batch size after a warm-up,
-synchronised with the device. Models take turns run by run, so that a change of the machine's load hits all of them, and
-a ratio is taken within each round, which such a change leaves alone.
+Latency is measured as in the paper (DC-ViT, arXiv 2403.18708): many runs at one batch size after a warm-up,
+synchronised with the device. Models take turns run by run, so that a change in the machine's load affects all of them.
+Ratios are taken within each round, so that such a change cancels out.
 """
 
 import math
@@ -42,21 +42,21 @@ __all__ = [
 ]
 
 Mode = Literal["eager", "compile", "fp16", "bf16"]
-"""How a model runs: as it is, through `torch.compile`, or under autocast to a half precision."""
+"""How a model runs: unchanged, through `torch.compile`, or under autocast to a half precision."""
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 Stopwatch = Callable[[nn.Module, Tensor], float]
-"""Runs a module once on a batch and returns the seconds that took; `time_forward` unless a caller injects another."""
+"""A function that runs a module once on a batch and returns the seconds that took; `time_forward` by default."""
 
 LEAST_ROUNDS = 5
-"""Rounds before anything but their number ends a measurement."""
+"""Rounds before a measurement may end for another reason than their number."""
 
 K = TypeVar("K", bound=Hashable)
 
 
 def time_forward(model: nn.Module, inputs: Tensor) -> float:
-    """Seconds of one forward pass, until the device has finished it."""
+    """Return the seconds of one forward pass, until the device has finished it."""
     _synchronise(inputs.device)
     start = time.perf_counter()
     model(inputs)
@@ -65,9 +65,9 @@ def time_forward(model: nn.Module, inputs: Tensor) -> float:
 
 
 def time_cpu(model: nn.Module, inputs: Tensor) -> float:
-    """Processor seconds of one forward pass in one thread: what a clock on the wall would show of an idle CPU.
+    """Return the processor seconds of one forward pass in one thread, which equal wall-clock seconds on an idle CPU.
 
-    On a busy machine ratios of these vary several times less than those of `time_forward`.
+    On a busy machine, ratios of these vary several times less than those of `time_forward`.
 
     Raises:
         DcvitError: On another device, or with more than one thread, whose processor times would add up.
@@ -85,16 +85,16 @@ def time_cpu(model: nn.Module, inputs: Tensor) -> float:
 
 
 STOPWATCHES: dict[str, Stopwatch] = {"wall": time_forward, "cpu": time_cpu}
-"""By the clock that they read."""
+"""Stopwatches by the clock that they read."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """The runs of one model.
+    """The timed runs of one model.
 
     Attributes:
-        seconds: Of each run, in the order of the rounds.
-        batch_size: Images a run.
+        seconds: Seconds of each run, in the order of the rounds.
+        batch_size: Images per run.
     """
 
     seconds: tuple[float, ...]
@@ -102,33 +102,33 @@ class Latency:
 
     @property
     def mean_ms(self) -> float:
-        """Mean over the runs, in milliseconds a batch."""
+        """Mean over the runs, in milliseconds per batch."""
         return 1000 * mean(self.seconds)
 
     @property
     def median_ms(self) -> float:
-        """Median over the runs, in milliseconds a batch."""
+        """Median over the runs, in milliseconds per batch."""
         return 1000 * median(self.seconds)
 
     @property
     def p95_ms(self) -> float:
-        """The time that 95 % of the runs stay below, in milliseconds a batch."""
+        """The time below which 95 % of the runs stay, in milliseconds per batch."""
         return 1000 * float(np.percentile(self.seconds, 95))
 
     @property
     def images_per_second(self) -> float:
-        """Throughput: all images over the time of all runs."""
+        """Throughput: all images divided by the time of all runs."""
         return self.batch_size / mean(self.seconds)
 
     def ratio_to(self, other: "Latency") -> float:
-        """Median of this model's time over another's, run by run; both must come from one `measure_latency`."""
+        """Return the median ratio, run by run, of this model's time to another's from the same `measure_latency`."""
         return median(self._ratios(other))
 
     def ratio_error(self, other: "Latency") -> float:
-        """Standard error of `ratio_to`, from the median absolute deviation, which single slow runs do not move."""
+        """Return the standard error of `ratio_to`, from the median absolute deviation, which resists slow outliers."""
         ratios = self._ratios(other)
         middle = median(ratios)
-        # 1.4826 MAD is the standard deviation of normal values, 1.2533 times the mean's the median's standard error.
+        # For normal values the standard deviation is 1.4826 MAD, and the median's standard error 1.2533 of the mean's.
         return 1.2533 * 1.4826 * median(abs(ratio - middle) for ratio in ratios) / math.sqrt(len(ratios))
 
     def _ratios(self, other: "Latency") -> list[float]:
@@ -137,16 +137,17 @@ class Latency:
 
 @dataclass(frozen=True)
 class Timing:
-    """How often models are timed.
+    """Settings of a latency measurement.
 
     Attributes:
         runs: Timed runs of each model, at most.
         warmup: Runs before them that do not count.
-        max_seconds: Timing ends after the round in which the runs have taken this long together, or
-        precision: in which the standard error of every ratio to the first model is below this; at least five are run.
+        max_seconds: Timing ends after the round in which all runs together exceed this time.
+        precision: Timing ends after the round in which the standard errors of all ratios to the first model are below
+            this. At least five rounds are run in either case.
 
     Raises:
-        DcvitError: If there is no run, or fewer than no warm-up runs.
+        DcvitError: If `runs` is less than 1, or `warmup` less than 0.
     """
 
     runs: int = 500
@@ -162,13 +163,13 @@ class Timing:
 
 
 DEFAULT_TIMING = Timing()
-"""As the paper times."""
+"""The timing of the paper."""
 
 QUICK_TIMING = Timing(runs=50, warmup=1, max_seconds=3.0)
-"""For a rough figure."""
+"""Timing for a rough figure."""
 
 PRECISE_TIMING = Timing(runs=1000, max_seconds=20.0, precision=0.004)
-"""Until ratios are known to 0.4 %, which on a busy machine the seconds end."""
+"""Timing until ratios are known to 0.4 %; on a busy machine it ends by the seconds."""
 
 
 @torch.no_grad()
@@ -184,12 +185,12 @@ def measure_latency(
     """Time the forward passes of models that take turns.
 
     Args:
-        models: What to time, by name. The order within a round is reversed in every other one.
-        inputs: The batch, `[B, C, H, W]` for a whole model; or one for each model.
-        timing: How often, and when that is enough.
+        models: The models by name. The order within a round is reversed in every other round.
+        inputs: A batch `[B, C, H, W]` for whole models, or one batch for each model.
+        timing: How often, and when it ends.
         stopwatch: Times one run.
-        progress: Told after each round.
-        stage: What it is told this is.
+        progress: Called after each round.
+        stage: The stage that progress is called with.
     """
     runs = timing.runs
     batch = {name: inputs if isinstance(inputs, Tensor) else inputs[name] for name in models}
@@ -222,12 +223,12 @@ class LatencyRow:
     """One model in one mode, as `compare_latency` measures it.
 
     Attributes:
-        model: Its name.
+        model: The name of the model.
         mode: How it ran.
         latency: Its runs.
         ratio: Its time over that of the first model in the same mode, median over the rounds.
-        weight_bytes: Of its parameters and buffers.
-        activation_bytes: Peak of what one pass allocates beyond weights and input.
+        weight_bytes: Bytes of its parameters and buffers.
+        activation_bytes: Peak bytes that one pass allocates beyond weights and input.
     """
 
     model: str
@@ -238,7 +239,7 @@ class LatencyRow:
     activation_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain values for JSON."""
+        """Return the figures as plain values for JSON."""
         return {
             "model": self.model,
             "mode": self.mode,
@@ -264,16 +265,16 @@ def compare_latency(
     stopwatch: Stopwatch = time_forward,
     progress: Progress = silent,
 ) -> tuple[LatencyRow, ...]:
-    """Measure models side by side, every one in every mode, all interleaved.
+    """Measure models side by side, each one in every mode, all interleaved.
 
     Args:
-        models: By name; ratios refer to the first. They may take images of different sizes.
-        batch_size: Images a run.
+        models: Models by name; ratios refer to the first. They may take images of different sizes.
+        batch_size: Images per run.
         runs: Timed runs of each model in each mode.
-        warmup: Runs before them; those of `"compile"` compile.
-        modes: How they run.
+        warmup: Runs before them; in `"compile"` mode these compile.
+        modes: How the models run.
         stopwatch: Times one run.
-        progress: Told after each round.
+        progress: Called after each round.
 
     Returns:
         One row for each model and mode, mode by mode.
@@ -307,7 +308,7 @@ def compare_latency(
 
 
 def in_mode(model: nn.Module, mode: Mode) -> nn.Module:
-    """A module that runs a model, which it shares, in a mode.
+    """Return a module that runs a model in a mode. The model is shared, not copied.
 
     Raises:
         DcvitError: If the mode is unknown or the model's device lacks it.
@@ -320,7 +321,7 @@ def in_mode(model: nn.Module, mode: Mode) -> nn.Module:
 
 
 def example_images(model: nn.Module, batch_size: int) -> Tensor:
-    """A batch of Gaussian noise `[B, C, H, W]` of the size, device and dtype that a model takes; the same each time."""
+    """Return a batch of Gaussian noise `[B, C, H, W]` of a model's input size, device and dtype; the same each time."""
     weight = next(model.parameters())
     drawing = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(batch_size, *input_size(model), generator=drawing, dtype=torch.float32, device="cpu")
@@ -344,13 +345,13 @@ class _Autocast(nn.Module):
 def _require_mode(mode: Mode, device: torch.device) -> None:
     if mode not in MODES:
         raise DcvitError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
-    if mode in _HALF and not _has_sublayer(device, _HALF[mode]):
+    if mode in _HALF and not _has_half_precision(device, _HALF[mode]):
         raise DcvitError(f"mode={mode!r}: this {device.type} has no {mode} arithmetic; leave that mode out.")
 
 
-def _has_sublayer(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device computes in a half precision itself, where torch can tell."""
-    if device.type == "cpu":  # emulated on others, slower than float32
+def _has_half_precision(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a device itself computes in a half precision, as far as torch can tell."""
+    if device.type == "cpu":  # other CPUs emulate it, slower than float32
         native = torch.ops.mkldnn
         checks = {torch.float16: native._is_mkldnn_fp16_supported, torch.bfloat16: native._is_mkldnn_bf16_supported}
         return bool(checks[dtype]())
@@ -363,7 +364,7 @@ def _has_sublayer(device: torch.device, dtype: torch.dtype) -> bool:
 @torch.no_grad()
 def _peak_memory(subject: nn.Module, mode: Mode, images: Tensor) -> int:
     try:
-        subject(images)  # what the first pass alone allocates, or compiles, is not of interest
+        subject(images)  # not measured: only the first pass compiles, or allocates some things
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).split())[:200]
         raise DcvitError(

@@ -1,11 +1,11 @@
-"""A model of a model's latency, calibrated from measured blocks.
+"""A model of a model's latency, calibrated with measured blocks.
 
-With o the latency of the original, b of one whole block and c(h) of a compressed block with h hidden units, k
-compressed blocks of L take
+Let o be the latency of the original, b that of one whole block, and c(h) that of a compressed block with h hidden
+units. A model of L blocks, of which k are compressed, takes
 
     t(k, h) = rest + (L − k) · b + k · c(h),   rest = o − L · b
 
-b and c are measured, c at a few widths between which it is interpolated.
+b and c are measured. c is measured at a few widths, and interpolated between them.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ WIDTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the hidden units at which a compressed block is measured."""
 
 TIMING = replace(PRECISE_TIMING, warmup=3)
-"""One measurement while planning."""
+"""Timing of one measurement while planning."""
 
 
 @torch.no_grad()
@@ -38,17 +38,17 @@ def calibrate(
     stopwatch: Stopwatch = time_forward,
     progress: Progress = silent,
 ) -> LatencyModel:
-    """Measure the original, its whole blocks, and those blocks compressed at five widths, in turn.
+    """Measure the original, its whole blocks, and those blocks compressed to five widths, in turn.
 
-    Blocks are timed as chains, one after another as in the model: on a busy machine a run that is much shorter than
-    the original's is disturbed more rarely, and its ratio to the original's would be too small.
+    Blocks are timed as chains, one after another as in the model. On a busy machine a run that is much shorter than the
+    original's is disturbed more rarely, and its ratio to the original's would be too small.
 
     Args:
-        model: The original, on the device that the figures are to be of.
-        blocks: Which blocks; they must be of one size.
-        batch_size: Images a batch.
+        model: The original model, on the device to measure.
+        blocks: The blocks to measure, which must be of one size.
+        batch_size: Images per batch.
         stopwatch: Times one run.
-        progress: Told after each round.
+        progress: Called after each round.
     """
     view = compressible(model)
     images = example_images(model, batch_size)
@@ -85,15 +85,15 @@ def time_structures(
     stopwatch: Stopwatch,
     progress: Progress,
 ) -> tuple[StructureTiming, ...]:
-    """Time structures with weights not recovered, in turn with the original.
+    """Time pruned skeletons of structures, whose weights are not recovered, in turn with the original.
 
     Args:
-        model: The original.
-        structures: k and the hidden units kept, for each.
-        candidates: Blocks to compress; the first k are.
-        batch_size: Images a batch.
+        model: The original model.
+        structures: k and the number of kept hidden units of each structure.
+        candidates: Candidate blocks, of which the first k are compressed.
+        batch_size: Images per batch.
         stopwatch: Times one run.
-        progress: Told after each round.
+        progress: Called after each round.
     """
     subjects: dict[tuple[int, int] | None, nn.Module] = {None: model}
     subjects |= {(k, hidden): pruned_skeleton(model, dict.fromkeys(candidates[:k], hidden)) for k, hidden in structures}

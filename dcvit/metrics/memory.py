@@ -1,12 +1,13 @@
-"""Memory of one inference pass: what the activations take at their peak.
+"""Activation memory of one inference pass, at its peak.
 
-Counted is every tensor that the pass allocates, at the moment when those alive together are largest. Weights and the
-input batch are there before and do not count. `trace_activation_memory` predicts it without computing anything: it
-runs the model on tensors without data and adds up what is alive. `measure_peak_memory` asks the allocator.
+It counts every tensor that the pass allocates, at the moment when those alive together are largest. Weights and the
+input batch exist before and do not count. `trace_activation_memory` predicts it without computing anything: it runs the
+model on tensors without data and adds up those that are alive. `measure_peak_memory` asks the allocator.
 
-Both agree to the byte where blocks set the peak. What a kernel allocates for itself the trace does not see, such as the
-copy of its weights that a CPU's convolution makes: that can set the peak of a batch of a few small images. Of a
-compressed block it counts the plain-PyTorch implementation of `dcvit.ops.dropped_mlp`; the compiled ones need less.
+Both agree to the byte where blocks set the peak. The trace does not see what a kernel allocates for itself, such as the
+copy of the weights that a CPU's convolution makes. That can set the peak of a batch of a few small images. For a
+compressed block, the trace counts the plain-PyTorch implementation of `dcvit.ops.dropped_mlp`; the compiled ones need
+less.
 """
 
 import weakref
@@ -28,17 +29,17 @@ __all__ = ["measure_peak_memory", "trace_activation_memory"]
 
 @torch.no_grad()
 def trace_activation_memory(model: nn.Module, batch_size: int) -> int:
-    """Peak bytes of the activations of one inference pass, from a run without data.
+    """Return the peak bytes of the activations of one inference pass, from a run without data.
 
     Args:
-        model: Any model of timm's; unchanged.
+        model: Any timm model; it is not changed.
         batch_size: Images in the pass.
     """
     weight = next(model.parameters())
     shadow = pruned_skeleton(model, {})
     choose_impl(shadow, "eager")
     with FakeTensorMode() as fake:
-        # Not its `state_dict`, which leaves out buffers that are not saved.
+        # Its `state_dict` would leave out buffers that are not saved.
         tensors = [*shadow.named_parameters(), *shadow.named_buffers()]
         state: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in tensors}
         images = torch.empty(batch_size, *input_size(model), dtype=weight.dtype, device=weight.device)
@@ -49,7 +50,7 @@ def trace_activation_memory(model: nn.Module, batch_size: int) -> int:
 
 
 def measure_peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that torch's allocator of a device holds at most during a call, beyond what it held before.
+    """Return the most bytes that a device's allocator in torch holds during a call, beyond what it held before.
 
     Args:
         run: The call.
@@ -74,7 +75,7 @@ def measure_peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 
 class _Alive(TorchDispatchMode):
-    """Adds up the storages that operations make, until they die."""
+    """A dispatch mode that adds up the storages which operations make, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -83,11 +84,11 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(outputs):
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key not in given and key not in self._sizes:  # else a view, or written in place
+            if key not in inputs and key not in self._sizes:  # else it is a view, or was written in place
                 self._sizes[key] = storage.nbytes()
                 weakref.finalize(storage, self._sizes.pop, key)
         self.peak = max(self.peak, sum(self._sizes.values()))

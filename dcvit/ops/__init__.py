@@ -1,8 +1,8 @@
 """The hot paths of compression: one function per op, each with interchangeable implementations.
 
-Every op takes `impl="auto" | "eager" | "cpp" | "cuda" | "triton"`. Eager is the specification, in plain torch; "auto"
-takes the first implementation that does not refuse the inputs and is faster than eager; an explicit choice runs or
-raises with the reason.
+Every op takes `impl="auto" | "eager" | "cpp" | "cuda" | "triton"`. The eager implementation is the specification, in
+plain torch. "auto" takes the first implementation that supports the inputs and is faster than eager. Any other choice
+runs, or raises an error that gives the reason.
 """
 
 import importlib
@@ -19,6 +19,6 @@ __all__ = ["Impl", "attention", "availability", "distillation_loss", "dropped_ml
 
 
 def availability() -> dict[str, str | None]:
-    """For each implementation, why it cannot run on this machine; `None` if it can."""
+    """Return, for each implementation, why it cannot run on this machine; `None` if it can."""
     ops = ("attention", "dropped_mlp", "distillation_loss", "synthesis_step", "tv_prior")
     return _dispatch.availability({op: importlib.import_module(f"dcvit.ops.{op}").IMPLEMENTATIONS for op in ops})

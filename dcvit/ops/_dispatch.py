@@ -1,14 +1,14 @@
-"""How ops are made known to torch, and which implementation of an op runs.
+"""Registration of ops with torch, and selection of the implementation that runs.
 
-An op is a schema in the namespace `dcvit`, written in Python so that op, fake and autograd exist without a compiler.
-Implementations come in as
+An op is a schema in the namespace `dcvit`. It is written in Python, so that op, fake and autograd exist without a
+compiler. Its implementations are registered as
 
-- the overload `dcvit::<op>`: `csrc/` registers its kernels for the dispatch keys CPU ("cpp") and CUDA ("cuda");
-- the overload `dcvit::<op>.triton`: `dcvit/kernels/<op>.py` launches Triton kernels, which share those devices.
+- the overload `dcvit::<op>`, for which `csrc/` registers kernels with the dispatch keys CPU ("cpp") and CUDA ("cuda");
+- the overload `dcvit::<op>.triton`, for which `dcvit/kernels/<op>.py` launches Triton kernels on the same devices.
 
-Whether csrc was built is asked of torch's dispatcher. Where it was not, the overload falls back to reference kernels in
-plain torch: they keep `torch.ops.dcvit`, `torch.library.opcheck` and exported programs working, but `impl=` never
-counts them as an implementation.
+Torch's dispatcher says whether the kernels of `csrc/` were built. If they were not, the overload falls back to
+reference kernels in plain torch. These keep `torch.ops.dcvit`, `torch.library.opcheck` and exported programs working,
+but `impl=` never counts them as an implementation.
 """
 
 import functools
@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 from dcvit.errors import DcvitError
 
 Impl = Literal["auto", "eager", "cpp", "cuda", "triton"]
-"""The one spelling of the selector that every op takes as `impl=`."""
+"""The values of the selector `impl=` that every op takes."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -37,17 +37,17 @@ _LIBRARY = torch.library.Library("dcvit", "DEF")
 _DIRECT: dict[OpOverload, type[torch.autograd.Function]] = {}
 
 
-# --- making ops known to torch ---------------------------------------------------------------------------------------
+# --- registering ops with torch --------------------------------------------------------------------------------------
 
 
 def define(name: str, schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
     """Define `dcvit::<name>` and return it.
 
     Args:
-        name: The op, with `.overload` if it is not the default one.
-        schema: Arguments and returns, as in `"(Tensor x) -> Tensor"`.
-        kernel: Runs on every device for which no other kernel is registered.
-        fake: Makes outputs of the right shape, dtype and device without data.
+        name: The op's name, followed by `.overload` for any overload but the default one.
+        schema: The arguments and returns, as in `"(Tensor x) -> Tensor"`.
+        kernel: The kernel for every device for which no other kernel is registered.
+        fake: A function that makes outputs of the right shape, dtype and device, without data.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -59,9 +59,9 @@ def define(name: str, schema: str, *, kernel: Callable[..., Any], fake: Callable
 
 
 def register_autograd(op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give `op` a derivative; `backward` and `setup_context` are those of `torch.library.register_autograd`.
+    """Register a derivative of `op`, with the arguments of `torch.library.register_autograd`.
 
-    The derivative is computed as the op was, without autocast.
+    The derivative is computed without autocast, like the op.
     """
     backward = _without_autocast(backward)
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
@@ -90,16 +90,16 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_autocast(first: Tensor) -> str | None:
-    """The `limit` of ops with matrix products."""
+    """Refuse autocast; ops with matrix products use this as their `limit`."""
     if torch.is_autocast_enabled(first.device.type):
-        return "autocast casts the inputs of matrix products, which eager code leaves to torch"
+        return "autocast casts the inputs of matrix products, and only the eager implementation leaves them to torch"
     return None
 
 
 def call(op: OpOverload, *args: Any) -> Any:
-    """`op(*args)`, without what torch's registered autograd does around it in Python.
+    """Return `op(*args)`, without the Python overhead of torch's registered autograd; the derivative is the same.
 
-    That took 100 us forward and backward with cold caches, as much as a small op; the derivative is the same.
+    The overhead was 100 us for forward and backward with cold caches, as much as a small op takes.
     """
     if torch.compiler.is_compiling():
         return op(*args)
@@ -110,7 +110,7 @@ def call(op: OpOverload, *args: Any) -> Any:
 
 
 def refuse_double_backward(op: OpOverload) -> None:
-    """Make `op`, which computes a first derivative, refuse to be differentiated again."""
+    """Make `op`, which computes a first derivative, raise an error if it is differentiated again."""
 
     def backward(_ctx: Any, *_grads: Tensor) -> None:
         raise RuntimeError(
@@ -122,7 +122,7 @@ def refuse_double_backward(op: OpOverload) -> None:
 
 
 def launcher(op: str, function: str) -> Callable[..., Any]:
-    """`dcvit.kernels.<op>.<function>`, imported when it is first called because Triton is optional."""
+    """Return `dcvit.kernels.<op>.<function>`, which is imported at its first call because Triton is optional."""
 
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"dcvit.kernels.{op}"), function)(*args)
@@ -135,15 +135,16 @@ def launcher(op: str, function: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Implementation:
-    """An implementation other than eager, and the inputs that it takes.
+    """An implementation other than eager, with the inputs that it supports.
 
     Attributes:
-        op: What runs.
-        device: The device type that it runs on.
-        dtypes: The floating dtypes that it takes; all tensors of a call share one.
-        missing: Says why the implementation is not there, or `None` if it is.
-        limit: Says, of the first tensor, why the op refuses it for a reason of its own, or `None` if it does not.
-        gains: Whether it is faster than eager with the given tensors, by `python -m benchmarks kernels`. "auto" asks.
+        op: The overload that runs.
+        device: The device type that it supports.
+        dtypes: The floating dtypes that it supports; all tensors of a call share one.
+        missing: Returns why the implementation is not installed, or `None` if it is.
+        limit: Returns why this op does not support the first tensor, or `None` if it does.
+        gains: Returns whether the implementation is faster than eager for these tensors, as measured by
+            `python -m benchmarks kernels`. Only "auto" uses it.
     """
 
     op: OpOverload
@@ -154,7 +155,7 @@ class Implementation:
     gains: Callable[[Mapping[str, Tensor | None]], bool] = lambda tensors: True
 
     def refuses(self, tensors: Mapping[str, Tensor | None]) -> str | None:
-        """Say why the call cannot run here, or return `None` if it can."""
+        """Return why the call cannot run with this implementation, or `None` if it can."""
         if reason := self.missing():
             return reason
         name, first = next((name, tensor) for name, tensor in tensors.items() if tensor is not None)
@@ -171,26 +172,27 @@ class Implementation:
             if tensor.device != device:
                 return f"all tensors must share a device, and {other} is on {tensor.device}, {name} on {device}"
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-            return "torch.func transforms and forward-mode differentiation see through eager code only"
+            return "only the eager implementation supports torch.func transforms and forward-mode differentiation"
         return self.limit(first)
 
 
 def select(
     name: str, impl: str, implementations: Mapping[str, Implementation], tensors: Mapping[str, Tensor | None]
 ) -> OpOverload | None:
-    """Choose what runs a call.
+    """Select the implementation of a call.
 
     Args:
-        name: The public function, for messages.
-        impl: "eager", a key of `implementations`, or "auto" for the first of them that does not refuse and gains.
-        implementations: The op's table, in order of preference.
-        tensors: The floating inputs of the call by name; `None` where an optional one is left out.
+        name: The public function's name, for messages.
+        impl: "eager", a key of `implementations`, or "auto" for the first one that supports the call and is faster than
+            eager.
+        implementations: The op's implementations, in order of preference.
+        tensors: The floating inputs of the call by name; `None` for an optional one that is left out.
 
     Returns:
         The overload to call, or `None` for eager.
 
     Raises:
-        DcvitError: If `impl` is unknown, or names an implementation that refuses the call.
+        DcvitError: If `impl` is unknown, or names an implementation that does not support the call.
     """
     if impl == "eager":
         return None
@@ -203,22 +205,22 @@ def select(
         known = ", ".join(("auto", "eager", *implementations))
         raise DcvitError(f"{name}: impl={impl!r} is unknown. Choose one of {known}.")
     if reason := implementations[impl].refuses(tensors):
-        raise DcvitError(f"{name}: impl={impl!r} cannot run: {reason}. Pass impl='auto' to take what can.")
+        raise DcvitError(f"{name}: impl={impl!r} cannot run: {reason}. Pass impl='auto' to use one that can.")
     return implementations[impl].op
 
 
-def cpp(op: OpOverload, *dtypes: torch.dtype, **asked: Any) -> Implementation:
-    """The kernel that `csrc/cpu` registers for `op`."""
-    return Implementation(op, "cpu", dtypes, missing=_missing_kernel(op, "CPU"), **asked)
+def cpp(op: OpOverload, *dtypes: torch.dtype, **options: Any) -> Implementation:
+    """Return the kernel that `csrc/cpu` registers for `op`."""
+    return Implementation(op, "cpu", dtypes, missing=_missing_kernel(op, "CPU"), **options)
 
 
-def cuda(op: OpOverload, *dtypes: torch.dtype, **asked: Any) -> Implementation:
-    """The kernel that `csrc/cuda` registers for `op`."""
-    return Implementation(op, "cuda", dtypes, missing=_missing_kernel(op, "CUDA"), **asked)
+def cuda(op: OpOverload, *dtypes: torch.dtype, **options: Any) -> Implementation:
+    """Return the kernel that `csrc/cuda` registers for `op`."""
+    return Implementation(op, "cuda", dtypes, missing=_missing_kernel(op, "CUDA"), **options)
 
 
-def triton(op: OpOverload, *dtypes: torch.dtype, **asked: Any) -> Implementation:
-    """The launcher in `dcvit/kernels` behind the overload `op`."""
+def triton(op: OpOverload, *dtypes: torch.dtype, **options: Any) -> Implementation:
+    """Return the launcher in `dcvit/kernels` for the overload `op`."""
     module = f"dcvit.kernels.{op._schema.name.removeprefix('dcvit::')}"
 
     @_constant_in_graphs
@@ -229,52 +231,50 @@ def triton(op: OpOverload, *dtypes: torch.dtype, **asked: Any) -> Implementation
             return f"{module} is not part of this installation"
         return None
 
-    return Implementation(op, "cuda", dtypes, missing=missing, **asked)
+    return Implementation(op, "cuda", dtypes, missing=missing, **options)
 
 
 def _missing_kernel(op: OpOverload, key: str) -> Callable[[], str | None]:
     @functools.cache
-    def asked() -> str | None:
+    def reason() -> str | None:
         problem = extension_problem()
         if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
             return None
-        return problem or _build_note(key) or f"the compiled extension holds no {key} kernel of {op.name()}"
+        return problem or _build_note(key) or f"the compiled extension has no {key} kernel of {op.name()}"
 
-    return _constant_in_graphs(lambda: asked())
+    return _constant_in_graphs(lambda: reason())
 
 
 @functools.cache
 def extension_problem() -> str | None:
-    """Load the compiled extension, once, and say what is wrong with it; `None` if nothing is."""
+    """Load the compiled extension, once, and return why it cannot be used; `None` if it can."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     built = [file for suffix in suffixes if (file := _build() / f"_C{suffix}").is_file()]
     if not built:
         reason = _build_note("CPU") or "reinstall dcvit where a C++ compiler is found"
         return f"the compiled extension was never built ({reason})"
     only = _build_note("only")
-    if only not in (None, torch.__version__):  # it might load all the same, and crash
-        return f"the compiled extension serves torch {only} alone, not torch {torch.__version__} (reinstall dcvit)"
+    if only not in (None, torch.__version__):  # it might load nevertheless, and crash
+        return f"the compiled extension supports only torch {only}, not torch {torch.__version__} (reinstall dcvit)"
     try:
         torch.ops.load_library(built[0])
     except OSError as error:
-        was = _build_note("torch")
-        return (
-            f"the compiled extension{f', built against torch {was},' if was else ''} does not load with torch "
-            f"{torch.__version__} (reinstall dcvit): {error}"
-        )
+        built_for = _build_note("torch")
+        origin = f", built against torch {built_for}," if built_for else ""
+        return f"the compiled extension{origin} does not load with torch {torch.__version__} (reinstall dcvit): {error}"
     return None
 
 
 def _build() -> Path:
-    """Where the compiled extension is: in the package, or in `$DCVIT_KERNELS`, a folder with another build of it."""
+    """Return the folder of the compiled extension: `$DCVIT_KERNELS` if it is set, otherwise the package."""
     return Path(os.environ.get("DCVIT_KERNELS") or Path(__file__).parent.parent)
 
 
 def _build_note(about: str) -> str | None:
-    """What setup.py kept of the build.
+    """Return an entry of the notes that setup.py made about the build, or `None`.
 
-    That is the "torch" that it was for, the "only" torch that can load it if others cannot, or why there are no kernels
-    for "CPU" or "CUDA".
+    The entry "torch" is the version that it was built for, and "only" the single version that can load it, if there is
+    only one. The entries "CPU" and "CUDA" say why there are no kernels for that device.
     """
     try:
         note: dict[str, str | None] = json.loads((_build() / "_C.json").read_text())
@@ -284,8 +284,8 @@ def _build_note(about: str) -> str | None:
 
 
 def _constant_in_graphs(function: _Function) -> _Function:
-    # What is installed does not change while a graph lives, and dynamo cannot trace the questions that find it out.
-    # This is torch.compiler.assume_constant_result, without the second that its import of dynamo takes.
+    # Installed packages do not change while a graph exists, and dynamo cannot trace the checks for them. This is the
+    # effect of torch.compiler.assume_constant_result, which would import dynamo and so take a second.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -294,15 +294,15 @@ def _constant_in_graphs(function: _Function) -> _Function:
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even its parent package is there
+    except ModuleNotFoundError:  # its parent package does not exist either
         return False
 
 
 def availability(implementations: Mapping[str, Mapping[str, Implementation]]) -> dict[str, str | None]:
-    """For each implementation, why no op can run with it on this machine; `None` if some can.
+    """Return, for each implementation, why no op can use it on this machine; `None` if an op can.
 
     Args:
-        implementations: The tables of the ops, by op.
+        implementations: The implementations of each op.
     """
     reasons: dict[str, str | None] = {"eager": None}
     for name in ("cpp", "cuda", "triton"):

@@ -1,12 +1,12 @@
 """Self-attention of few tokens, from the packed projection to the merged heads.
 
-Source: Attention Is All You Need (arXiv 1706.03762), section 3.2, as timm's `Attention` has it:
+Source: Attention Is All You Need (arXiv 1706.03762), section 3.2, as in timm's `Attention`:
 
     out = softmax(q k^T / sqrt(E)) v  for each image and head, with q, k and v [N, E]
 
-torch's fused attention multiplies blocks with the BLAS. Of 17 tokens, heads of 16, a product takes less time than the
-call, and the copies that part and merge the heads as much again; a kernel that reads and writes the packed layout
-needs neither.
+torch's fused attention multiplies blocks with the BLAS. For 17 tokens and heads of size 16, a product takes less time
+than its call, and the copies that split and merge the heads take as long again. A kernel that reads and writes the
+packed layout avoids both.
 """
 
 import functools
@@ -21,7 +21,7 @@ from dcvit.ops import _dispatch
 from dcvit.ops._dispatch import Impl
 
 HEAD_DIM_MULTIPLE = 16
-"""Heads are read in whole vectors, of which AVX-512's hold 16 numbers."""
+"""The divisor of supported head sizes: heads are read in whole vectors, and a vector of AVX-512 holds 16 numbers."""
 
 
 def attention(qkv: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -35,7 +35,7 @@ def attention(qkv: Tensor, *, impl: Impl = "auto") -> Tensor:
         The heads side by side, `[B, N, H * E]`.
 
     Raises:
-        ValueError: If the shape does not fit, or `impl` names an implementation that refuses the call.
+        ValueError: If the shape does not fit, or `impl` names an implementation that does not support the call.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention: qkv is {list(qkv.shape)}, expected [B, N, 3, H, E].")
@@ -51,22 +51,25 @@ def attention(qkv: Tensor, *, impl: Impl = "auto") -> Tensor:
 
 
 def eager(qkv: Tensor) -> Tensor:
-    """The op in plain torch, whose fused attention on the CPU has no second derivative; its "math" backend has one."""
+    """Compute the op in plain torch.
+
+    On the CPU, torch's fused attention has no second derivative, but its "math" backend has one.
+    """
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 # Schema, with the kernels and fakes that go with it.
 #
-# The forward returns the probabilities [B, H, keys, queries], which its backward needs, if `save` is set; else they
-# have no images. They take N / 3E of the memory of qkv.
+# If `save` is set, the forward returns the probabilities [B, H, keys, queries] for its backward; otherwise it returns
+# them for no images. They take N / 3E of the memory of qkv.
 
 _SCHEMA = "(Tensor qkv, bool save) -> (Tensor out, Tensor probabilities)"
 _BACKWARD_SCHEMA = "(Tensor grad, Tensor qkv, Tensor probabilities) -> Tensor"
 
 
 def forward(qkv: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """The forward op's kernel where none is compiled."""
+    """Compute the forward op where no compiled kernel is installed."""
     q, k, _ = qkv[: len(qkv) if save else 0].permute(2, 0, 3, 1, 4).unbind(0)
     probabilities = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1)
     return eager(qkv), probabilities.mT.contiguous()
@@ -78,7 +81,7 @@ def _fake(qkv: Tensor, save: bool) -> tuple[Tensor, Tensor]:
 
 
 def backward(grad: Tensor, qkv: Tensor, probabilities: Tensor) -> Tensor:
-    """The backward op's kernel where none is compiled."""
+    """Compute the backward op where no compiled kernel is installed."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     grad = grad.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
     probabilities, grad_p = probabilities.mT, grad @ v.mT
@@ -110,7 +113,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     qkv, _ = inputs
     _, probabilities = output
     ctx.mark_non_differentiable(probabilities)
-    ctx.set_materialize_grads(False)  # else a zero gradient as large as `probabilities` is made for it
+    ctx.set_materialize_grads(False)  # avoids a zero gradient as large as `probabilities`
     ctx.save_for_backward(qkv, probabilities)
 
 
@@ -120,16 +123,16 @@ def _autograd(op_backward: OpOverload, ctx: Any, grad: Tensor | None, _: None) -
     return _dispatch.call(op_backward, grad, *ctx.saved_tensors), None
 
 
-# Implementations, in order of preference. There is none for GPUs, where torch's fused attention leaves nothing to gain.
+# Implementations, in order of preference. There is none for GPUs, where torch's fused attention is as fast.
 
 
 def _limit(qkv: Tensor) -> str | None:
     tokens, size = qkv.shape[1], qkv.shape[4]
     if size == 0 or size % HEAD_DIM_MULTIPLE:
-        return f"it takes heads of a multiple of {HEAD_DIM_MULTIPLE}, and they are {size} wide"
+        return f"it takes head sizes that are multiples of {HEAD_DIM_MULTIPLE}, and the size is {size}"
     if tokens > 3 * size:
         return (
-            f"{tokens} tokens have probabilities that take more memory than qkv; with heads {size} wide it takes up "
+            f"the probabilities of {tokens} tokens take more memory than qkv; with a head size of {size}, it takes up "
             f"to {3 * size} tokens"
         )
     return _dispatch.no_autocast(qkv)

@@ -1,7 +1,7 @@
-"""The token-distillation loss of several candidates against one teacher.
+"""The feature distillation loss of several candidates against one teacher.
 
 Source: DC-ViT (arXiv 2403.18708): the mean squared error between all output tokens of student and teacher. Candidates
-that are trialled together share the teacher's tokens, which a kernel then reads once for all of them.
+that are probed together share the teacher's tokens, which a kernel reads only once for all of them.
 """
 
 import functools
@@ -18,23 +18,23 @@ from dcvit.ops._dispatch import Impl
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, impl: Impl = "auto") -> Tensor:
-    """Mean squared error of each candidate's tokens; no gradient reaches teacher and weights.
+    """Return the mean squared error of each candidate's tokens; teacher and weights get no gradients.
 
         loss_c = sum_{b,n,d} weight_n (student_{c,b,n,d} - teacher_{b,n,d})^2 / (B D sum_n weight_n)
 
-    As for any mean in torch, the loss of no tokens is NaN.
+    The loss of no tokens is NaN, like any mean in torch.
 
     Args:
-        student: Tokens of C candidates, `[C, B, N, D]`, or of one, `[B, N, D]`.
-        teacher: Tokens, `[B, N, D]`.
-        weight: Token weights, `[N]`, for example 1 for CLS and 0 elsewhere; `None` weighs all tokens alike.
+        student: Tokens of C candidates, `[C, B, N, D]`, or of one candidate, `[B, N, D]`.
+        teacher: The teacher's tokens, `[B, N, D]`.
+        weight: Token weights, `[N]`, for example 1 for CLS and 0 elsewhere; `None` gives all tokens the same weight.
         impl: The implementation that runs.
 
     Returns:
         The losses, `[C]`, or one loss, `[]`, in float32 for half precision and the dtype of `student` otherwise.
 
     Raises:
-        ValueError: If shapes do not fit, or `impl` names an implementation that refuses the call.
+        ValueError: If shapes do not fit, or `impl` names an implementation that does not support the call.
     """
     if student.dim() not in (3, 4) or student.shape[-3:] != teacher.shape:
         raise ValueError(
@@ -43,7 +43,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None
         )
     if weight is not None and weight.shape != teacher.shape[1:2]:
         raise ValueError(
-            f"distillation_loss: weight is {list(weight.shape)}, expected [{teacher.shape[1]}], a weight for each token."
+            f"distillation_loss: weight is {list(weight.shape)}, expected [{teacher.shape[1]}], one weight per token."
         )
     op = _dispatch.select("distillation_loss", impl, IMPLEMENTATIONS, {"student": student, "teacher": teacher})
     candidates = student if student.dim() == 4 else student.unsqueeze(0)
@@ -52,14 +52,14 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, weight: Tensor | None
     if op is None:
         losses = eager(candidates, teacher, weight)
     else:
-        losses, _ = _dispatch.call(op, candidates, teacher.detach(), weight, _wants_entry(student))
+        losses, _ = _dispatch.call(op, candidates, teacher.detach(), weight, _saves_unit(student))
     return losses if student.dim() == 4 else losses.squeeze(0)
 
 
-def _wants_entry(student: Tensor) -> bool:
-    # The gradient of a loss whose own gradient is 1 costs the forward one write, and saves the backward two reads.
-    # It has the size 1 / (B N D), which float16 cannot hold before it is multiplied with a loss scale. A compiled graph
-    # could not reuse its memory.
+def _saves_unit(student: Tensor) -> bool:
+    # `unit` (see the schema) costs the forward one write and saves the backward two reads. Its values are of the order
+    # 1 / (B N D), which underflows in float16 before it is multiplied with a loss scale. A compiled graph could not
+    # reuse its memory.
     needed = torch.is_grad_enabled() and student.requires_grad
     return needed and student.dtype != torch.float16 and not torch.compiler.is_compiling()
 
@@ -68,7 +68,7 @@ def _wants_entry(student: Tensor) -> bool:
 
 
 def eager(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-    """The op in plain torch, for students `[C, B, N, D]`."""
+    """Compute the op in plain torch, for students `[C, B, N, D]`."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     student = student.to(dtype)
     teacher = teacher.detach().to(dtype).expand_as(student)
@@ -80,9 +80,10 @@ def eager(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
 
 # Schema, with the kernels and fakes that go with it. `weight` is float32, or float64 if student is.
 #
-# The forward returns `unit` [C, B, N, D], the gradient for losses whose own gradient is 1, in the same pass over memory
-# if `with_unit` is set; else it has no elements. The first backward rescales it in place, which is free if that
-# gradient is indeed 1 everywhere, and gives it away; any later one computes the gradient anew.
+# If `with_unit` is set, the forward also returns `unit` [C, B, N, D], from the same pass over memory; otherwise `unit`
+# has no elements. It is the student's gradient for the case that each loss has the gradient 1. The first backward
+# rescales it in place, which costs nothing if the gradients are indeed 1, and returns it. Any later backward computes
+# the gradient again.
 
 _SCHEMA = "(Tensor student, Tensor teacher, Tensor? weight, bool with_unit) -> (Tensor losses, Tensor unit)"
 _BACKWARD_SCHEMA = "(Tensor grad, Tensor student, Tensor teacher, Tensor? weight) -> Tensor"
@@ -90,7 +91,7 @@ _RESCALE_SCHEMA = "(Tensor(a!) unit, Tensor grad) -> ()"
 
 
 def forward(student: Tensor, teacher: Tensor, weight: Tensor | None, with_unit: bool) -> tuple[Tensor, Tensor]:
-    """The forward op's kernel where none is compiled."""
+    """Compute the forward op where no compiled kernel is installed."""
     losses = eager(student, teacher, weight)
     return losses, backward(torch.ones_like(losses), student, teacher, weight) if with_unit else student.new_empty(0)
 
@@ -101,7 +102,7 @@ def _fake(student: Tensor, teacher: Tensor, weight: Tensor | None, with_unit: bo
 
 
 def backward(grad: Tensor, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-    """The backward op's kernel where none is compiled."""
+    """Compute the backward op where no compiled kernel is installed."""
     batch, tokens, width = teacher.shape
     if weight is None:
         weight = grad.new_ones(tokens)
@@ -115,7 +116,7 @@ def _backward_fake(grad: Tensor, student: Tensor, teacher: Tensor, weight: Tenso
 
 
 def rescale(unit: Tensor, grad: Tensor) -> None:
-    """The rescaling op's kernel where none is compiled."""
+    """Compute the rescaling op where no compiled kernel is installed."""
     unit.mul_(grad[:, None, None, None])
 
 
@@ -127,7 +128,7 @@ def _rescale_fake(unit: Tensor, grad: Tensor) -> None:
 
 
 def define_overload(overload: str, forward: Any, backward: Any, rescale: Any) -> OpOverload:
-    """Define `dcvit::distillation_loss<overload>` and its backward with the given kernels; the default overload is ""."""
+    """Define `dcvit::distillation_loss<overload>` and its backward with these kernels; the default overload is ""."""
     op = _dispatch.define(f"distillation_loss{overload}", _SCHEMA, kernel=forward, fake=_fake)
     op_backward = _dispatch.define(
         f"distillation_loss_backward{overload}", _BACKWARD_SCHEMA, kernel=backward, fake=_backward_fake
@@ -144,7 +145,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     student, teacher, weight, with_unit = inputs
     _, unit = output
     ctx.mark_non_differentiable(unit)
-    ctx.set_materialize_grads(False)  # else a zero gradient as large as `unit` is made for it
+    ctx.set_materialize_grads(False)  # avoids a zero gradient as large as `unit`
     ctx.save_for_backward(student, teacher, weight)
     ctx.unit = unit if with_unit else None
 
@@ -156,8 +157,8 @@ def _autograd(
         return None, None, None, None
     student, teacher, weight = ctx.saved_tensors
     unit, ctx.unit = ctx.unit, None
-    # With create_graph the gradient must know where it comes from, to refuse a second derivative; and what a tracer
-    # sees (no plain tensor, or a batch of gradients) may not be changed between forward and backward.
+    # With create_graph, the gradient must be part of the graph, so that a second derivative raises an error. Tensors
+    # under a tracer (a subclass, or a batch of gradients) must not change between forward and backward.
     if type(unit) is not Tensor or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
         return _dispatch.call(op_backward, grad, student, teacher, weight), None, None, None
     op_rescale(unit, grad)
@@ -176,7 +177,7 @@ _OP_TRITON = define_overload(
 
 
 def _has_candidates(tensors: Mapping[str, Tensor | None]) -> bool:
-    """Whether one launch serves several students; for a single one it takes longer than eager's few kernels."""
+    """Return whether there are several students; for a single one, a launch takes longer than eager's few kernels."""
     student = tensors["student"]
     return student is not None and student.dim() == 4 and len(student) > 1
 

@@ -1,7 +1,7 @@
 """The MLP of a compressed block: d -> kept hidden units -> d.
 
-Source: DC-ViT (arXiv 2403.18708). A compressed block has lost its attention and keeps a part of its MLP, so with the
-LayerNorm in front, LayerScale and the residual this op is all that is left of the block:
+Source: DC-ViT (arXiv 2403.18708). A compressed block has no attention and keeps a part of its MLP. With the LayerNorm
+in front, LayerScale and the residual, this op is the whole block:
 
     u = LayerNorm(x) W1[idx]^T + b1[idx],   z = GELU(u) W2[:, idx]^T + b2,   y = x + scale * z
 """
@@ -35,10 +35,10 @@ def dropped_mlp(
     residual: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Apply an MLP with exact (erf) GELU of which only some hidden units are kept.
+    """Apply an MLP with exact (erf) GELU, of which only some hidden units are kept.
 
-    Gradients reach every floating input that asks for one; rows of `w1` and `b1` and columns of `w2` that are not kept
-    get zeros.
+    Every floating input that requires a gradient gets one. The rows of `w1` and `b1` and the columns of `w2` that are
+    not kept get zeros.
 
     Args:
         x: Tokens, `[..., D]`.
@@ -51,14 +51,14 @@ def dropped_mlp(
         norm_bias: Its bias, `[D]`.
         norm_eps: Its epsilon.
         scale: LayerScale, `[E]`, multiplied with the second layer's output.
-        residual: Whether `x` is added to the output; then E = D.
+        residual: Whether `x` is added to the output, which needs E = D.
         impl: The implementation that runs.
 
     Returns:
-        The output, `[..., E]`, of the dtype of `x`.
+        The output, `[..., E]`, in the dtype of `x`.
 
     Raises:
-        ValueError: If shapes do not fit, or `impl` names an implementation that refuses the call.
+        ValueError: If shapes do not fit, or `impl` names an implementation that does not support the call.
         TypeError: If `idx` is not int64.
     """
     _check(x, w1, b1, w2, b2, idx, norm_weight, norm_bias, scale, residual)
@@ -77,7 +77,7 @@ def dropped_mlp(
 
 
 def _trains(tensors: Mapping[str, Tensor | None]) -> bool:
-    """Whether a backward may follow."""
+    """Return whether a backward may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
 
 
@@ -142,7 +142,7 @@ def eager(
     scale: Tensor | None,
     residual: bool,
 ) -> Tensor:
-    """The op in plain torch."""
+    """Compute the op in plain torch."""
     h = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     z = F.linear(F.gelu(F.linear(h, *_kept(w1, b1, idx))), _kept_columns(w2, idx), b2)
     y = z if scale is None else z * scale
@@ -157,11 +157,11 @@ def _kept_columns(w2: Tensor, idx: Tensor | None) -> Tensor:
     return w2 if idx is None else w2[:, idx]
 
 
-# Schema, with the kernels and fakes that go with it. M rows, K kept units.
+# Schema, with the kernels and fakes that go with it. M rows, K kept hidden units.
 #
-# The forward returns what its backward needs if `save` is set: the pre-activations u [M, K] in the dtype of x, and the
-# rows' mean and 1/std [M, 2] in at least float32 if there is a LayerNorm. What is not saved has no rows.
-# The backward returns the gradients of _INPUTS; bit i of `output_mask` asks for the i-th. Others have no elements.
+# If `save` is set, the forward returns what its backward needs: the pre-activations u [M, K] in the dtype of x, and, if
+# there is a LayerNorm, the rows' mean and 1/std [M, 2] in at least float32. Outputs that are not saved have no rows.
+# The backward returns the gradients of _INPUTS. Bit i of `output_mask` requests the i-th; the others have no elements.
 
 _INPUTS = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias", "scale")
 
@@ -190,7 +190,7 @@ def forward(
     residual: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward op's kernel where none is compiled."""
+    """Compute the forward op where no compiled kernel is installed."""
     y = eager(x, w1, b1, w2, b2, idx, norm_weight, norm_bias, norm_eps, scale, residual)
     _, pre, stats = _fake(x, w1, b1, w2, b2, idx, norm_weight, save)
     if save and norm_weight is not None:
@@ -238,9 +238,9 @@ def backward(
     stats: Tensor,
     output_mask: int,
 ) -> tuple[Tensor, ...]:
-    """The backward op's kernel where none is compiled."""
+    """Compute the backward op where no compiled kernel is installed."""
     dtype = x.dtype
-    # All in at least float32, as the compiled kernels accumulate.
+    # Everything is computed in at least float32, in which the compiled kernels accumulate.
     wide = torch.promote_types(dtype, torch.float32)
     hidden = w1.shape[0]
     grad, x, pre = grad.to(wide), x.to(wide), pre.to(wide)
@@ -312,7 +312,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, w1, _, w2, b2, idx, norm_weight, norm_bias, _, scale, residual, _ = inputs
     _, pre, stats = output
     ctx.mark_non_differentiable(pre, stats)
-    ctx.set_materialize_grads(False)  # else a zero gradient as large as `pre` is made for it
+    ctx.set_materialize_grads(False)  # avoids a zero gradient as large as `pre`
     ctx.save_for_backward(x, w1, w2, b2, idx, norm_weight, norm_bias, scale, pre, stats)
     ctx.residual = residual
 
@@ -346,8 +346,8 @@ _OP_TRITON = define_overload(
 
 IMPLEMENTATIONS = {
     "cpp": _dispatch.cpp(_OP, torch.float32, torch.float64, *_HALF, limit=_dispatch.no_autocast),
-    # In inference torch's own kernels around cuBLAS's products are as few and as fast.
+    # In inference, torch's own kernels around cuBLAS's products are as few and as fast.
     "cuda": _dispatch.cuda(_OP, torch.float32, *_HALF, limit=_dispatch.no_autocast, gains=_trains),
-    # Its launches cost more than they save, unless the products take longer than everything else.
+    # Its launches cost more than they save, except where the products take longer than everything else.
     "triton": _dispatch.triton(_OP_TRITON, torch.float32, *_HALF, limit=_dispatch.no_autocast, gains=lambda _: False),
 }

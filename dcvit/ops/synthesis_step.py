@@ -1,4 +1,4 @@
-"""One step of the synthesis: gradient of the prior, Adam, clip to the valid pixel range.
+"""One step of the synthesis: the gradient of the prior, Adam, and a clip to the valid pixel range.
 
 Source: DC-ViT (arXiv 2403.18708); Adam as in Kingma and Ba (arXiv 1412.6980), algorithm 1, with the bias corrections
 applied as `torch.optim.Adam` does.
@@ -36,31 +36,31 @@ def synthesis_step(
     high: Tensor,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Move images one step against the gradient of network loss plus prior, in place.
+    """Update images in place by one step against the gradient of the network's loss plus the prior.
 
     Args:
-        images: `[B, C, H, W]`, float32 or float64; changed.
+        images: The images, `[B, C, H, W]`, float32 or float64; updated in place.
         grad: Gradient of the network's loss with respect to `images`, `[B, C, H, W]`.
-        exp_avg: Adam's first moment, `[B, C, H, W]`; changed.
-        exp_avg_sq: Adam's second moment, `[B, C, H, W]`; changed.
+        exp_avg: Adam's first moment, `[B, C, H, W]`; updated in place.
+        exp_avg_sq: Adam's second moment, `[B, C, H, W]`; updated in place.
         step: Number of this step, from 1.
         lr: Learning rate.
-        betas: Decay of the moments.
-        eps: Added to the root of the second moment.
+        betas: Decay rates of the moments.
+        eps: Term added to the root of the second moment.
         beta: Exponent of the prior's difference norms; see `tv_prior`.
         tv_weight: Weight of the total variation.
         l2_weight: Weight of the images' mean 2-norm.
-        low: Lowest valid pixel of each channel, `[C]`.
-        high: Highest valid pixel of each channel, `[C]`.
+        low: Lowest valid value of each channel, `[C]`.
+        high: Highest valid value of each channel, `[C]`.
         impl: The implementation that runs.
 
     Returns:
-        The prior before the step, `[]`.
+        The value of the prior before the step, `[]`.
 
     Raises:
-        ValueError: If shapes do not fit, a setting is out of range, or `impl` names an implementation that refuses the
-            call.
-        TypeError: If the tensors are in half precision, in which `exp_avg_sq` would underflow.
+        ValueError: If shapes do not fit, a setting is out of range, or `impl` names an implementation that does
+            not support the call.
+        TypeError: If a tensor is in half precision, in which `exp_avg_sq` would underflow.
     """
     check_prior("synthesis_step", images, beta)
     tensors = {
@@ -85,7 +85,7 @@ def synthesis_step(
     settings = (step, lr, *betas, eps, beta, tv_weight, l2_weight, low, high)
     value: Tensor = run(images, grad, exp_avg, exp_avg_sq, *settings)
     if op is not None:
-        # A compiled kernel writes through pointers, which autograd's check for changed saved tensors does not see.
+        # A compiled kernel writes through pointers, so autograd would not notice that saved tensors have changed.
         torch.autograd.graph.increment_version((images, exp_avg, exp_avg_sq))
     return value
 
@@ -109,7 +109,7 @@ def eager(
     low: Tensor,
     high: Tensor,
 ) -> Tensor:
-    """The step in plain torch, with the prior's gradient from autograd."""
+    """Compute the step in plain torch, with the prior's gradient from autograd."""
     prior: Tensor
     prior_grad, prior = torch.func.grad_and_value(prior_eager)(images, beta, tv_weight, l2_weight)
     _adam(images, grad + prior_grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps)
@@ -134,7 +134,7 @@ def _adam(
     parameter.addcdiv_(exp_avg, root + eps, value=-lr / (1 - beta1**step))
 
 
-# Schema, with the kernel and fake that go with it. It has no derivative: it takes one.
+# Schema, with the kernel and fake that go with it. The op has no derivative, because it is an optimiser step.
 
 _SCHEMA = (
     "(Tensor(a!) images, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step, float lr, float beta1, "
@@ -158,7 +158,7 @@ def forward(
     low: Tensor,
     high: Tensor,
 ) -> Tensor:
-    """The op's kernel where none is compiled."""
+    """Compute the op where no compiled kernel is installed."""
     prior, norms, image_norms = prior_forward(images, beta, tv_weight, l2_weight)
     one = torch.ones_like(prior)
     prior_grad = prior_backward(one, images, norms, image_norms, beta, tv_weight, l2_weight)

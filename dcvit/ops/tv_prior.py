@@ -4,7 +4,7 @@ Source: DC-ViT (arXiv 2403.18708), after DeepInversion (arXiv 1912.08795):
 
     R(x) = tv_weight * sum_d ||D_d x||_2^beta + l2_weight * mean_b ||x_b||_2
 
-where D_d are the differences to the right and lower neighbour and to both diagonal ones, over the whole batch.
+where D_d are the differences to the right, lower and two lower diagonal neighbours, over the whole batch.
 """
 
 import functools
@@ -21,13 +21,13 @@ from dcvit.ops._dispatch import Impl
 def tv_prior(
     images: Tensor, *, beta: float, tv_weight: float = 1e-4, l2_weight: float = 1e-5, impl: Impl = "auto"
 ) -> Tensor:
-    """Value of the prior.
+    """Return the value of the prior.
 
-    A norm that is zero contributes no gradient, although ||.||^beta has none there. As for any mean in torch, the prior
-    of no images is NaN.
+    A norm of zero contributes a gradient of zero, although ||.||^beta has none there. The prior of no images is NaN,
+    like any mean in torch.
 
     Args:
-        images: `[B, C, H, W]`.
+        images: The images, `[B, C, H, W]`.
         beta: Exponent of the four difference norms, positive; 0.6 for ViT, 1 for DeiT and Swin in the paper.
         tv_weight: Weight of the total variation.
         l2_weight: Weight of the images' mean 2-norm.
@@ -38,8 +38,8 @@ def tv_prior(
 
     Raises:
         ValueError: If `images` is not four-dimensional, `beta` is not positive, or `impl` names an implementation that
-            refuses the call.
-        RuntimeError: On a second derivative of an implementation other than eager.
+            does not support the call.
+        RuntimeError: If an implementation other than eager is differentiated twice.
     """
     check("tv_prior", images, beta)
     op = _dispatch.select("tv_prior", impl, IMPLEMENTATIONS, {"images": images})
@@ -51,7 +51,7 @@ def tv_prior(
 
 
 def check(name: str, images: Tensor, beta: float) -> None:
-    """Refuse what has no prior, in the name of the function that was called."""
+    """Refuse inputs that have no prior; `name` is the called function, for messages."""
     if images.dim() != 4:
         raise ValueError(f"{name}: images is {list(images.shape)}, expected [B, C, H, W].")
     if not beta > 0:
@@ -62,7 +62,7 @@ def check(name: str, images: Tensor, beta: float) -> None:
 
 
 def eager(images: Tensor, beta: float, tv_weight: float, l2_weight: float) -> Tensor:
-    """The prior in plain torch."""
+    """Compute the prior in plain torch."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     norms = torch.stack([torch.linalg.vector_norm(difference) for difference in _differences(images)])
     image_norms = torch.linalg.vector_norm(images, dim=(1, 2, 3))
@@ -80,15 +80,16 @@ def _differences(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _power(norms: Tensor, beta: float) -> Tensor:
-    # 0^beta has an infinite slope for beta < 1. Masked twice: outside, and inside so that no 0 * inf = NaN arises.
+    # 0^beta has an infinite slope for beta < 1. The outer mask selects the value; the inner one prevents 0 * inf = NaN in
+    # the gradient.
     positive = norms > 0
     return torch.where(positive, torch.where(positive, norms, 1.0) ** beta, 0.0)
 
 
 # Schema, with the kernels and fakes that go with it.
 #
-# The forward also returns the norms that its gradient divides by: of the four differences in the order of
-# `_differences` [4], and of the images [B]; they have the dtype of the value.
+# The forward also returns the norms that its gradient divides by, in the dtype of the value: those of the four
+# differences, in the order of `_differences`, [4], and those of the images, [B].
 
 _SCHEMA = (
     "(Tensor images, float beta, float tv_weight, float l2_weight) -> (Tensor value, Tensor norms, Tensor image_norms)"
@@ -100,7 +101,7 @@ _BACKWARD_SCHEMA = (
 
 
 def forward(images: Tensor, beta: float, tv_weight: float, l2_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward op's kernel where none is compiled."""
+    """Compute the forward op where no compiled kernel is installed."""
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     norms = torch.stack([torch.linalg.vector_norm(difference) for difference in _differences(wide)])
     return eager(images, beta, tv_weight, l2_weight), norms, torch.linalg.vector_norm(wide, dim=(1, 2, 3))
@@ -124,7 +125,7 @@ def backward(
     tv_weight: float,
     l2_weight: float,
 ) -> Tensor:
-    """The backward op's kernel where none is compiled."""
+    """Compute the backward op where no compiled kernel is installed."""
     x = images.to(norms.dtype)
     # d||v||^beta / dv = beta ||v||^(beta - 2) v and d||v|| / dv = v / ||v||.
     slopes = torch.where(norms > 0, tv_weight * beta * norms ** (beta - 2), 0.0)

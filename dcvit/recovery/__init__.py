@@ -1,1 +1,1 @@
-"""How a compressed model gets back what it lost: ridge regression, reconstruction, distillation, fine-tuning."""
+"""Recovery of a compressed model: ridge regression, block reconstruction, distillation and fine-tuning."""

@@ -1,4 +1,4 @@
-"""The views that blocks are fitted on, and what the teacher makes of them."""
+"""The views that blocks are fitted on, and the teacher's activations for them."""
 
 import functools
 from collections.abc import Collection, Iterable
@@ -18,44 +18,44 @@ from dcvit.runtime.spill import SpilledBuffer
 __all__ = ["FEW_ROWS", "HELD_OUT_EVERY", "Holdout", "Rows", "TeacherStates", "Views", "draw_views", "tokens_at"]
 
 HELD_OUT_EVERY = 5
-"""One image of so many is held out, with all its views; in the end blocks learn from it too."""
+"""One in this many images is held out with all its views. The final fit of a block uses these images too."""
 
 
 @functools.lru_cache(maxsize=8)
 def _few(count: int, enough: int) -> Tensor:
-    """Which rows are enough of more, ascending; not to be written to."""
-    # Not every n-th: that could leave out all rows that are held out.
+    """Return the indices of `enough` of `count` rows, ascending. The result is cached, so do not write to it."""
+    # Taking every n-th row could leave out all held-out rows.
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:enough].sort().values
 
 
 def _thinned(*tensors: Tensor) -> list[Tensor]:
-    """Of tensors of equally many rows those that `_few` chooses; all where they are few."""
+    """Return the rows that `_few` chooses of tensors with equally many rows, or all rows if there are few."""
     count, device = len(tensors[0]), tensors[0].device
     return list(tensors) if count <= FEW_ROWS else [tensor[_few(count, FEW_ROWS).to(device)] for tensor in tensors]
 
 
 class Holdout:
-    """Things of which some validate, and are not learnt from until they have.
+    """Examples of which some are held out for validation.
 
     Attributes:
-        held_out: Which ones validate, `[N]`.
+        held_out: Mask of the examples used for validation, `[N]`.
     """
 
     held_out: Tensor
 
     @property
     def validates(self) -> bool:
-        """Whether there are any that do."""
+        """Whether any example is held out."""
         return bool(self.held_out.any())
 
     @property
     def validation(self) -> Tensor:
-        """Those that do, by index."""
+        """Indices of the examples used for validation."""
         return self.held_out.nonzero().flatten()
 
     @property
     def training(self) -> Tensor:
-        """The others, by index."""
+        """Indices of the examples used for training."""
         return (~self.held_out).nonzero().flatten()
 
 
@@ -64,10 +64,10 @@ class Rows(Holdout):
     """The equations of one block.
 
     Attributes:
-        inputs: What the student's block gets, `[R, D]`; with what its output layer gets behind that, `[R, D + K]`, where
-            that layer does not see each token alone (see `ModelView.sublayers`).
-        targets: What the teacher's block gives, `[R, D]`.
-        held_out: Which rows judge and are not learnt from, `[R]`.
+        inputs: Inputs of the student's block, `[R, D]`. If the block's output layer does not act on each token
+            separately (see `ModelView.sublayers`), the inputs of that layer follow, `[R, D + K]`.
+        targets: Outputs of the teacher's block, `[R, D]`.
+        held_out: Mask of the rows used for validation, `[R]`.
     """
 
     inputs: Tensor
@@ -76,16 +76,16 @@ class Rows(Holdout):
 
     @property
     def residual(self) -> Tensor:
-        """What the block adds to, `[R, D]`."""
+        """The residual stream that the block adds to, `[R, D]`."""
         return self.inputs[:, : self.targets.shape[1]]
 
     @property
     def features(self) -> Tensor:
-        """What the output layer gets `[R, K]`, where it is known; else `[R, 0]`."""
+        """Inputs of the output layer, `[R, K]`; `[R, 0]` if they are not stored."""
         return self.inputs[:, self.targets.shape[1] :]
 
     def with_features(self, kept: Tensor) -> "Rows":
-        """The same for a block that keeps only some inputs of its output layer, by index."""
+        """Return the equations of a block that keeps only some inputs of its output layer, given by index."""
         if not self.features.shape[1]:
             return self
         return Rows(
@@ -93,19 +93,19 @@ class Rows(Holdout):
         )
 
     def thinned(self) -> "Rows":
-        """At most `FEW_ROWS` of them, drawn at random but always the same."""
+        """Return at most `FEW_ROWS` of the rows, drawn at random with a fixed seed."""
         if len(self.inputs) <= FEW_ROWS:
             return self
         return Rows(*_thinned(self.inputs, self.targets, self.held_out))
 
 
 FEW_ROWS = 16384
-"""Rows that suffice to choose units, whose products are the most expensive ones, and to try a block."""
+"""Number of rows that suffices to choose hidden units, whose products cost most, and to probe a block."""
 
 
-def tokens_at(tokens: Tensor, places: Tensor) -> Tensor:
-    """Some tokens `[B·S, D]` of all `[B, N, D]`, by their places `[B, S]`."""
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
+def tokens_at(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Return the tokens `[B·S, D]` of `[B, N, D]` at the token indices `[B, S]`."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,11 @@ class Views(Holdout):
     """The images that blocks are reconstructed on.
 
     Attributes:
-        images: The few-shot images, then random views of them: `[V, C, H, W]`, normalised. Read them in parts.
-        held_out: Which views are of held-out images, `[V]`.
-        keys: Random numbers, one for each token before the first block, `[V, N]`: those of the largest are drawn.
-        num_tokens: S, how many tokens of a view serve as equations; all where there are fewer.
+        images: The few-shot images, followed by random views of them: `[V, C, H, W]`, normalised. Read them in parts.
+        held_out: Mask of the views of held-out images, `[V]`.
+        keys: Sampling keys, one random number for each token before the first block, `[V, N]`. The tokens with the
+            largest keys are drawn.
+        num_tokens: S, the number of tokens per view that serve as equations. A view with fewer tokens uses all of them.
     """
 
     images: SpilledBuffer
@@ -124,17 +125,22 @@ class Views(Holdout):
     keys: Tensor
     num_tokens: int
 
-    def places(self, available: int, views: slice = slice(None)) -> Tensor:
-        """Which of so many tokens are chosen `[V, S]`, of all views or some; later stages have fewer than the first."""
-        # The places of the largest of random numbers are a draw without replacement.
+    def token_indices(self, available: int, views: slice = slice(None)) -> Tensor:
+        """Return the indices of the sampled tokens, `[V, S]`.
+
+        Args:
+            available: Number of tokens per view. Later stages have fewer than the first.
+            views: The views; all by default.
+        """
+        # The indices of the largest random numbers are a draw without replacement.
         return self.keys[views, :available].topk(min(self.num_tokens, available)).indices
 
     def rows(self, tokens: Tensor, views: slice = slice(None)) -> Tensor:
-        """The chosen tokens `[V·S, D]` of all tokens `[V, N, D]`, of all views or some."""
-        return tokens_at(tokens, self.places(tokens.shape[1], views))
+        """Return the sampled tokens `[V·S, D]` of the tokens `[V, N, D]` of some views, by default all."""
+        return tokens_at(tokens, self.token_indices(tokens.shape[1], views))
 
     def few_rows(self, tokens: Tensor, views: slice) -> Tensor:
-        """Of the chosen tokens of some views those that `Rows.thinned` leaves of all, `[·, D]`."""
+        """Return the sampled tokens of some views that `Rows.thinned` keeps, `[·, D]`."""
         rows = self.rows(tokens, views)
         of_each = len(rows) // len(tokens)
         if of_each * len(self.images) <= FEW_ROWS:
@@ -143,12 +149,12 @@ class Views(Holdout):
         return rows[few[(few >= 0) & (few < len(rows))].to(rows.device)]
 
     def rows_of_all(self, batches: Iterable[Tensor], first: int = 0, *, few: bool = False) -> Tensor:
-        """The chosen tokens `[V·S, D]` of views from one on, in batches: only one need be there at a time.
+        """Return the sampled tokens `[V·S, D]` of consecutive views. Only one batch has to be in memory at a time.
 
         Args:
-            batches: Tokens `[B, N, D]`.
-            first: The view that comes first.
-            few: Take `few_rows` of them.
+            batches: Tokens `[B, N, D]` of each batch of views.
+            first: Index of the first view.
+            few: Whether to take `few_rows` of each batch instead of `rows`.
         """
         chosen = []
         for tokens in batches:
@@ -159,15 +165,16 @@ class Views(Holdout):
 
 
 class TeacherStates:
-    """What each block of the teacher takes and gives, at the rows of some views.
+    """Inputs and outputs of each block of the teacher at the sampled tokens of some views.
 
     Args:
-        teacher: The original.
+        teacher: The original model.
         views: The images.
-        batch_size: Images a pass.
-        prunable: The blocks of which `mlp_rows` will be asked.
-        keep_output: Whether to keep the output tokens of all views, which `output` then holds, `[V, N, D]`.
-        context: Its ranks share the passes, and each then holds what all found; its progress is told after each.
+        batch_size: Number of images per forward pass.
+        prunable: The blocks for which `mlp_rows` will be called.
+        keep_output: Whether to keep the output tokens of all views in `output`, `[V, N, D]`.
+        context: Context of the run. Its processes share the forward passes, and afterwards each process holds all
+            results. Its progress callback is called after each pass.
     """
 
     def __init__(
@@ -196,7 +203,8 @@ class TeacherStates:
                 state = view.embed(views.images[part])
                 for block in range(depth):
                     prepared = view.prepare(state, block)
-                    # Where nothing lies between two blocks, what one takes is what the other gave, and kept once.
+                    # If nothing lies between two blocks, the input of the second is the output of the first: keep it
+                    # only once.
                     if block == 0 or prepared is not state:
                         inputs[block].append(views.rows(view.as_tokens(prepared), part))
                     if block in sublayers:
@@ -220,12 +228,12 @@ class TeacherStates:
         self.output = processes.gathered(outputs, counts) if keep_output else None
 
     def rows(self, block: int, inputs: Tensor | None = None, *, few: bool = False) -> Rows:
-        """The equations of a block.
+        """Return the equations of a block.
 
         Args:
-            block: The block, from 0.
-            inputs: What a student's block gets, `[R, D]` or `[R, D + K]`; what the teacher's gets if not given.
-            few: `inputs` has those of `Rows.thinned` alone, and so have the others.
+            block: Index of the block, from 0.
+            inputs: Inputs of the student's block, `[R, D]` or `[R, D + K]`; those of the teacher's block by default.
+            few: Whether `inputs` has only the rows of `Rows.thinned`. The targets are then thinned too.
         """
         targets = self._targets[block][:]
         held_out = self._held_out.repeat_interleave(len(targets) // len(self._held_out))
@@ -234,15 +242,15 @@ class TeacherStates:
         return Rows(self._inputs[block][:] if inputs is None else inputs, targets, held_out)
 
     def mlp_rows(self, block: int) -> Rows:
-        """The equations of the MLP of a prunable block alone, thinned.
+        """Return the equations of only the MLP of a prunable block, thinned.
 
         Raises:
-            KeyError: If the block was not named as prunable, or its equations were given up.
+            KeyError: If the block is not in `prunable`, or its equations were released.
         """
         return self.rows(block, self._between[block][:], few=True)
 
     def release_mlp_rows(self, blocks: Iterable[int]) -> None:
-        """Free what `mlp_rows` needs of some blocks."""
+        """Free the activations that `mlp_rows` needs for some blocks."""
         for block in blocks:
             self._between.pop(block, None)
 
@@ -256,20 +264,20 @@ def draw_views(
     num_views: int | None = None,
     held_out_every: int = HELD_OUT_EVERY,
 ) -> Views:
-    """The few-shot images and as many random views as make a number, with the rows that they give.
+    """Draw random views of the few-shot images, the held-out images and the sampling keys of the tokens.
 
     Args:
-        teacher: Says how many tokens an image has.
+        teacher: The original model, which determines the number of tokens per image.
         images: The few-shot set.
-        config: How they differ.
-        seed: Draws views and rows.
-        num_views: How many; `config.num_views` if not given.
-        held_out_every: One image of so many is held out, drawn at random.
+        config: Settings of the views and rows.
+        seed: Seed of the views and rows.
+        num_views: Number of views, the few-shot images included; `config.num_views` by default.
+        held_out_every: One in this many images is held out, drawn at random.
     """
     count, augmentation = len(images), config.augmentation
     total = config.num_views if num_views is None else num_views
     folds = 0 if augmentation is None else max(0, total // count - 1)
-    # Two of one seed, so that a seed still gives what it gave when torch's global generator drew the views.
+    # Two generators with one seed: results for a seed stay as they were when torch's global generator drew the views.
     of_views, of_rows = generator(seed, "views"), generator(seed, "views")
     with torch.no_grad():
         views = SpilledBuffer([images.normalised])

@@ -1,11 +1,11 @@
-"""Steps 2 and 5: token distillation, which makes a cut student behave like its teacher again.
+"""Steps 2 and 5: feature distillation, which trains a compressed student to match its teacher's output tokens.
 
 Source: DC-ViT (arXiv 2403.18708). The loss is the mean squared error between all output tokens of student and teacher
-after the final norm; only the front part of the student is updated, which is both more accurate than updating
-everything and cheaper in the backward pass.
+after the final norm. Only the front part of the student is updated. This is more accurate than updating everything, and
+the backward pass is cheaper.
 
-Several students of one teacher train in lock step: they see the same batches, drawn once, and share what the teacher
-makes of them. What a student learns does not depend on the others.
+Several students of one teacher train in lock step: they see the same batches, which are drawn once, and share the
+teacher's activations. The result of a student does not depend on the others.
 """
 
 import copy
@@ -50,19 +50,21 @@ HELD_OUT_SHARE = 0.2
 """Share of the few-shot images on which learning rates are compared."""
 
 Selection = Callable[[int, Mapping[int, nn.Module]], Collection[int]]
-"""Called as selection(epochs done, the students that still train, by position) after each epoch; gives the positions
-of those that go on."""
+"""Called after each epoch as `selection(epochs_done, students)`, with the students that still train by position.
+
+It returns the positions of the students that continue.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A student that is to recover.
+    """A student to recover.
 
     Attributes:
-        student: The cut model.
-        blocks: Its compressed blocks, which decide what is updated.
-        learning_rate: The peak; `None` is the config's.
-        updated: The parameters that are updated; `None` takes those that the config names.
+        student: The compressed model.
+        blocks: Its compressed blocks, which determine the updated parameters.
+        learning_rate: Peak learning rate; `None` takes the config's.
+        updated: The parameters to update; `None` takes those that the config selects.
     """
 
     student: nn.Module
@@ -81,19 +83,23 @@ def recover(
     *,
     stage: str = "recovery",
 ) -> Recovery:
-    """Train a cut student, in place, to reproduce the teacher's output tokens.
+    """Train a compressed student, in place, to reproduce the teacher's output tokens.
 
-    Both are in evaluation mode meanwhile: the target is a function of the image alone, without dropout or stochastic
-    depth.
+    Both models are in evaluation mode during training: the targets depend only on the image, without dropout or
+    stochastic depth.
 
     Args:
-        student: The cut model; its weights change. It comes back in evaluation mode, its parameters frozen.
-        teacher: The original; untouched.
+        student: The compressed model; its weights change. Afterwards it is in evaluation mode with frozen parameters.
+        teacher: The original model; it does not change.
         images: The few-shot set.
-        blocks: The compressed blocks of the student, which decide what is updated.
-        config: Its `learning_rate` must be a number; resolve `"auto"` with `find_learning_rate`.
-        context: Its seed orders and augments the images, its ranks share each batch.
-        stage: The name under which progress is told, after each epoch.
+        blocks: The compressed blocks of the student, which determine the updated parameters.
+        config: Settings of the distillation. Its `learning_rate` must be a number; resolve `"auto"` with
+            `find_learning_rate`.
+        context: Context of the run. Its seed orders and augments the images; its processes share each batch.
+        stage: Name of the stage in progress reports, which follow each epoch.
+
+    Returns:
+        The losses and the time of the recovery.
 
     Raises:
         ValueError: If the learning rate is `"auto"`.
@@ -113,23 +119,24 @@ def recover_together(
     selection: Selection | None = None,
     stage: str = "recovery",
 ) -> tuple[Recovery, ...]:
-    """Train several students in lock step, in place, each as `recover` would alone with the same seed.
+    """Train several students in lock step, in place, each as `recover` would on its own with the same seed.
 
     Args:
         candidates: The students; their weights change.
-        teacher: The original; untouched.
+        teacher: The original model; it does not change.
         images: The few-shot set.
-        config: Of all; `lock_step` says how many go through a batch at once.
-        context: Its seed orders and augments the images, its ranks share each batch of each student.
-        selection: Which students go on after each epoch; `None` trains all to the end.
-        stage: The name under which progress is told, after each epoch, with the smallest training loss.
+        config: Settings for all students; `lock_step` is the number of students that process a batch at once.
+        context: Context of the run. Its seed orders and augments the images; its processes share each batch of each
+            student.
+        selection: Chooses the students that continue after each epoch; `None` trains all to the end.
+        stage: Name of the stage in progress reports, which follow each epoch with the smallest training loss.
 
     Returns:
-        How each went, in the order of the candidates.
+        The recovery of each candidate, in their order.
 
     Raises:
         ValueError: If a learning rate is `"auto"`.
-        DcvitError: If the config mimics the class token, and the teacher has none.
+        DcvitError: If the config distils the class token and the teacher has none.
     """
     mark = time.perf_counter()
     require_tokens(teacher, config)
@@ -170,14 +177,14 @@ def recover_together(
 
 
 class _Run:
-    """The recovery of one student while it lasts.
+    """The running recovery of one student.
 
     Attributes:
         student: The student.
-        peak: The peak learning rate.
-        start: The block from which the student is computed. All before it is the teacher's, and stays so.
+        peak: Peak learning rate.
+        start: First block that the student computes itself. Everything before it equals the teacher and is not updated.
         losses: Training loss of each epoch so far.
-        seconds: So far.
+        seconds: Wall-clock time so far.
     """
 
     def __init__(
@@ -200,35 +207,35 @@ class _Run:
         self._total: Tensor | float = 0.0
 
     def begin_epoch(self, share: float) -> None:
-        """Train at a share of the peak learning rate."""
+        """Start an epoch at a share of the peak learning rate."""
         self._total = 0.0
         for group in self._optimizer.param_groups:
             group["lr"] = self.peak * share
 
     def tokens(self, batch: "_Batch") -> Tensor:
-        """Output tokens `[B, N, D]`."""
+        """Return the student's output tokens `[B, N, D]`."""
         tokens: Tensor = self._tail(batch.inputs[self.start])
         return tokens
 
     def step(self, loss: Tensor, num_images: int) -> None:
-        """Follow the gradient, which is not kept. The loss stays on its device, which need not be waited for."""
+        """Take an optimiser step and clear the gradients. The loss stays on its device to avoid a synchronisation."""
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._total = self._total + loss.double() * num_images
 
     def end_epoch(self, num_images: int) -> None:
-        """Note the epoch's loss."""
+        """Record the epoch's training loss."""
         total = torch.tensor([float(self._total)], dtype=torch.float64)
         self._processes.sum(total)
         self.losses.append(float(total) / num_images)
 
 
 class Tail(nn.Module):
-    """A model from one of its blocks on.
+    """A model without the blocks before a given one.
 
     Args:
         model: The model.
-        first: The block, whose tokens `[B, N, D]` it takes; `None` takes images.
+        first: The block whose input tokens `[B, N, D]` are the module's input; `None` takes images.
     """
 
     def __init__(self, model: nn.Module, first: int | None) -> None:
@@ -236,7 +243,7 @@ class Tail(nn.Module):
         self.model, self.first = model, first
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Output tokens `[B, N, D]`."""
+        """Return the output tokens `[B, N, D]`."""
         view = compressible(self.model)
         if self.first is None:
             return view.tokens(inputs)
@@ -245,7 +252,7 @@ class Tail(nn.Module):
 
 
 def _shared_prefix(student: nn.Module, teacher: nn.Module, updated: Sequence[nn.Parameter]) -> int:
-    """How many of the student's first blocks, with the stem before them, are the teacher's and not updated."""
+    """Return the number of the student's first blocks that equal the teacher's, stem included, and are not updated."""
     view, changing = compressible(student), {id(parameter) for parameter in updated}
     depth = view.num_blocks()
     for block in range(depth):
@@ -259,11 +266,11 @@ def _shared_prefix(student: nn.Module, teacher: nn.Module, updated: Sequence[nn.
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some views.
+    """A batch of views.
 
     Attributes:
-        inputs: What a student takes that is computed from a block on, by block: the views `[B, C, H, W]` from 0 on,
-            else the teacher's tokens before the block, `[B, N, D]`.
+        inputs: Inputs of a student by its first computed block: the views `[B, C, H, W]` for block 0, and the teacher's
+            tokens before the block, `[B, N, D]`, for the others.
         target: The teacher's output tokens, `[B, N, D]`.
     """
 
@@ -271,12 +278,12 @@ class _Batch:
     target: Tensor
 
     def of(self, chosen: Sequence[int]) -> "_Batch":
-        """The chosen ones of them."""
+        """Return the views at the given indices."""
         index = torch.tensor(chosen, dtype=torch.long, device=self.target.device)
         return _Batch({start: values[index] for start, values in self.inputs.items()}, self.target[index])
 
     def split(self, count: int) -> "list[_Batch]":
-        """All of them in parts of so many."""
+        """Split the batch into parts of at most `count` views."""
         parts = range(0, len(self.target), count)
         return [
             _Batch({start: values[i : i + count] for start, values in self.inputs.items()}, self.target[i : i + count])
@@ -285,14 +292,14 @@ class _Batch:
 
 
 class _Views:
-    """What students see in each epoch, and what the teacher makes of it.
+    """The views of each epoch, with the teacher's activations for them.
 
     Args:
-        teacher: The original.
+        teacher: The original model.
         images: The few-shot set.
-        starts: The blocks from which students are computed.
-        config: How.
-        drawing: Draws the views.
+        starts: The first computed block of each student.
+        config: Settings of the distillation.
+        drawing: Random generator of the views.
 
     Attributes:
         targets: The teacher's output tokens for the unaugmented images, `[N, T, D]`.
@@ -309,7 +316,7 @@ class _Views:
         self._teacher, self._images, self._starts, self._config = teacher, images, sorted(starts), config
         self._drawing = drawing
         augmentation = config.augmentation
-        everyone = range(len(images))
+        all_images = range(len(images))
         self._fixed: list[_Batch] | None = None
         if augmentation is None:
             self._fixed = [self._see(images.normalised)]
@@ -318,18 +325,24 @@ class _Views:
         self.targets = output_tokens(teacher, images.normalised, config.micro_batch_size)
         if config.fixed_views is not None:
             count = min(config.fixed_views, config.epochs)
-            self._fixed = [self._see(augment(images, everyone, augmentation, drawing)) for _ in range(count)]
+            self._fixed = [self._see(augment(images, all_images, augmentation, drawing)) for _ in range(count)]
 
     def of(self, epoch: int, chosen: Sequence[int], mine: Sequence[int]) -> _Batch:
-        """Views of chosen images, of which only some are looked at: all are drawn, so that ranks draw alike."""
+        """Return the views of this process's images. All images' views are drawn, so that processes draw the same.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+            chosen: Indices of the images in the batch.
+            mine: Positions in `chosen` of this process's share.
+        """
         if self._fixed is not None:
-            return self._fixed[epoch % len(self._fixed)].of([chosen[place] for place in mine])
+            return self._fixed[epoch % len(self._fixed)].of([chosen[position] for position in mine])
         assert self._config.augmentation is not None
         return self._see(augment(self._images, chosen, self._config.augmentation, self._drawing)[mine])
 
     @torch.no_grad()
     def _see(self, views: Tensor) -> _Batch:
-        """Run the teacher once, and keep its tokens where a student starts."""
+        """Run the teacher once, and keep its tokens before each student's first computed block."""
         teacher = compressible(self._teacher)
         depth = teacher.num_blocks()
         kept: dict[int, list[Tensor]] = {start: [] for start in self._starts}
@@ -347,15 +360,15 @@ class _Views:
 def _step(
     runs: Sequence[_Run], batch: _Batch, weight: Tensor | None, impl: Impl, share: float, micro_batch_size: int
 ) -> None:
-    """One gradient step of each student on the same batch; their activations are alive together.
+    """Take one gradient step of each student on the same batch. Their activations are in memory at the same time.
 
     Args:
         runs: The students.
-        batch: This rank's part of it.
-        weight: Of the tokens.
+        batch: This process's part of the batch.
+        weight: Token weights of the loss.
         impl: Implementation of the ops.
-        share: What the part counts, see `ProcessGroup.batch`.
-        micro_batch_size: Views that pass through a student at once.
+        share: Weight of the part in the batch's gradient, see `ProcessGroup.batch`.
+        micro_batch_size: Number of views that pass through a student at once.
     """
     total, count = batch.target.new_zeros(len(runs)), len(batch.target)
     for part in batch.split(micro_batch_size):
@@ -369,7 +382,7 @@ def _step(
 
 
 def _charge(runs: Sequence[_Run], since: float) -> float:
-    """Share the time since a mark equally; the new mark."""
+    """Divide the time since a mark equally among the runs, and return the new mark."""
     now = time.perf_counter()
     for run in runs:
         run.seconds += (now - since) / len(runs)
@@ -377,7 +390,7 @@ def _charge(runs: Sequence[_Run], since: float) -> float:
 
 
 def _smallest(losses: Sequence[float]) -> float:
-    """The smallest loss of those that have not diverged, NaN if all have."""
+    """Return the smallest loss among the runs that have not diverged, or NaN if all have."""
     return min((loss for loss in losses if not math.isnan(loss)), default=math.nan)
 
 
@@ -389,44 +402,44 @@ def find_learning_rate(
     config: DistillationConfig,
     context: RunContext = STANDALONE,
 ) -> float:
-    """The learning rate that recovers best, judged on images held out of the recovery.
+    """Find the learning rate with the lowest loss on images held out of the recovery.
 
-    Each candidate recovers a copy of the student on four fifths of the images, all in lock step; the fifth left out
-    decides. A single image serves both ends. The student is not changed.
+    A copy of the student is trained with each candidate rate on four fifths of the images, all in lock step. The
+    remaining fifth is used for validation. A single image is used for both. The student is not changed.
 
     Args:
-        student: A cut model.
-        teacher: The original.
+        student: A compressed model.
+        teacher: The original model.
         images: The few-shot set.
         blocks: The compressed blocks of the student.
-        config: `learning_rates` holds the candidates.
-        context: Its seed splits, orders and augments the images. One process does it all.
+        config: Settings of the distillation; `learning_rates` holds the candidates.
+        context: Context of the run. Its seed splits, orders and augments the images. This process does all the work.
     """
-    judged, used = split_held_out(images, context.seed)
+    validation, training = split_held_out(images, context.seed)
     with evaluating(teacher):
-        target = output_tokens(teacher, judged.normalised, config.micro_batch_size)
+        target = output_tokens(teacher, validation.normalised, config.micro_batch_size)
     candidates = [Candidate(copy.deepcopy(student), tuple(blocks), rate) for rate in config.learning_rates]
     for candidate in candidates[1:]:
         updated = updated_parameters(candidate.student, blocks, config)
         share_parameters(candidate.student, candidates[0].student, but=updated)
-    recover_together(candidates, teacher, used, config, context.single_process(), stage="learning rates")
-    losses = (token_loss(candidate.student, target, judged, config, impl=context.impl) for candidate in candidates)
+    recover_together(candidates, teacher, training, config, context.single_process(), stage="learning rates")
+    losses = (token_loss(candidate.student, target, validation, config, impl=context.impl) for candidate in candidates)
     return least(dict(zip(config.learning_rates, losses, strict=True)))
 
 
 def split_held_out(images: FewShotImages, seed: int) -> tuple[FewShotImages, FewShotImages]:
-    """The images that judge learning rates, and those that are learnt from: all of them where there is but one."""
+    """Split the images into validation and training images for learning rates; a single image is used for both."""
     order = torch.randperm(len(images), generator=generator(seed, "held out"), device="cpu").tolist()
     held_out = max(1, round(len(images) * HELD_OUT_SHARE))
     return images.subset(order[:held_out]), images.subset(order[held_out:] or order)
 
 
 def updated_parameters(student: nn.Module, blocks: Sequence[int], config: DistillationConfig) -> list[nn.Parameter]:
-    """The parameters that recovery updates, for the compressed blocks of a student.
+    """Return the parameters that recovery updates, for the compressed blocks of a student.
 
-    Published (`updated="front"`): everything up to one block after the last compressed one. The final norm and the
-    head lie behind the front and stay as they are. What all blocks share goes with the stem: mixed rotary positions of
-    an Eva, the shared position biases of a Beit.
+    The published choice (`updated="front"`) is everything up to one block after the last compressed one. The final norm
+    and the head come after the front and are not updated. Parameters that all blocks share belong to the stem: mixed
+    rotary positions of an Eva, the shared position biases of a Beit.
     """
     view = compressible(student)
     last = max(blocks) + 1
@@ -437,17 +450,17 @@ def updated_parameters(student: nn.Module, blocks: Sequence[int], config: Distil
 
 
 def require_tokens(teacher: nn.Module, config: DistillationConfig) -> None:
-    """Refuse to mimic a class token where there is none.
+    """Refuse to distil the class token of a model that has none.
 
     Raises:
-        DcvitError: If that is asked for.
+        DcvitError: If `config.tokens` is `"class"` and the model has no class token.
     """
     if config.tokens == "class" and not compressible(teacher).has_class_token():
-        raise DcvitError('tokens="class": the model has no class token; mimic all tokens with tokens="all".')
+        raise DcvitError('tokens="class": the model has no class token; distil all tokens with tokens="all".')
 
 
 def _token_weight(targets: Tensor, config: DistillationConfig) -> Tensor | None:
-    """Token weights `[T]` of the loss against tokens `[N, T, D]`; `None` weighs all alike."""
+    """Return token weights `[T]` of the loss for target tokens `[N, T, D]`; `None` weighs all tokens equally."""
     if config.tokens == "all":
         return None
     weight = targets.new_zeros(targets.shape[1])
@@ -457,7 +470,7 @@ def _token_weight(targets: Tensor, config: DistillationConfig) -> Tensor | None:
 
 @torch.no_grad()
 def output_tokens(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Output tokens `[N, T, D]` of a model for images `[N, C, H, W]`, without gradients."""
+    """Return a model's output tokens `[N, T, D]` for images `[N, C, H, W]`, without gradients."""
     view = compressible(model)
     return torch.cat([view.tokens(batch) for batch in images.split(batch_size)])
 
@@ -466,6 +479,6 @@ def output_tokens(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
 def token_loss(
     student: nn.Module, targets: Tensor, images: FewShotImages, config: DistillationConfig, *, impl: Impl = "auto"
 ) -> float:
-    """The distillation loss of a student on the unaugmented images, against the teacher's tokens `[N, T, D]`."""
+    """Return a student's distillation loss on the unaugmented images against the teacher's tokens `[N, T, D]`."""
     tokens = output_tokens(student, images.normalised, config.micro_batch_size)
     return float(distillation_loss(tokens, targets, weight=_token_weight(targets, config), impl=impl))

@@ -1,27 +1,30 @@
-"""Block reconstruction: what a compressed block can learn without the rest of the model.
+"""Block reconstruction: fit a compressed block to the teacher's block, without the rest of the model.
 
-A compressed block computes x + γ ⊙ (W₂ h(x) + b₂), where h(x) are its kept hidden units. Everything that it should
-learn is known: x is what the student gives it, and its output should be what the teacher's block gives. N views of T
-tokens are N·T equations for it, tens of thousands, and solving them needs neither the model behind the block nor its
-gradients:
+A compressed block computes x + γ ⊙ (W₂ h(x) + b₂), where h(x) are its kept hidden units. Its inputs x are the student's
+tokens, and its targets are the outputs of the teacher's block. N views of T tokens give N·T equations, tens of
+thousands. Solving them needs neither the model after the block nor its gradients:
 
-1. **Which units to keep**: those that explain the missing output best together (`dcvit.recovery.ridge.select_inputs`).
-2. **Closed form**: W₂ and b₂ by ridge regression, anchored at the original W₂, to the whole missing output, attention
-   included. λ is the one that predicts held-out images best.
-3. **Gradient steps** on the block alone, from there: they bend the hidden units themselves towards what the removed
-   attention computed. The epoch that is best on the held-out images is kept, the closed form if none is better.
-4. W₂ and b₂ once more in closed form, now on all images, anchored at what the steps found.
+1. **Selection**: keep the hidden units that together explain the missing output best
+   (`dcvit.recovery.ridge.select_inputs`).
+2. **Closed form**: fit W₂ and b₂ by ridge regression, anchored at the original W₂, to the whole missing output,
+   attention included. λ is the value with the lowest error on held-out images.
+3. **Gradient steps** on only the block, starting from the closed form. They adapt the hidden units to what the removed
+   attention computed. The epoch with the lowest error on the held-out images is kept, or the closed form if no epoch is
+   better.
+4. **Refit**: solve for W₂ and b₂ once more in closed form, now on all images, anchored at the result of the steps.
 
-A block that is pruned keeps its attention, and only units go. Then x is what its attention gives, on the student's own
-tokens, and its MLP is reconstructed in the same way, but for the gradient steps: it has nothing new to learn. (On
-DINOv2 ViT-S at 75 % of the MACs they would lower r of held-out images from 0.096 to 0.091, for 2.6 times the time.)
+A pruned block keeps its attention and loses only hidden units. Then x is the output of its attention sublayer on the
+student's own tokens, and its MLP is reconstructed in the same way without gradient steps, since the MLP has nothing new
+to learn. (On DINOv2 ViT-S at 75 % of the MACs the steps would lower r of held-out images from 0.096 to 0.091, for 2.6
+times the time.)
 
-Of a CNN's block that is pruned single filters go. What its last layer takes depends on the neighbours of a position, so
-rows hold that beside the block's input, of a 3×3 layer as patches, and all taps of a filter are kept or go together.
+A pruned block of a CNN loses single filters. The inputs of its last layer depend on the neighbours of a position, so
+the rows hold them next to the block's input. For a 3×3 layer they are patches, and all taps of a filter are kept or
+dropped together.
 
-As in BRECQ (arXiv 2102.05426, block reconstruction for quantisation), with the closed form of CORP (arXiv 2602.05243)
-and ReplaceMe (arXiv 2505.02819). Blocks are reconstructed front to back on the student's own activations, so that each
-also makes good what the ones before it got wrong.
+The method follows BRECQ (arXiv 2102.05426, block reconstruction for quantisation), with the closed form of CORP (arXiv
+2602.05243) and ReplaceMe (arXiv 2505.02819). Blocks are reconstructed front to back on the student's own activations,
+so each block also corrects the errors of those before it.
 """
 
 import math
@@ -58,31 +61,31 @@ __all__ = [
 
 
 CHUNK = 4096
-"""Rows that pass through a block at a time."""
+"""Number of rows that pass through a block at once."""
 
 RIDGE_WITHOUT_VALIDATION = 1e-2
-"""λ where a single image leaves none to hold out, as a share of the mean squared hidden unit."""
+"""λ if there is only one image, so that none can be held out, as a share of the mean squared hidden unit."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """The equations of a block's output layer, summed.
+    """Normal equations of a block's output layer.
 
     Attributes:
-        used: Over the rows that are learnt from.
-        held_out: Over those that judge; `None` where there are none.
+        used: Sums over the training rows.
+        held_out: Sums over the validation rows; `None` without any.
     """
 
     used: NormalEquations
     held_out: NormalEquations | None
 
     def of_inputs(self, kept: Tensor) -> "Sums":
-        """The same with only some inputs of the layer, given by index."""
+        """Return the sums with only some inputs of the layer, given by index."""
         index = kept.to(self.used.gram.device)
         return Sums(self.used.of_inputs(index), None if self.held_out is None else self.held_out.of_inputs(index))
 
     def best_ridge(self, anchor: Tensor, *, constant: bool, near: float = FIRST_RIDGE) -> tuple[float, float]:
-        """λ and the error that it leaves on the rows that judge; without any, on those that are learnt from."""
+        """Return the best λ and its error on the validation rows, or on the training rows if there are no others."""
         if self.held_out is None:
             return RIDGE_WITHOUT_VALIDATION, self.used.error(
                 self.used.solve(RIDGE_WITHOUT_VALIDATION, anchor, constant=constant)
@@ -92,12 +95,13 @@ class Sums:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """What the closed form would miss of a block, by the number of hidden units that it keeps.
+    """Error of a block after the closed form, by the number of hidden units that it keeps.
 
     Attributes:
-        order: The hidden units, most useful first: all, or the last share but one of `dcvit.history.CURVE` of them.
-        errors: The held-out error by number of units, ascending, see `Reconstruction`.
-        sums: Those that they were computed from.
+        order: The hidden units, most useful first: all of them, or only as many as the second largest share of
+            `dcvit.history.CURVE`.
+        errors: Validation error by number of units, ascending, see `Reconstruction`.
+        sums: The normal equations that the errors were computed from.
     """
 
     order: tuple[int, ...]
@@ -107,14 +111,14 @@ class ErrorCurve:
 
 @dataclass(frozen=True)
 class BlockProblem:
-    """What a block that is cut is to reproduce.
+    """A block to compress, with its targets.
 
     Attributes:
-        block: The block, from 0.
-        spec: What stays.
-        rows: The block's equations; of its MLP where attention stays.
-        kept: The hidden units that stay, where they are chosen already.
-        sums: The equations summed, over all hidden units, where they are known.
+        block: Index of the block, from 0.
+        spec: What the block keeps.
+        rows: The block's equations, or those of its MLP if the attention stays.
+        kept: The hidden units to keep, if they are already chosen.
+        sums: The normal equations over all hidden units, if they are already known.
     """
 
     block: int
@@ -126,11 +130,11 @@ class BlockProblem:
 
 @dataclass(frozen=True)
 class Descent:
-    """Gradient steps on a block alone.
+    """Settings of the gradient steps on a single block.
 
     Attributes:
-        step_size: As a share of a tensor's root mean square, see `ReconstructionConfig.step_sizes`.
-        epochs: Passes over the rows; none where it is 0.
+        step_size: Step size as a share of a tensor's root mean square, see `ReconstructionConfig.step_sizes`.
+        epochs: Passes over the rows; 0 takes no steps.
     """
 
     step_size: float = 0.0
@@ -150,18 +154,19 @@ def reconstruct_block(
     *,
     refit: bool = True,
 ) -> tuple[tuple[int, ...], Reconstruction]:
-    """Cut a block of a student, in place, and let it reproduce what the teacher's block gives.
+    """Compress a block of a student, in place, and fit it to the outputs of the teacher's block.
 
     Args:
-        student: Any cut of the teacher in which the block is whole; nothing but that block changes.
-        problem: The block, and what it is to reproduce.
-        config: How.
-        descent: The gradient steps; a block that keeps its attention or no hidden unit does without.
-        context: Its seed draws random units and orders the rows; its ranks share the work, each with all rows.
-        refit: Learn from the held-out images too once they have judged. Not in a probe: they judge that as well.
+        student: A model derived from the teacher in which this block is not compressed. Only this block changes.
+        problem: The block and its targets.
+        config: Settings of the reconstruction.
+        descent: The gradient steps. A block that keeps its attention, or no hidden unit, takes none.
+        context: Context of the run. Its seed draws random units and orders the rows; its processes share the work, and
+            each holds all rows.
+        refit: Whether the final fit uses the held-out images too. A probe must not, since it is ranked on them.
 
     Returns:
-        The hidden units kept, ascending, and how it went.
+        The hidden units kept, ascending, and the errors of the reconstruction.
 
     Raises:
         NonFiniteError: If the block's error is NaN or infinite.
@@ -182,9 +187,9 @@ def reconstruct_block(
 def find_step_size(
     student: nn.Module, problem: BlockProblem, config: ReconstructionConfig, context: RunContext = STANDALONE
 ) -> float:
-    """The step size of `config.step_sizes` with the lowest held-out error after one epoch.
+    """Find the step size of `config.step_sizes` with the lowest validation error after one epoch.
 
-    The arguments are those of `reconstruct_block`; the student is not changed, and one process does it all.
+    The arguments are those of `reconstruct_block`. The student is not changed. This process does all the work.
     """
     context = context.single_process()
     block, spec, rows = problem.block, problem.spec, problem.rows
@@ -193,26 +198,26 @@ def find_step_size(
         kept = choose_units(student, block, spec.hidden_features, rows, config, context)
     problem = replace(problem, kept=kept)
 
-    def left(step_size: float) -> float:
+    def error_after(step_size: float) -> float:
         copied = copy_blocks(student, [block])
         return reconstruct_block(copied, problem, config, Descent(step_size, 1), context)[1].error_after
 
-    return pilot_runs(config.step_sizes, left, partial(context.progress, "step sizes"))[0]
+    return pilot_runs(config.step_sizes, error_after, partial(context.progress, "step sizes"))[0]
 
 
 def error_curve(
     student: nn.Module, block: int, rows: Rows, config: ReconstructionConfig, seed: int
 ) -> ErrorCurve | None:
-    """What the closed form would miss of a block, by the number of hidden units that it keeps.
+    """Compute a block's error after the closed form, by the number of hidden units that it keeps.
 
-    The sums over all hidden units hold those over any of them, so that one pass over the rows serves every number.
+    The sums over all hidden units contain those over any subset, so one pass over the rows serves every number.
 
     Args:
-        student: Any cut of the teacher in which the block is whole; not changed.
-        block: The block, from 0.
-        rows: The block's equations, or those of its MLP if attention is to stay.
-        config: How the units are chosen.
-        seed: Draws random ones.
+        student: A model derived from the teacher in which this block is not compressed; it does not change.
+        block: Index of the block, from 0.
+        rows: The block's equations, or those of its MLP if the attention stays.
+        config: Settings of the reconstruction; `units` says how the hidden units are chosen.
+        seed: Seed of units drawn at random.
 
     Returns:
         The curve; `None` if the block has no output layer to solve for.
@@ -233,10 +238,8 @@ def error_curve(
     ridge = FIRST_RIDGE
     for count in reversed(counts):
         units = order[:count] if count <= len(order) else torch.arange(hidden)
-        residual = _inputs_of(units, output).to(anchor.device)
-        ridge, errors[count] = sums.of_inputs(residual).best_ridge(
-            anchor[residual], constant=output.constant, near=ridge
-        )
+        inputs = _inputs_of(units, output).to(anchor.device)
+        ridge, errors[count] = sums.of_inputs(inputs).best_ridge(anchor[inputs], constant=output.constant, near=ridge)
     return ErrorCurve(tuple(order.tolist()), dict(sorted(errors.items())), sums)
 
 
@@ -248,15 +251,18 @@ def choose_units(
     config: ReconstructionConfig,
     context: RunContext = STANDALONE,
 ) -> tuple[int, ...]:
-    """The hidden units that a block is to keep: most useful first, or in any order if drawn at random.
+    """Choose the hidden units that a block keeps.
 
     Args:
-        student: Any cut of the teacher in which the block is whole; not changed.
-        block: The block, from 0.
-        count: How many.
+        student: A model derived from the teacher in which this block is not compressed; it does not change.
+        block: Index of the block, from 0.
+        count: Number of hidden units to keep.
         rows: The block's equations.
-        config: How they are chosen.
-        context: Its seed draws random ones; its ranks share the work, each with all rows.
+        config: Settings of the reconstruction; `units` says how the hidden units are chosen.
+        context: Context of the run. Its seed draws random units; its processes share the work, and each holds all rows.
+
+    Returns:
+        The hidden units, most useful first; in any order if they are drawn at random.
     """
     if config.units == "random" or count == 0:
         return draw_kept_units(student, block, count, context.seed)
@@ -269,12 +275,12 @@ def choose_units(
 
 
 def _inputs_of(units: Tensor, output: OutputLayer) -> Tensor:
-    """Which inputs of the layer come of some units: `num_patches` in a row of each."""
+    """Return the layer inputs that belong to some units: `num_patches` consecutive inputs for each."""
     return (units[:, None] * output.num_patches + torch.arange(output.num_patches, device=units.device)).flatten()
 
 
 class _OnTokens(nn.Module):
-    """A block without attention, or the second half of one that has it, from tokens to tokens: each alone."""
+    """A block without attention, or the MLP sublayer of a block with attention, applied to each token separately."""
 
     def __init__(self, model: nn.Module, block: int) -> None:
         super().__init__()
@@ -286,12 +292,15 @@ class _OnTokens(nn.Module):
         return self._view.as_tokens(self.block(self._view.from_tokens(tokens)))
 
     def hidden(self, state: Tensor) -> Tensor:
-        """The hidden units `[R, K]` that the output layer is given."""
+        """Return the hidden units `[R, K]`, the inputs of the output layer."""
         return self._view.as_tokens(state)[0]
 
 
 def _with_all_units(student: nn.Module, block: int, rows: Rows) -> tuple[_OnTokens, OutputLayer | None]:
-    """What its equations are of, with every hidden unit: a block without its attention, or the second half of it."""
+    """Return the module that a block's equations describe, with all hidden units, and its output layer.
+
+    The module is the block without its attention, or its MLP sublayer.
+    """
     view = compressible(student)
     if rows.features.shape[1]:
         return _OnTokens(student, block), view.output_layer(block)
@@ -303,7 +312,7 @@ def _with_all_units(student: nn.Module, block: int, rows: Rows) -> tuple[_OnToke
 
 @torch.no_grad()
 def _equations(module: _OnTokens, output: OutputLayer, rows: Rows, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden units `[R, K]` and missing output `[R, D]` of a block, of some rows, piece by piece."""
+    """Yield the hidden units `[R, K]` and the missing output `[R, D]` of a block for chunks of some rows."""
     if rows.features.shape[1]:
         for piece in chosen.split(CHUNK):
             yield rows.features[piece], rows.targets[piece] - rows.residual[piece]
@@ -321,7 +330,7 @@ def _equations(module: _OnTokens, output: OutputLayer, rows: Rows, chosen: Tenso
 def _summed(
     module: _OnTokens, output: OutputLayer, rows: Rows, chosen: Tensor, processes: ProcessGroup
 ) -> NormalEquations:
-    """The equations of a block's output layer over some rows, by index: each rank sums its share."""
+    """Return the normal equations of a block's output layer over the chosen rows. Each process sums its share."""
     if len(chosen) < processes.size:
         return NormalEquations.of(_equations(module, output, rows, chosen))
     found = NormalEquations.of(_equations(module, output, rows, chosen[processes.share(len(chosen))]))
@@ -331,17 +340,18 @@ def _summed(
 
 
 def _sums(module: _OnTokens, output: OutputLayer, rows: Rows, processes: ProcessGroup = SINGLE_PROCESS) -> Sums:
-    """The equations of a block's output layer."""
+    """Return the normal equations of a block's output layer over the training and the validation rows."""
     held_out = _summed(module, output, rows, rows.validation, processes) if rows.validates else None
     return Sums(_summed(module, output, rows, rows.training, processes), held_out)
 
 
 class _PrunedBlock:
-    """A block of a student that is cut, in place, and learns what it is to give.
+    """A block of a student that is compressed in place and fitted to its targets.
 
     Attributes:
-        kept: Its hidden units, ascending.
-        output: What it ends with, where that can be solved for.
+        kept: The hidden units kept, ascending.
+        output: Its output layer, if that can be solved for.
+        can_descend: Whether gradient steps can train the block.
     """
 
     def __init__(
@@ -361,29 +371,33 @@ class _PrunedBlock:
 
     @torch.no_grad()
     def error(self) -> float:
-        """Share of the teacher's block's contribution that it misses, on the held-out rows, or all without any."""
+        """Return the unexplained share of the teacher's block's contribution.
+
+        It is measured on the validation rows, or on all rows if none are held out.
+        """
         rows, processes = self._rows, self._context.processes
-        judged = rows.validation if rows.validates else rows.training
-        total = torch.zeros(2, dtype=torch.float64, device=rows.inputs.device)  # missed, and all
-        for piece in judged[processes.share(len(judged))].split(CHUNK):
+        evaluated = rows.validation if rows.validates else rows.training
+        total = torch.zeros(2, dtype=torch.float64, device=rows.inputs.device)  # squared error, squared contribution
+        for piece in evaluated[processes.share(len(evaluated))].split(CHUNK):
             x, y = rows.inputs[piece], rows.targets[piece]
             total[0] += (self._module(x[None])[0] - y).double().square().sum()
             total[1] += (y - rows.residual[piece]).double().square().sum()
         processes.sum(total)
-        missed, energy = total.tolist()
-        return float(missed / max(energy, torch.finfo(torch.float64).tiny))
+        error, energy = total.tolist()
+        return float(error / max(energy, torch.finfo(torch.float64).tiny))
 
     @torch.no_grad()
     def solve(self, *, on_all: bool, at_most: float, sums: Sums | None = None) -> tuple[float | None, float]:
         """Fit the output layer in closed form.
 
         Args:
-            on_all: Once λ is found, solve for the held-out images too.
-            at_most: The held-out error to beat; else the layer stays as it is.
-            sums: The equations over all hidden units, where they are known.
+            on_all: Whether the final solution, after λ is chosen, uses the held-out images too.
+            at_most: Largest validation error at which the solution replaces the layer's weights. Without validation
+                rows it always does.
+            sums: The normal equations over all hidden units, if they are already known.
 
         Returns:
-            λ, `None` if the layer stays as it is, and the held-out error.
+            λ, which is `None` if the layer is not changed, and the validation error.
 
         Raises:
             NonFiniteError: If the error is NaN or infinite.
@@ -406,9 +420,17 @@ class _PrunedBlock:
         return ridge, error
 
     def descend(self, batch_rows: int, descent: Descent, error: float) -> tuple[int, float, tuple[float, ...]]:
-        """Take gradient steps; return the best epoch, its held-out error, and that of each epoch.
+        """Take gradient steps and keep the best epoch.
 
-        Epoch 0 is the start, with the given error: nothing worse is ever kept.
+        Epoch 0 is the initial state, so the result is never worse than it.
+
+        Args:
+            batch_rows: Number of rows per step.
+            descent: Settings of the steps.
+            error: Validation error of the initial state.
+
+        Returns:
+            The best epoch, its validation error, and the validation error of each epoch.
         """
         module, rows, context = self._module, self._rows, self._context
         inputs, targets = rows.inputs[~rows.held_out], rows.targets[~rows.held_out]
@@ -438,13 +460,13 @@ class _PrunedBlock:
 
 
 def _require_finite(block: int, error: float) -> None:
-    """Refuse a block that no longer knows what it is to learn.
+    """Refuse a block whose error is not finite.
 
     Raises:
-        NonFiniteError: If its error is NaN or infinite.
+        NonFiniteError: If the error is NaN or infinite.
     """
     if not math.isfinite(error):
         raise NonFiniteError(
-            f"Block {block}: what is left of its error is {error} after the closed form. The student's values grew too "
-            "large; ask for a budget that cuts less, or pass more images."
+            f"Block {block}: its error is {error} after the closed form. The student's activations grew too large; "
+            "choose a budget that removes less, or pass more images."
         )

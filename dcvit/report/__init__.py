@@ -1,4 +1,4 @@
-"""Reports: one HTML file that shows what was done and how it went, without scripts or requests."""
+"""Reports: one HTML file that shows how a compression was done and how it went, without scripts or requests."""
 
 from dcvit.report.family import FamilyPoint, family_page, saved_family_page
 from dcvit.report.page import Page

@@ -1,4 +1,4 @@
-"""Kinds of chart, each a function from values and a width to a drawing."""
+"""Charts: each function draws one kind of chart from values and a width."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ __all__ = [
 ]
 
 SERIES = 8
-"""How many colours the page defines for curves, `s0` and on; further curves begin again and are told by their label."""
+"""Number of curve colours that the page defines, `s0` to `s7`. Further curves reuse them and differ by their label."""
 
 LINE_HEIGHT = 14
-"""Distance of two labels that do not touch."""
+"""Vertical distance at which two labels do not touch, in CSS pixels."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point and what is said of it where the pointer rests."""
+    """A point and the title that is shown when the pointer rests on it."""
 
     x: float
     y: float
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points joined by a line that carries its name."""
+    """Points joined by a line, which is labelled with its name."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -49,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Group:
-    """Points of one kind: colour (`css`), shape, and whether a line joins them."""
+    """Points of one kind: their colour (`css`), their shape, and whether a line joins them."""
 
     css: str
     marker: Marker
@@ -59,7 +59,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of dots: single values and their mean."""
+    """A row of dots, one for each value, and the mean of the values."""
 
     name: str
     css: str
@@ -68,7 +68,7 @@ class Row:
 
 
 def number(value: float | None) -> str:
-    """A value as tables and labels show it: four significant digits."""
+    """Format a value for tables and labels, with four significant digits."""
     if value is None:
         return "–"
     if isinstance(value, int) or 10_000 <= abs(value) < 1e15:
@@ -77,7 +77,7 @@ def number(value: float | None) -> str:
 
 
 def amount(value: int) -> str:
-    """A number of MACs or parameters with its unit, four significant digits."""
+    """Format a number of MACs or parameters with its unit prefix and four significant digits."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if value >= size:
             return f"{value / size:.4g}\N{NO-BREAK SPACE}{unit}"
@@ -85,14 +85,14 @@ def amount(value: int) -> str:
 
 
 def marker_sample(css: str, marker: Marker) -> str:
-    """A point alone, for a legend."""
+    """Return the markup of a single point, for a legend."""
     svg = Svg(16, 16, "")
     svg.marker(marker, 8, 8, css)
     return svg.markup()
 
 
 def block_bars(width: float, values: Mapping[int, float], chosen: Collection[int], y_label: str) -> Svg:
-    """A bar for each block, the chosen ones in colour."""
+    """Draw a bar for each block, with the chosen blocks in colour."""
     svg, box, y = _canvas(width, 230, f"{y_label} of each candidate block", values.values(), zero=True)
     centres, pitch = _columns(box, values)
     axes(svg, box, y, y_label, "block", [(centre, str(block)) for block, centre in centres.items()])
@@ -111,13 +111,13 @@ def block_stages(
     chosen: Collection[int],
     y_label: str,
 ) -> Svg:
-    """For each block its value at several stages, joined by a line; the chosen ones in colour.
+    """Draw each block's values at several stages, joined by a line, with the chosen blocks in colour.
 
     Args:
-        width: Of the drawing.
-        stages: Name, marker and values by block, in the order in which they were reached.
-        chosen: The blocks in colour.
-        y_label: What the values are.
+        width: Width of the drawing.
+        stages: Name, marker and values by block of each stage, in chronological order.
+        chosen: The blocks that are drawn in colour.
+        y_label: Label of the values.
     """
     label = f"{y_label} of each block: {', '.join(name for name, _, _ in stages)}"
     svg, box, y = _canvas(width, 260, label, [v for _, _, values in stages for v in values.values()], log=True)
@@ -141,15 +141,16 @@ def block_structure(
     after: Sequence[tuple[bool, int]],
     names: tuple[str, str, str],
 ) -> Svg:
-    """The blocks of two models side by side, the first at the top: attention, and an MLP as wide as its hidden units.
+    """Draw the blocks of two models side by side, the first block at the top.
 
-    What the second lost stands there as an outline.
+    Each block shows its attention, and an MLP whose width is proportional to its hidden units. What the second model
+    lost is drawn as an outline.
 
     Args:
-        width: Of the drawing.
-        before: Of each block whether it has attention, and its hidden units.
-        after: The same of the second model.
-        names: What attention, MLP and hidden units are called.
+        width: Width of the drawing.
+        before: For each block, whether it has attention, and its number of hidden units.
+        after: The same for the second model.
+        names: Names of the attention, of the MLP and of the hidden units.
     """
     mixing, pointwise, units = names
     pitch, top = (20, 46) if len(before) <= 16 else (17, 46)
@@ -166,8 +167,8 @@ def block_structure(
         svg.label(left, 36, mixing)
         svg.label(max(mlp, left + text_width(mixing) + 4), 36, pointwise)
         for block, ((has, hidden), (had, all_hidden)) in enumerate(zip(blocks, before, strict=True)):
-            y, size, cut = top + pitch * block, pitch - 5, (has, hidden) != (had, all_hidden)
-            css = "accent" if cut else "plain"
+            y, size, changed = top + pitch * block, pitch - 5, (has, hidden) != (had, all_hidden)
+            css = "accent" if changed else "plain"
             if index == 0:
                 svg.label(margin - 8, y + size - 3, str(block), anchor="end")
             if had:
@@ -180,34 +181,34 @@ def block_structure(
 
 
 def curves(width: float, lines: Sequence[Curve], x_label: str, y_label: str) -> Svg:
-    """Curves with their names at their ends."""
+    """Draw curves, each labelled with its name at its end."""
     room = 14 + max((text_width(line.name) for line in lines), default=0.0)
     values = [value for line in lines for _, value in line.points]
     height = max(280, 70 + LINE_HEIGHT * len(lines))
     svg, box, y = _canvas(width, height, f"{y_label} against {x_label}", values, right=room, log=True)
-    places = [place for line in lines for place, _ in line.points] or [0.0]
-    span = max(places) - min(places)
-    x = Scale(min(places), max(places) if span else min(places) + 1, box.left + 6, box.right - 6)
-    whole = [tick for tick in x.ticks(8) if tick == int(tick)]  # epochs, steps and iterations
+    positions = [position for line in lines for position, _ in line.points] or [0.0]
+    span = max(positions) - min(positions)
+    x = Scale(min(positions), max(positions) if span else min(positions) + 1, box.left + 6, box.right - 6)
+    whole = [tick for tick in x.ticks(8) if tick == int(tick)]  # epochs, steps and iterations are whole numbers
     axes(svg, box, y, y_label, x_label, [(x(tick), f"{tick:,.0f}") for tick in whole])
     ends: list[tuple[float, str, str]] = []
     for index, line in enumerate(lines):
         css = f"s{index % SERIES}"
-        drawn = [(place, value) for place, value in line.points if finite([value])]
+        drawn = [(position, value) for position, value in line.points if finite([value])]
         if not drawn:
             continue
-        svg.path([(x(place), y(value)) for place, value in drawn], f"{css} curve")
-        for place, value in drawn if len(drawn) <= 12 else drawn[-1:]:
-            title = f"{line.name}, {x_label} {number(place)}: {number(value)}"
-            svg.marker("dot", x(place), y(value), css, title)
+        svg.path([(x(position), y(value)) for position, value in drawn], f"{css} curve")
+        for position, value in drawn if len(drawn) <= 12 else drawn[-1:]:
+            title = f"{line.name}, {x_label} {number(position)}: {number(value)}"
+            svg.marker("dot", x(position), y(value), css, title)
         ends.append((y(drawn[-1][1]), line.name, css))
-    for position, name, css in _apart(ends, box.top, box.bottom + 10):
-        svg.label(box.right + 4, position + 4, name, f"label {css}")
+    for height_of_label, name, css in _apart(ends, box.top, box.bottom + 10):
+        svg.label(box.right + 4, height_of_label + 4, name, f"label {css}")
     return svg
 
 
 def scatter(width: float, groups: Sequence[Group], x_label: str, y_label: str) -> Svg:
-    """Points of several kinds; those drawn last lie on top."""
+    """Draw points of several kinds; later groups lie on top of earlier ones."""
     points = [point for group in groups for point in group.points]
     svg, box, y = _canvas(width, 320, f"{y_label} against {x_label}", [point.y for point in points], right=18)
     x = Scale.over([point.x for point in points], box.left, box.right)
@@ -223,7 +224,7 @@ def scatter(width: float, groups: Sequence[Group], x_label: str, y_label: str) -
 
 
 def dot_rows(width: float, rows: Sequence[Row], x_label: str) -> Svg:
-    """A row for each name: a small dot for each value, a bar for their mean."""
+    """Draw a row for each name, with a small dot for each value and a bar for their mean."""
     pitch, top = 48, 8
     svg = Svg(width, top + pitch * len(rows) + 42, f"{x_label} by method")
     left, right, bottom = 10.0, width - 74, top + pitch * len(rows)
@@ -244,7 +245,7 @@ def dot_rows(width: float, rows: Sequence[Row], x_label: str) -> Svg:
 
 
 def row_bars(width: float, values: Mapping[str, float], texts: Mapping[str, str], label: str) -> Svg:
-    """A bar for each name, with its value as a text behind it."""
+    """Draw a horizontal bar for each name, followed by its value as text."""
     pitch = 24
     svg = Svg(width, pitch * len(values) + 6, label)
     left = 12 + max((text_width(name) for name in values), default=0.0)
@@ -269,7 +270,7 @@ def _canvas(
     log: bool = False,
     zero: bool = False,
 ) -> tuple[Svg, Box, Scale]:
-    """An empty drawing, the box between its axes, and the vertical scale for some values; see `Scale.over`."""
+    """Return an empty drawing, the box between its axes, and the vertical scale of the values; see `Scale.over`."""
     top, bottom = 26.0, height - 44
     y = Scale.over(values, bottom, top, log=log, zero=zero)
     left = 12 + max((text_width(f"{tick:g}") for tick in y.ticks()), default=0.0)
@@ -277,20 +278,20 @@ def _canvas(
 
 
 def _columns(box: Box, blocks: Collection[int]) -> tuple[dict[int, float], float]:
-    """The middle of each block's column, and the distance of two."""
+    """Return the centre of each block's column, and the distance between two columns."""
     ordered = sorted(blocks)
     pitch = (box.right - box.left) / max(len(ordered), 1)
     return {block: box.left + pitch * (index + 0.5) for index, block in enumerate(ordered)}, pitch
 
 
 def _apart(ends: Sequence[tuple[float, str, str]], top: float, bottom: float) -> list[tuple[float, str, str]]:
-    """Labels moved apart until none touches another, downwards first and then back up from the bottom."""
+    """Move labels apart until none touches another: downwards first, then back up from the bottom."""
     ordered = sorted(ends)
-    places = [max(top, position) for position, _, _ in ordered]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + LINE_HEIGHT)
+    positions = [max(top, position) for position, _, _ in ordered]
+    for index in range(1, len(positions)):
+        positions[index] = max(positions[index], positions[index - 1] + LINE_HEIGHT)
     limit = bottom
-    for index in reversed(range(len(places))):
-        places[index] = min(places[index], limit)
-        limit = places[index] - LINE_HEIGHT
-    return [(place, name, css) for place, (_, name, css) in zip(places, ordered, strict=True)]
+    for index in reversed(range(len(positions))):
+        positions[index] = min(positions[index], limit)
+        limit = positions[index] - LINE_HEIGHT
+    return [(position, name, css) for position, (_, name, css) in zip(positions, ordered, strict=True)]

@@ -24,10 +24,10 @@ STYLES: Mapping[Kind, tuple[str, Marker]] = {
     "dcvit": ("accent", "circle"),
     "original": ("plain", "diamond"),
 }
-"""Colour and shape, in the order of drawing."""
+"""Colour and shape of each kind of point, in the order of drawing."""
 
 SAME: Mapping[Cost, float] = {"macs": 0.005, "latency_ms": 0.03}
-"""Relative differences of cost that do not count: a budget is met to 0.5 %, and a latency measured to about 3 %."""
+"""Relative differences of cost that are ignored: a budget is met to 0.5 %, and a latency is measured to about 3 %."""
 
 COST_NAMES: Mapping[Cost, str] = {"macs": "MACs", "latency_ms": "latency"}
 QUALITY_NAMES: Mapping[Quality, str] = {"agreement": "agreement with the original", "top1": "top-1"}
@@ -38,13 +38,13 @@ class FamilyPoint:
     """One model of a comparison.
 
     Attributes:
-        name: What the table calls it.
-        kind: What made it.
-        macs: Per image.
+        name: Name of the model in the table.
+        kind: Method that made the model.
+        macs: MACs per image.
         params: Number of parameters.
-        latency_ms: Of one batch, in milliseconds; `None` where it was not measured.
-        agreement: With the original, in [0, 1]; `None` where it was not measured.
-        top1: In [0, 1]; likewise.
+        latency_ms: Latency of one batch in milliseconds; `None` if it was not measured.
+        agreement: Agreement with the original, in [0, 1]; `None` if it was not measured.
+        top1: Top-1 accuracy, in [0, 1]; `None` if it was not measured.
     """
 
     name: str
@@ -70,16 +70,16 @@ def family_page(
     settings: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Page:
-    """A page that shows what each size costs and how good it is.
+    """Return a page that shows the cost and the accuracy of each size.
 
     Args:
-        points: One original, the members of the family, and what they are compared with.
+        points: One original, the members of the family, and the models that they are compared with.
         title: The heading.
-        text: What was done, sentences.
-        evaluated_on: The images behind agreement and top-1, for example `"797 held-out digits"`.
+        text: Sentences that describe how the family was made.
+        evaluated_on: The images on which agreement and top-1 were measured, for example `"797 held-out digits"`.
         latency_of: What was timed, for example `"a batch of 64 on two CPU cores"`.
-        settings: Of the run, nested as they like.
-        versions: Of what computed it.
+        settings: Settings of the run, nested to any depth.
+        versions: Versions of the software that made the family.
 
     Raises:
         DcvitError: If there is not exactly one original.
@@ -97,7 +97,7 @@ def family_page(
     figures = [_figure(ordered, original, cost, quality, latency_of) for cost, quality in pairs]
     sections = [
         Section("The sizes", _summary(ordered, pairs), [_table(ordered, original, pairs)]),
-        Section("Accuracy against cost", [f"Judged on {evaluated_on}."], figures),
+        Section("Accuracy against cost", [f"Evaluated on {evaluated_on}."], figures),
     ]
     tables = [
         settings_table(values, name) for name, values in (("Settings", settings), ("Versions", versions)) if values
@@ -113,10 +113,10 @@ def family_page(
 
 
 def saved_family_page(index: Mapping[str, Any]) -> Page:
-    """The page of what `family.json` holds.
+    """Return the page of a family from the values of its `family.json`.
 
     Raises:
-        SaveFolderError: If it lacks what a page needs.
+        SaveFolderError: If a value that the page needs is missing or invalid.
     """
     try:
         saved = from_plain(_Index, {name: index[name] for name in field_types(_Index)}, FAMILY)
@@ -137,7 +137,7 @@ def saved_family_page(index: Mapping[str, Any]) -> Page:
 
 @dataclass(frozen=True)
 class _Index:
-    """What a page shows of `family.json`."""
+    """The values of `family.json` that a page shows."""
 
     model: str
     num_images: int
@@ -149,7 +149,7 @@ class _Index:
 
 
 def block_dropping_wins(point: FamilyPoint, points: Sequence[FamilyPoint], cost: Cost, quality: Quality) -> bool:
-    """Whether a point belongs to a pair in which block dropping costs no more than dcvit and is better.
+    """Return whether a point belongs to a pair in which block dropping costs no more than dcvit and is better.
 
     Costs that differ by no more than `SAME` count as equal.
     """
@@ -172,7 +172,7 @@ def _has(point: FamilyPoint, cost: Cost, quality: Quality) -> bool:
 
 
 def _summary(points: Sequence[FamilyPoint], pairs: Sequence[tuple[Cost, Quality]]) -> list[str]:
-    """One sentence for each cost and quality on whether block dropping wins anywhere."""
+    """Return one sentence for each cost and quality that says where block dropping wins, if anywhere."""
     sentences = []
     for cost, quality in pairs:
         if not any(point.kind == "block dropping" and _has(point, cost, quality) for point in points):
@@ -188,7 +188,7 @@ def _summary(points: Sequence[FamilyPoint], pairs: Sequence[tuple[Cost, Quality]
 
 
 def _table(points: Sequence[FamilyPoint], original: FamilyPoint, pairs: Sequence[tuple[Cost, Quality]]) -> Table:
-    """All points; the rows where block dropping wins are marked and say in what."""
+    """Return a table of all points. The rows where block dropping wins are marked and name the quality and the cost."""
     rows, marked = [], set()
     for index, point in enumerate(points):
         won = [

@@ -1,6 +1,7 @@
-"""A report as a page: sections of figures, tables and pictures, in one HTML file that needs nothing else.
+"""A report as a page: sections of figures, tables and pictures, in one self-contained HTML file.
 
-Every figure is drawn twice, for a desk and for a phone; CSS shows the one that fits. Its numbers stand in a table.
+Every figure is drawn twice, once for a desktop screen and once for a phone; CSS shows the one that fits. A table below
+each figure lists its numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dcvit.runtime.files import well_formed
 __all__ = ["Figure", "Gallery", "Key", "Page", "Picture", "Section", "Table", "Tile", "settings_table"]
 
 WIDE, NARROW = 720, 340
-"""Widths of the drawings in CSS pixels, for a desk and for a phone."""
+"""Widths of the drawings in CSS pixels, for a desktop screen and for a phone."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Table:
 
     Attributes:
         head: Names of the columns.
-        rows: The cells.
-        marked: Indices of the rows that stand out.
-        title: Stands above it.
+        rows: Cells of each row.
+        marked: Indices of the rows that are highlighted.
+        title: Caption above the table.
     """
 
     head: Sequence[str]
@@ -49,7 +50,7 @@ class Key:
 
     @property
     def sample(self) -> Markup:
-        """The marker itself."""
+        """The marker as markup."""
         return Markup(marker_sample(self.css, self.marker))
 
 
@@ -58,12 +59,12 @@ class Figure:
     """A chart with its numbers.
 
     Attributes:
-        title: What it shows.
-        draw: From a width to the drawing.
-        table: Every number in it.
-        text: What to see in it.
-        legend: What its marks mean.
-        open: Whether the table is shown from the start.
+        title: The heading.
+        draw: Function that makes the drawing for a width in CSS pixels.
+        table: Every number in the chart.
+        text: Explanation of the chart.
+        legend: Entries that explain the markers.
+        open: Whether the table is expanded at first.
     """
 
     title: str
@@ -75,7 +76,7 @@ class Figure:
 
     @property
     def wide(self) -> Markup:
-        """The drawing for a desk."""
+        """The drawing for a desktop screen."""
         return Markup(self.draw(WIDE).markup())
 
     @property
@@ -86,7 +87,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI, with what it shows."""
+    """An image as a data URI, with its caption."""
 
     uri: str
     caption: str
@@ -98,7 +99,7 @@ class Gallery:
 
     Attributes:
         pictures: The pictures.
-        pixelated: Whether they are so small that their pixels are to be seen.
+        pixelated: Whether the pictures are so small that they are enlarged without smoothing.
     """
 
     pictures: Sequence[Picture]
@@ -107,7 +108,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, sentences and what they speak of."""
+    """A heading, sentences, and the figures, tables and galleries that they describe."""
 
     title: str
     text: Sequence[str] = ()
@@ -116,7 +117,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that is looked for first."""
+    """A key figure at the top of the page."""
 
     name: str
     value: str
@@ -129,10 +130,10 @@ class Page:
 
     Attributes:
         title: The heading.
-        text: What was done.
-        tiles: The figures looked for first.
-        sections: The rest.
-        not_recorded: What could not be shown, and why.
+        text: Sentences that describe how the model was made.
+        tiles: The key figures.
+        sections: The sections below the key figures.
+        not_recorded: Items that could not be shown, each with the reason.
     """
 
     title: str
@@ -142,12 +143,12 @@ class Page:
     not_recorded: Sequence[str] = field(default=())
 
     def html(self) -> str:
-        """The page."""
+        """Render the page as HTML."""
         return well_formed(_template().render(page=self, version=__version__))
 
 
 def settings_table(values: Mapping[str, Any], title: str = "") -> Table:
-    """Nested settings as a table of names and values."""
+    """Return nested settings as a table of dotted names and values."""
     rows: list[tuple[str, str]] = []
 
     def collect(prefix: str, nested: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The report of one compression, from its saved folder alone."""
+"""The report of one compression, made only from its saved folder."""
 
 import base64
 import io
@@ -48,10 +48,10 @@ from dcvit.serialization import from_plain
 __all__ = ["run_page", "write_page", "write_report"]
 
 MOST_POINTS = 60
-"""Points of a curve that are drawn and listed; of longer ones every n-th, the first and the last."""
+"""Largest number of points that are all shown. Of longer curves, every n-th point and the last are shown."""
 
 PIXELATED = 64
-"""Images up to this side are shown without loss, pixel by pixel; larger ones as thumbnails of twice the side."""
+"""Largest side of images that are shown pixel by pixel. Larger ones become thumbnails of at most twice the side."""
 
 METRICS = {
     "distillation": "relative error of the output tokens",
@@ -60,16 +60,16 @@ METRICS = {
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a saved result or family; no model is run.
+    """Write `report.html` into the folder of a saved result or family, without running a model.
 
     Args:
-        folder: What `CompressionResult.save`, `Family.save`, `dcvit compress` or `dcvit sweep` wrote.
+        folder: A folder that `CompressionResult.save`, `Family.save`, `dcvit compress` or `dcvit sweep` wrote.
 
     Returns:
-        The file.
+        The path of the report.
 
     Raises:
-        SaveFolderError: If the folder holds neither, or a broken one, or a `report.html` that dcvit did not write.
+        SaveFolderError: If the folder holds no valid result or family, or a `report.html` that dcvit did not write.
     """
     path = Path(folder) / FAMILY_FILE
     try:
@@ -81,15 +81,15 @@ def write_report(folder: str | Path) -> Path:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise SaveFolderError(
-            f"What {str(path)!r} says does not hang together ({type(error).__name__}: {error}): compress again."
+            f"{str(path)!r} is inconsistent ({type(error).__name__}: {error}): compress again."
         ) from error
 
 
 def write_page(page: Page, path: Path) -> Path:
-    """Write a page to a file; an earlier report is replaced.
+    """Write a page to a file and replace an earlier report.
 
     Raises:
-        SaveFolderError: If there is a file that is not a report, or it cannot be written; what was there then stays.
+        SaveFolderError: If the file exists and is not a report, or cannot be written. An existing file is then kept.
     """
     check_report_file(path)
     replace_file(path, page.html())
@@ -97,7 +97,7 @@ def write_page(page: Page, path: Path) -> Path:
 
 
 def run_page(record: Record) -> Page:
-    """The page of a saved result; what the result does not hold is named on it."""
+    """Return the page of a saved result. The page lists what the result does not hold."""
     plan, report = record.plan, record.report
     original, used = (_spent(record, figures) for figures in (report.teacher, report.student))
     chosen = f"They were chosen among {len(plan.candidates)} candidates" if report.probes else "They were recovered"
@@ -105,8 +105,8 @@ def run_page(record: Record) -> Page:
         tried = f"{len(report.probes)} blocks without their attention and of {len(report.pruning_probes)} with it"
         chosen = f"They were chosen by probes of {tried},"
     text = [
-        f"{_cut(record)} {chosen} with {report.num_images} unlabelled images{_by_method(report)}. The budget was "
-        f"{_budget(record)}; {_figure(used)} are used.",
+        f"{_compressed(record)} {chosen} with {report.num_images} unlabelled images{_by_method(report)}. The budget "
+        f"was {_budget(record)}; {_figure(used)} are used.",
     ]
     probes = _probes(record) if report.probes else None
     sections = [_comparison(record), probes, _architecture(record), _recovery(record), _proxy_set(record)]
@@ -119,24 +119,24 @@ def run_page(record: Record) -> Page:
     )
 
 
-def _cut(record: Record) -> str:
-    """What the blocks lost, in a sentence."""
+def _compressed(record: Record) -> str:
+    """Describe in a sentence or two how the blocks were compressed."""
     plan = record.plan
     if plan.token_keep_rates:
         listed = ", ".join(f"{block} ({rate:g})" for block, rate in plan.token_keep_rates.items())
-        return f"Behind the attention of these blocks a share of the patch tokens goes on: {listed}."
+        return f"These blocks keep only a share of the patch tokens behind their attention: {listed}."
     if shared := shared_weights(record.values["plan"]):
         return f"Weights are shared: {'; '.join(shared)}."
     if pruning_kind(record.values) == "dropped":
         return f"These blocks were dropped whole: {', '.join(map(str, sorted(plan.blocks)))}."
-    told = []
+    sentences = []
     if plan.kept_heads:
         listed = ", ".join(f"{block} ({len(heads)})" for block, heads in plan.kept_heads.items())
-        told.append(f"These blocks lost attention heads (heads that each keeps): {listed}.")
+        sentences.append(f"These blocks lost attention heads (heads that each keeps): {listed}.")
     names = part_names(record.values)
     for lost, blocks in (
         (f"lost their {names.mixing}", [block for block in sorted(plan.blocks) if block not in plan.pruned]),
-        ("have a convolution in the place of their attention", plan.convolved),
+        ("have a convolution instead of their attention", plan.convolved),
         (
             f"lost {names.units} and keep their {names.mixing}",
             [block for block in plan.pruned if block not in plan.convolved],
@@ -144,12 +144,12 @@ def _cut(record: Record) -> str:
     ):
         if blocks:
             listed = ", ".join(f"{block} ({len(plan.kept_units[block]):,})" for block in blocks)
-            told.append(f"These blocks {lost} ({names.units} that each keeps): {listed}.")
-    return f"{' '.join(told)} The drop ratio is {plan.drop_ratio:.3f}."
+            sentences.append(f"These blocks {lost} ({names.units} that each keeps): {listed}.")
+    return f"{' '.join(sentences)} The drop ratio is {plan.drop_ratio:.3f}."
 
 
 def _by_method(report: Report) -> str:
-    """Which method it was, unless it is dcvit's own."""
+    """Name the method, unless it is dcvit's own."""
     return "" if report.method == "dcvit" else f" by the method {report.method}"
 
 
@@ -163,15 +163,15 @@ def _tiles(record: Record) -> Iterator[Tile]:
     )
     for name, before, after, form in costs:
         yield Tile(name, f"{100 * after / before:.1f} %", f"{form(before)} → {form(after)}")
-    # A demonstration is judged on images that nothing learnt from; other runs only have the few-shot images.
-    judged = "on held-out images" if held_out else "on the few-shot images"
+    # A demonstration is evaluated on images that no stage has seen; other runs only have the few-shot images.
+    evaluated_on = "on held-out images" if held_out else "on the few-shot images"
     if report.agreement is not None:
-        yield Tile("agreement", f"{100 * report.agreement:.2f} %", judged)
+        yield Tile("agreement", f"{100 * report.agreement:.2f} %", evaluated_on)
     if teacher.top1 is not None and student.top1 is not None:
         before, after = 100 * teacher.top1, 100 * student.top1
-        yield Tile("top-1", f"{after:.2f} %", f"original {before:.2f} %, {judged}")
+        yield Tile("top-1", f"{after:.2f} %", f"original {before:.2f} %, {evaluated_on}")
     if report.refinement is not None:
-        detail = "mean squared, output tokens, on held-out views"
+        detail = "mean squared, output tokens, on validation views"
         yield Tile("distillation error", number(report.refinement.error_after), detail)
     else:
         yield Tile(
@@ -182,7 +182,7 @@ def _tiles(record: Record) -> Iterator[Tile]:
 
 
 def _comparison(record: Record) -> Section | None:
-    """The methods of a demonstration, over its few-shot sets."""
+    """Compare the methods of a demonstration over its few-shot sets."""
     if "comparison" not in record.values:
         return None
     methods = _compared(record)
@@ -230,8 +230,8 @@ def _comparison(record: Record) -> Section | None:
     )  # fmt: skip
     sets = "one few-shot set" if seeds == 1 else f"{seeds} few-shot sets"
     text = [
-        f"On images held out, from {record.report.num_images} unlabelled images a set, over {sets}. The smaller models "
-        "cost the same to within a hidden unit. All that follows is of the first set."
+        f"On held-out images, from {record.report.num_images} unlabelled images per set, over {sets}. The smaller "
+        "models cost the same to within one hidden unit. The sections below show the first set."
     ]
     return Section(
         "Methods compared",
@@ -242,7 +242,7 @@ def _comparison(record: Record) -> Section | None:
 
 @dataclass(frozen=True)
 class _Spread:
-    """A figure over few-shot sets."""
+    """Mean and standard deviation of a figure over few-shot sets."""
 
     mean: float
     std: float
@@ -250,7 +250,7 @@ class _Spread:
 
 @dataclass(frozen=True)
 class _Compared:
-    """A method of a demonstration."""
+    """The figures of one method of a demonstration."""
 
     method: str
     seeds: tuple[int, ...]
@@ -264,16 +264,16 @@ class _Compared:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The methods of a demonstration."""
+    """The figures of all methods of a demonstration."""
 
     methods: tuple[_Compared, ...]
 
 
 def _compared(record: Record) -> Sequence[_Compared]:
-    """The methods of a demonstration.
+    """Return the methods of a demonstration.
 
     Raises:
-        SaveFolderError: If they are not what one saves.
+        SaveFolderError: If the saved values are not those of a demonstration.
     """
     try:
         found = from_plain(_Comparison, {"methods": record.values["comparison"]}).methods
@@ -292,13 +292,13 @@ def _compared(record: Record) -> Sequence[_Compared]:
 
 
 def _probes(record: Record) -> Section:
-    """How well each candidate recovers, and which were chosen."""
+    """Show how well each candidate recovers, and which candidates were chosen."""
     plan, report = record.plan, record.report
     chosen = set(plan.blocks) - set(plan.pruned)
     metric = METRICS.get(str(_ablation(report).get("metric")), "metric loss")
     if report.method == "practise":
         metric = "distillation loss over the share of MACs saved"
-    cut = "dropped" if pruning_kind(record.values) == "dropped" else "compressed"
+    done = "dropped" if pruning_kind(record.values) == "dropped" else "compressed"
     losses = {probe.block: probe.metric_loss for probe in sorted(report.probes, key=lambda probe: probe.block)}
     ranked = Table(
         ("rank", "block", "metric loss", "chosen"),
@@ -311,15 +311,15 @@ def _probes(record: Record) -> Section:
     keys = [Key("chosen", "accent", "circle"), Key("not chosen", "plain", "circle")]
     figures = [
         Figure(
-            "What the candidates are ranked by",
+            "Ranking of the candidates",
             lambda width: block_bars(width, losses, chosen, metric),
             ranked,
-            f"Each candidate block is {cut} alone and recovered. Lower is better.",
+            f"In each probe, one candidate block is {done} and recovered. Lower is better.",
             keys,
         ),
         _stages_figure(report.probes, chosen, keys),
     ]
-    title, hint = "Expected loss by the hidden units that a block keeps", "What the probes say of each block alone"
+    title, hint = "Expected loss by the hidden units that a block keeps", "As the probes of single blocks predict it"
     figures += [
         _profiles_figure(name, probes, prune_mlps, metric, f"{hint}; ✓ marks the {kind} ones.")
         for name, probes, prune_mlps, kind in (
@@ -332,7 +332,7 @@ def _probes(record: Record) -> Section:
 
 
 def _profiles_figure(title: str, probes: Sequence[Probe], chosen: set[int], metric: str, text: str) -> Figure:
-    """What each block would lose, by its hidden units."""
+    """Draw the sensitivity curve of each block: its expected loss by the hidden units that it keeps."""
     profiles = {probe.block: probe.sensitivity for probe in probes if probe.sensitivity is not None}
     lines = [
         Curve(f"block {block}" + (" ✓" if block in chosen else ""), tuple(zip(it.units, it.losses, strict=True)))
@@ -342,16 +342,16 @@ def _profiles_figure(title: str, probes: Sequence[Probe], chosen: set[int], metr
 
 
 def _stages_figure(probes: Sequence[Probe], chosen: set[int], keys: Sequence[Key]) -> Figure:
-    """Loss of each probe before and after its recovery."""
+    """Show the loss of each probe before and after its recovery."""
     reconstructed = {probe.block: probe.reconstruction for probe in probes if probe.reconstruction is not None}
-    mimicked = {probe.block: probe.recovery for probe in probes if probe.recovery is not None}
+    distilled = {probe.block: probe.recovery for probe in probes if probe.recovery is not None}
     stages: dict[str, Marker] = {"before recovery": "ring", "after recovery": "circle"}
     values: dict[int, tuple[float, float]]
     more: dict[int, tuple[str, ...]]
     if reconstructed:
-        label = "held-out error of the block"
+        label = "validation error of the block"
         text = (
-            "Share of what the original block adds to its input that stays unexplained on held-out images, with the "
+            "Share of what the original block adds to its input that stays unexplained on validation images, with the "
             "original weights and in closed form: 0 is perfect, 1 is no better than leaving the block out. λ is the "
             "regularisation."
         )
@@ -361,8 +361,8 @@ def _stages_figure(probes: Sequence[Probe], chosen: set[int], keys: Sequence[Key
     else:
         label = "distillation loss"
         text = "Mean squared error of the output tokens on the few-shot images, before and after distillation."
-        values = {block: (one.loss_before, one.loss_after) for block, one in mimicked.items()}
-        more = {block: (number(one.learning_rate), str(len(one.losses))) for block, one in mimicked.items()}
+        values = {block: (one.loss_before, one.loss_after) for block, one in distilled.items()}
+        more = {block: (number(one.learning_rate), str(len(one.losses))) for block, one in distilled.items()}
         extra = ("learning rate", "epochs")
     blocks, seconds = sorted(values), {probe.block: number(probe.seconds) for probe in probes}
     table = Table(
@@ -391,7 +391,7 @@ def _stages_figure(probes: Sequence[Probe], chosen: set[int], keys: Sequence[Key
 
 
 def _architecture(record: Record) -> Section | None:
-    """The blocks before and after."""
+    """Show the blocks before and after compression."""
     if not record.report.blocks:
         return None
     before = [(block.attention, block.hidden_features) for block in record.report.blocks]
@@ -416,13 +416,13 @@ def _architecture(record: Record) -> Section | None:
         lambda width: block_structure(width, before, after, (names.mixing, names.pointwise, names.units)),
         table,
         f"The wider a block's {names.pointwise}, the more {names.units}. Dashed: what was removed.",
-        [Key("cut block", "accent", "circle"), Key("as it was", "plain", "circle")],
+        [Key("compressed", "accent", "circle"), Key("unchanged", "plain", "circle")],
     )
     return Section("Architecture before and after", items=[figure])
 
 
 def _recovery(record: Record) -> Section:
-    """Losses over time, of whatever the procedure did."""
+    """Show the losses over time of each stage of the recovery."""
     report = record.report
     items: list[Figure | Table] = []
     text: list[str] = []
@@ -437,7 +437,7 @@ def _recovery(record: Record) -> Section:
                     )
                     for one in report.reconstructions
                 ],
-                title="Held-out error of each chosen block, front to back",
+                title="Validation error of each chosen block, front to back",
             )
         )  # fmt: skip
         lines = [
@@ -450,27 +450,28 @@ def _recovery(record: Record) -> Section:
         ]
         if lines:
             hint = "Epoch 0 is the closed form. The best epoch is kept."
-            items.append(_curves("Gradient steps on each block alone", lines, "epoch", "held-out error", hint))
+            items.append(_curves("Gradient steps on single blocks", lines, "epoch", "validation error", hint))
     if report.refinement is not None:
-        went = report.refinement
-        if went.step_size == 0:
+        refinement = report.refinement
+        if refinement.step_size == 0:
             text.append(
-                "Distillation on the output tokens made no pilot run better on held-out images: it was left out."
+                "Distillation on the output tokens was left out: no pilot run improved the error on validation views."
             )
         else:
             text.append(
-                f"Distillation on the output tokens: held-out error {number(went.error_before)} before, "
-                f"{number(went.error_after)} after {went.steps} steps, which were kept (step size {went.step_size:g})."
+                f"Distillation on the output tokens: validation error {number(refinement.error_before)} before, "
+                f"{number(refinement.error_after)} after {refinement.steps} steps, which were kept "
+                f"(step size {refinement.step_size:g})."
             )
-        if went.validations:
-            points = ((0, went.error_before), *went.validations)
-            hint = "Mean squared error of the output tokens on held-out views. The best is kept."
-            title = "Distillation of the whole student, as held-out images judge it"
-            items.append(_curves(title, [Curve("student", points)], "step", "held-out error", hint))
+        if refinement.validations:
+            points = ((0, refinement.error_before), *refinement.validations)
+            hint = "Mean squared error of the output tokens on validation views. The best state is kept."
+            title = "Distillation of the whole student"
+            items.append(_curves(title, [Curve("student", points)], "step", "validation error", hint))
     elif report.reconstructions:
         text.append(
-            "Distillation on the output tokens was left out: the settings allow too few steps for a model of so many MACs "
-            "(refinement_steps, refinement_macs), or there was no image to hold out."
+            "Distillation on the output tokens was left out: the settings (refinement_steps, refinement_macs) allow "
+            "too few steps for a model of this size, or there was no image to validate on."
         )
     if report.steps:
         blocks = record.plan.blocks
@@ -478,12 +479,12 @@ def _recovery(record: Record) -> Section:
         names = [f"{index + 1}. block {blocks[index]}" for index in range(len(blocks))] if progressive else ["all"]
         items.append(
             Table(
-                ("cut", "loss before", "loss after", "learning rate", "seconds"),
+                ("step", "loss before", "loss after", "learning rate", "seconds"),
                 [
                     (name, *map(number, (step.loss_before, step.loss_after, step.learning_rate, step.seconds)))
                     for name, step in zip(names, report.steps, strict=True)
                 ],
-                title="Distillation loss on the few-shot images, cut by cut",
+                title="Distillation loss on the few-shot images, step by step",
             )
         )
         lines = [
@@ -492,8 +493,10 @@ def _recovery(record: Record) -> Section:
             if step.losses
         ]
         if lines:
-            hint = "Training loss of each epoch, after each cut."
-            items.append(_curves("Distillation after each cut", lines, "epoch", "distillation loss", hint))
+            hint = "Training loss of each epoch, after each step of compression."
+            items.append(
+                _curves("Distillation after each step of compression", lines, "epoch", "distillation loss", hint)
+            )
     if report.learning_rate:
         rate = "Peak learning rate" if report.steps else "Step size of the gradient steps on blocks"
         text.append(f"{rate}: {number(report.learning_rate)}.")
@@ -501,7 +504,7 @@ def _recovery(record: Record) -> Section:
 
 
 def _proxy_set(record: Record) -> Section | None:
-    """The synthesised images and the loss that made them."""
+    """Show the synthesised images and the loss that made them."""
     images = record.images
     if images is None:
         return None
@@ -513,9 +516,9 @@ def _proxy_set(record: Record) -> Section | None:
         hint = "Cross-entropy and image prior. The images of the lowest loss are kept."
         items.append(_curves("Synthesis", [line], "iteration", "loss", hint))
     report = record.report
-    judges = _ablation(report).get("metric") == "distillation" and report.reconstructions and report.num_images > 1
-    ranked = "they and few-shot images held out rank the blocks" if judges else "they rank the blocks"
-    text = f"{len(images.pixels)} images, made from the original model alone, for random classes; {ranked}."
+    validates = _ablation(report).get("metric") == "distillation" and report.reconstructions and report.num_images > 1
+    ranked = "they and validation views of few-shot images rank the blocks" if validates else "they rank the blocks"
+    text = f"{len(images.pixels)} images, made only from the original model, for random classes; {ranked}."
     return Section("Synthesised images", [text], items)
 
 
@@ -545,7 +548,7 @@ def _settings(record: Record) -> Section:
 
 
 def _ablation(report: Report) -> Mapping[str, Any]:
-    """What the settings say under `ablation`, in the words of this version."""
+    """Return the ablation settings under the names of this version."""
     found = settings_of_earlier_versions(report.settings).get("ablation")
     return found if isinstance(found, Mapping) else {}
 
@@ -557,32 +560,32 @@ def _not_recorded(record: Record) -> Iterator[str]:
     if not report.blocks:
         yield "the original's blocks, and so the drawing of the architecture: saved by an earlier dcvit"
     if record.images is None and report.method == "dcvit":
-        given = _ablation(report).get("ranking_images") == "few-shot"
-        reason = "blocks were ranked on the few-shot images, which are never saved" if given else (
-            "blocks were ranked on images of the caller's, or the result was saved by an earlier dcvit"
+        few_shot = _ablation(report).get("ranking_images") == "few-shot"
+        reason = "blocks were ranked on the few-shot images, which are never saved" if few_shot else (
+            "blocks were ranked on the caller's own images, or the result was saved by an earlier dcvit"
         )  # fmt: skip
         yield f"synthesised images: {reason}"
-    went = report.refinement
+    refinement = report.refinement
     if any(one.epochs and not one.errors for one in report.reconstructions) or (
-        went is not None and went.steps and not went.validations
+        refinement is not None and refinement.steps and not refinement.validations
     ):
         yield "the errors over time: saved by an earlier dcvit"
 
 
 def _curves(title: str, lines: Sequence[Curve], x_label: str, y_label: str, text: str) -> Figure:
-    """Curves and their numbers, thinned alike."""
-    places = sorted({place for line in lines for place, _ in line.points})
-    every = -(-len(places) // MOST_POINTS)
+    """Return a figure of curves with a table of their numbers; both show the same points."""
+    positions = sorted({position for line in lines for position, _ in line.points})
+    every = -(-len(positions) // MOST_POINTS)
     if every > 1:
-        shown = {*places[::every], places[-1]}
+        shown = {*positions[::every], positions[-1]}
         lines = [Curve(line.name, [point for point in line.points if point[0] in shown]) for line in lines]
-        text += f" Drawn and listed: one {x_label} in {every}, and the last."
+        text += f" One {x_label} in {every} is shown, and the last."
     values = [dict(line.points) for line in lines]
     table = Table(
         (x_label, *(line.name for line in lines)),
         [
-            (number(place), *(number(value.get(place)) for value in values))
-            for place in sorted(set(chain.from_iterable(values)))
+            (number(position), *(number(value.get(position)) for value in values))
+            for position in sorted(set(chain.from_iterable(values)))
         ],
     )
     return Figure(title, lambda width: curves(width, lines, x_label, y_label), table, text)
@@ -594,7 +597,7 @@ def _pictures(images: ProxyImages) -> Iterator[Picture]:
 
 
 def _data_uri(pixels: Tensor) -> str:
-    """An image `[C, H, W]` of uint8 as a data URI; one that is neither grey nor RGB as the mean of its channels."""
+    """Encode a uint8 image `[C, H, W]` as a data URI. One that is neither grey nor RGB is averaged over channels."""
     channels, *size = pixels.shape
     shown = pixels if channels in (1, 3) else pixels.float().mean(0, keepdim=True).round().to(pixels)
     array = shown.permute(1, 2, 0).numpy()
@@ -621,7 +624,7 @@ METRIC_NAMES = {
 
 
 def _spent(record: Record, figures: ModelFigures) -> float:
-    """What a model costs in the budget's unit."""
+    """Return the cost of a model in the budget's metric."""
     metric = record.plan.budget.metric
     found: float | None = getattr(figures, "latency_ms" if metric == "latency" else metric)
     assert found is not None, metric
@@ -633,7 +636,7 @@ def _unit(record: Record) -> str:
 
 
 def _figure(value: float) -> str:
-    """Counts in full, times to a few digits."""
+    """Format counts in full, and times with four significant digits."""
     return f"{value:,}" if isinstance(value, int) else number(value)
 
 

@@ -1,7 +1,7 @@
 """Drawing primitives: an SVG element tree, scales, markers and axes.
 
-Colours are CSS classes, which the page defines for light and dark. Text stands at its own size, so a drawing is made
-for the width at which it is shown and never scaled.
+Colours are CSS classes, which the page defines for light and dark mode. Text keeps its own size, so each drawing is
+made for the width at which it is shown and is never scaled.
 """
 
 import math
@@ -14,35 +14,35 @@ from xml.etree import ElementTree
 __all__ = ["Box", "Marker", "Scale", "Svg", "axes", "finite", "text_width"]
 
 Marker = Literal["circle", "ring", "dot", "diamond", "triangle"]
-"""`ring` is hollow, `dot` small. Where two kinds of point meet, their shapes tell them apart, too."""
+"""Shapes of a point: `ring` is hollow, `dot` is small. Kinds of point differ in shape, not only in colour."""
 
 CHARACTER = 7.2
-"""Width of an average character of the labels, generously: they are 12 units high."""
+"""A generous width of an average character of the labels, which are 12 units high."""
 
 LARGEST = 1e100
-"""Larger values are left out like infinite ones, and those below its inverse are taken for 0: both exceed any scale."""
+"""Largest value that is drawn. Larger values are left out like infinite ones; values below its inverse count as 0."""
 
 LOG_FROM = 5.0
-"""A logarithmic scale is used where the largest value is so many times the smallest, or more."""
+"""Smallest ratio of the largest to the smallest value for which a logarithmic scale is used."""
 
 
 def text_width(text: str) -> float:
-    """About how wide a label is."""
+    """Estimate the width of a label."""
     return CHARACTER * len(text)
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
-    """The values that can be drawn."""
+    """Return the values that can be drawn."""
     return [value for value in values if value is not None and abs(value) < LARGEST]
 
 
 class Svg:
-    """One drawing.
+    """A drawing.
 
     Args:
-        width: In CSS pixels.
-        height: Likewise.
-        label: What it shows, for screen readers.
+        width: Width in CSS pixels.
+        height: Height in CSS pixels.
+        label: Description of the drawing for screen readers.
     """
 
     def __init__(self, width: float, height: float, label: str) -> None:
@@ -54,11 +54,11 @@ class Svg:
         """Add an element.
 
         Args:
-            tag: Its SVG name.
-            css: Its classes.
-            title: Shown when the pointer is on it.
-            text: Its content.
-            **attributes: `_` stands for `-`.
+            tag: SVG name of the element.
+            css: CSS classes.
+            title: Text that is shown when the pointer is on the element.
+            text: Text content.
+            **attributes: Further attributes; `_` in a name stands for `-`.
         """
         values = {name.replace("_", "-"): _text(value) for name, value in attributes.items()}
         element = ElementTree.SubElement(self._root, tag, {"class": css, **values})
@@ -93,20 +93,20 @@ class Svg:
             self.add("circle", css, title=title, cx=x, cy=y, r=3 if kind == "dot" else 5)
 
     def markup(self) -> str:
-        """The drawing as an element of an HTML page."""
+        """Return the drawing as an element of an HTML page."""
         return ElementTree.tostring(self._root, encoding="unicode")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to positions.
+    """A linear or logarithmic mapping from values to positions.
 
     Attributes:
         low: The value at `start`.
         high: The value at `stop`.
-        start: A position.
-        stop: A position.
-        log: Whether equal ratios are equally far apart, instead of equal differences.
+        start: Position of the low end.
+        stop: Position of the high end.
+        log: Whether the scale is logarithmic.
     """
 
     low: float
@@ -119,14 +119,14 @@ class Scale:
     def over(
         cls, values: Iterable[float | None], start: float, stop: float, *, log: bool = False, zero: bool = False
     ) -> "Scale":
-        """A scale that shows some values with a little air around them.
+        """Return a scale that shows the values with a small margin around them.
 
         Args:
-            values: What is to be shown.
+            values: The values to show.
             start: Position of the low end.
             stop: Position of the high end.
-            log: Logarithmic, if the values are positive and far enough apart.
-            zero: Begin at zero.
+            log: Whether to use a logarithmic scale if the values are positive and far enough apart.
+            zero: Whether to begin at zero.
         """
         known = finite(values) or [0.0, 1.0]
         low, high = (0.0 if abs(end) < 1 / LARGEST else end for end in (min(known), max(known)))
@@ -139,15 +139,15 @@ class Scale:
         return cls(low - air, high + air, start, stop)
 
     def __call__(self, value: float) -> float:
-        """The position of a value."""
+        """Return the position of a value."""
         transform = math.log if self.log else float
         low, high = transform(self.low), transform(self.high)
-        if low == high:  # whole numbers may differ by less than a float can
+        if low == high:  # unequal integers can become equal floats
             return self.start
         return self.start + (transform(value) - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self, most: int = 6) -> list[float]:
-        """Round values on the scale, about `most` at the most."""
+        """Return round values on the scale, at most about `most` of them."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for multiples in (range(1, 10), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
@@ -185,11 +185,11 @@ def axes(
 
     Args:
         svg: The drawing.
-        box: Where.
+        box: The part of the drawing between the axes.
         y: The scale of the vertical axis.
-        y_label: What it shows; stands above it.
-        x_label: What the horizontal axis shows; stands below it.
-        x_ticks: Positions on the horizontal axis, and their labels; of those that would touch, some are left out.
+        y_label: Label of the vertical axis, drawn above it.
+        x_label: Label of the horizontal axis, drawn below it.
+        x_ticks: Positions on the horizontal axis and their labels. If labels would touch, some are left out.
     """
     for value in y.ticks():
         svg.line(box.left, y(value), box.right, y(value), "grid")

@@ -1,1 +1,1 @@
-"""What a run needs beside the algorithm: processes, checkpoints, seeds, precision, progress, files."""
+"""The infrastructure of a run: processes, checkpoints, seeds, precision, progress and files."""

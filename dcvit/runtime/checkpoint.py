@@ -1,19 +1,19 @@
-"""Finished work on disk, so that a run that is killed goes on from there with the same result.
+"""Finished work on disk, so that a killed run resumes with the same result.
 
 A run's folder holds
 
-    run.json                 what the run is of: settings, model, images, versions
-    units/NAME.json          a finished unit of work: its values, and the checksums
-    units/NAME.safetensors   its tensors, where it has any
+    run.json                 what defines the run: settings, model, images, versions
+    units/NAME.json          a finished entry: its values and checksums
+    units/NAME.safetensors   the entry's tensors, if it has any
     lock                     held by the process that works
 
-A unit is a proxy set, a plan that was measured, a probe, a reconstructed block, a step of distillation. Each file is
-written under a temporary name, synced and renamed, and the JSON last: a unit is there whole or not at all. What follows
-from units is computed again from the same seeds, and comes out the same.
+An entry is, for example, a proxy set, a measured plan, a probe, a reconstructed block or a distillation step. Each file
+is written under a temporary name, synced and renamed, and the JSON file comes last. So an entry is either complete or
+absent. What follows from the entries is computed again from the same seeds, with the same result.
 
-A folder may also have been made or changed by someone else. No link in it is followed, nothing is overwritten or
-deleted that no run wrote, and a unit that the work could not have come to is computed again: whoever asks for a unit
-says how to check it.
+Someone else may have made or changed the folder. No link in it is followed, and only files that a run wrote are
+overwritten or deleted. Callers say how to check each entry, and an entry that the work could not have produced is
+computed again.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CAN_LOCK = fcntl is not None
-"""Whether this system has the locks without which no run is kept."""
+"""Whether this system has the file locks that run folders need."""
 
 __all__ = [
     "CAN_LOCK",
@@ -72,7 +72,7 @@ FORMAT = 1
 
 _NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*")
 _ENTRY_FILE = re.compile(rf"{_NAME.pattern}\.(json|safetensors)")
-_UNFINISHED = re.compile(  # what a process that died was writing: a name may be cut; older versions added `.part`
+_UNFINISHED = re.compile(  # drafts of killed processes: long names are truncated; older versions added `.part`
     rf"\.{_NAME.pattern}[-.]?{re.escape(DRAFT_MARK)}[0-9a-f]{{16}}|({_ENTRY_FILE.pattern}|{re.escape(RUN_FILE)})\.part"
 )
 _HOLDER = re.compile(r"(process [0-9]+ on [^\n]{1,255}\n)?")  # what a run writes into its lock
@@ -80,11 +80,11 @@ _HOLDER = re.compile(r"(process [0-9]+ on [^\n]{1,255}\n)?")  # what a run write
 
 @dataclass(frozen=True)
 class Entry:
-    """What a unit of work came to.
+    """A checkpoint entry: the result of one piece of work.
 
     Attributes:
         values: Plain values for JSON.
-        tensors: By name.
+        tensors: Tensors by name.
     """
 
     values: Any
@@ -92,29 +92,29 @@ class Entry:
 
 
 Check = Callable[[Entry], object]
-"""Raises `ValueError` or `TypeError` if the work could not have come to a unit; changes nothing."""
+"""A function that raises `ValueError` or `TypeError` for an entry that the work cannot make. It changes nothing."""
 
 NO_CHECKS: Mapping[str, Check] = MappingProxyType({})
 
 
 class Store(ABC):
-    """Where finished units go."""
+    """A place that keeps finished entries."""
 
     @abstractmethod
     def find(self, name: str, check: Check | None = None) -> Entry | None:
-        """A unit that is finished; `None` if it is not, or not kept, or does not pass the check."""
+        """Return a finished entry; `None` if it is not finished, not kept, or fails the check."""
 
     @abstractmethod
     def keep(self, name: str, entry: Entry) -> None:
-        """Keep a unit that is finished.
+        """Keep a finished entry.
 
         Raises:
-            RunStoreError: If it cannot be written.
+            RunStoreError: If the entry cannot be written.
         """
 
     @abstractmethod
     def within(self, prefix: str) -> "Store":
-        """The same store for units whose names begin so."""
+        """Return this store for entries whose names begin with a prefix."""
 
     def entry(
         self,
@@ -125,18 +125,18 @@ class Store(ABC):
         check: Check | None = None,
         together: bool = False,
     ) -> Entry:
-        """What the work comes to: from the store if it is done there, else now, and kept.
+        """Return an entry from the store, or compute and keep it.
 
         Args:
-            name: Lower-case letters and digits, joined by `-` or `.`; each unit of a run has its own.
-            work: Computes it.
-            restore: Called with a unit from the store, to do to a model what the work would have done to it.
-            check: Called with a unit from the store, before it is used.
-            together: Of several processes (`dcvit.runtime.distributed`) all do the work, which tells them apart; else
-                one does.
+            name: Lower-case letters and digits, joined by `-` or `.`. Each entry of a run has its own name.
+            work: Computes the entry.
+            restore: Called with an entry from the store, to change a model as the work would have changed it.
+            check: Called with an entry from the store before it is used.
+            together: Whether all processes of a group (`dcvit.runtime.distributed`) run the work, which is split among
+                them. By default only one process runs it.
 
         Raises:
-            RunStoreError: If the unit cannot be written.
+            RunStoreError: If the entry cannot be written.
         """
         found = self.find(name, check)
         if found is None:
@@ -147,7 +147,7 @@ class Store(ABC):
         return found
 
     def finished(self, names: Iterable[str], checks: Mapping[str, Check] = NO_CHECKS) -> dict[str, Entry]:
-        """Those of some units that are finished and pass their checks, by name."""
+        """Return those of the named entries that are finished and pass their checks, by name."""
         return {name: entry for name in names if (entry := self.find(name, checks.get(name))) is not None}
 
     def entries(
@@ -156,13 +156,13 @@ class Store(ABC):
         on_progress: Callable[[int, Entry | None], None],
         checks: Mapping[str, Check] = NO_CHECKS,
     ) -> dict[str, Entry]:
-        """Several that do not depend on each other, each done by one process of several.
+        """Return independent entries from the store, or compute and keep them, each in one of several processes.
 
         Args:
-            works: By name, what computes it.
-            on_progress: Called before any work with how many are finished already, and `None`; then after each that is worked
-                out with how many are, and it.
-            checks: By name, called with a unit from the store before it is used.
+            works: Functions that compute the entries, by name.
+            on_progress: Called before any work with the number of finished entries and `None`. Then called after each
+                computed entry with the number of finished entries and that entry.
+            checks: Checks by name, each called with an entry from the store before it is used.
         """
         entries = self.finished(works, checks)
         on_progress(len(entries), None)
@@ -174,13 +174,13 @@ class Store(ABC):
 
 
 class _NothingKept(Store):
-    """A store that forgets: work is done each time."""
+    """A store that keeps nothing, so that work is done each time."""
 
     def find(self, name: str, check: Check | None = None) -> Entry | None:
         return None
 
     def keep(self, name: str, entry: Entry) -> None:
-        """Forget it."""
+        """Discard the entry."""
 
     def within(self, prefix: str) -> "Store":
         return self
@@ -191,18 +191,18 @@ NOTHING_KEPT: Store = _NothingKept()
 
 @dataclass(frozen=True)
 class MemoryStore(Store):
-    """Units in memory, for work that starts over in the same process.
+    """A store in memory, for work that starts over in the same process.
 
     Attributes:
-        found: Units by name.
-        prefix: What the names of its units begin with.
+        found: Entries by name.
+        prefix: The beginning of the names of this store's entries.
     """
 
     found: dict[str, Entry] = field(default_factory=dict)
     prefix: str = ""
 
     def find(self, name: str, check: Check | None = None) -> Entry | None:
-        """See `Store`; what this process has kept needs no check."""
+        """See `Store`; entries that this process has kept need no check."""
         return self.found.get(self.prefix + name)
 
     def keep(self, name: str, entry: Entry) -> None:
@@ -217,11 +217,11 @@ class MemoryStore(Store):
 
 @dataclass(frozen=True)
 class RunStore(Store):
-    """A run's folder, see `open_run`.
+    """A store in a run's folder, see `open_run`.
 
     Attributes:
         folder: The folder.
-        prefix: What the names of its units begin with.
+        prefix: The beginning of the names of this store's entries.
     """
 
     folder: Path
@@ -234,12 +234,12 @@ class RunStore(Store):
     def _paths(self, name: str) -> tuple[Path, Path]:
         name = self.prefix + name
         if not _NAME.fullmatch(name):
-            raise ValueError(f"unit {name!r}: expected lower-case letters and digits, joined by - or .")
+            raise ValueError(f"entry {name!r}: expected lower-case letters and digits, joined by - or .")
         entries = self.folder / ENTRIES
         return entries / f"{name}.json", entries / f"{name}.safetensors"
 
     def find(self, name: str, check: Check | None = None) -> Entry | None:
-        """See `Store`; a unit that is there but damaged is said to be."""
+        """See `Store`; a damaged entry causes a warning."""
         values, tensors = self._paths(name)
         try:
             if kind_of(values) is None:
@@ -260,7 +260,9 @@ class RunStore(Store):
             return entry
         except (OSError, ValueError, TypeError, RecursionError) as error:
             warnings.warn(
-                f"{str(values)!r} is damaged ({error}): this unit is computed again.", DamagedEntryWarning, stacklevel=2
+                f"{str(values)!r} is damaged ({error}): this entry is computed again.",
+                DamagedEntryWarning,
+                stacklevel=2,
             )
             return None
 
@@ -277,12 +279,12 @@ class RunStore(Store):
 
 @dataclass(frozen=True)
 class _Entry:
-    """A unit as its file holds it.
+    """An entry as its JSON file holds it.
 
     Attributes:
-        name: Of the unit, with its store's prefix.
+        name: The name of the entry, with its store's prefix.
         values: Its values.
-        tensors: The SHA-256 of the file of its tensors; `None` where it has none.
+        tensors: The SHA-256 of its tensor file; `None` if it has no tensors.
     """
 
     name: str
@@ -292,49 +294,51 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a unit's file holds.
+    """The content of an entry's JSON file.
 
     Attributes:
-        entry: The unit.
-        sha256: Of the unit as JSON with sorted keys.
+        entry: The entry.
+        sha256: The SHA-256 of the entry as JSON with sorted keys.
     """
 
     entry: _Entry
     sha256: str
 
 
-def require_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that cannot take the place of others.
+def require_alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse tensors whose names, shapes or dtypes are not the expected ones.
 
     Args:
-        found: Of a unit.
-        wanted: Tensors of the names, shapes and dtypes that it must have; their values do not matter.
+        found: The tensors of an entry.
+        expected: Tensors of the expected names, shapes and dtypes; their values do not matter.
 
     Raises:
-        ValueError: If they differ in that, or one that was found holds NaN or infinity.
+        ValueError: If the tensors differ in that, or one of those found holds NaN or infinity.
     """
-    if differing := sorted(found.keys() ^ wanted.keys()):
-        raise ValueError(f"its tensors are others than they should be: {_shown(differing[0])}")
+    if differing := sorted(found.keys() ^ expected.keys()):
+        raise ValueError(f"its tensors differ from the expected ones: {_shown(differing[0])}")
     for name, tensor in found.items():
-        of_found, of_wanted = ((x.dtype, tuple(x.shape)) for x in (tensor, wanted[name]))
-        if of_found != of_wanted:
-            raise ValueError(f"tensor {name} is {of_found[0]} {of_found[1]}: expected {of_wanted[0]} {of_wanted[1]}")
+        of_found, of_expected = ((x.dtype, tuple(x.shape)) for x in (tensor, expected[name]))
+        if of_found != of_expected:
+            raise ValueError(
+                f"tensor {name} is {of_found[0]} {of_found[1]}: expected {of_expected[0]} {of_expected[1]}"
+            )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"tensor {name} is not finite")
 
 
 @contextmanager
 def open_run(folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Iterator[Store]:
-    """The store of a run, locked until the end of the block.
+    """Yield the store of a run, locked until the end of the `with` block.
 
     Args:
-        folder: The run's; created if missing, and the same one to the end if the current folder changes. `None` keeps
+        folder: The run's folder, created if missing. It stays the same if the working directory changes. `None` keeps
             nothing.
         fingerprint: Everything that the result depends on, as plain values for JSON.
 
     Raises:
-        RunStoreError: If the folder is a link, holds something else or a run of another fingerprint, cannot be written,
-            or another process works on it.
+        RunStoreError: If the folder is a link, cannot be written, or holds something else or a run with another
+            fingerprint; if another process works on it.
     """
     if folder is None:
         yield NOTHING_KEPT
@@ -356,9 +360,9 @@ def open_run(folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Itera
 
 
 def delete_run(folder: str | Path) -> None:
-    """Delete a run's folder: what `open_run` made there, and it where nothing else is left.
+    """Delete what `open_run` made in a run's folder, and the folder itself if nothing else is left in it.
 
-    A folder that is in use, or whose files are not a run's, is left as it is, with a warning.
+    A folder that is in use, or that holds no run, is left as it is, with a warning.
     """
     folder = Path(folder).absolute()
     if kind_of(folder) is None:
@@ -373,18 +377,18 @@ def delete_run(folder: str | Path) -> None:
 
 
 def _delete(folder: Path, began: bool) -> None:
-    """See `delete_run`, with the lock held.
+    """Delete a run's folder while its lock is held, see `delete_run`.
 
     Args:
         folder: The folder.
-        began: Whether a run began there before the lock was taken.
+        began: Whether a run had begun there before the lock was taken.
     """
     if kind_of(folder / RUN_FILE) is not None:
         if not _is_run(_read_run(folder)):
             raise _foreign(folder, RUN_FILE)
         for path in (*_regular_files(folder / ENTRIES, _ENTRY_FILE), *_regular_files(folder / ENTRIES, _UNFINISHED)):
             path.unlink()
-        with suppress(OSError):  # someone's file is in it, or it is none
+        with suppress(OSError):  # it holds someone else's file, or is no folder
             (folder / ENTRIES).rmdir()
         (folder / RUN_FILE).unlink()
     for path in _regular_files(folder, _UNFINISHED) if began else ():
@@ -395,7 +399,7 @@ def _delete(folder: Path, began: bool) -> None:
 
 
 def digest_model(model: nn.Module, config: Mapping[str, Any]) -> str:
-    """SHA-256 of a model's `config.json`, and of its parameters and buffers, those too that are not saved."""
+    """Return the SHA-256 of a model's `config.json`, its parameters and all its buffers, including unsaved ones."""
     total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -404,14 +408,14 @@ def digest_model(model: nn.Module, config: Mapping[str, Any]) -> str:
 
 
 def digest_images(images: Tensor) -> str:
-    """SHA-256 of images."""
+    """Return the SHA-256 of images."""
     total = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
     total.update(_bytes(images))
     return total.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes; of one on the CPU no copy."""
+    """Return a tensor's bytes, without a copy if it is on the CPU."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
@@ -420,10 +424,10 @@ def _digest(values: Any) -> str:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
+    """Return the tensors of a file.
 
     Raises:
-        ValueError: If it holds something else.
+        ValueError: If the file holds something else.
     """
     try:
         return load_file(path)
@@ -432,7 +436,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> str:
-    """Write a file whole or not at all; its SHA-256."""
+    """Write a file completely or not at all, and return its SHA-256."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if (kind := kind_of(path.parent)) != "a folder":
@@ -448,17 +452,17 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> str:
 
 
 def _regular_files(folder: Path, names: re.Pattern[str]) -> list[Path]:
-    """The regular files of some names in a folder; none where there is no folder but a link, for example."""
+    """Return the regular files in a folder whose names match. A path that is no folder, such as a link, has none."""
     if kind_of(folder) != "a folder":
         return []
     return [path for path in folder.iterdir() if names.fullmatch(path.name) and kind_of(path) == "a regular file"]
 
 
 def _require_folder(folder: Path) -> None:
-    """Refuse a system without locks, and what is no folder.
+    """Refuse a system without file locks, and a path that is no folder.
 
     Raises:
-        RunStoreError: If that is so.
+        RunStoreError: If either is the case.
     """
     if fcntl is None:
         raise RunStoreError(f"run_dir={str(folder)!r}: this system has no file locks; leave run_dir out.")
@@ -467,16 +471,16 @@ def _require_folder(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise _unwritable(folder, error) from error
     if kind not in (None, "a folder"):
-        better = "the folder that it is_main to" if kind == "a link" else "a folder that is empty or does not exist"
+        better = "the folder that it leads to" if kind == "a link" else "a folder that is empty or does not exist"
         raise RunStoreError(f"run_dir={str(folder)!r} is {kind}, not a folder: name {better}.")
 
 
 def _require_own(folder: Path) -> None:
-    """Refuse a folder in which something lies that no run made, or a link for example where a run has a file.
+    """Refuse a folder that holds files of no run, or, for example, a link in place of a run's file.
 
     Raises:
-        RunStoreError: If that is so.
-        OSError: If it cannot be looked at.
+        RunStoreError: If it does.
+        OSError: If the folder cannot be read.
     """
     foreign = [*_foreign_in(folder, re.compile(rf"{re.escape(RUN_FILE)}|{LOCK_FILE}"), (ENTRIES,))]
     if not foreign and kind_of(folder / ENTRIES) is not None:
@@ -484,30 +488,30 @@ def _require_own(folder: Path) -> None:
     if foreign:
         raise _foreign(folder, ", ".join(foreign[:3]))
     if not _began(folder):
-        for place in (folder, folder / ENTRIES):
-            for path in _regular_files(place, _UNFINISHED):
+        for parent in (folder, folder / ENTRIES):
+            for path in _regular_files(parent, _UNFINISHED):
                 raise _foreign(folder, str(path.relative_to(folder)))
 
 
 def _foreign_in(folder: Path, files: re.Pattern[str], folders: Sequence[str] = ()) -> Iterator[str]:
-    """What lies in a run's folder and is of no name or kind that a run makes there, in words."""
+    """Yield, in words, what lies in a run's folder and has no name or kind that a run creates there."""
     for path in sorted(folder.iterdir()):
         kind = kind_of(path)
         if path.name in folders:
-            wanted = "a folder"
+            expected = "a folder"
         elif files.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name):
-            wanted = "a regular file"
+            expected = "a regular file"
         else:
             yield path.name
             continue
-        if kind not in (None, wanted):  # None was deleted just now
+        if kind not in (None, expected):  # `None` if it was deleted just now
             yield f"{path.name} is {kind}"
 
 
 def _began(folder: Path) -> bool:
-    """Whether a run began in a folder, by the `run.json` or the lock that it left there.
+    """Return whether a run began in a folder, according to the `run.json` or the lock that it left there.
 
-    An empty lock does not tell: any file of that name may be empty.
+    An empty lock proves nothing, because any file of that name may be empty.
     """
     with suppress(RunStoreError):
         if _is_run(_read_run(folder)):
@@ -528,10 +532,10 @@ def _unwritable(folder: Path, error: Exception) -> RunStoreError:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Delete what a process that died was writing, and find out whether more can be written.
+    """Delete the drafts of a killed process, and check that the folder can be written.
 
     Raises:
-        OSError: If not.
+        OSError: If it cannot.
     """
     for path in (*_regular_files(folder, _UNFINISHED), *_regular_files(folder / ENTRIES, _UNFINISHED)):
         path.unlink()
@@ -540,10 +544,10 @@ def _remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a run's lock, which its process loses when it dies.
+    """Hold a run's lock, which is released when its process dies.
 
     Raises:
-        RunStoreError: If another process holds it, or the file is no lock of a run, which is then left as it is.
+        RunStoreError: If another process holds the lock, or the file is no lock of a run; it is then left as it is.
     """
     path = folder / LOCK_FILE
     try:
@@ -576,13 +580,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> BinaryIO:
-    """Open a lock, made if there is none, with its content untouched.
+    """Open a lock without changing its content, and create it if missing.
 
     Raises:
         OSError: If it cannot be opened, or is no regular file.
     """
     kind = kind_of(path)
-    if kind in (None, "a regular file"):  # opening a device, for example, may do something already
+    if kind in (None, "a regular file"):  # only opening a device, for example, may have an effect
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return os.fdopen(descriptor, "r+b", buffering=0)
@@ -592,7 +596,7 @@ def _open_lock(path: Path) -> BinaryIO:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether a path still is_main to an open file, and not to none or another."""
+    """Return whether a path still names an open file, rather than nothing or another file."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -600,19 +604,19 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _is_one_name(file: BinaryIO) -> bool:
-    """Whether an open file has no second name, under which it may be anyone's."""
+    """Return whether an open file has only one hard link; with a second one it may be someone else's file."""
     return os.fstat(file.fileno()).st_nlink == 1
 
 
 def _holder(file: BinaryIO) -> str | None:
-    """Who a lock says holds it, which is for a message alone; `None` if the file holds something else."""
+    """Return the process that a lock names, which is only for messages; `None` if the file holds something else."""
     file.seek(0)
     found = _HOLDER.fullmatch(file.read(1000).decode(errors="replace"))
     return found and found.group().strip()
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    """What a run's folder says that the run is of.
+    """Return the content of a run's `run.json`.
 
     Raises:
         RunStoreError: If it cannot be read.
@@ -627,33 +631,33 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def _is_run(found: Mapping[str, Any]) -> bool:
-    """Whether a file of the name that runs use is one of theirs."""
+    """Return whether a run wrote the content of a `run.json`."""
     return found.get("format") == FORMAT and isinstance(found.get("settings"), dict)
 
 
 def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Refuse to mix two runs, and note what this one is of.
+    """Refuse a folder that holds another run, and write this run's fingerprint to a new one.
 
     Raises:
         RunStoreError: If the folder holds another run, or cannot be read or written.
     """
     path = folder / RUN_FILE
-    # As they come back from a file: tuples are lists there.
-    wanted = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
+    # As read back from a file, in which tuples are lists.
+    expected = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
     entries = bool(_regular_files(folder / ENTRIES, _ENTRY_FILE))
 
     def note() -> None:
-        _replace(path, lambda draft: draft.write_text(json.dumps(wanted, indent=2) + "\n"))
+        _replace(path, lambda draft: draft.write_text(json.dumps(expected, indent=2) + "\n"))
 
     if kind_of(path) is None:
         if entries:
-            raise RunStoreError(f"{str(folder)!r} has units but no {RUN_FILE}: delete it, or name another folder.")
+            raise RunStoreError(f"{str(folder)!r} has entries but no {RUN_FILE}: delete it, or name another folder.")
         note()
         return
     found = run_of_earlier_versions(_read_run(folder))
-    differing = list(differences(found, wanted))
-    if differing and _is_run(found) and found.keys() == wanted.keys() and not entries:
-        note()  # that run finished nothing; it was refused, for example
+    differing = list(differences(found, expected))
+    if differing and _is_run(found) and found.keys() == expected.keys() and not entries:
+        note()  # the other run finished nothing, for example because it was refused
     elif differing:
         raise RunStoreError(
             f"run_dir={str(folder)!r} holds another run: {'; '.join(differing[:3])}. Name another folder, or "
@@ -661,17 +665,17 @@ def _check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         )
 
 
-def differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """Where what was found differs from what is wanted, plain values for JSON both, in words."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            yield from differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    elif found != wanted and not (found != found and wanted != wanted):  # NaN is NaN
-        yield f"{name} was {_shown(found)} there and is {_shown(wanted)} here"
+def differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
+    """Yield, in words, where plain values for JSON differ from the expected ones."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() | expected.keys()):
+            yield from differences(found.get(key), expected.get(key), f"{name}.{key}" if name else key)
+    elif found != expected and not (found != found and expected != expected):  # NaN equals NaN here
+        yield f"{name} was {_shown(found)} there and is {_shown(expected)} here"
 
 
 def _shown(value: Any) -> str:
-    """A value of a file in an error, not too long."""
+    """Return a short representation of a file's value for an error message."""
     return _REPR.repr(value)
 
 
@@ -681,10 +685,10 @@ _REPR.maxlong = 30
 
 
 def require_one_of(candidates: Sequence[float], entry: Entry) -> None:
-    """Refuse a unit that holds none of the numbers among which one was sought.
+    """Refuse an entry that does not hold one of the candidate numbers.
 
     Raises:
-        TypeError, ValueError: If that is so.
+        TypeError, ValueError: If it does not.
     """
     if from_plain(float, entry.values) not in candidates:
         raise ValueError(f"it holds {entry.values!r}: expected one of {', '.join(map(str, candidates))}")

@@ -1,22 +1,22 @@
-"""A compression spread over processes that torch's launcher starts, on one machine or several.
+"""Compression in several processes that torch's launcher starts, on one machine or several.
 
-    torchrun --nproc-per-unit 4 -m dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
+    torchrun --nproc-per-node 4 -m dcvit compress deit_small_patch16_224 --data photos/ --macs 0.75 --out small/
 
-Every process, a rank, is given the same model, images and settings, and ends with the same student:
+Every process gets the same model, images and settings, and ends with the same student:
 
-- Probes are taken from one queue in the launcher's c10d store, so that a fast rank takes more.
-- The teacher sees the views once: each rank passes its share of the batches, and the tokens drawn are gathered.
-- A block's normal equations are summed over each rank's share of them, then over the ranks.
+- Probes are taken from one queue in the launcher's c10d store, so that a fast process takes more of them.
+- The teacher sees each view once: every process passes its share of the batches, and the drawn tokens are gathered.
+- A block's normal equations are summed over each process's share, and then over the processes.
 - Gradient steps on a block, and those of the refinement, split each batch (DistributedDataParallel).
-- What all would do alike, such as the proxy set, the first rank does and sends to the others.
+- Work that would be equal in all processes, such as the proxy set, is done by the main process and sent to the others.
 
-Probes come out bit for bit as in one process on equal hardware with as many threads. Sums over ranks are in another
-order than in one process, so that weights agree with those of one process up to rounding; two runs of as many ranks
-agree bit for bit where all-reduce does (gloo does).
+Probes equal those of one process bit for bit, on equal hardware with as many threads. Sums over processes have another
+order than in one process, so weights agree with those of one process only up to rounding. Two runs with the same number
+of processes agree bit for bit if all-reduce does (gloo's does).
 
-A rank that dies takes its group with it, and torch's launcher starts all again (`--max-restarts`). They go on from the
-run's folder (`dcvit.runtime.checkpoint`), to which each rank writes the probes that it has done: it must be one that
-all reach.
+If a process dies, its group dies too, and torch's launcher restarts all processes (`--max-restarts`). They resume from
+the run's folder (`dcvit.runtime.checkpoint`), to which each process writes its finished probes. All processes must
+reach that folder.
 """
 
 import base64
@@ -53,22 +53,22 @@ from dcvit.runtime.spill import SpilledBuffer
 __all__ = ["SINGLE_PROCESS", "ProcessGroup", "launched", "on_devices"]
 
 PATIENCE = timedelta(days=1)
-"""How long a rank waits for what another computes. The launcher notices much earlier if one dies."""
+"""The longest time that a process waits for another's result. The launcher notices a dead process much earlier."""
 
-# Torch 2.14 has a new name, and warns of the old one.
+# Torch 2.14 renamed the option, and warns about the old name.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
-"""Ranks do not tell each other their buffers in every pass: they do not change."""
+"""Options that keep processes from exchanging buffers in every pass, because buffers do not change."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of one compression, and which of them this is.
+    """The processes of one compression, and the rank of this one.
 
     Attributes:
-        rank: From 0; the first is_main.
-        size: How many there are.
-        queues: The launcher's store, where probes are queued; `None` where there is one process.
+        rank: The number of this process, from 0. Rank 0 is the main process.
+        size: Number of processes.
+        queues: The launcher's store, which holds the queues of probes; `None` for a single process.
     """
 
     rank: int = 0
@@ -77,24 +77,25 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first rank, which saves and says what is to be said."""
+        """Whether this is the main process, which saves results and reports to the user."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """The part of so many things that is this rank's; parts are contiguous, and in the order of the ranks."""
+        """Return this process's part of `count` items. Parts are contiguous, and in the order of the ranks."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def batches(self, count: int, size: int) -> tuple[range, bool]:
-        """Where those of the batches of so many things begin that are this rank's, and whether they count.
+        """Return where this process's batches begin, of `count` items in batches of `size`, and whether they count.
 
-        A rank that has none is given the first, which does not count, to learn what the others make of theirs is like.
+        A process without batches gets the first one, which does not count. It shows what the results of the other
+        processes look like.
         """
         firsts = range(0, count, size)
         mine = firsts[self.share(len(firsts))]
         return (mine, True) if mine else (firsts[:1], False)
 
     def gather(self, part: Tensor) -> Tensor:
-        """The parts of all ranks, one after another, which may differ in their first dimension only."""
+        """Return the parts of all processes, joined by rank. They may differ only in their first dimension."""
         if self.size == 1:
             return part
         lengths = torch.zeros(self.size, dtype=torch.int64)
@@ -110,37 +111,40 @@ class ProcessGroup:
         return torch.cat(parts)
 
     def gathered(self, buffer: SpilledBuffer, counts: bool) -> SpilledBuffer:
-        """The stacks of all ranks, one after another; one that does not count, see `batches`, is left out."""
+        """Return the buffers of all processes, joined by rank, without those that do not count (see `batches`)."""
         return buffer if self.size == 1 else SpilledBuffer([self.gather(buffer[:] if counts else buffer[:0])])
 
     def sum(self, *values: Tensor) -> None:
-        """Add up tensors over all ranks, in place; every rank gets the same bits."""
+        """Add up tensors over all processes, in place. Every process gets the same bits."""
         if self.size > 1:
             for value in values:
                 dist.all_reduce(value)
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """A module whose gradients are means over the ranks; the parameters that take gradients become the first's."""
+        """Return a module whose gradients are means over the processes.
+
+        Its trainable parameters become those of the main process.
+        """
         return module if self.size == 1 else DistributedDataParallel(module, **OWN_BUFFERS)
 
     def batch(self, index: Tensor) -> tuple[Tensor, float]:
-        """The part of a batch that is this rank's, and what its mean loss counts in the mean over the ranks.
+        """Return this process's part of a batch, and the weight of its mean loss in the mean over the processes.
 
         Args:
-            index: Of the whole batch, at least one.
+            index: The indices of the whole batch, at least one.
         """
         if self.size == 1:
             return index, 1.0
         mine = index[self.rank :: self.size]
-        # A rank without any takes part with one that does not count: every gradient is reduced over all ranks.
+        # A process without any takes part with one of weight 0, because gradients are reduced over all processes.
         return (mine, self.size * len(mine) / len(index)) if len(mine) else (index[:1], 0.0)
 
     def send(self, entry: Entry | None, source: int = 0) -> Entry:
-        """What one rank has, on all of them.
+        """Send an entry from one process to all of them, and return it.
 
         Args:
-            entry: On the rank that has it; ignored on the others.
-            source: That rank.
+            entry: The entry, in the process that sends it; ignored in the others.
+            source: The rank of the process that sends it.
         """
         if self.size == 1:
             assert entry is not None
@@ -158,41 +162,43 @@ class ProcessGroup:
         return _unpacked(data.numpy().tobytes())
 
     def of_first(self, work: Callable[[], Entry]) -> Entry:
-        """What the first rank works out, on all of them."""
+        """Run work only in the main process, and return its entry in all processes."""
         if self.size == 1:
             return work()
         return self.send(work() if self.is_main else None)
 
-    def require_same(self, given: Mapping[str, Any]) -> None:
-        """Refuse, on all ranks, to go on where one was not given what the first was.
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Refuse, in all processes, values that differ from those of the main process.
 
         Args:
-            given: Plain values for JSON.
+            values: Plain values for JSON.
 
         Raises:
-            DistributedError: Naming the first rank of which that is so, and what differs.
+            DistributedError: If they differ. The error names the first rank that differs, and its differences.
         """
-        of_first = self.send(Entry(dict(given))).values
-        ours = "; ".join([*differences(of_first, json.loads(json.dumps(given)))][:3])
+        expected = self.send(Entry(dict(values))).values
+        ours = "; ".join([*differences(expected, json.loads(json.dumps(values)))][:3])
         for rank in range(1, self.size):
             differing = self.send(Entry(ours), rank).values
             if differing:
                 raise DistributedError(
-                    f"rank {rank} was not given what rank 0 was: {differing}. Start all ranks with one command, on "
-                    "machines that hold the same files."
+                    f"rank {rank} differs from rank 0: {differing}. Start all processes with one command, on machines "
+                    "that hold the same files."
                 )
 
     @contextmanager
     def store(self, folder: str | Path | None, fingerprint: Mapping[str, Any]) -> Iterator[Store]:
-        """The store of a run on all ranks, see `dcvit.runtime.checkpoint.open_run`; the first rank holds the lock.
+        """Yield the store of a run in all processes, see `dcvit.runtime.checkpoint.open_run`.
+
+        The main process holds the lock.
 
         Args:
-            folder: The run's, which all ranks reach; `None` keeps nothing.
-            fingerprint: As of `open_run`.
+            folder: The run's folder, which all processes must reach; `None` keeps nothing.
+            fingerprint: See `open_run`.
 
         Raises:
-            DistributedError: If the ranks were not given the same.
-            RunStoreError: As `open_run` does, on the first rank.
+            DistributedError: If the processes have different fingerprints.
+            RunStoreError: See `open_run`; only in the main process.
         """
         if self.size == 1:
             with open_run(folder, fingerprint) as store:
@@ -206,24 +212,24 @@ class ProcessGroup:
                 dist.barrier()
                 yield _Shared(kept, self, queues)
         else:
-            dist.barrier()  # the first has looked at the folder by then
+            dist.barrier()  # by then the main process has checked the folder
             yield _Shared(NOTHING_KEPT if folder is None else RunStore(Path(folder).absolute()), self, queues)
 
 
 SINGLE_PROCESS = ProcessGroup()
-"""One process."""
+"""The group of a single process."""
 
 
 @contextmanager
 def launched(device: str | None = None) -> Iterator[ProcessGroup]:
-    """The ranks that torch's launcher started this process as one of; `SINGLE_PROCESS` where it did not.
+    """Yield the group of this process if torch's launcher started it, else `SINGLE_PROCESS`.
 
     Args:
-        device: Of this process. `cuda` without a number, or none on a machine with GPUs, is the one of the process's
-            own number there. It becomes CUDA's current device.
+        device: The device of this process. `cuda` without a number, or `None` on a machine with GPUs, selects the GPU
+            of the process's local rank. It becomes CUDA's current device.
 
     Raises:
-        DistributedError: If there are fewer GPUs than ranks on this machine.
+        DistributedError: If this machine has fewer GPUs than processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield SINGLE_PROCESS
@@ -236,13 +242,13 @@ def launched(device: str | None = None) -> Iterator[ProcessGroup]:
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
             raise DistributedError(
-                f"rank {local} of this machine has no GPU, there are {count}: start {count} processes "
-                f"(--nproc-per-unit {count})."
+                f"local rank {local} has no GPU, this machine has {count}: start {count} processes "
+                f"(--nproc-per-node {count})."
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    # The launcher's store outlives a restart of the ranks, and must not bring their predecessors' addresses.
+    # The launcher's store outlives a restart; the prefix hides the addresses of the previous processes.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         backend, store=c10d.PrefixStore(f"group-{attempt}", store), rank=rank, world_size=size, timeout=PATIENCE
@@ -257,19 +263,19 @@ T = TypeVar("T")
 
 
 def on_devices(devices: Sequence[str], work: Callable[[ProcessGroup, str], T]) -> T:
-    """Start a process for each of some devices of this machine, by torch's launcher, and let them share work.
+    """Start one process for each device of this machine with torch's launcher, and let them share work.
 
     Args:
-        devices: Such as `"cuda:0"` or `"cpu"`.
-        work: Called in each process with its ranks and device. It and what it gives back must be picklable.
+        devices: Names such as `"cuda:0"` or `"cpu"`.
+        work: Called in each process with its group and device. It and its result must be picklable.
 
     Returns:
-        What it gives back in the first process.
+        The result of the main process.
 
     Raises:
-        DistributedError: If a process dies, or there is no temporary folder.
-        DcvitError: What the work raises of that.
-        KeyboardInterrupt: If that stops it; the processes are stopped, too.
+        DistributedError: If a process dies, or no temporary folder can be made.
+        DcvitError: If the work raises it.
+        KeyboardInterrupt: If it stops this process; the started processes are stopped, too.
     """
     _require_devices(devices)
     threads = max(1, torch.get_num_threads() // sum(device == "cpu" for device in devices)) if "cpu" in devices else 1
@@ -292,7 +298,7 @@ def on_devices(devices: Sequence[str], work: Callable[[ProcessGroup, str], T]) -
 def _launched(
     devices: Sequence[str], work: Callable[[ProcessGroup, str], T], threads: int, folder: Path
 ) -> dict[int, T | DcvitError]:
-    """What each process gives back, by rank; the folder is for what the launcher and they write."""
+    """Return the result of each process, by rank. The launcher and the processes write to the folder."""
     refusal = folder / "error"
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=len(devices), run_id=secrets.token_hex(8), rdzv_backend="c10d",
@@ -302,19 +308,19 @@ def _launched(
     try:
         outcomes: dict[int, T | DcvitError] = elastic_launch(config, _on_device)(work, tuple(devices), threads, refusal)
     except ChildFailedError as error:
-        if refusal.is_file():  # the others died of it
+        if refusal.is_file():  # the other processes failed because of it
             raise pickle.loads(refusal.read_bytes()) from error
         rank, failure = error.get_first_failure()
         raise DistributedError(
             f"The process on {devices[rank]} died (exit code {failure.exitcode}; what it wrote is above). With "
-            "run_dir, the same call goes on from what is finished."
+            "run_dir, the same call resumes from what is finished."
         ) from error
     return outcomes
 
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Give the caller's signal handlers back in the end: torch's launcher puts its own in their place."""
+    """Restore the caller's signal handlers at the end, because torch's launcher installs its own."""
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
     handlers = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
     try:
@@ -327,7 +333,7 @@ def _own_signals() -> Iterator[None]:
 
 
 def _require_devices(devices: Sequence[str]) -> None:
-    """Refuse devices that are not there, before processes start."""
+    """Refuse devices that do not exist, before processes start."""
     for name in devices:
         try:
             device = torch.device(name)
@@ -335,7 +341,7 @@ def _require_devices(devices: Sequence[str]) -> None:
                 torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise DistributedError(f"devices: {name!r} is not usable here ({str(error).splitlines()[0]}).") from error
-        # A tensor on a GPU would hold some of its memory, or all of one that serves a single process, for this one.
+        # A tensor on a GPU would take some of its memory, or all of a GPU in exclusive mode, for this process.
         if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
             raise DistributedError(f"devices: {name!r} is not usable here (torch finds {count} GPUs).")
 
@@ -343,26 +349,26 @@ def _require_devices(devices: Sequence[str]) -> None:
 def _on_device(
     work: Callable[[ProcessGroup, str], T], devices: Sequence[str], threads: int, refusal: Path
 ) -> T | DcvitError:
-    """One process of `on_devices`; the first that may not go on leaves word why."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal interrupts all processes; the first one speaks for them
+    """Run one process of `on_devices`. The first that raises a `DcvitError` also writes it to a file."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal interrupts all processes; only their parent reports it
     torch.set_num_threads(threads)
     device = devices[int(os.environ["LOCAL_RANK"])]
     try:
         with launched(device) as processes:
             return work(processes, device)
-    except DcvitError as error:  # for the caller, who asked
+    except DcvitError as error:  # `on_devices` raises it to its caller
         with suppress(FileExistsError), refusal.open("xb") as file:
             pickle.dump(error, file)
         return error
 
 
 class _Shared(Store):
-    """A store whose units one rank works out, or several share.
+    """A store whose entries one process computes, or several processes share.
 
     Args:
-        kept: Keeps units on disk, or does not.
-        processes: All of them.
-        queues: Where they queue.
+        kept: The store that keeps entries on disk, or `NOTHING_KEPT`.
+        processes: The process group.
+        queues: The store that holds their queues.
     """
 
     def __init__(self, kept: Store, processes: ProcessGroup, queues: c10d.Store) -> None:
@@ -416,19 +422,19 @@ class _Shared(Store):
         on_progress(len(entries), None)
         left = [name for name in works if name not in entries]
         queue = c10d.PrefixStore("".join(left[:1]), self._queues)  # a name that no other queue of the run has
-        while (place := queue.add("next", 1) - 1) < len(left):
-            name = left[place]
+        while (index := queue.add("next", 1) - 1) < len(left):
+            name = left[index]
             entry = works[name]()
             self._kept.keep(name, entry)
-            queue.set(f"unit {name}", base64.b64encode(_packed(entry)).decode())
+            queue.set(f"entry {name}", base64.b64encode(_packed(entry)).decode())
             on_progress(len(entries) + queue.add("finished", 1), entry)
         for name in left:
-            entries[name] = _unpacked(base64.b64decode(queue.get(f"unit {name}")))
+            entries[name] = _unpacked(base64.b64decode(queue.get(f"entry {name}")))
         return {name: entries[name] for name in works}
 
 
 def _packed(entry: Entry) -> bytes:
-    """A unit as the bytes of a safetensors file, its values as JSON among them."""
+    """Return an entry as the bytes of a safetensors file, which includes its values as JSON."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in entry.tensors.items()}
     tensors["values"] = torch.frombuffer(bytearray(json.dumps(entry.values).encode()), dtype=torch.uint8)
     return save(tensors)

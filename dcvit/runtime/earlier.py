@@ -1,9 +1,9 @@
-"""What earlier versions wrote, in the words of this one, so that their folders go on to be of use.
+"""Translation of what earlier versions wrote, so that their folders stay usable.
 
-Results, families and checkpoint entries had other names for some of their fields, see `NAMES`.
+Some fields of results, families and checkpoint entries had other names, see `NAMES`.
 
-The settings of dcvit's own method had other names: `metric_set`, `metric` and `progressive` lay beside the others, and
-`halving` and the fixed views within the recovery.
+The settings of dcvit's own method were arranged differently. `metric_set`, `metric` and `progressive` were top-level
+fields, `halving` belonged to the recovery, and the number of fixed views to the recovery's augmentation.
 """
 
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ NAMES = {
     "trial": "probe",
     "trials": "probes",
 }
-"""What a field was called, and what it is called now."""
+"""Present names of fields, by their former names."""
 
 
 def in_present_words(values: Any) -> Any:
     """Return plain values with each field under its present name.
 
     Args:
-        values: Plain values, which may be anything.
+        values: Plain values of any kind.
     """
     if isinstance(values, dict):
         return {NAMES.get(name, name): in_present_words(value) for name, value in values.items()}
@@ -39,19 +39,19 @@ def in_present_words(values: Any) -> Any:
 
 
 def entry_of_earlier_versions(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint entry's file holds; earlier versions called the entry a unit.
+    """Return the content of a checkpoint entry's file. Earlier versions called the entry a unit.
 
     Args:
-        table: Plain values, which may be anything.
+        table: Plain values of any kind.
     """
     return {"entry" if name == "unit" else name: value for name, value in table.items()}
 
 
 def run_of_earlier_versions(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `run.json` says, that of an earlier version in the words of this one.
+    """Return the content of a `run.json`, with the fields of an earlier version under their present names.
 
     Args:
-        run: Plain values, which may be anything.
+        run: Plain values of any kind.
     """
     found = dict(run)
     if "metric_set" in found:
@@ -62,10 +62,10 @@ def run_of_earlier_versions(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of_earlier_versions(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of dcvit's own method, those of an earlier version in the words of this one.
+    """Return the settings of dcvit's own method, with those of an earlier version in their present form.
 
     Args:
-        settings: Plain values as `DCViT.to_dict` gives them, or an earlier version gave them.
+        settings: Plain values, as `DCViT.to_dict` of this or an earlier version returns them.
     """
     found: dict[str, Any] = in_present_words(settings)
     if isinstance(found.get("ablation"), dict):

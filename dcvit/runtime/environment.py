@@ -1,4 +1,4 @@
-"""The machine and the versions that a run was made with."""
+"""The machine and the versions of a run."""
 
 import platform
 from importlib import metadata
@@ -12,7 +12,7 @@ __all__ = ["device_name", "versions"]
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called."""
+    """Return the name of a device: the model of a GPU or CPU, else the device's type."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -24,7 +24,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes."""
+    """Return the versions of dcvit, Python and the libraries that compute."""
     return {
         "dcvit": __version__,
         "torch": torch.__version__,

@@ -1,8 +1,8 @@
-"""Reading and writing files that strangers may have made, or may be in the way of.
+"""Safe reading and writing of files that strangers may have made, or that may be in the way.
 
-What is read must be a regular file of bounded size, reached by no link. What is written appears whole under its name or
-not at all, replaces no link, and has the permissions that the caller's umask gives it, or those of what it replaces,
-and the owner of that. The functions raise `OSError` or `ValueError`; who calls them says what that means for the user.
+Only a regular file of bounded size is read, and no link to one. A file is written completely or not at all. It replaces
+no link. It gets the permissions of the caller's umask, or the permissions and the owner of the file that it replaces.
+The functions raise `OSError` or `ValueError`, and their callers say what that means for the user.
 """
 
 import ctypes
@@ -52,10 +52,10 @@ __all__ = [
 ]
 
 MOST_JSON_BYTES = 32 << 20
-"""Of a JSON file that is read, ten times the `result.json` of the largest models. Parsed it may take 25 times that."""
+"""Largest JSON file that is read, in bytes: ten times the largest `result.json`. Parsed it may take 25 times that."""
 
 DRAFT_MARK = ".dcvit-draft-"
-"""Part of the name of a file or folder that is being written: `.NAME.dcvit-draft-` and 16 hexadecimal digits."""
+"""Part of the name of a file or folder while it is written: `.NAME.dcvit-draft-` and 16 hexadecimal digits."""
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # else opening a FIFO waits for a writer
@@ -73,7 +73,7 @@ _KINDS = (
 
 
 class UnusableFileError(OSError):
-    """A path does not lead to a regular file of the size that was expected."""
+    """The error for a path that does not lead to a regular file of the expected size."""
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -93,13 +93,13 @@ def open_regular(path: str | os.PathLike[str], *, most: int | None = None) -> Bi
 
     Args:
         path: The file. Its last part must not be a link.
-        most: The largest size in bytes that is accepted; any if not given.
+        most: The largest size in bytes that is accepted; any size by default.
 
     Raises:
-        UnusableFileError: If there is something else, or the file is larger.
-        OSError: If it cannot be opened.
+        UnusableFileError: If the path is something else, or the file is larger.
+        OSError: If the file cannot be opened.
     """
-    if (kind := kind_of(path)) not in (None, "a regular file"):  # opening some devices does something already
+    if (kind := kind_of(path)) not in (None, "a regular file"):  # only opening some devices has an effect
         raise _unusable(path, f"is {kind}, not a regular file")
     descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC | _BINARY)
     try:
@@ -118,8 +118,8 @@ def read_text(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> s
     """Read a regular file of UTF-8 text.
 
     Raises:
-        UnusableFileError: If there is something else, or the file has more than `most` bytes.
-        OSError: If it cannot be read.
+        UnusableFileError: If the path is something else, or the file has more than `most` bytes.
+        OSError: If the file cannot be read.
         UnicodeDecodeError: If it is not UTF-8.
     """
     with open_regular(path, most=most) as file:
@@ -130,10 +130,10 @@ def read_text(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> s
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON text of a stranger.
+    """Parse JSON text from an untrusted source.
 
     Raises:
-        ValueError: If it is not JSON, nested too deeply, or holds a number of thousands of digits.
+        ValueError: If it is not JSON, is nested too deeply, or holds a number of more than 400 digits.
     """
     try:
         return json.loads(text, parse_int=_bounded_int)
@@ -145,8 +145,8 @@ def read_table(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> 
     """Read a regular file that holds a JSON object.
 
     Raises:
-        OSError: As `read_text` does.
-        ValueError: If it holds no JSON object.
+        OSError: See `read_text`.
+        ValueError: If the file holds no JSON object.
     """
     values = parse_json(read_text(path, most=most))
     if not isinstance(values, dict):
@@ -158,7 +158,7 @@ def digest(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a regular file, in hexadecimal.
 
     Raises:
-        OSError: As `open_regular` does.
+        OSError: See `open_regular`.
     """
     total = hashlib.sha256()
     with open_regular(path) as file:
@@ -168,34 +168,34 @@ def digest(path: str | os.PathLike[str]) -> str:
 
 
 def well_formed(text: str) -> str:
-    """Return text that UTF-8 can hold: of a lone surrogate, as an undecodable file name has it, the escape."""
+    """Return text that UTF-8 can encode. Lone surrogates, as in undecodable file names, become escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def own_file(folder: str | os.PathLike[str], name: str) -> Path:
-    """Return where a file of a saved folder lies: in the folder itself, or in the `blobs` of a hub cache's `snapshots`.
+    """Return the path of a saved folder's file: in it, or in the `blobs` of the hub cache whose snapshot it is.
 
     Raises:
-        UnusableFileError: If it is a link to elsewhere.
+        UnusableFileError: If it is a link to elsewhere, or to nothing.
     """
-    place, home = Path(folder) / name, Path(folder).resolve()
-    if kind_of(place) != "a link":
-        return place
-    target = Path(os.path.realpath(place))  # which ends at a loop, too
+    path, home = Path(folder) / name, Path(folder).resolve()
+    if kind_of(path) != "a link":
+        return path
+    target = Path(os.path.realpath(path))  # which also returns for a loop of links
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if target.parent not in homes:
-        raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link to outside of the folder")
+        raise UnusableFileError(errno.EINVAL, f"{os.fspath(path)!r} is a link to outside of the folder")
     if not target.exists():
-        raise UnusableFileError(errno.EINVAL, f"{os.fspath(place)!r} is a link that is_main nowhere")
+        raise UnusableFileError(errno.EINVAL, f"{os.fspath(path)!r} is a link that leads nowhere")
     return target
 
 
 def create(path: str | os.PathLike[str]) -> BinaryIO:
-    """Create a file for writing where there is none, with the permissions of the caller's umask.
+    """Create a new file for writing, with the permissions of the caller's umask.
 
     Raises:
-        FileExistsError: If there is anything of that name, a link that is_main nowhere included.
-        OSError: If it cannot be created.
+        FileExistsError: If the name is in use, also by a link that leads nowhere.
+        OSError: If the file cannot be created.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC | _BINARY
     return os.fdopen(os.open(path, flags, 0o666), "wb")
@@ -203,13 +203,13 @@ def create(path: str | os.PathLike[str]) -> BinaryIO:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file that in the end takes its name in one rename, or leaves what was there as it was.
+    """Yield a draft that replaces a file in one rename at the end. On an error the file stays as it was.
 
     Yields:
-        The path of a new, empty file beside it to write to; it may also be replaced.
+        The path of a new, empty file beside the other, to write to or to replace.
 
     Raises:
-        UnusableFileError: If something else than a regular file has the name.
+        UnusableFileError: If the name belongs to something other than a regular file.
         OSError: If the file cannot be written.
     """
     path = Path(path)
@@ -233,13 +233,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def draft_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a hidden folder beside another one to write to; what is still of that name in the end is deleted.
+    """Yield a new hidden folder beside another one, and delete at the end what still has its name.
 
-    While it is written the folder is locked, so that `remove_abandoned_drafts` tells it from one that a killed process
+    The folder is locked while it is written. So `remove_abandoned_drafts` can tell it from one that a killed process
     left behind.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If the folder cannot be made.
     """
     draft = _draft_path(Path(folder))
     os.mkdir(draft)
@@ -253,15 +253,15 @@ def draft_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def is_draft(name: str) -> bool:
-    """Whether a name is one that `replacing` and `draft_folder` make up."""
+    """Return whether a name is one that `replacing` or `draft_folder` would choose."""
     return re.fullmatch(rf"\..*{re.escape(DRAFT_MARK)}[0-9a-f]{{16}}", name, re.DOTALL) is not None
 
 
 def remove_abandoned_drafts(path: str | os.PathLike[str]) -> None:
-    """Delete what processes that died left beside a file or folder that they were writing.
+    """Delete the drafts that killed processes left beside a file or folder.
 
-    Only folders are told from those that another process is writing now, by their lock; of files those that are an
-    hour old go.
+    A folder's lock shows whether another process is still writing it. Files have no lock, so only those older than an
+    hour are deleted.
     """
     path = Path(path)
     pattern = re.compile(re.escape(_draft_prefix(path)) + "[0-9a-f]{16}")
@@ -280,13 +280,13 @@ def remove_abandoned_drafts(path: str | os.PathLike[str]) -> None:
 
 
 def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Let two files or folders of one file system exchange their names, at once for everyone who looks.
+    """Exchange the names of two files or folders of one file system, atomically.
 
     Returns:
-        Whether that was done; `False` where the system or the file system cannot.
+        Whether they were exchanged; `False` if the system or the file system cannot do it.
 
     Raises:
-        OSError: If one is missing, is a mount point or the like, or the folders cannot be written.
+        OSError: If one is missing or, for example, a mount point, or if their folders cannot be written.
     """
     names = os.fsencode(one), os.fsencode(other)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -308,10 +308,10 @@ _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # fcntl.h, linux/fs.h, s
 
 
 def probe_folder(folder: str | os.PathLike[str]) -> None:
-    """Find out whether a file can be made in a folder, by making one and deleting it.
+    """Check that a file can be made in a folder, by making one and deleting it.
 
     Raises:
-        OSError: If not; the folder's permissions do not tell that of every file system.
+        OSError: If it cannot. The permissions of a folder do not show this on every file system.
     """
     probe = _draft_path(Path(folder) / "probe")
     with create(probe) as file:
@@ -323,7 +323,7 @@ def probe_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def file_mode(folder: str | os.PathLike[str]) -> int:
-    """Return the permissions that a new file in a folder gets, as the caller's umask has it, without changing that."""
+    """Return the permissions that a new file in a folder gets from the caller's umask, without changing the umask."""
     probe = _draft_path(Path(folder) / "mode")
     with create(probe) as file:
         os.unlink(probe)
@@ -331,34 +331,34 @@ def file_mode(folder: str | os.PathLike[str]) -> int:
 
 
 def take_after(path: str | os.PathLike[str], other: os.stat_result) -> None:
-    """Give a file or folder the permissions of another one, and its owner and group where the process may.
+    """Give a file or folder the permissions of another one, and its owner and group as far as the process may.
 
     Raises:
-        OSError: If that fails for another reason than the process's rights.
+        OSError: If that fails for a reason other than missing rights.
     """
     take_owner(path, other)
-    os.chmod(path, stat.S_IMODE(other.st_mode))  # after the owner, whose change takes some of them away
+    os.chmod(path, stat.S_IMODE(other.st_mode))  # after the owner, because changing it clears some of them
 
 
 def take_owner(path: str | os.PathLike[str], other: os.stat_result) -> None:
-    """Give a file or folder the owner and group of another one, or what of that the process may.
+    """Give a file or folder the owner and group of another one, as far as the process may.
 
     Raises:
-        OSError: If that fails for another reason than the process's rights.
+        OSError: If that fails for a reason other than missing rights.
     """
     found = os.stat(path)
     if (found.st_uid, found.st_gid) == (other.st_uid, other.st_gid):  # always so on Windows, which has no chown
         return
-    for owner, group in ((-1, other.st_gid), (other.st_uid, -1)):  # who has given a file away cannot change its group
+    for owner, group in ((-1, other.st_gid), (other.st_uid, -1)):  # the group of a file given away cannot be changed
         try:
             os.chown(path, owner, group)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EACCES, errno.EINVAL):  # the last: a container lacks that owner
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.EINVAL):  # EINVAL: a container lacks that owner
                 raise
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Let a file's content, or a folder's renames, outlive a loss of power."""
+    """Flush a file's content, or a folder's renames, to disk, so that they survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY | _CLOSE_ON_EXEC | _NO_FOLLOW)
     try:
         os.fsync(descriptor)
@@ -367,7 +367,7 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def _draft_prefix(path: Path) -> str:
-    return f".{path.name[:100]}{DRAFT_MARK}"  # a name has 255 bytes at most, a character up to two here on average
+    return f".{path.name[:100]}{DRAFT_MARK}"  # a name has at most 255 bytes: two per character on average
 
 
 def _draft_path(path: Path) -> Path:
@@ -375,7 +375,7 @@ def _draft_path(path: Path) -> Path:
 
 
 def _locked(folder: Path) -> int | None:
-    """Lock a folder; the open descriptor, `None` where another process holds it or there are no locks."""
+    """Lock a folder, and return its descriptor; `None` if another process holds the lock or the system has none."""
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY | _CLOSE_ON_EXEC | _NO_FOLLOW)
@@ -396,6 +396,6 @@ def _unusable(path: str | os.PathLike[str], problem: str) -> UnusableFileError:
 
 
 def _bounded_int(digits: str) -> int:
-    if len(digits) > 400:  # no float is longer, and Python refuses 4301 or more, at a place that depends on its version
+    if len(digits) > 400:  # no float is longer, and Python refuses 4301 or more, in ways that differ by version
         raise ValueError(f"a number has {len(digits):,} digits")
     return int(digits)

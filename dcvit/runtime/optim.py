@@ -1,4 +1,4 @@
-"""Gradient steps: the loop, learning rates over time and relative to what they change, the best weights seen."""
+"""Gradient steps: the loop, learning rates over time, steps relative to the weights, and the best weights seen."""
 
 import copy
 import math
@@ -25,16 +25,16 @@ Name = TypeVar("Name")
 Batch = TypeVar("Batch")
 
 SMALLEST_SIZE = 1e-3
-"""The root mean square that a tensor is taken to have at least: biases often start at zero."""
+"""The least root mean square that a tensor is assumed to have, because biases often start at zero."""
 
 
 def relative_adam(module: nn.Module, step_size: float) -> torch.optim.Adam:
-    """Adam on all parameters of a module, whose steps are a share of each tensor's root mean square.
+    """Return Adam for all parameters of a module, with steps that are a share of each tensor's root mean square.
 
-    So one number serves tensors and models of any scale.
+    So one step size serves tensors and models of any scale.
 
     Args:
-        module: Its parameters are updated.
+        module: The module whose parameters are updated.
         step_size: The share.
     """
     groups = []
@@ -50,13 +50,13 @@ def descend(
     backward: Callable[[Batch], object],
     share: Callable[[int], float],
 ) -> Iterator[int]:
-    """Take a gradient step on each batch, and yield the number of steps taken so far, so that the caller can validate.
+    """Take a gradient step on each batch, and yield the number of steps so far, so that the caller can validate.
 
     Args:
-        optimizer: It updates the parameters.
-        batches: What the steps learn from.
+        optimizer: Updates the parameters.
+        batches: The training batches.
         backward: Adds up the gradients of a batch.
-        share: Gives the share of the optimizer's learning rate at a step, from 0.
+        share: Returns the share of the optimizer's learning rate at a step, from 0.
     """
     for step, batch in enumerate(batches):
         set_share(optimizer, share(step))
@@ -74,18 +74,18 @@ def set_share(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def or_infinite(loss: float) -> float:
-    """The loss, infinite where training that diverged made it NaN, which does not compare."""
+    """Return the loss, or infinity if diverged training made it NaN, which cannot be compared."""
     return math.inf if math.isnan(loss) else loss
 
 
 def least(losses: Mapping[Name, float]) -> Name:
-    """What has the least loss: the first of equals, and one that diverged only if all have."""
+    """Return the name with the least loss, and the first of equals. A diverged one wins only if all diverged."""
     return min(losses, key=lambda name: or_infinite(losses[name]))
 
 
 @contextmanager
 def trainable(module: nn.Module) -> Iterator[None]:
-    """All parameters of a module take gradients for a block of code; afterwards those that did before."""
+    """Let all parameters of a module take gradients within a `with` block, and restore their flags afterwards."""
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     module.requires_grad_(True)
     try:
@@ -100,11 +100,11 @@ class Best:
 
     Args:
         module: The module.
-        error: Its validation error as it is.
+        error: The validation error of its present weights.
 
     Attributes:
         error: The least validation error so far.
-        at: When that was; 0 is the start.
+        at: When that was seen; 0 is the start.
     """
 
     def __init__(self, module: nn.Module, error: float) -> None:
@@ -117,7 +117,7 @@ class Best:
             self.error, self.at, self._weights = error, at, copy.deepcopy(self._module.state_dict())
 
     def restore(self) -> None:
-        """Give the module its best weights."""
+        """Load the best weights into the module."""
         self._module.load_state_dict(self._weights)
 
 
@@ -132,7 +132,7 @@ def pilot_runs(
         progress: Called as progress(runs done, all runs, error) at the start and after each run.
 
     Returns:
-        The candidate of least error, and that error.
+        The candidate with the least error, and that error.
     """
     errors: dict[float, float] = {}
     progress(0, len(rates), None)
@@ -144,12 +144,12 @@ def pilot_runs(
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
-    """The share of the peak learning rate at a step: a linear rise, then half a cosine to zero.
+    """Return the share of the peak learning rate at a step: a linear rise, then half a cosine to zero.
 
     Args:
         step: From 0 to `total` − 1.
         total: Number of steps.
-        warmup: Steps of the rise; the share at step `warmup` − 1 is 1. Cut to `total` if longer.
+        warmup: Number of steps of the rise, at most `total`; the share at step `warmup` − 1 is 1.
     """
     warmup = min(warmup, total)
     if step < warmup:

@@ -1,7 +1,7 @@
-"""The precision of matrix products and convolutions: of the work, and of the caller, in which models are timed.
+"""The precision of matrix products and convolutions: full for compressing, and the caller's for timing models.
 
-Autocast is a setting of each thread, all others are the process's. So the threads that compress at the same time share
-full precision: the first of them sets it, and the last one to leave restores what was set before.
+Autocast is a setting of each thread, and all other settings belong to the process. So threads that compress at the same
+time share full precision: the first one sets it, and the last one to leave restores what was set before.
 """
 
 import threading
@@ -22,16 +22,17 @@ _DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Precision:
-    """What torch makes of products and convolutions of float32 tensors.
+    """Torch's settings for products and convolutions of float32 tensors.
 
-    Torch has older settings and newer ones, and refuses to read the older where the newer say something else.
+    Torch has older and newer settings, and refuses to read an older one that the newer ones contradict.
 
     Attributes:
-        matmul: `torch.get_float32_matmul_precision()`; `None` where that cannot be read.
-        cudnn_tf32: `torch.backends.cudnn.allow_tf32`; `None` where that cannot be read.
-        backends: `fp32_precision` of the products of cuBLAS and oneDNN, and of the convolutions and recurrent layers of
-            cuDNN and the convolutions of oneDNN; `"none"` where it has none of its own and none is set for all.
-        autocast: What a CPU's and a GPU's operators are cast to, `None` without autocast.
+        matmul: `torch.get_float32_matmul_precision()`; `None` if that cannot be read.
+        cudnn_tf32: `torch.backends.cudnn.allow_tf32`; `None` if that cannot be read.
+        backends: The `fp32_precision` of the products of cuBLAS and oneDNN, of the convolutions and recurrent layers of
+            cuDNN, and of the convolutions of oneDNN. `"none"` means that neither the backend nor torch as a whole has
+            one.
+        autocast: The dtypes to which autocast casts on the CPU and on the GPU; `None` without autocast.
     """
 
     matmul: str | None
@@ -41,7 +42,7 @@ class Precision:
 
     @classmethod
     def current(cls) -> "Precision":
-        """What is set now."""
+        """Return the present settings."""
         on_cpu, on_gpu = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in _DEVICES
         )
@@ -54,11 +55,11 @@ class Precision:
 
     @classmethod
     def of_caller(cls) -> "Precision":
-        """What is set now, or was before this thread or another began to compute in full precision."""
+        """Return the present settings, or those from before any thread began to compute in full precision."""
         return _SHARED.before()
 
     def is_full_on(self, device: torch.device) -> bool:
-        """Whether float32 is computed as such on a device, autocast aside."""
+        """Return whether a device computes float32 in full precision, apart from autocast."""
         return all(
             precision in ("none", "ieee")
             for precision, its_device in zip(self.backends, _BACKEND_DEVICES, strict=True)
@@ -66,53 +67,53 @@ class Precision:
         )
 
     @contextmanager
-    def autocast_alone(self) -> Iterator[None]:
-        """Cast as this says in a block of code, then as before."""
+    def autocast_only(self) -> Iterator[None]:
+        """Apply only the autocast dtypes within a `with` block, and restore the previous ones afterwards."""
         with ExitStack() as stack:
             for device, dtype in zip(_DEVICES, self.autocast, strict=True):
                 stack.enter_context(torch.autocast(device, dtype, enabled=dtype is not None))
             try:
                 yield
             finally:
-                torch.clear_autocast_cache()  # else an outer autocast keeps what was cast, and the next pass is faster
+                torch.clear_autocast_cache()  # else an outer autocast reuses the casts, and times less
 
     def set_for_all(self, before: "Precision") -> None:
-        """Make the process's settings these.
+        """Apply these settings to the whole process.
 
         Args:
-            before: What they were. Older settings that could not be read then are left alone, to be as they were.
+            before: The settings until now. Older settings that could not be read there are left as they are.
         """
-        # The older first: they write the newer, too.
+        # The older settings come first, because they overwrite the newer ones.
         if self.matmul is not None and before.matmul is not None:
             torch.set_float32_matmul_precision(self.matmul)
         if self.cudnn_tf32 is not None and before.cudnn_tf32 is not None:
             torch.backends.cudnn.allow_tf32 = self.cudnn_tf32
         for backend, precision in zip(_backends(), self.backends, strict=True):
-            backend.fp32_precision = "none"  # what is set for all counts, and will where that is changed later
+            backend.fp32_precision = "none"  # follow the global setting, also if it changes later
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision
 
 
 FULL = Precision(matmul="highest", cudnn_tf32=False, backends=("ieee",) * 5, autocast=(None, None))
-"""That of the tensors' own dtype: sums of squares, and what is solved from them, are worth nothing in less."""
+"""Full precision, in the tensors' own dtype. Sums of squares, and what is solved from them, are useless in less."""
 
 
 class _Shared:
-    """Full precision as the process's setting, for as long as a thread computes in it."""
+    """Full precision as a setting of the process, for as long as any thread computes in it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._depths: dict[int, int] = {}  # of blocks of code that compute in it, one inside the other, by thread
+        self._depths: dict[int, int] = {}  # number of nested blocks in full precision, by thread
         self._before = FULL
 
     def before(self) -> Precision:
-        """What was set before, and this thread's autocast."""
+        """Return the settings from before full precision, with this thread's autocast."""
         with self._changed:
             current = Precision.current()
             return replace(self._before, autocast=current.autocast) if self._depths else current
 
     def enter(self, depth: int = 1) -> None:
-        """Compute in full precision in this thread, in so many blocks more."""
+        """Enter full precision in this thread for `depth` more nested blocks."""
         with self._changed:
             if not self._depths:
                 self._before = Precision.current()
@@ -121,7 +122,7 @@ class _Shared:
             self._depths[thread] = self._depths.get(thread, 0) + depth
 
     def leave(self, depth: int = 1) -> None:
-        """No longer compute in it, in so many blocks."""
+        """Leave full precision in this thread for `depth` nested blocks."""
         with self._changed:
             thread = threading.get_ident()
             self._depths[thread] -= depth
@@ -133,10 +134,10 @@ class _Shared:
 
     @contextmanager
     def set_aside(self, precision: Precision, device: torch.device) -> Iterator[None]:
-        """Compute in another precision in a block of code, one thread at a time.
+        """Compute in another precision within a `with` block, one thread at a time.
 
-        It waits until no other thread computes in full precision, and does not itself meanwhile, so that two that wait
-        do not wait for each other. Where both precisions are the same on the device there is nothing to wait for.
+        The thread leaves full precision, and waits until no other thread computes in it. So two waiting threads do not
+        wait for each other. There is no wait if both precisions are the same on the device.
         """
         with self._changed:
             depth = self._depths.get(threading.get_ident(), 0)
@@ -161,10 +162,13 @@ _SHARED = _Shared()
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute in full precision in a block of code; then as before, once no other thread does any more."""
+    """Compute in full precision within a `with` block.
+
+    The previous settings are restored once no other thread computes in full precision.
+    """
     _SHARED.enter()
     try:
-        with FULL.autocast_alone():
+        with FULL.autocast_only():
             yield
     finally:
         _SHARED.leave()
@@ -172,30 +176,30 @@ def full_precision() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class InPrecision:
-    """A stopwatch that times in a precision, whatever it is called in."""
+    """A stopwatch that always times in one precision, whatever its caller's is."""
 
     stopwatch: Callable[[nn.Module, Tensor], float]
     precision: Precision
 
     def __call__(self, model: nn.Module, inputs: Tensor) -> float:
         """See `dcvit.metrics.latency.Stopwatch`."""
-        with _SHARED.set_aside(self.precision, inputs.device), self.precision.autocast_alone():
+        with _SHARED.set_aside(self.precision, inputs.device), self.precision.autocast_only():
             return self.stopwatch(model, inputs)
 
 
 def _backends() -> tuple[Any, ...]:
-    """Each setting of its own among the newer ones."""
+    """Return the objects that hold torch's newer settings."""
     cudnn: Any = torch.backends.cudnn
     onednn: Any = torch.backends.mkldnn
     return torch.backends.cuda.matmul, onednn.matmul, cudnn.conv, cudnn.rnn, onednn.conv
 
 
 _BACKEND_DEVICES = ("cuda", "cpu", "cuda", "cuda", "cpu")
-"""Of each of them, the device that it computes on."""
+"""The type of device on which each of `_backends` computes."""
 
 
 def _readable(read: Callable[[], T]) -> T | None:
-    """What a setting is; `None` where torch refuses to say."""
+    """Return a setting, or `None` if torch refuses to read it."""
     try:
         return read()
     except RuntimeError:

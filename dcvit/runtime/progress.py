@@ -1,6 +1,6 @@
-"""How long work tells how it goes.
+"""Progress reports of long work.
 
-The algorithm calls a `Progress`; what is shown is the caller's choice. `silent` shows nothing, `TerminalProgress`
+The algorithm calls a `Progress`, and the caller chooses what is shown. `silent` shows nothing. `TerminalProgress` shows
 a live bar on a terminal and plain lines elsewhere.
 """
 
@@ -19,12 +19,12 @@ from dcvit.runtime.output import Lenient
 __all__ = ["Progress", "TerminalProgress", "Timer", "silent"]
 
 Progress = Callable[[str, int, int, float | None], None]
-"""Called as progress(stage, done, total, loss) after each step of a stage, such as `"probes"`.
+"""A function called as progress(stage, done, total, loss) after each step of a stage, such as `"probes"`.
 
-Also when a stage begins, so that what its first step takes is known: with `done=0`, or with what an earlier run of the
-same has finished. A step that takes longer than others of its stage counts for more than one, so that `done / total` is
-about the part of the stage's work that is over. The loss is `None` at first, and always in a stage that has none, such
-as timing.
+It is also called when a stage begins, so that the time of the first step is known. `done` is then 0, or the number of
+steps that an earlier run has finished. A step that takes longer than others of its stage counts for more than one. So
+`done / total` is about the finished part of the stage's work. The loss is `None` at first, and always in a stage that
+has none, such as timing.
 """
 
 
@@ -33,15 +33,15 @@ def silent(stage: str, done: int, total: int, loss: float | None) -> None:
 
 
 class TerminalProgress:
-    """A bar with the loss and the time left on a terminal; else a line when a stage ends or every few seconds.
+    """A bar with the loss and the time left on a terminal; else a line when a stage ends and every few seconds.
 
     Args:
-        stream: Where to write, standard error unless given.
+        stream: Where to write; standard error by default.
         interval: Seconds between two lines of one stage where there is no terminal.
     """
 
     def __init__(self, stream: TextIO | None = None, interval: float = 10.0) -> None:
-        self._given_stream = stream
+        self._custom_stream = stream
         self._interval = interval
         self._stage = ""
         self._start = self._last = 0.0
@@ -50,7 +50,7 @@ class TerminalProgress:
 
     @property
     def _stream(self) -> Lenient:
-        return Lenient(self._given_stream or sys.stderr)  # a process of its own has one, too
+        return Lenient(self._custom_stream or sys.stderr)  # read late, because a child process has its own
 
     def __call__(self, stage: str, done: int, total: int, loss: float | None) -> None:
         """See `Progress`."""
@@ -76,7 +76,7 @@ class TerminalProgress:
             self._stage = ""
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -94,6 +94,6 @@ class Timer:
         yield
         if torch.cuda.is_initialized():
             for device in range(torch.cuda.device_count()):
-                if torch.cuda.memory_allocated(device):  # else asking it would set it up
+                if torch.cuda.memory_allocated(device):  # else the call would initialise the device
                     torch.cuda.synchronize(device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

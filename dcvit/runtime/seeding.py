@@ -1,4 +1,4 @@
-"""Random numbers from one seed, of generators of one's own: no other thread disturbs them or sees anything of them."""
+"""Random numbers from one seed, by separate generators that other threads neither disturb nor depend on."""
 
 import threading
 import zlib
@@ -14,18 +14,18 @@ _GLOBAL_STATE = threading.RLock()
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A seed for one purpose, independent of the others.
+    """Return a seed for one purpose, independent of those for others.
 
     Args:
         seed: The user's seed.
-        *purpose: What it is for, for example `("probe", 3)`.
+        *purpose: The purpose, for example `("probe", 3)`.
     """
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in purpose]
     return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A new generator of random numbers for one purpose, on the CPU, so that a seed means the same on every device.
+    """Return a new random generator for one purpose, on the CPU, so that a seed means the same on every device.
 
     Args:
         seed: The user's seed.
@@ -36,15 +36,15 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
-    """Seed torch's global generators for a block of code, one thread at a time; then restore the caller's state.
+    """Seed torch's global generators within a `with` block, one thread at a time; then restore the caller's state.
 
-    For what draws from them and takes no generator, as the initialisation of a model does. Another thread that draws
-    from them meanwhile does disturb it: use `generator` for everything else.
+    It is for code that takes no generator, such as a model's initialisation. Another thread that draws from the global
+    generators meanwhile does disturb it, so use `generator` for everything else.
     """
     derived = derive_seed(seed, *purpose)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with _GLOBAL_STATE, torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(derived)
-        if devices:  # else `torch.manual_seed` would leave the seed to a GPU that is first used later
+        if devices:  # else `torch.manual_seed` would also seed a GPU that is first used later
             torch.cuda.manual_seed_all(derived)
         yield

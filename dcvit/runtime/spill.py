@@ -1,7 +1,7 @@
-"""Tensors that are appended part by part and read in parts, on disk once there are many.
+"""Tensors that are appended and read part by part, and move to disk once they are large.
 
-A compression on the CPU looks at its views block by block, and at one batch of them at a time. What it keeps meanwhile,
-the views, the tokens before a block and the rows of every block, is several times a large model's size.
+A compression on the CPU processes its views block by block, one batch at a time. Meanwhile it keeps the views, the
+tokens before a block and the rows of every block. They take several times a large model's size.
 """
 
 import errno
@@ -20,15 +20,15 @@ from dcvit.errors import DcvitError
 __all__ = ["IN_MEMORY", "SpilledBuffer"]
 
 IN_MEMORY = 16 << 20
-"""Bytes of a stack on the CPU that stay in memory."""
+"""Bytes of a buffer on the CPU that stay in memory."""
 
 FILES = hasattr(os, "preadv")  # not on Windows
 
 
 class SpilledBuffer:
-    """Parts `[·, …]` of a tensor one after another; of a stack on the CPU in a file, once they take `IN_MEMORY`.
+    """Parts `[·, …]` of a tensor in order. On the CPU they are written to a file once they exceed `IN_MEMORY`.
 
-    The file is in the system's folder for temporary files (`TMPDIR`), has no name, and goes with the stack.
+    The file is in the system's folder for temporary files (`TMPDIR`), has no name, and is deleted with the buffer.
     """
 
     def __init__(self, parts: Iterable[Tensor] = ()) -> None:
@@ -47,10 +47,11 @@ class SpilledBuffer:
             os.close(self._file)
 
     def append(self, part: Tensor) -> None:
-        """Add a part at the end; its dtype, device and all dimensions but the first are those of the others.
+        """Add a part at the end. Its dtype, device and all dimensions but the first are those of the other parts.
 
         Raises:
-            DcvitError: If there is no disk to write to, or it is full.
+            ValueError: If they are not.
+            DcvitError: If the disk cannot be written, or is full.
         """
         if self._length and (part.shape[1:], part.dtype, part.device) != (
             self._like.shape[1:], self._like.dtype, self._like.device
@@ -71,29 +72,29 @@ class SpilledBuffer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of all parts together."""
+        """The shape of all parts together."""
         return (self._length, *self._like.shape[1:])
 
     @property
     def device(self) -> torch.device:
-        """Where what is read lies."""
+        """The device of the tensors that are read."""
         return self._like.device
 
-    def __getitem__(self, place: slice | Tensor) -> Tensor:
-        """What lies between two places, or at some, by index or mask `[R]`."""
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Return the rows of a slice, of an index, or of a mask `[R]`."""
         if not self._on_disk:
-            return self._in_memory()[place]
-        if isinstance(place, slice):
-            first, stop, step = place.indices(self._length)
+            return self._in_memory()[rows]
+        if isinstance(rows, slice):
+            first, stop, step = rows.indices(self._length)
             if step != 1:
                 raise ValueError(f"step {step}: expected 1.")
             return self._between(first, max(first, stop))
-        index = (place.nonzero().flatten() if place.dtype == torch.bool else place).tolist()
+        index = (rows.nonzero().flatten() if rows.dtype == torch.bool else rows).tolist()
         found = [self._between(i, i + 1) for i in index]
         return torch.cat(found) if found else self._like
 
     def whole(self) -> Tensor:
-        """All of it as one tensor; of a file the system reads what is touched, and may forget it again."""
+        """Return all rows as one tensor. A file is memory-mapped: the system loads what is used, and may drop it."""
         if not self._on_disk:
             return self._in_memory()
         if self._parts:
@@ -103,7 +104,7 @@ class SpilledBuffer:
         return torch.frombuffer(memory, dtype=self._like.dtype, count=elements).view(self.shape)
 
     def split(self, count: int) -> Iterator[Tensor]:
-        """All of it, so many at a time."""
+        """Yield all rows, `count` at a time."""
         for first in range(0, self._length, count):
             yield self[first : first + count]
 
@@ -138,7 +139,7 @@ class SpilledBuffer:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 step = "allow more open files (ulimit -n)"
             raise DcvitError(
-                f"{tempfile.tempdir or os.getenv('TMPDIR')!r} cannot hold what a compression keeps meanwhile "
+                f"{tempfile.tempdir or os.getenv('TMPDIR')!r} cannot hold the temporary data of a compression "
                 f"({error}): {step}."
             ) from error
         self._parts, self._held_bytes = [], 0

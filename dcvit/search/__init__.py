@@ -1,1 +1,1 @@
-"""Which structure meets a budget at the least loss."""
+"""Search of the structure that meets a budget with the smallest loss."""

@@ -1,17 +1,19 @@
-"""Which blocks to compress and how many hidden units each of them keeps: the structure, searched.
+"""Search of the structure: which blocks to compress or prune, and how many hidden units each of them keeps.
 
-The published method computes it (`dcvit.search.plan.plan`): as few blocks as meet the budget lose their attention, and
-all of them the same share of hidden units. But blocks differ, and many have hidden units that the others nearly
-determine, which can go while attention stays. A probe shows for each block, and for each of the two ways of cutting it,
-what it would lose at any number of units (`SensitivityCurve`), and as long as losses are small those of different blocks
-add up. So the best structure is the one of smallest sum that meets the budget,
+The published method computes the structure (`dcvit.search.plan.plan`): as few blocks as meet the budget lose their
+attention, and all of them lose the same share of hidden units. But blocks differ, and many have hidden units that the
+others nearly determine. These can be dropped while the attention stays. A probe estimates the loss of each block at any
+number of units (`SensitivityCurve`), for each of the two ways: without attention (compressed) and with it (pruned).
+Small losses of different blocks add up. So the best structure has the smallest sum of losses among those that meet the
+budget,
 
-    min over blocks, ways w and units n   Σ loss_bw(n_b)   so that   Σ (attention_bw + (H_b − n_b) · node_b) ≈ o − p,
+    min over blocks, ways w and units n   Σ loss_bw(n_b)   so that   Σ (attention_bw + (H_b − n_b) · unit_b) ≈ o − p,
 
-where attention_bw is what the block's attention takes if it goes, else 0; ≈ is at least that, and as near as numbers of
-units come. (A budget of less than one attention prunes, however little an attention would be missed.) Dynamic
-programming over the blocks finds it: numbers of units are multiples of H / 64, savings are counted in 2048ths of what
-must be saved, and what is left over after rounding is given back unit by unit.
+where attention_bw is the cost of the block's attention if it is removed, else 0, and unit_b the cost of a hidden unit.
+≈ means at least that, and as close as whole steps of units allow. (If less than one attention has to be saved, blocks
+are pruned, even if removing an attention would lose little.) Dynamic programming over the blocks finds the structure.
+Numbers of units are multiples of H / 64, and savings are counted in steps of 1/2048 of the required saving. The excess
+saving after rounding is given back unit by unit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,50 +26,50 @@ from dcvit.history import BlockSpec, SensitivityCurve
 __all__ = ["Part", "Way", "require_units", "search_structure"]
 
 LEVELS = 64
-"""Steps between no hidden unit and all of them."""
+"""Number of steps between no hidden unit and all of them."""
 
 QUANTA = 2048
-"""Steps between saving nothing and what must be saved."""
+"""Number of steps between no saving and the required saving."""
 
 
 def require_units(units: Sequence[int], available: int) -> None:
-    """Refuse numbers that are not those of different hidden units of a block, ascending.
+    """Refuse indices that are not distinct hidden units of a block in ascending order.
 
     Args:
-        units: The numbers.
-        available: How many hidden units the block has.
+        units: The indices.
+        available: Number of hidden units of the block.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If an index is out of range, repeated or out of order.
     """
     if list(units) != sorted({unit for unit in units if 0 <= unit < available}):
-        raise ValueError(f"it names hidden units that are not different ones of {available} in ascending order")
+        raise ValueError(f"its hidden units are not distinct indices below {available} in ascending order")
 
 
 @dataclass(frozen=True)
 class Way:
-    """One of the ways to cut a part.
+    """One way to make a part smaller: compress it (without attention) or prune it (with attention).
 
     Attributes:
-        attention: Whether attention stays.
-        saving: What all its blocks save without dropping a hidden unit, in the budget's unit.
-        unit: What they save if each drops one hidden unit.
-        sensitivity: The sum of their losses.
+        attention: Whether the attention stays.
+        saving: Saving of all its blocks together before any hidden unit is dropped, in the budget's metric.
+        unit_saving: Saving if each of its blocks drops one hidden unit, in the budget's metric.
+        sensitivity: Sum of the blocks' losses by the number of hidden units kept.
     """
 
     attention: bool
     saving: int
-    unit: int
+    unit_saving: int
     sensitivity: SensitivityCurve
 
 
 @dataclass(frozen=True)
 class Part:
-    """Blocks of one size that are cut together, or not at all.
+    """Blocks of one size that are compressed or pruned together, or not at all.
 
     Attributes:
-        blocks: The blocks; each keeps as many hidden units as the others.
-        ways: How they can be cut.
+        blocks: The blocks, which all keep the same number of hidden units.
+        ways: The ways to make them smaller.
     """
 
     blocks: tuple[int, ...]
@@ -75,34 +77,34 @@ class Part:
 
     @property
     def hidden_features(self) -> int:
-        """Hidden units of each block."""
+        """Number of hidden units of each block."""
         return self.ways[0].sensitivity.units[-1]
 
     def smallest(self, round_to: int = 1) -> BlockSpec:
-        """The cut that saves most."""
+        """Return the spec that saves most."""
         return max(self._of((0, round_to)), key=self.saving)
 
     def way(self, spec: BlockSpec) -> Way:
-        """The way of a cut."""
+        """Return the way that a spec belongs to."""
         return next(way for way in self.ways if way.attention == spec.attention)
 
     def saving(self, spec: BlockSpec) -> int:
-        """What they save in all by a cut."""
+        """Return the total saving of the blocks under a spec."""
         way = self.way(spec)
-        return way.saving + (self.hidden_features - spec.hidden_features) * way.unit
+        return way.saving + (self.hidden_features - spec.hidden_features) * way.unit_saving
 
     def loss(self, spec: BlockSpec) -> float:
-        """What they lose in all by a cut."""
+        """Return the total loss of the blocks under a spec."""
         return self.way(spec).sensitivity.loss(spec.hidden_features)
 
     def specs(self, round_to: int) -> tuple[BlockSpec, ...]:
-        """Those that are looked at."""
+        """Return the specs that the search considers."""
         hidden = self.hidden_features
         return tuple(self._of(sorted({*range(0, hidden + 1, _unit(hidden, round_to)), hidden})))
 
     def _of(self, numbers: Sequence[int]) -> Iterator[BlockSpec]:
         for way in self.ways:
-            # A pruned block has an MLP, and a smaller one than before.
+            # A pruned block keeps at least one hidden unit and drops at least one.
             yield from (
                 BlockSpec(n, way.attention) for n in numbers if not way.attention or 0 < n < self.hidden_features
             )
@@ -111,32 +113,33 @@ class Part:
 def search_structure(
     parts: Sequence[Part], saving: int, *, num_blocks: int | None = None, round_to: int = 1
 ) -> dict[int, BlockSpec]:
-    """The structure of least loss among those that save enough, and hardly more: within a step of the numbers of units.
+    """Find the structure with the smallest loss that saves enough.
 
-    Where there are none, among all that save enough.
+    The search considers structures that exceed the required saving by at most one step of the numbers of units. If
+    there are none, it considers all structures that save enough.
 
     Args:
         parts: The candidates.
-        saving: What must be saved, in the budget's unit.
-        num_blocks: How many blocks are to be cut; `None` leaves it open.
-        round_to: Numbers of hidden units are multiples of it; a block may keep all of them, too.
+        saving: The required saving, in the budget's metric.
+        num_blocks: Number of blocks to compress or prune; `None` for any number.
+        round_to: Numbers of hidden units are multiples of it; a block may also keep all of them.
 
     Returns:
-        What each block that is cut keeps: least loss first.
+        The specs of the compressed and pruned blocks, smallest loss first.
 
     Raises:
-        ValueError: If the parts cannot save as much.
+        ValueError: If the parts cannot save that much.
     """
     quantum = max(1, saving // QUANTA)
     needed = -(-saving // quantum)
     specs = [part.specs(round_to) for part in parts]
-    # No more is to be saved than grids of numbers of units ask for, unless nothing else saves enough.
-    grain = max(_unit(part.hidden_features, round_to) * way.unit for part in parts for way in part.ways)
+    # The saving exceeds the requirement by at most one step of the unit grids, unless only larger savings suffice.
+    grain = max(_unit(part.hidden_features, round_to) * way.unit_saving for part in parts for way in part.ways)
     found = _least_loss(parts, specs, quantum, range(needed, needed - (-grain // quantum) + 1), num_blocks)
     if found is None:
         most = sum(part.saving(part.smallest(round_to)) for part in parts) // quantum
         found = _least_loss(parts, specs, quantum, range(needed, most + 1), num_blocks)
-    if found is None:  # unless rounding to quanta hid that the smallest of all can
+    if found is None:  # rounding to quanta may hide that the smallest structure suffices
         found = _most_saving(parts, num_blocks, round_to)
         if found is None or _saving(parts, found) < saving:
             raise ValueError(f"search_structure: {num_blocks or 'all'} blocks cannot save {saving}.")
@@ -146,46 +149,47 @@ def search_structure(
 
 
 def _least_loss(
-    parts: Sequence[Part], specs: Sequence[Sequence[BlockSpec]], quantum: int, wanted: range, num_blocks: int | None
+    parts: Sequence[Part], specs: Sequence[Sequence[BlockSpec]], quantum: int, allowed: range, num_blocks: int | None
 ) -> dict[int, BlockSpec] | None:
-    """Dynamic programming over the parts.
+    """Find the structure with the smallest loss by dynamic programming over the parts.
 
     Args:
         parts: The candidates.
-        specs: Those of each that are looked at.
-        quantum: What a quantum is.
-        wanted: How many quanta may be saved.
+        specs: The considered specs of each part.
+        quantum: Size of a quantum, in the budget's metric.
+        allowed: Allowed savings, in quanta.
         num_blocks: See `search_structure`.
 
     Returns:
-        The cut of each part that is cut, by its number; `None` if none save as much.
+        The spec of each chosen part, by the part's index; `None` if no structure has an allowed saving.
     """
-    if not wanted:
+    if not allowed:
         return None
-    # By cut blocks (where their number matters) and quanta saved: the least loss, and the last cut on the way to it.
+    # Indexed by the number of chosen blocks (if it matters) and the quanta saved: the smallest loss, and the last spec
+    # that leads to it.
     counted = num_blocks is not None
-    sums = np.full((sum(len(part.blocks) for part in parts) + 1 if counted else 1, wanted.stop), np.inf)
+    sums = np.full((sum(len(part.blocks) for part in parts) + 1 if counted else 1, allowed.stop), np.inf)
     sums[0, 0] = 0.0
     steps: list[np.ndarray] = []
     savings = [
-        [part.saving(spec) // quantum for spec in looked_at] for part, looked_at in zip(parts, specs, strict=True)
+        [part.saving(spec) // quantum for spec in considered] for part, considered in zip(parts, specs, strict=True)
     ]
-    for part, looked_at, quanta in zip(parts, specs, savings, strict=True):
+    for part, considered, quanta in zip(parts, specs, savings, strict=True):
         step = len(part.blocks) if counted else 0
         best, choice = sums.copy(), np.full(sums.shape, -1)
-        for number, (spec, saved) in enumerate(zip(looked_at, quanta, strict=True)):
-            if saved < wanted.stop:
-                moved = sums[: len(sums) - step, : wanted.stop - saved] + part.loss(spec)
-                place = best[step:, saved:]
-                better = moved < place
-                place[better] = moved[better]
+        for number, (spec, saved) in enumerate(zip(considered, quanta, strict=True)):
+            if saved < allowed.stop:
+                moved = sums[: len(sums) - step, : allowed.stop - saved] + part.loss(spec)
+                target = best[step:, saved:]
+                better = moved < target
+                target[better] = moved[better]
                 choice[step:, saved:][better] = number
         steps.append(choice)
         sums = best
     count = num_blocks or 0
-    if count >= len(sums) or not np.isfinite(sums[count, wanted.start :]).any():
+    if count >= len(sums) or not np.isfinite(sums[count, allowed.start :]).any():
         return None
-    at = wanted.start + int(sums[count, wanted.start :].argmin())
+    at = allowed.start + int(sums[count, allowed.start :].argmin())
     found: dict[int, BlockSpec] = {}
     for i in reversed(range(len(parts))):
         number = int(steps[i][count, at])
@@ -197,24 +201,24 @@ def _least_loss(
 
 
 def _most_saving(parts: Sequence[Part], num_blocks: int | None, round_to: int) -> dict[int, BlockSpec] | None:
-    """The smallest cuts of so many blocks, or of all: those that save most and, of equals, lose least.
+    """Find the structure that saves most with `num_blocks` blocks, or with all; of equal ones, the smallest loss.
 
     Returns:
-        The cut of each part that is cut, by its number; `None` if none have as many blocks.
+        The spec of each chosen part, by the part's index; `None` if no parts have `num_blocks` blocks together.
     """
-    best: dict[int, tuple[int, float, tuple[int, ...]]] = {0: (0, 0.0, ())}  # by cut blocks: saved, not lost, parts
+    best: dict[int, tuple[int, float, tuple[int, ...]]] = {0: (0, 0.0, ())}  # by number of blocks: saving, −loss, parts
     specs = [part.smallest(round_to) for part in parts]
     for i, (part, spec) in enumerate(zip(parts, specs, strict=True)):
         for count, (saved, kept, chosen) in sorted(best.items(), reverse=True):
             more = (saved + part.saving(spec), kept - part.loss(spec), (*chosen, i))
-            place = count + len(part.blocks)
-            best[place] = max(best.get(place, more), more)
+            total = count + len(part.blocks)
+            best[total] = max(best.get(total, more), more)
     found = best.get(max(best) if num_blocks is None else num_blocks)
     return None if found is None else {i: specs[i] for i in found[2]}
 
 
 def _unit(hidden_features: int, round_to: int) -> int:
-    """The distance of the numbers of hidden units that are looked at."""
+    """Return the step between the considered numbers of hidden units."""
     return -(-max(1, hidden_features // LEVELS) // round_to) * round_to
 
 
@@ -223,8 +227,11 @@ def _saving(parts: Sequence[Part], specs: Mapping[int, BlockSpec]) -> int:
 
 
 def _give_back(parts: Sequence[Part], specs: dict[int, BlockSpec], left: int, round_to: int) -> None:
-    """In place: what is saved beyond need as more hidden units, the cheapest last, for they fill the smallest rest."""
-    units = {i: parts[i].way(spec).unit for i, spec in specs.items()}
+    """Turn the excess saving into more hidden units, in place.
+
+    Parts with the cheapest units come last, since these fill the smallest remainder.
+    """
+    units = {i: parts[i].way(spec).unit_saving for i, spec in specs.items()}
     for i in sorted(specs, key=lambda i: -units[i]):
         hidden, spec = parts[i].hidden_features, specs[i]
         more = min(left // max(units[i], 1), hidden - spec.hidden_features)

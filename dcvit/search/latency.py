@@ -1,9 +1,9 @@
-"""Step 1 for latency: from a time to the structure that takes it on this device.
+"""Step 1 for latency: find the structure that meets a latency budget on this device.
 
-The latency model (`dcvit.metrics.latency_model`) proposes k and the hidden units kept. The proposed structure is then
-timed in turn with the original, and the time that it saves corrects the model, until a structure takes what is asked.
-Latency depends on the structure alone, so all of this is done with weights that are not recovered, before any long
-work.
+The latency model (`dcvit.metrics.latency_model`) proposes k and the number of hidden units kept. The proposed structure
+is timed in alternation with the original, and the measured saving corrects the model. This repeats until a structure
+meets the budget. Latency depends only on the structure, so planning uses pruned skeletons without recovery, before any
+long computation.
 """
 
 from collections.abc import Iterable
@@ -25,16 +25,19 @@ from dcvit.search.space import SearchSpace, search_space
 __all__ = ["TOLERANCE", "plan_latency", "require_planned"]
 
 TOLERANCE = 0.03
-"""How far from its goal, as a share of it, a structure's latency may be."""
+"""Largest relative deviation of a structure's latency from the goal."""
 
 CLOSE = 0.01
-"""How near is near enough to stop looking for something nearer; the rest of the tolerance is for noise."""
+"""Relative deviation at which the search stops; the rest of the tolerance is for noise."""
 
 MAX_TIMINGS = 12
-"""Timings at most before giving up."""
+"""Largest number of timings before the search fails."""
 
 MAX_REPEATS = 3
-"""Timings of one structure at most; on a busy machine one is off by as much as the tolerance, the mean of some less."""
+"""Largest number of timings of one structure.
+
+On a busy machine a single timing can be off by as much as the tolerance; the mean of several is closer.
+"""
 
 
 def plan_latency(
@@ -50,32 +53,33 @@ def plan_latency(
 
     Args:
         model: The original model, in evaluation mode.
-        budget: `latency` or `latency_ms`, with its batch size; another unit goes to `plan`.
-        config: Its `candidates`, `num_blocks` and `round_to` bound the choice.
-        latency_model: An earlier `calibrate` at this batch size; else it is done here.
-        stopwatch: Times one run.
-        progress: Told after each round of timing.
+        budget: A budget of `latency` or `latency_ms`, with its batch size. Budgets of other metrics are passed to
+            `plan`.
+        config: The method's config, whose `candidates`, `num_blocks` and `round_to` bound the choice.
+        latency_model: Result of an earlier `calibrate` at this batch size; by default it is calibrated here.
+        stopwatch: Function that times one run.
+        progress: Callback that is called after each round of timing.
 
     Returns:
-        The plan, with the blocks not chosen yet, and in `latency` what was measured.
+        The plan with the measurements in `latency`. The blocks are not chosen yet.
 
     Raises:
         UnsupportedModelError: If no adapter handles the model.
-        BudgetError: If no structure was found within 3 % of the target; the message says what can be met. If the device
-            has no memory for a batch.
+        BudgetError: If no structure was found within 3 % of the target (the message says what can be met), or the
+            device has not enough memory for a batch.
     """
     config = config or DCViT()
     if not budget.measured:
         return plan(model, budget, config)
     space = search_space(model, config)
-    _ = space.block  # says what to do where blocks differ
+    _ = space.block  # raises with advice if blocks differ in size
     try:
         return _measured_plan(model, budget, space, latency_model, stopwatch, progress)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
     raise BudgetError(
-        f"batch_size={budget.batch_size}: the device ran out of memory for so many images ({reason}). Give the budget "
-        "a smaller one."
+        f"batch_size={budget.batch_size}: the device ran out of memory for a batch of this size ({reason}). Pass a "
+        "smaller batch_size in the budget."
     )
 
 
@@ -87,13 +91,13 @@ def _measured_plan(
     stopwatch: Stopwatch,
     progress: Progress,
 ) -> Plan:
-    """See `plan_latency`."""
+    """Plan the structure as `plan_latency` describes."""
     if latency_model is None:
         latency_model = calibrate(model, space.candidates, budget.batch_size, stopwatch=stopwatch, progress=progress)
     elif latency_model.batch_size != budget.batch_size:
         raise BudgetError(
             f"batch_size={budget.batch_size}: the latency model was calibrated at {latency_model.batch_size}; "
-            "calibrate it anew."
+            "calibrate it again."
         )
     goal = _goal(budget, latency_model)
 
@@ -104,7 +108,7 @@ def _measured_plan(
 
     timings: list[StructureTiming] = []
     if goal < 1:
-        gain = 1.0  # time saved over what the latency model says is saved
+        gain = 1.0  # measured saving over the saving that the latency model predicts
         while len(timings) < MAX_TIMINGS:
             structure = _propose(latency_model, space, goal, gain)
             if sum(timing.structure == structure for timing in timings) == MAX_REPEATS:
@@ -127,41 +131,41 @@ def _measured_plan(
 
 
 def require_planned(found: Plan, model: nn.Module, budget: Budget, config: DCViT) -> None:
-    """Refuse a plan that `plan_latency` could not have come to on any device.
+    """Refuse a plan that `plan_latency` could not return on any device.
 
     Args:
         found: The plan.
         model: The original model.
-        budget: Of latency.
-        config: What the plan was sought with.
+        budget: The latency budget.
+        config: The config that the plan was made with.
 
     Raises:
-        ValueError: If that is so.
+        ValueError: If the plan does not fit the budget, the model or the config.
     """
     space, measured = search_space(model, config), found.latency
     structure = found.num_blocks, found.hidden_features
     if measured is None or measured.model.original_ms <= 0 or measured.model.batch_size != budget.batch_size:
-        raise ValueError("its latency was not measured as it is asked for")
+        raise ValueError("its latency was not measured as the budget requires")
     goal = _goal(budget, measured.model)
     within = measured.goal == goal < 1 and abs(measured.ratio / goal - 1) <= TOLERANCE
     if not within or _mean_ratios(measured.timings).get(structure) != measured.ratio:
-        raise ValueError(f"its latency is {measured.ratio} of the original's: {goal} was asked for")
+        raise ValueError(f"its latency is {measured.ratio} of the original's: expected {goal}")
     target = goal * measured.model.original_ms
     if (
         structure[0] not in space.counts
         or structure[1] not in space.widths
         or found != space.plan(budget, target, space.alike(*structure), latency=measured)
     ):
-        raise ValueError(f"{structure[0]} blocks with {structure[1]} hidden units are not what it says of them")
+        raise ValueError(f"its figures do not fit {structure[0]} blocks with {structure[1]} hidden units")
 
 
 def _goal(budget: Budget, model: LatencyModel) -> float:
-    """The latency that is asked for, over the original's."""
+    """Return the required latency as a share of the original's."""
     return float(budget.value if budget.metric == "latency" else budget.value / model.original_ms)
 
 
 def _mean_ratios(timings: Iterable[StructureTiming]) -> dict[tuple[int, int], float]:
-    """By structure, the mean of its timings."""
+    """Return the mean latency ratio of each structure's timings."""
     by_structure: dict[tuple[int, int], list[float]] = {}
     for timing in timings:
         by_structure.setdefault(timing.structure, []).append(timing.ratio)
@@ -169,28 +173,28 @@ def _mean_ratios(timings: Iterable[StructureTiming]) -> dict[tuple[int, int], fl
 
 
 def _saving(model: LatencyModel, k: int, kept: int) -> float:
-    """The share of the original's latency that a structure saves by the latency model, above 0."""
+    """Return the share of the original's latency that the latency model predicts as saved, always above 0."""
     return max(1 - model.predict(k, kept) / model.original_ms, 1e-4)
 
 
 def _gain(model: LatencyModel, goal: float, timings: Iterable[StructureTiming]) -> float:
-    """Time saved over what the latency model says is saved: of all timings, those near the goal above all."""
+    """Return the measured saving over the predicted saving, with larger weights for timings near the goal."""
     saved = predicted = 0.0
     for timing in timings:
-        weight = (abs(timing.ratio / goal - 1) + CLOSE) ** -2  # noise is averaged out, what is far off hardly counts
+        weight = (abs(timing.ratio / goal - 1) + CLOSE) ** -2  # averages out noise; distant timings hardly count
         saved += weight * (1 - timing.ratio)
         predicted += weight * _saving(model, *timing.structure)
     return max(saved, 0.01 * predicted) / predicted
 
 
 def _propose(model: LatencyModel, space: SearchSpace, goal: float, gain: float) -> tuple[int, int]:
-    """The fewest blocks that save enough, and the most hidden units with which they still do.
+    """Return the fewest blocks that save enough, and the most hidden units with which they still do.
 
-    The nearest structure where none does.
+    If no structure saves enough, return the smallest one.
     """
-    wanted = 1 - goal
-    k = next((k for k in space.counts if gain * _saving(model, k, 0) >= wanted), space.counts[-1])
-    kept = max((h for h in space.widths if gain * _saving(model, k, h) >= wanted), default=0)
+    required = 1 - goal
+    k = next((k for k in space.counts if gain * _saving(model, k, 0) >= required), space.counts[-1])
+    kept = max((h for h in space.widths if gain * _saving(model, k, h) >= required), default=0)
     return k, kept
 
 
@@ -202,7 +206,7 @@ def _not_met(
     timings: list[StructureTiming],
     ends: tuple[StructureTiming, ...],
 ) -> str:
-    """Say what was asked, what the structures can meet, and what came nearest."""
+    """Return an error message with the requested latency, the reachable range and the nearest structure."""
     original = model.original_ms
     low, high = (end.ratio for end in ends)
     ratios = _mean_ratios((*timings, *ends))

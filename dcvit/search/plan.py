@@ -6,18 +6,18 @@ one MLP:
     k   = ceil((o − p) / (a + m))          blocks are compressed
     r_d from  o − p = k · (a + r_d · m)    the share of their hidden units that is dropped
 
-The formulas hold for MACs, for parameters and for the bytes that parameters take in a file. Hidden units are whole, so
-the number kept is rounded down: a budget is an upper bound, met to within one hidden unit per compressed block. At
-r_d = 1 none is left, and a compressed block adds a constant to its input; so the budgets that dropping whole blocks can
-meet are met in the same way.
+The formulas hold for MACs, for parameters and for the bytes of parameters in a file. Numbers of hidden units are whole,
+so the number kept is rounded down: a budget is never exceeded, and met to within one hidden unit per compressed block.
+At r_d = 1 no hidden unit is left, and a compressed block adds a constant to its input. So every budget that dropping
+whole blocks can meet is covered too.
 
-They presume blocks of one size, and that each loses its attention. Where the structure is searched
-(`dcvit.search.allocate`) a block may also keep its attention and lose hidden units only, and sizes may differ (Swin,
-CNNs). What a structure loses only probes tell, so a plan made before them shows that the budget can be met, not how it
-will be.
+The formulas assume blocks of one size that all lose their attention. If the structure is searched
+(`dcvit.search.allocate`), a block may also keep its attention and lose only hidden units, and sizes may differ (Swin,
+CNNs). The loss of a structure is known only from probes. A plan made before them shows that the budget can be met, not
+with which structure.
 
-The peak of activation memory is no sum over blocks, so there the structure is searched. Latency is measured, see
-`dcvit.search.latency`.
+Peak activation memory is not a sum over blocks, so a bisection over the number of hidden units finds the structure.
+Latency is measured, see `dcvit.search.latency`.
 """
 
 import math
@@ -44,19 +44,19 @@ __all__ = [
 
 
 def plan(model: nn.Module, budget: Budget, config: DCViT | None = None) -> Plan:
-    """Find k and r_d for a budget. Nothing is computed with the model, so it is quick.
+    """Find k and r_d for a budget. This takes little time, since the model does not run.
 
     Args:
         model: The original model.
-        budget: What the compressed model may cost; of latency, see `dcvit.search.latency.plan_latency`.
-        config: Its `candidates`, `num_blocks` and `round_to` bound the choice.
+        budget: Bound on the cost of the compressed model; for latency, see `dcvit.search.latency.plan_latency`.
+        config: The method's config, whose `candidates`, `num_blocks` and `round_to` bound the choice.
 
     Returns:
-        The plan, with the blocks not chosen yet.
+        The plan. The blocks are not chosen yet.
 
     Raises:
         UnsupportedModelError: If no adapter handles the model.
-        BudgetError: If the target cannot be met; the message says what can. If the budget is of latency.
+        BudgetError: If the target cannot be met (the message says what can), or the budget is of latency.
     """
     config = config or DCViT()
     if budget.measured:
@@ -70,12 +70,12 @@ def plan(model: nn.Module, budget: Budget, config: DCViT | None = None) -> Plan:
     if not space.equal:
         return _plan_searched(model, budget, space, config)
     block = space.block
-    amount, original = _linear_unit(model, budget), spent(model, budget)
+    amount, original = _additive_cost(model, budget), spent(model, budget)
     target = budget.target_of(original)
     attention, unit = amount(block.attention), amount(block.hidden_unit)
 
     def reachable(k: int) -> tuple[int, int]:
-        """The smallest and the largest target that k blocks can meet."""
+        """Return the smallest and the largest target that k blocks can meet."""
         return original - k * (attention + block.hidden_features * unit), original - k * attention
 
     excess = original - target
@@ -88,7 +88,7 @@ def plan(model: nn.Module, budget: Budget, config: DCViT | None = None) -> Plan:
         kept = block.hidden_features - dropped
         if rounded := kept - kept % config.round_to:
             return space.plan(budget, target, space.alike(k, rounded))
-        if not kept:  # the budget asks for that
+        if not kept:  # the budget requires it
             return space.plan(budget, target, space.alike(k, 0))
         too_few = too_few or (k, kept)
     if space.prunable:
@@ -109,20 +109,20 @@ def search(
     pruned: Mapping[int, SensitivityCurve],
     config: DCViT,
 ) -> tuple[Plan, dict[int, BlockSpec]]:
-    """The structure of least metric loss that meets a plan's budget: which blocks are cut, and what each keeps.
+    """Find the structure with the smallest metric loss that meets a plan's budget.
 
     Args:
         model: The original model.
-        planned: What `plan` says for it; its budget is one of `ADDITIVE`.
-        compressed: What each candidate would lose without its attention, by the units that it keeps.
-        pruned: What each block would lose with its attention.
-        config: Its `num_blocks` fixes the number of blocks, its `round_to` the numbers of units.
+        planned: The result of `plan`, with a budget of one of `ADDITIVE`.
+        compressed: Sensitivity curve of each candidate without its attention.
+        pruned: Sensitivity curve of each block with its attention.
+        config: The method's config. `num_blocks` fixes the number of blocks, `round_to` the granularity of units.
 
     Returns:
-        The plan, and what each block that is cut keeps, best first.
+        The plan, and the specs of the compressed and pruned blocks, best first.
     """
     space = search_space(model, config)
-    amount = _linear_unit(model, planned.budget)
+    amount = _additive_cost(model, planned.budget)
     saving = math.ceil(spent(model, planned.budget) - planned.target)
     parts = space.parts(amount, compressed, pruned)
     specs = search_structure(parts, saving, num_blocks=config.num_blocks, round_to=config.round_to)
@@ -130,12 +130,12 @@ def search(
 
 
 def _plan_searched(model: nn.Module, budget: Budget, space: SearchSpace, config: DCViT) -> Plan:
-    """A structure that meets the budget, were all blocks alike to lose."""
-    amount, original = _linear_unit(model, budget), spent(model, budget)
+    """Return a plan with a structure that meets the budget, as if all blocks were equally sensitive."""
+    amount, original = _additive_cost(model, budget), spent(model, budget)
     target = budget.target_of(original)
     if not searched(config):
-        _ = space.block  # says what to do
-    parts = space.parts_alike(amount)
+        _ = space.block  # raises with advice if blocks differ in size
+    parts = space.uniform_parts(amount)
     least, most = space.savings(amount)
     lowest, highest = original - most, original - least
     if lowest <= target <= highest:
@@ -143,18 +143,18 @@ def _plan_searched(model: nn.Module, budget: Budget, space: SearchSpace, config:
             specs = search_structure(parts, original - target, num_blocks=config.num_blocks, round_to=config.round_to)
         except ValueError as error:
             raise BudgetError(
-                f"num_blocks={config.num_blocks}: {budget.metric}={budget.value!r} cannot be met by as many of the "
-                f"candidates {list(space.candidates)}. Leave it out, or pass another number."
+                f"num_blocks={config.num_blocks}: {budget.metric}={budget.value!r} cannot be met by that many of the "
+                f"candidates {list(space.candidates)}. Omit num_blocks, or pass another number."
             ) from error
         return space.plan(budget, target, specs)
     raise BudgetError(_out_of_range(budget, original, target, [(lowest, highest)], space))
 
 
-def _linear_unit(model: nn.Module, budget: Budget) -> Callable[[Cost], int]:
-    """What a part takes of a budget's unit.
+def _additive_cost(model: nn.Module, budget: Budget) -> Callable[[Cost], int]:
+    """Return a function that gives the cost of a part in a budget's metric.
 
-    A file has a header beyond its parts, taken to be as long as the original's: a compressed model names fewer tensors,
-    so its file is smaller by some hundred bytes a block.
+    The header of a file is assumed to be as long as the original's. A compressed model has fewer tensors, so its file
+    is smaller than assumed by some hundred bytes per block.
     """
     if budget.metric != "file_size":
         return budget.amount
@@ -163,9 +163,9 @@ def _linear_unit(model: nn.Module, budget: Budget) -> Callable[[Cost], int]:
 
 
 def _plan_activation_memory(model: nn.Module, budget: Budget, space: SearchSpace) -> Plan:
-    """The most hidden units with which no moment of a pass takes more than the target.
+    """Plan the most hidden units whose peak activation memory does not exceed the target.
 
-    Blocks run one after another, so the peak is that of the largest: it falls only if every block is compressed.
+    Blocks run one after another, so the peak is that of the largest block. It falls only if every block is compressed.
     """
     k = space.counts[-1]
 
@@ -182,9 +182,9 @@ def _plan_activation_memory(model: nn.Module, budget: Budget, space: SearchSpace
         whole = sum(block.compressible for block in space.cost.blocks) - k
         if lowest == original and whole:
             raise BudgetError(
-                f"{asked}, but the peak is that of one block, and {whole} blocks stay whole, so no choice of hidden "
-                f"units lowers it: {original:,} is all that {k} compressed blocks can meet."
-                + space.more_blocks("lower it, at the price of all attention")
+                f"{asked}, but the peak is that of one block, and {whole} blocks stay uncompressed, so no choice of "
+                f"hidden units lowers it: {original:,} is all that {k} compressed blocks can meet."
+                + space.more_blocks("lower it by removing all attention")
             )
         raise BudgetError(f"{asked}; {k} compressed blocks can meet {lowest:,} to {original - 1:,}.")
     kept = space.widths[bisect_right(space.widths, target, key=peak) - 1]
@@ -198,7 +198,7 @@ def _out_of_range(
     ranges: list[tuple[int, int]],
     space: SearchSpace,
 ) -> str:
-    """Say which targets can be met, and how to get nearer to the one that cannot."""
+    """Return an error message with the targets that can be met, and how to get closer to the requested one."""
     merged: list[list[int]] = []
     for low, high in sorted(ranges):
         if merged and low <= merged[-1][1] + 1:

@@ -1,15 +1,16 @@
-"""Steps 2 and 4: try every candidate block alone, and rank them by how well they recover.
+"""Steps 2 and 4: probe the sensitivity of every candidate block, and rank the blocks by their loss after recovery.
 
-Source: DC-ViT (arXiv 2403.18708), sections 3.2 and 3.3. Latency does not tell the blocks of a ViT apart, so the metric
-loss does (`dcvit.metrics.fidelity`).
+Source: DC-ViT (arXiv 2403.18708), sections 3.2 and 3.3. All blocks of a ViT have the same latency, so they are ranked
+by the metric loss (`dcvit.metrics.fidelity`).
 
-A probe recovers its candidate by distillation, as published (`rank`), or by block reconstruction (`rank_reconstructed`).
-With one block cut, a student's tokens before that block are the teacher's: reconstructed probes share one pass of the
-teacher over the views and one over the metric's images. Probes that mimic train in lock step
-(`dcvit.recovery.distill`): their seed is the same, so that all see the same views, which the teacher sees once.
+A probe compresses one block and recovers it by distillation, as published (`rank`), or by block reconstruction
+(`rank_reconstructed`). With only one block compressed, the student's tokens before that block equal the teacher's. So
+reconstructed probes share one pass of the teacher over the views and one over the metric's images. Distilled probes
+train in lock step (`dcvit.recovery.distill`): they have the same seed, so all see the same views, and the teacher runs
+once on each.
 
-With `halving` probes stop early as in successive halving (Jamieson and Talwalkar, arXiv 1502.07943). Those that go on
-train as they would have without it.
+With `halving` probes stop early as in successive halving (Jamieson and Talwalkar, arXiv 1502.07943). The probes that
+continue train as they would without halving.
 """
 
 import copy
@@ -42,15 +43,15 @@ __all__ = ["RUNGS", "Contest", "Ranking", "rank", "rank_reconstructed", "run_pro
 RUNGS = (0.5, 0.75)
 """Shares of the epochs after the warm-up at which the worse half of the probes stops.
 
-Earlier the learning rate is near its peak, and the order of the blocks not yet settled. Measured on the digits test bed
-(100 epochs, four few-shot sets, three budgets) the chosen blocks were the same in 12 of 12 cases by cross-entropy and
-in 10 of 12 by the distillation metric, where near ties changed places, for three quarters of the epochs. With rungs at
-0.25 and 0.5 it was 8 and 10 of 12. On the photographs (40 epochs, one set, two budgets) all were the same, in runs too
-short to settle (24 epochs on 25 digits) 1 of 4. So `halving` is off by default.
+Earlier, the learning rate is near its peak, and the order of the blocks is not yet settled. Measured on the digits test
+bed (100 epochs, four few-shot sets, three budgets), with three quarters of the epochs: the chosen blocks were the same
+in 12 of 12 cases by cross-entropy, and in 10 of 12 by the distillation metric, where near ties swapped. With rungs at
+0.25 and 0.5 they were the same in 8 and 10 of 12 cases. On the photographs (40 epochs, one set, two budgets) all were
+the same. In runs too short to settle (24 epochs on 25 digits) 1 of 4 was the same. So `halving` is off by default.
 """
 
 _ENTRIES = {"probes": "trials", "pruning probes": "pruning-trials"}
-"""What the checkpoint entries of a stage are called on disk: as in runs that earlier versions began."""
+"""Names on disk of the checkpoint entries of each stage, kept as in earlier versions so that their runs can resume."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Ranking:
     """All probes, best first.
 
     Attributes:
-        probes: In ascending order of metric loss; blocks of equal loss in ascending order. Those that were stopped come
-            last, later ones before earlier ones.
+        probes: The probes in ascending order of metric loss, then of block. Stopped probes come last, those stopped
+            later before those stopped earlier.
         student: The recovered student of the best probe, which is the first progressive step.
-        kept_units: For each candidate, the hidden units that it keeps.
+        kept_units: The hidden units that each candidate keeps.
     """
 
     probes: tuple[Probe, ...]
@@ -85,17 +86,20 @@ def rank(
     *,
     halving: bool = False,
 ) -> Ranking:
-    """Compress each candidate block alone, let it mimic, and sort by metric loss, as published.
+    """Compress each candidate block on its own, train it by distillation, and sort by metric loss, as published.
 
     Args:
-        teacher: The original, frozen.
+        teacher: The original model, frozen.
         images: The few-shot set.
-        metric: What the candidates are ranked by.
-        plan: Says which blocks are candidates and how many hidden units they keep.
-        config: Its `learning_rate` must be a number.
-        context: Its store keeps the probes, all together, for they end together, and the best student; its ranks share
-            the candidates.
-        halving: Whether hopeless probes stop early.
+        metric: The metric that ranks the candidates.
+        plan: The plan with the candidates and the number of hidden units that they keep.
+        config: Settings of the distillation. Its `learning_rate` must be a number.
+        context: Context of the run. Its store keeps all probes in one entry, since they end together, with the best
+            student. Its processes share the candidates.
+        halving: Whether the worse probes stop early.
+
+    Returns:
+        The probes, best first, with the student of the best one.
     """
     kept = {block: draw_kept_units(teacher, block, plan.hidden_features, context.seed) for block in plan.candidates}
 
@@ -104,7 +108,7 @@ def rank(
 
     best: list[nn.Module] = []
 
-    def tried() -> Entry:
+    def run() -> Entry:
         contest = Contest(plan.candidates, pruned, metric.loss, plan.num_blocks, halving)
         probes, student = run_probes(teacher, images, contest, config, context)
         best.append(student)
@@ -122,21 +126,22 @@ def rank(
             probe.require_distilled(config, halving=halving)
         require_alike(entry.tensors, pruned(probes[0].block).state_dict())
 
-    entry = context.store.entry(_ENTRIES["probes"], tried, restore, check=check, together=True)
+    entry = context.store.entry(_ENTRIES["probes"], run, restore, check=check, together=True)
     return Ranking(from_plain(tuple[Probe, ...], entry.values, "probes"), best[0], kept)
 
 
 @dataclass(frozen=True)
 class Contest:
-    """What blocks are tried for.
+    """Candidates of a ranking, and how they are compressed and scored.
 
     Attributes:
         candidates: The blocks.
-        pruned: Gives the student in which a block is cut.
-        score: Gives a student's metric loss.
-        num_chosen: How many blocks will be taken, which halving never goes below.
-        halving: Whether hopeless probes stop early.
-        updated: Gives the parameters of a student that recover; those that the config names where it gives none.
+        pruned: Function that returns the student in which a block is compressed.
+        score: Function that returns a student's metric loss.
+        num_chosen: Number of blocks that will be chosen; halving keeps at least as many probes.
+        halving: Whether the worse probes stop early.
+        updated: Function that returns the parameters of a student to update. If it returns none, the config selects
+            them.
     """
 
     candidates: Sequence[int]
@@ -154,14 +159,14 @@ def run_probes(
     config: DistillationConfig,
     context: RunContext = STANDALONE,
 ) -> tuple[tuple[Probe, ...], nn.Module]:
-    """Cut, recover by distillation and score each candidate alone, all in lock step.
+    """Compress each candidate on its own, recover it by distillation and score it, all in lock step.
 
     Args:
-        teacher: The original, frozen.
+        teacher: The original model, frozen.
         images: The few-shot set.
-        contest: What is tried.
-        config: Its `learning_rate` must be a number.
-        context: Its ranks share the candidates, in equal parts.
+        contest: The candidates, and how they are compressed and scored.
+        config: Settings of the distillation. Its `learning_rate` must be a number.
+        context: Context of the run. Its processes share the candidates, in equal parts.
 
     Returns:
         The probes, best first, and the recovered student of the best.
@@ -185,7 +190,7 @@ def run_probes(
     ]
     if processes.size == 1:
         probes = _best_first(mine)
-        return probes, copy.deepcopy(students[probes[0].block])  # which may share parameters with the teacher
+        return probes, copy.deepcopy(students[probes[0].block])  # a copy, as it may share parameters with the teacher
     found = [
         processes.send(Entry([asdict(probe) for probe in mine]), source).values for source in range(processes.size)
     ]
@@ -199,16 +204,16 @@ def run_probes(
 
 
 def _halving(score: Callable[[nn.Module], float], fewest: int, config: DistillationConfig) -> Selection:
-    """After each rung the better half goes on, and never fewer than `fewest`."""
+    """Return a selection that keeps the better half of the probes at each rung, and at least `fewest`."""
     warmup = min(config.warmup_epochs, config.epochs)
     rungs = {warmup + round(share * (config.epochs - warmup)) for share in RUNGS} - {0, config.epochs}
 
     def selection(epochs: int, students: Mapping[int, nn.Module]) -> Collection[int]:
-        wanted = max(fewest, -(-len(students) // 2))
-        if epochs not in rungs or len(students) <= wanted:
+        num_kept = max(fewest, -(-len(students) // 2))
+        if epochs not in rungs or len(students) <= num_kept:
             return students
         losses = {position: or_infinite(score(student)) for position, student in students.items()}
-        return sorted(students, key=losses.__getitem__)[:wanted]
+        return sorted(students, key=losses.__getitem__)[:num_kept]
 
     return selection
 
@@ -223,24 +228,25 @@ def rank_reconstructed(
     *,
     stage: str = "probes",
 ) -> tuple[tuple[Probe, ...], dict[int, tuple[int, ...]]]:
-    """Cut each candidate block alone, reconstruct it in closed form, and sort by metric loss.
+    """Compress or prune each candidate block on its own, reconstruct it in closed form, and sort by metric loss.
 
-    What a block would lose at another size is its metric loss in proportion to what the closed form misses there.
+    The metric loss of a block at other numbers of hidden units is estimated in proportion to the closed form's error.
 
     Args:
-        teacher: The original, frozen.
+        teacher: The original model, frozen.
         states: The teacher's tokens for the images that blocks are reconstructed on.
-        metric: What the candidates are ranked by.
-        specs: The blocks to try, and what each keeps; those with attention must be prunable in `states`.
-        config: How.
-        context: Its store keeps each probe; its progress is told after each.
-        stage: What these probes are called there.
+        metric: The metric that ranks the candidates.
+        specs: The blocks to probe with their specs. Blocks that keep their attention must be prunable in `states`.
+        config: Settings of the reconstruction.
+        context: Context of the run. Its store keeps each probe; its progress callback is called after each.
+        stage: Name of the stage in the store and in progress reports.
 
     Returns:
-        The probes, best first, and by block its hidden units, most useful first: those that its probe kept, and more.
+        The probes, best first, and each block's hidden units, most useful first. These include those that the probe
+        kept.
     """
 
-    def tried(block: int, spec: BlockSpec) -> Entry:
+    def run_one(block: int, spec: BlockSpec) -> Entry:
         start = time.perf_counter()
         rows = states.mlp_rows(block) if spec.attention else states.rows(block).thinned()
         of_probe, count = context.single_process().derived("trial", block), spec.hidden_features
@@ -251,10 +257,10 @@ def rank_reconstructed(
         problem = BlockProblem(block, spec, rows, chosen, None if curve is None else curve.sums)
         kept, reconstruction = reconstruct_block(student, problem, config, context=of_probe, refit=False)
         loss = metric.loss(student, block)
-        profile = None if curve is None else _in_proportion(curve.errors, count, loss)
+        sensitivity = None if curve is None else _in_proportion(curve.errors, count, loss)
         if spec.attention:
             states.release_mlp_rows([block])
-        probe = Probe(block, loss, None, reconstruction, time.perf_counter() - start, profile)
+        probe = Probe(block, loss, None, reconstruction, time.perf_counter() - start, sensitivity)
         return Entry(asdict(_ReconstructedProbe(probe, order if count <= len(order) else kept)))
 
     def on_progress(done: int, entry: Entry | None) -> None:
@@ -269,26 +275,26 @@ def rank_reconstructed(
         if found.probe.sensitivity is None or ordered < spec.hidden_features:
             ordered = spec.hidden_features
         if len(found.order) != ordered or entry.tensors:
-            raise ValueError(f"it orders {len(found.order)} hidden units: expected {ordered}")
+            raise ValueError(f"it has {len(found.order)} hidden units in order: expected {ordered}")
 
     names = {f"{_ENTRIES[stage]}-{block}": block for block in specs}
     entries = context.store.entries(
-        {name: partial(tried, block, specs[block]) for name, block in names.items()},
+        {name: partial(run_one, block, specs[block]) for name, block in names.items()},
         on_progress,
         {name: partial(check, block, specs[block]) for name, block in names.items()},
     )
-    states.release_mlp_rows(block for block, spec in specs.items() if spec.attention)  # of those that others tried
+    states.release_mlp_rows(block for block, spec in specs.items() if spec.attention)  # also of other processes' probes
     found = {block: from_plain(_ReconstructedProbe, entries[name].values) for name, block in names.items()}
     return _best_first(of.probe for of in found.values()), {block: of.order for block, of in found.items()}
 
 
 @dataclass(frozen=True)
 class _ReconstructedProbe:
-    """The values of the unit of a probe.
+    """Values of the checkpoint entry of a probe.
 
     Attributes:
         probe: The probe.
-        order: Hidden units of its block, most useful first: those that it kept, and more.
+        order: Hidden units of its block, most useful first; they include those that the probe kept.
     """
 
     probe: Probe
@@ -296,10 +302,10 @@ class _ReconstructedProbe:
 
 
 def _in_proportion(errors: Mapping[int, float], hidden_features: int, loss: float) -> SensitivityCurve:
-    """The metric loss at every number of hidden units, from that at one and the errors at all."""
-    units, missed = tuple(errors), np.array(list(errors.values()))
-    scale = loss / max(float(np.interp(hidden_features, units, missed)), 1e-12)
-    return SensitivityCurve(units, tuple((scale * missed).tolist()))
+    """Scale a curve of errors to the metric loss measured at one number of hidden units."""
+    units, values = tuple(errors), np.array(list(errors.values()))
+    scale = loss / max(float(np.interp(hidden_features, units, values)), 1e-12)
+    return SensitivityCurve(units, tuple((scale * values).tolist()))
 
 
 def _best_first(probes: Iterable[Probe]) -> tuple[Probe, ...]:

@@ -1,4 +1,4 @@
-"""Which structures a config allows of a model, and what each of them saves."""
+"""The structures that a config allows for a model, and their savings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,35 +14,35 @@ from dcvit.history import BlockSpec, Plan, SensitivityCurve
 from dcvit.models import compressible, require_supported
 from dcvit.search.allocate import Part, Way
 
-__all__ = ["LOST_ATTENTION", "SearchSpace", "choose_candidates", "search_space", "searched"]
+__all__ = ["ATTENTION_LOSS_WEIGHT", "SearchSpace", "choose_candidates", "search_space", "searched"]
 
-LOST_ATTENTION = 1.5
-"""What a block loses with its attention counts so many times what it loses by pruning.
+ATTENTION_LOSS_WEIGHT = 1.5
+"""Weight of a block's loss without its attention, relative to its loss by pruning.
 
-A probe cuts one block of an intact model. Where others are cut as well, what only attention could have told is missed
-more than units are, so the losses of probes alone let too many blocks lose their attention. Measured on held-out
-images, r with 1, 1.5 and 2: the digits (mean of two few-shot sets) at 50 % of the MACs 0.053, 0.048 and 0.048, at 40 %
-0.097, 0.083 and 0.084; DINOv2 ViT-S at 50 % 0.290, 0.312 and 0.344. The photographs at 50 %, with 1.5 and 2: 0.025 and
-0.026.
+A probe compresses one block of an intact model. If other blocks are compressed too, information that only attention
+provides is missed more than hidden units are. The probes' losses without this weight would therefore remove the
+attention of too many blocks. Measured r of held-out images with weights 1, 1.5 and 2: the digits (mean of two few-shot
+sets) at 50 % of the MACs 0.053, 0.048 and 0.048, at 40 % 0.097, 0.083 and 0.084; DINOv2 ViT-S at 50 % 0.290, 0.312 and
+0.344. The photographs at 50 %, with 1.5 and 2: 0.025 and 0.026.
 """
 
 
 def searched(config: DCViT) -> bool:
-    """Whether a config leaves the structure to a search; distillation has no probes that could guide it."""
+    """Return whether a config searches the structure; distillation has no sensitivity curves to guide a search."""
     return config.structure == "searched" and isinstance(config.recovery, ReconstructionConfig)
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The structures that a config allows of a model: k of some blocks, and how many hidden units they keep.
+    """The structures that a config allows for a model: which k blocks are compressed, and how many hidden units remain.
 
     Attributes:
-        cost: Of the original.
+        cost: Cost of the original model.
         candidates: The blocks among which the k are chosen, from 0.
-        groups: The candidates, those together that are compressed together.
-        prunable: Likewise the blocks that may keep their attention and lose hidden units only.
-        counts: The k allowed.
-        round_to: Kept units are a multiple of it.
+        groups: The candidates, grouped by which blocks are compressed together.
+        prunable: The blocks that may keep their attention and lose only hidden units, grouped in the same way.
+        counts: The allowed values of k.
+        round_to: The number of hidden units kept is a multiple of it.
     """
 
     cost: ModelCost
@@ -54,7 +54,7 @@ class SearchSpace:
 
     @property
     def equal(self) -> bool:
-        """Whether every candidate is of one size and compressed for itself."""
+        """Whether all candidates have one size and are compressed separately."""
         first = self.cost.blocks[self.candidates[0]]
         return len(self.groups) == len(self.candidates) and all(self.cost.blocks[i] == first for i in self.candidates)
 
@@ -66,12 +66,12 @@ class SearchSpace:
             BudgetError: If they differ in size.
         """
         if not self.equal:
-            alone = len(self.groups) == len(self.candidates)
+            separate = len(self.groups) == len(self.candidates)
             raise BudgetError(
-                f"candidates={list(self.candidates)}: the blocks differ in size or go in pairs, so no one drop ratio "
-                f"fits them all. Ask for one of {', '.join(ADDITIVE)} with block reconstruction and a searched "
-                "structure, DCViT(recovery=ReconstructionConfig(), structure='searched')"
-                + (", or pass candidates of one size in DCViT(candidates=...)." if alone else ".")
+                f"candidates={list(self.candidates)}: the blocks differ in size or are compressed in pairs, so no "
+                f"single drop ratio fits them all. Ask for one of {', '.join(ADDITIVE)} with block reconstruction and "
+                "a searched structure, DCViT(recovery=ReconstructionConfig(), structure='searched')"
+                + (", or pass candidates of one size in DCViT(candidates=...)." if separate else ".")
             )
         return self.cost.blocks[self.candidates[0]]
 
@@ -81,55 +81,55 @@ class SearchSpace:
         compressed: Mapping[int, SensitivityCurve],
         pruned: Mapping[int, SensitivityCurve],
     ) -> list[Part]:
-        """What can be cut on its own, for `search_structure`.
+        """Return the parts among which `search_structure` chooses.
 
         Args:
-            amount: What a part takes of the budget's unit.
-            compressed: What each candidate would lose without its attention.
-            pruned: What each block would lose with it, of those that may be pruned and of which it is known.
+            amount: Function that returns the cost of a part in the budget's metric.
+            compressed: Sensitivity curve of each candidate without its attention.
+            pruned: Sensitivity curve with attention of the prunable blocks for which it is known.
         """
         found = []
         for group in sorted({*self.groups, *self.prunable}):
             of = self.cost.blocks[group[0]]
             ways = []
-            for attention, profiles in ((False, compressed), (True, pruned)):
+            for attention, curves in ((False, compressed), (True, pruned)):
                 if attention and of.hidden_features <= self.round_to:
-                    continue  # nothing less would be a multiple
-                if group in (self.prunable if attention else self.groups) and all(b in profiles for b in group):
-                    units = profiles[group[0]].units
-                    weight = 1.0 if attention else LOST_ATTENTION
-                    losses = tuple(weight * sum(profiles[b].loss(kept) for b in group) for kept in units)
+                    continue  # no smaller multiple of round_to is left
+                if group in (self.prunable if attention else self.groups) and all(b in curves for b in group):
+                    units = curves[group[0]].units
+                    weight = 1.0 if attention else ATTENTION_LOSS_WEIGHT
+                    losses = tuple(weight * sum(curves[b].loss(kept) for b in group) for kept in units)
                     saving = 0 if attention else len(group) * amount(of.attention)
-                    unit = len(group) * amount(of.unit(attention))
+                    unit = len(group) * amount(of.unit_cost(attention))
                     ways.append(Way(attention, saving, unit, SensitivityCurve(units, losses)))
             if ways:
                 found.append(Part(group, tuple(ways)))
         return found
 
-    def parts_alike(self, amount: Callable[[Cost], int]) -> list[Part]:
-        """The same, were all blocks alike to lose."""
+    def uniform_parts(self, amount: Callable[[Cost], int]) -> list[Part]:
+        """Return the parts as if all blocks were equally sensitive."""
         blocks = enumerate(self.cost.blocks)
         alike = {block: SensitivityCurve((0, of.hidden_features), (1.0, 1.0)) for block, of in blocks}
         return self.parts(amount, alike, alike)
 
     def savings(self, amount: Callable[[Cost], int]) -> tuple[int, int]:
-        """The least that a cut of one part can save, and the most that cuts of all can."""
-        parts = self.parts_alike(amount)
-        # A block that is pruned can save as little as one hidden unit, which is as good as nothing.
+        """Return the smallest saving of a single part, and the largest saving of all parts together."""
+        parts = self.uniform_parts(amount)
+        # A pruned block can drop a single hidden unit, which saves next to nothing.
         least = min(1 if way.attention else way.saving for part in parts for way in part.ways)
         return least, sum(part.saving(part.smallest(self.round_to)) for part in parts)
 
     def cost_of(self, specs: Mapping[int, BlockSpec]) -> Cost:
-        """What a model costs of which some blocks are cut."""
+        """Return the cost of a model in which some blocks are compressed or pruned."""
         total = self.cost.total
         for block, spec in specs.items():
             of = self.cost.blocks[block]
-            total -= of.unit(spec.attention) * (of.hidden_features - spec.hidden_features)
+            total -= of.unit_cost(spec.attention) * (of.hidden_features - spec.hidden_features)
             total -= Cost() if spec.attention else of.attention
         return total
 
     def fields(self, specs: Mapping[int, BlockSpec]) -> dict[str, Any]:
-        """What a `Plan` says of a structure."""
+        """Return the fields of a `Plan` that describe a structure."""
         left = sum(spec.hidden_features for spec in specs.values())
         hidden = sum(self.cost.blocks[block].hidden_features for block in specs)
         return {
@@ -142,78 +142,77 @@ class SearchSpace:
 
     @property
     def widths(self) -> range:
-        """The hidden units that a block may keep."""
+        """The numbers of hidden units that a block may keep."""
         return range(0, self.block.hidden_features + 1, self.round_to)
 
     def plan(self, budget: Budget, target: int | float, specs: Mapping[int, BlockSpec], **fields: Any) -> Plan:
-        """The plan of a structure that meets a budget."""
+        """Return the plan of a structure that meets a budget."""
         return Plan(budget=budget, target=target, candidates=self.candidates, **self.fields(specs), **fields)
 
     def alike(self, k: int, kept: int) -> dict[int, BlockSpec]:
-        """The structure that compresses k blocks to `kept` hidden units each; which blocks does not matter."""
+        """Return a structure that compresses k blocks to `kept` hidden units each; which blocks does not matter."""
         return dict.fromkeys(self.candidates[:k], BlockSpec(kept))
 
     def more_blocks(self, lower: str = "go lower") -> str:
-        """How to allow more blocks, if there are any."""
-        all_of_them = tuple(i for i, block in enumerate(self.cost.blocks) if block.compressible)
-        if len(all_of_them) <= len(self.candidates):
+        """Return a hint on how to allow more blocks, or an empty string if there are none."""
+        available = tuple(i for i, block in enumerate(self.cost.blocks) if block.compressible)
+        if len(available) <= len(self.candidates):
             return ""
-        whole = len(all_of_them) == len(self.cost.blocks)
-        named = f"tuple(range({len(all_of_them)}))" if whole else str(all_of_them)
-        listed = ",".join(map(str, all_of_them))
-        return (
-            f" Allow all {len(all_of_them)} blocks with DCViT(candidates={named}), --candidates {listed}, to {lower}."
-        )
+        whole = len(available) == len(self.cost.blocks)
+        named = f"tuple(range({len(available)}))" if whole else str(available)
+        listed = ",".join(map(str, available))
+        return f" Allow all {len(available)} blocks with DCViT(candidates={named}), --candidates {listed}, to {lower}."
 
 
 def choose_candidates(
-    model: nn.Module, wanted: tuple[int, ...] | None, cost: ModelCost | None = None
+    model: nn.Module, requested: tuple[int, ...] | None, cost: ModelCost | None = None
 ) -> tuple[int, ...]:
-    """The blocks that may be compressed: the caller's, or all that can, without the ends where the family keeps them.
+    """Return the blocks that may be compressed.
 
     Args:
         model: The model.
-        wanted: The caller's.
-        cost: The model's, where it is known.
+        requested: The caller's choice. `None` takes all compressible blocks, without the first and the last in families
+            that keep them (`ModelView.keeps_ends`).
+        cost: Cost of the model, if it is already known.
 
     Raises:
-        BudgetError: If a wanted block does not exist or has nothing to remove, one is wanted without those that go with
-            it, or none is left.
+        BudgetError: If a requested block does not exist or has nothing to remove, if a block is requested without the
+            blocks that are compressed together with it, or if there is no block to compress.
     """
     view = compressible(model)
     cost, groups = cost or view.cost(), view.groups()
     depth = len(cost.blocks)
-    if wanted is None:
+    if requested is None:
         inner = groups[1:-1] if view.keeps_ends and len(groups) > 2 else groups
         candidates = tuple(
             block for group in inner if all(cost.blocks[i].compressible for i in group) for block in group
         )
         if not candidates:
-            looked_at = [block for group in inner for block in group]
-            raise BudgetError(f"None of the blocks {looked_at} has {view.removed} left to remove.")
+            considered = [block for group in inner for block in group]
+            raise BudgetError(f"None of the blocks {considered} has {view.removed} left to remove.")
         return candidates
-    for block in wanted:
+    for block in requested:
         if not 0 <= block < depth:
             raise BudgetError(
-                f"candidates={list(wanted)}: block {block} does not exist, the model has 0 to {depth - 1}."
+                f"candidates={list(requested)}: block {block} does not exist, the model has 0 to {depth - 1}."
             )
         if not cost.blocks[block].compressible:
-            raise BudgetError(f"candidates={list(wanted)}: block {block} has no {view.removed} left to remove.")
+            raise BudgetError(f"candidates={list(requested)}: block {block} has no {view.removed} left to remove.")
     for group in groups:
-        present = [block for block in group if block in wanted]
+        present = [block for block in group if block in requested]
         if present and len(present) < len(group):
             raise BudgetError(
-                f"candidates={list(wanted)}: blocks {list(group)} are compressed together; pass all of them or none."
+                f"candidates={list(requested)}: blocks {list(group)} are compressed together; pass all of them or none."
             )
-    return wanted
+    return requested
 
 
 def search_space(model: nn.Module, config: DCViT) -> SearchSpace:
-    """What a config's `candidates`, `num_blocks` and `round_to` allow.
+    """Return the structures that a config's `candidates`, `num_blocks` and `round_to` allow.
 
     Raises:
         UnsupportedModelError: If no adapter handles the model.
-        BudgetError: If they do not fit the model.
+        BudgetError: If the settings do not fit the model.
     """
     view = require_supported(model)
     cost = view.cost()

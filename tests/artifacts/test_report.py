@@ -183,7 +183,7 @@ def tables(page: Page) -> dict[str, Table]:
 def test_tables_hold_what_was_recorded(runs: dict[str, Path]) -> None:
     record = read_record(runs["refined"])
     shown = tables(run_page(record))
-    assert shown["Held-out error of each chosen block, front to back"].rows == [
+    assert shown["Validation error of each chosen block, front to back"].rows == [
         (
             str(one.block), number(one.error_before), number(one.error_closed_form), number(one.error_after),
             number(one.ridge), str(one.epochs),
@@ -191,7 +191,7 @@ def test_tables_hold_what_was_recorded(runs: dict[str, Path]) -> None:
         for one in record.report.reconstructions
     ]  # fmt: skip
     assert record.report.refinement is not None
-    assert shown["Distillation of the whole student, as held-out images judge it"].rows == [
+    assert shown["Distillation of the whole student"].rows == [
         ("0", number(record.report.refinement.error_before)),
         *((str(steps), number(error)) for steps, error in record.report.refinement.validations),
     ]
@@ -212,7 +212,7 @@ def test_tables_hold_what_was_recorded(runs: dict[str, Path]) -> None:
     assert {name for name in expected.head if "✓" in name} == {f"block {block} ✓" for block in searched.plan.pruned}
     published = read_record(runs["published"])
     losses = [step.losses for step in published.report.steps]
-    assert tables(run_page(published))["Distillation after each cut"].rows == [
+    assert tables(run_page(published))["Distillation after each step of compression"].rows == [
         (str(epoch + 1), *(number(of_step[epoch]) for of_step in losses)) for epoch in range(2)
     ]
 

@@ -433,7 +433,7 @@ def test_families_and_their_methods(capsys: pytest.CaptureFixture[str]) -> None:
          "DenseNet"),
         (["compress", "demo", "--data", "digits", "--macs", "0.75", "--out", "OUT", "--device", "qpu"], "--device"),
         (["compress", "demo", "--data", "digits", "--latency", "12", "--out", "OUT"], "pass latency_ms="),
-        (["compress", "demo", "--data", "digits", "--activation-memory", "0.9", "--out", "OUT"], "stay whole"),
+        (["compress", "demo", "--data", "digits", "--activation-memory", "0.9", "--out", "OUT"], "stay uncompressed"),
         (["compress", "demo", "--data", "digits", "--file-size", "1K", "--out", "OUT"], "file_size=1000 asks for"),
         (["compress", "demo", "--data", "digits", "--macs", "0.8", "--round-to", "0", "--out", "OUT"], "round_to=0"),
         (["compress", "demo", "--data", "digits", "--macs", ".7", "--method", "fskd", "--run-dir", ".", "--out", "OUT"],

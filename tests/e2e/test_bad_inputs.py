@@ -103,8 +103,8 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
             timm.create_model("resnet18").eval(), Budget(latency=0.8, batch_size=1)
         ),
         (
-            "candidates=[0, 1, 2, 3, 4]: the blocks differ in size or go in pairs, so no one drop ratio fits them "
-            "all. Ask for one of macs, params, file_size with block reconstruction and a searched structure, "
+            "candidates=[0, 1, 2, 3, 4]: the blocks differ in size or are compressed in pairs, so no single drop ratio "
+            "fits them all. Ask for one of macs, params, file_size with block reconstruction and a searched structure, "
             "DCViT(recovery=ReconstructionConfig(), structure='searched'), or pass candidates of one size "
             "in DCViT(candidates=...)."
         ),
@@ -162,7 +162,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "budget inf ms": (
         lambda at: Budget(latency_ms=float("inf")),
-        ("latency_ms=inf: expected a positive number of milliseconds; a fraction of the original goes into latency=."),
+        ("latency_ms=inf: expected a positive number of milliseconds; pass a fraction of the original as latency=."),
     ),
     "budget str": (
         lambda at: Budget(macs="0.75"),
@@ -209,7 +209,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: at.compress(budget=Budget(activation_memory=0.5)),
         (
             "activation_memory=0.5 asks for 1,671,168 of 3,342,336 bytes at batch 64, but the peak is that of"
-            " one block, and 2 blocks stay whole, so no choice of hidden units lowers it: 3,342,336 is all "
+            " one block, and 2 blocks stay uncompressed, so no choice of hidden units lowers it: 3,342,336 is all "
             "that 6"
         ),
     ),
@@ -225,15 +225,15 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
             images=torch.zeros(2, 3, 32, 32),
             method=Practise(distillation=DistillationConfig(tokens="class")),
         ),
-        'tokens="class": the model has no class token; mimic all tokens with tokens="all".',
+        'tokens="class": the model has no class token; distil all tokens with tokens="all".',
     ),
     "proxy set method": (
         lambda at: at.compress(method="fskd", proxy_set=ProxySet(IMAGES)),
-        "proxy_set with method='fskd': only dcvit ranks on one, leave it out.",
+        "proxy_set with method='fskd': only dcvit uses a proxy set; leave it out.",
     ),
     "run_dir method": (
         lambda at: at.compress(method="mir", run_dir=at.tmp / "r"),
-        "run_dir with method='mir': only dcvit goes on where it was stopped; leave it out.",
+        "run_dir with method='mir': only dcvit can resume a run; leave it out.",
     ),
     "model name": (
         lambda at: at.compress(model="vit_tyni"),
@@ -325,7 +325,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: at.compress(images=[{"picture": 1, "label": 2}]),
         (
             "An item is a dict with the keys 'picture', 'label': expected the image under one of 'pixel_values', "
-            "'image', 'images', 'img'. Rename the key, or pass the images alone."
+            "'image', 'images', 'img'. Rename the key, or pass only the images."
         ),
     ),
     "images all alike": (
@@ -462,15 +462,15 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "sweep same": (
         lambda at: dcvit.sweep(at.demo, IMAGES, (0.8, 0.8)),
-        "budgets: 0.8 and 0.8 come to the same structure; leave one of them out.",
+        "budgets: 0.8 and 0.8 give the same structure; leave one of them out.",
     ),
     "sweep units": (
         lambda at: dcvit.sweep(at.demo, IMAGES, (Budget(macs=0.8), Budget(params=0.7))),
-        "budgets: expected all of one unit and one convention, so that they can be put in order.",
+        "budgets: expected one metric and one convention for all, so that they can be ordered.",
     ),
     "sweep latency": (
         lambda at: dcvit.sweep(at.demo, IMAGES, (Budget(latency=0.8),)),
-        "budgets of latency: expected one of macs, params, file_size; ask the family for it.",
+        "budgets of latency: expected one of macs, params, file_size; use Family.at for a latency.",
     ),
     "load none": (lambda at: dcvit.load("/nowhere"), "'/nowhere' is not a folder: expected one that dcvit saved."),
     "load foreign": (

@@ -690,7 +690,7 @@ def test_a_block_that_overflows_is_named(model: nn.Module, images: Tensor) -> No
         lambda: dcvit.sweep(model, images, [0.8], QUICK),
     ):
         with pytest.raises(
-            dcvit.errors.NonFiniteError, match="Of the first 6 images block 2 makes values that are NaN"
+            dcvit.errors.NonFiniteError, match="On the first 6 images block 2 outputs NaN"
         ):
             call()
 
@@ -702,6 +702,6 @@ def test_an_error_that_is_not_finite_names_the_block(model: nn.Module, images: T
     views = draw_views(teacher, few_shot, QUICK.reconstruction, seed=0)
     states = TeacherStates(teacher, views, 4)
     rows = states.rows(1)
-    rows.wanted[0] = float("nan")
-    with pytest.raises(dcvit.errors.NonFiniteError, match="Block 1: what is left of its error is nan"):
+    rows.targets[0] = float("nan")
+    with pytest.raises(dcvit.errors.NonFiniteError, match="Block 1: its error is nan"):
         reconstruct_block(copy.deepcopy(teacher), BlockProblem(1, BlockSpec(40), rows), QUICK.reconstruction)

@@ -131,12 +131,12 @@ def test_one_device_starts_no_process(model: nn.Module, images: Tensor) -> None:
 
 
 def test_what_cannot_be_shared_is_refused(model: nn.Module, images: Tensor) -> None:
-    with pytest.raises(dcvit.DcvitError, match=r"method='practise' on several devices: only dcvit shares its work"):
+    with pytest.raises(dcvit.DcvitError, match=r"method='practise' on several devices: only dcvit can use several"):
         dcvit.compress(model, images, BUDGET, method="practise", devices=["cpu", "cpu"])
     halving = PUBLISHED.with_(ablation=dcvit.config.Ablation(halving=True))
     with pytest.raises(dcvit.DcvitError, match=r"halving=True on several devices"):
         dcvit.compress(model, images, BUDGET, halving, devices=["cpu", "cpu"])
-    with pytest.raises(dcvit.DcvitError, match=r"devices=\['cpu'\] with 2 ranks: each rank has a device"):
+    with pytest.raises(dcvit.DcvitError, match=r"devices=\['cpu'\] with 2 processes: each of them has a device"):
         dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu"], processes=ProcessGroup(0, 2))
 
 
@@ -163,8 +163,8 @@ def other_settings(processes: ProcessGroup, device: str) -> str:
 
 def test_ranks_that_were_given_different_things_are_told() -> None:
     assert on_devices(["cpu", "cpu"], other_settings) == (
-        "rank 1 was not given what rank 0 was: seed was 0 there and is 1 here. Start all ranks with one command, on "
-        "machines that hold the same files."
+        "rank 1 differs from rank 0: seed was 0 there and is 1 here. Start all processes with one command, on machines "
+        "that hold the same files."
     )
 
 

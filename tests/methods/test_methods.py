@@ -88,16 +88,16 @@ def test_an_unknown_name_is_refused_with_the_list(model: nn.Module, images: Tens
     for given in ("dcvi", dcvit.DCViT, None):
         with pytest.raises(dcvit.DcvitError, match=told):
             dcvit.compress(model, images, dcvit.Budget(macs=0.7), method=given)  # type: ignore[arg-type]
-    with pytest.raises(dcvit.DcvitError, match="a sweep is of dcvit's own method"):
+    with pytest.raises(dcvit.DcvitError, match="a sweep supports only dcvit's own method"):
         dcvit.sweep(model, images, method=FSKD())  # type: ignore[arg-type]
 
 
 def test_what_a_method_cannot_do_is_refused(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     budget = dcvit.Budget(macs=0.7)
-    with pytest.raises(dcvit.DcvitError, match="only dcvit ranks on one"):
+    with pytest.raises(dcvit.DcvitError, match="only dcvit uses a proxy set"):
         dcvit.compress(model, images, budget, method="mir", proxy_set=dcvit.data.synthesis.ProxySet(images))
     with pytest.raises(
-        dcvit.errors.BudgetError, match=r"latency=0\.7: method='fskd' meets budgets of macs, params, file_size"
+        dcvit.errors.BudgetError, match=r"latency=0\.7: method='fskd' meets only budgets of macs, params, file_size"
     ):
         dcvit.compress(model, images, dcvit.Budget(latency=0.7), method="fskd")
     monkeypatch.setitem(METHODS, "fskd", replace(METHODS["fskd"], families=("swin",)))
@@ -165,12 +165,12 @@ def test_results_are_saved_reported_and_loaded(
     assert f"by the method {name}" in page
     assert "synthesised images:" not in page  # which they do not need
     if name == "evit":
-        assert f"behind the attention of the blocks {blocks} (counted from 0) the share 0.333 of the patch" in card
-        assert f"Behind the attention of these blocks a share of the patch tokens goes on: {blocks[0]} (0.333)," in page
+        assert f"after the attention of the blocks {blocks} (counted from 0), only 0.333 of the patch tokens" in card
+        assert f"These blocks keep only a share of the patch tokens behind their attention: {blocks[0]} (0.333)," in page
     elif name == "mini_deit":
         told = "; ".join(shared_weights(result.plan.to_dict()))
         assert re.match(r"one attention for the blocks \d, \d|one MLP for the blocks \d, \d", told)
-        assert f": {told}. Blocks count from 0, and each has a transformation of its own." in card
+        assert f": {told}. Blocks count from 0, and each has its own transformation." in card
         assert f"Weights are shared: {told}." in page
     elif name in ("s2vite", "vtp", "autoformer"):
         heads = ", ".join(f"{block} ({len(kept)})" for block, kept in result.plan.kept_heads.items())
@@ -758,9 +758,9 @@ def test_spvit_goes_down_to_convolutions_and_single_nodes(deep: nn.Module, image
     torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), expected, rtol=1e-4, atol=1e-5)
     assert max(dcvit.export_model(result.model, tmp_path / "small.onnx").errors.values()) < 1e-4
     card, page = (tmp_path / "small" / "README.md").read_text(), dcvit.write_report(tmp_path / "small").read_text()
-    assert "with a convolution in the place of the attention of the blocks 0, 1, 2, 3, 4, 5: of the blocks 0," in card
+    assert "with a convolution in place of the attention of the blocks 0, 1, 2, 3, 4, 5: of the blocks 0," in card
     assert (
-        "These blocks have a convolution in the place of their attention (hidden units that each keeps): 0 (1)," in page
+        "These blocks have a convolution instead of their attention (hidden units that each keeps): 0 (1)," in page
     )
     assert "lost hidden units and keep their attention" not in page
     assert page.count("<td>convolution</td>") == DEPTH
@@ -818,7 +818,7 @@ def test_evit_changes_no_weight_and_saves_macs_alone(deep: nn.Module, images: Te
         assert torch.equal(weight, deep.state_dict()[name]), name
     assert spent(result.model, result.plan.budget) <= result.plan.target
     with pytest.raises(
-        dcvit.errors.BudgetError, match=r"params=0\.8: method='evit' meets budgets of macs alone; ask for one"
+        dcvit.errors.BudgetError, match=r"params=0\.8: method='evit' meets only budgets of macs; ask for one"
     ):
         dcvit.compress(deep, images, dcvit.Budget(params=0.8), quick("evit"))
     with pytest.raises(

@@ -168,7 +168,7 @@ def test_bad_settings(limits: dict[str, Any]) -> None:
 
 
 def test_half_precision_runs_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_module, "_has_sublayer", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(latency_module, "_has_half_precision", lambda device, dtype: dtype == torch.bfloat16)
     images = example_images(MODEL, 2)
     with torch.no_grad():
         assert in_mode(MODEL, "eager")(images).dtype == torch.float32
@@ -235,7 +235,7 @@ def test_calibration_measures_blocks() -> None:
     assert latency_model.depth == DEPTH
     assert latency_model.original_ms == pytest.approx(3 + DEPTH * 6)
     assert latency_model.block_ms == pytest.approx(6)
-    assert latency_model.rest_ms == pytest.approx(3)
+    assert latency_model.overhead_ms == pytest.approx(3)
     assert [hidden for hidden, _ in latency_model.compressed_ms] == [0, 48, 96, 144, 192]
     for blocks, hidden in ((1, 192), (3, 10), (6, 0), (4, 100)):
         assert latency_model.predict(blocks, hidden) == pytest.approx(51 - blocks * (5.9 - 3.9 * hidden / HIDDEN))

@@ -169,6 +169,6 @@ def test_memory_that_does_not_suffice_for_one_image_is_an_error(
     monkeypatch.setattr(compression, "require_finite", lambda *args: None)
     with (
         pytest.warns(MemoryWarning),
-        pytest.raises(dcvit.DcvitError, match=r"ran out of memory \(CUDA.*\)\. So it does with one image at once"),
+        pytest.raises(dcvit.DcvitError, match=r"ran out of memory \(CUDA.*\)\. Even one image at a time does not fit"),
     ):
         dcvit.compress(model, images, BUDGET, replace(QUICK, impl="eager"))

@@ -143,7 +143,7 @@ def test_a_compressed_block_starts_as_its_own_first_convolution(images: Tensor) 
 def test_it_meets_the_budget_is_saved_and_loaded(kind: str, share: float, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)
     result = dcvit.compress(model, torch.randn(10, 3, SIZE, SIZE), dcvit.Budget(macs=share), QUICK)
-    unit = max(b.unit(attention).weight_macs for b in compressible(model).cost().blocks for attention in (0, 1))
+    unit = max(b.unit_cost(attention).weight_macs for b in compressible(model).cost().blocks for attention in (0, 1))
     target = result.plan.target
     assert target - len(result.plan.blocks) * unit < result.report.student.macs <= target
     assert result.plan.cost == compressible(result.model).cost().total
@@ -309,7 +309,7 @@ def test_the_end_of_a_block_is_told_by_what_its_last_layer_takes(kind: str, imag
         torch.testing.assert_close(constant, constant[:1].expand_as(constant), rtol=1e-3, atol=1e-4)
         pruned = copy.deepcopy(model)
         compressible(pruned).prune_block(block, range(2, view.hidden_features(block)))
-        assert compressible(pruned).cost().total == cost.total - cost.blocks[block].unit(True) * 2
+        assert compressible(pruned).cost().total == cost.total - cost.blocks[block].unit_cost(True) * 2
 
 
 @pytest.mark.parametrize("kind", ["resnext", "squeeze_excite", "efficientnet", "regnet"])
@@ -386,7 +386,7 @@ def test_a_cnn_meets_a_budget_that_no_whole_convolution_meets(images: Tensor, tm
     cost = compressible(model).cost()
     assert min(block.attention.weight_macs for block in cost.blocks) > 0.003 * cost.total.weight_macs
     left = result.plan.target - result.report.student.macs
-    assert 0 <= left < min(block.unit(True).weight_macs for block in cost.blocks if block.compressible)
+    assert 0 <= left < min(block.unit_cost(True).weight_macs for block in cost.blocks if block.compressible)
     assert result.plan.pruned == tuple(sorted(result.plan.blocks))
     assert result.plan.cost == compressible(result.model).cost().total
     assert all(probe.sensitivity is not None for probe in result.report.pruning_probes)

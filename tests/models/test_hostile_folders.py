@@ -212,7 +212,7 @@ def test_weights_come_from_the_folder_whatever_the_config_says(
 
 
 def test_a_watched_process_is_seen(tmp_path: Path, watch: Watch) -> None:
-    """What the tests here rely on: a connection, a file outside, and a link that is_main there are noticed."""
+    """What the tests here rely on: a connection, a file outside, and a link that leads there are noticed."""
     (tmp_path / "inside").mkdir()
     (tmp_path / "secret").write_text("")
     (tmp_path / "inside" / "link").symlink_to(tmp_path / "secret")

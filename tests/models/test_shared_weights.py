@@ -263,7 +263,7 @@ def test_what_cannot_share_is_refused(images: Tensor) -> None:
 
     with pytest.raises(
         dcvit.errors.BudgetError,
-        match=r"macs=0\.7: method='mini_deit' meets budgets of params, file_size alone; ask .* choose one of .*dcvit",
+        match=r"macs=0\.7: method='mini_deit' meets only budgets of params, file_size; ask .* choose one of .*dcvit",
     ):
         compress(model, dcvit.Budget(macs=0.7))
     with pytest.raises(

@@ -195,7 +195,7 @@ def test_what_cannot_be_done_is_refused_by_name(swin: Any) -> None:
             plan(swin, dcvit.Budget(macs=0.9), config)
     with pytest.raises(BudgetError, match="candidate blocks can meet"):
         plan(swin, dcvit.Budget(macs=0.1), QUICK)
-    with pytest.raises(BudgetError, match=r"num_blocks=3: macs=0\.8 cannot be met by as many"):
+    with pytest.raises(BudgetError, match=r"num_blocks=3: macs=0\.8 cannot be met by that many"):
         plan(swin, dcvit.Budget(macs=0.8), QUICK.with_(num_blocks=3))
     with pytest.raises(UnsupportedModelError, match=r"SwinTransformerV2Cr are not supported;"):
         require_supported(timm.create_model("swinv2_cr_tiny_ns_224"))

@@ -77,7 +77,7 @@ def test_eager_is_never_refused() -> None:
 )
 def test_a_choice_that_cannot_run_says_why(impl: str, tensors: dict[str, torch.Tensor | None], reason: str) -> None:
     with pytest.raises(
-        ValueError, match=f"^f: impl='{impl}' cannot run: {reason}. Pass impl='auto' to take what can.$"
+        ValueError, match=f"^f: impl='{impl}' cannot run: {reason}. Pass impl='auto' to use one that can.$"
     ):
         select("f", impl, TABLE, tensors)
 
@@ -116,7 +116,7 @@ def test_a_broken_extension_is_told_from_one_that_was_never_built(
     (tmp_path / "_C.abi3.so").write_text("built for another torch")
     assert "does not load with torch" in str(_dispatch.extension_problem.__wrapped__())
     (tmp_path / "_C.json").write_text('{"only": "2.9.0"}')
-    assert "serves torch 2.9.0 alone" in str(_dispatch.extension_problem.__wrapped__())
+    assert "supports only torch 2.9.0" in str(_dispatch.extension_problem.__wrapped__())
 
 
 @pytest.mark.parametrize("op", sorted(set(dcvit.ops.__all__) - {"Impl", "availability"}))

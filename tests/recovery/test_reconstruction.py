@@ -141,7 +141,7 @@ def test_views_are_never_fewer_than_the_images(model: nn.Module, images: Tensor)
 @pytest.mark.parametrize(("num_rows", "expected"), [(1, 1), (36, 1), (107, 2), (144, 4), (10_000, 5)])
 def test_rows_are_distinct_tokens_of_every_view(model: nn.Module, num_rows: int, expected: int) -> None:
     problem = Problem.of(model, config=replace(CONFIG, num_rows=num_rows))
-    tokens = problem.views.places(5)
+    tokens = problem.views.token_indices(5)
     assert tokens.shape == (36, expected)
     assert all(len(set(row)) == expected and set(row) <= set(range(5)) for row in tokens.tolist())
     if expected < 5:
@@ -161,9 +161,9 @@ def test_views_repeat_with_their_seed(model: nn.Module, images: Tensor) -> None:
     first, again, other = (draw_views(model, few_shot, replace(CONFIG, num_rows=72), seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(2), expected)
     assert torch.equal(first.images[:], again.images[:])
-    assert torch.equal(first.places(5), again.places(5))
+    assert torch.equal(first.token_indices(5), again.token_indices(5))
     assert not torch.equal(first.images[6:], other.images[6:])
-    assert not torch.equal(first.places(5), other.places(5))
+    assert not torch.equal(first.token_indices(5), other.token_indices(5))
 
 
 def test_teacher_states_are_what_the_blocks_see(variant: Variant) -> None:
@@ -177,7 +177,7 @@ def test_teacher_states_are_what_the_blocks_see(variant: Variant) -> None:
     teacher.blocks[3].register_forward_hook(lambda _, args, output: seen[4].append(output))
     with torch.no_grad():
         output = torch.cat([view.tokens(images) for images in problem.views.images.split(5)])
-    places = problem.views.places(seen[0][0].shape[1])
+    places = problem.views.token_indices(seen[0][0].shape[1])
 
     def rows(block: int) -> Tensor:
         whole = torch.cat(seen[block])

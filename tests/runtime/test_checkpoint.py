@@ -139,7 +139,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
         ({"run.json": "{"}, r"run\.json' cannot be read"),
         ({"run.json": "[]"}, r"run\.json' cannot be read \(it holds a list instead of a table\)"),
         ({"run.json": '{"name": "mine"}'}, r"holds another run"),
-        ({"units/t.json": "{}"}, r"has units but no run\.json"),
+        ({"units/t.json": "{}"}, r"has entries but no run\.json"),
     ],
 )
 def test_a_foreign_or_broken_folder_is_refused_and_left_alone(
@@ -344,7 +344,7 @@ def test_an_interrupt_on_the_command_line_says_how_to_go_on(started: subprocess.
     assert started.stderr is not None
     error = started.stderr.read()
     assert started.wait() == 130
-    assert f"The same command goes on from what is in {str(tmp_path / 'out.run')!r}." in error
+    assert f"The same command resumes from the checkpoints in {str(tmp_path / 'out.run')!r}." in error
     assert not (tmp_path / "out").exists()
     kept = json.loads((tmp_path / "out.run" / "run.json").read_text())
     assert kept["budget"]["macs"] == 0.8

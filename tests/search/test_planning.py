@@ -107,7 +107,7 @@ def test_file_size_out_of_range_is_said_in_bytes() -> None:
 def test_activation_memory_needs_every_block() -> None:
     original = trace_activation_memory(MODEL, 16)
     with pytest.raises(
-        dcvit.errors.BudgetError, match="2 blocks stay whole, so no choice of hidden units lowers it"
+        dcvit.errors.BudgetError, match="2 blocks stay uncompressed, so no choice of hidden units lowers it"
     ) as caught:
         make_plan(MODEL, dcvit.Budget(activation_memory=0.9, batch_size=16))
     assert f"{original:,} is all that 10 compressed blocks can meet" in str(caught.value)
@@ -196,7 +196,7 @@ def test_candidates() -> None:
         ({"activation_memory": 0.5, "batch_size": 0}, "batch_size=0"),
         ({"latency": 12}, "For milliseconds pass latency_ms="),
         ({"latency": 1.2}, "For milliseconds pass latency_ms="),
-        ({"latency_ms": 0}, "a fraction of the original goes into latency="),
+        ({"latency_ms": 0}, "pass a fraction of the original as latency="),
         ({"latency_ms": float("inf")}, "positive number of milliseconds"),
         ({"latency_ms": "12"}, "expected a float"),
     ],

@@ -142,7 +142,7 @@ def test_compress_keeps_what_the_search_found(model: nn.Module, images: Tensor) 
 def brute_force(parts: Sequence[Part], saving: int, num_blocks: int | None) -> float:
     """The least loss over every structure of whole numbers of nodes that saves no node too much, if there is one."""
     best: dict[bool, float] = {True: float("inf"), False: float("inf")}
-    grain = max(way.unit for part in parts for way in part.ways)
+    grain = max(way.unit_saving for part in parts for way in part.ways)
     for specs in product(*[[None, *part.specs(1)] for part in parts]):
         chosen = [(part, spec) for part, spec in zip(parts, specs, strict=True) if spec is not None]
         if num_blocks not in (None, sum(len(part.blocks) for part, _ in chosen)):
@@ -170,13 +170,13 @@ def test_the_search_finds_the_least_loss(
     shapes: list[tuple[int, int, int, int, int, float, float]], share: float, fixed: bool
 ) -> None:
     parts, first = [], 0
-    for size, attention, unit, pruned_node, hidden, scale, of_attention in shapes:
+    for size, attention, unit, pruned_unit, hidden, scale, of_attention in shapes:
         units = tuple(range(hidden + 1))
         pruned = tuple(scale * (hidden - n) ** 1.5 for n in units)
         compressed = tuple(of_attention + loss for loss in pruned)
         ways = (
             Way(False, attention, unit, SensitivityCurve(units, compressed)),
-            Way(True, 0, pruned_node, SensitivityCurve(units, pruned)),
+            Way(True, 0, pruned_unit, SensitivityCurve(units, pruned)),
         )
         parts.append(Part(tuple(range(first, first + size)), ways))
         first += size

@@ -1,1 +1,1 @@
-"""Published methods to compare with, one module each."""
+"""Published methods that dcvit is compared with, one module each."""

@@ -1,9 +1,9 @@
 """PRACTISE's adaptors: linear maps of the channels on both sides of a dropped block.
 
-Source: Wang and Wu (arXiv 2202.07861). An adaptor is a 1×1 convolution without norm. The one in front of the gap
-follows the last convolution before it, the one behind it precedes the first convolution there, so each can be
-multiplied into its neighbour, and the smaller network has no layer more. Here they are parametrisations of those
-convolutions' weights from the start: A·W in front, W·A behind, which is the same map.
+Source: Wang and Wu (arXiv 2202.07861). An adaptor is a 1×1 convolution without norm. The adaptor in front of the gap
+follows the last convolution before the gap, and the adaptor behind it precedes the first convolution after the gap.
+Each can therefore be multiplied into its neighbour, so the smaller network has no additional layers. Here they are
+parametrisations of those convolutions' weights from the start: A·W in front and W·A behind, which are the same maps.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,11 +18,11 @@ __all__ = ["absorb_adaptors", "adaptors", "insert_adaptors"]
 
 
 class _Adaptor(nn.Module):
-    """A map of channels, the identity at first.
+    """A linear map of channels, initially the identity.
 
     Attributes:
-        matrix: `[C, C]`.
-        behind: Whether it acts on the output of the convolution, or else on its input.
+        matrix: The map, `[C, C]`.
+        behind: True if it acts on the convolution's output, False if it acts on the input.
     """
 
     def __init__(self, weight: Tensor, *, behind: bool) -> None:
@@ -31,19 +31,19 @@ class _Adaptor(nn.Module):
         self.matrix = nn.Parameter(torch.eye(weight.shape[0 if behind else 1]).to(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The convolution's weight `[O, I, H, W]` with the map in it."""
+        """Return the convolution's weight `[O, I, H, W]` multiplied with the map."""
         if self.behind:
             return torch.einsum("po,oihw->pihw", self.matrix, weight)
         return torch.einsum("oihw,ij->ojhw", weight, self.matrix)
 
 
 def insert_adaptors(model: nn.Module, blocks: Iterable[int]) -> None:
-    """In place: adaptors around blocks that were dropped, where there are convolutions that will absorb them.
+    """Insert adaptors around dropped blocks, in place, where convolutions can absorb them.
 
-    The model computes what it did: each is the identity at first.
+    The model's outputs do not change, because each adaptor is initially the identity.
 
     Args:
-        model: A model.
+        model: The model without the blocks.
         blocks: The dropped blocks.
     """
     for block in blocks:
@@ -55,13 +55,13 @@ def insert_adaptors(model: nn.Module, blocks: Iterable[int]) -> None:
 
 
 def adaptors(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices of a model's adaptors."""
+    """Return the matrices of a model's adaptors."""
     return [adaptor.matrix for layer in model.modules() for adaptor in _of(layer)]
 
 
 @torch.no_grad()
 def absorb_adaptors(model: nn.Module) -> None:
-    """In place: multiply each adaptor into its convolution, in float64, and remove it."""
+    """Multiply each adaptor into its convolution in float64, and remove it, in place."""
     for layer in list(model.modules()):
         held = list(_of(layer))
         if not held:

@@ -1,17 +1,18 @@
-"""AutoFormer: the sub-network of a budget that does best with the original's own weights, found by evolution.
+"""AutoFormer: an evolutionary search for the best sub-network within a budget, with the original's own weights.
 
 Source: Chen, Peng, Fu and Ling, "AutoFormer: Searching Transformers for Visual Recognition" (ICCV 2021, arXiv
 2107.00651). Weights are entangled: a sub-network of h heads and r hidden units has the first h heads and the first r
-units of the supernet's block, so that all sub-networks can be judged without training any. An evolutionary search keeps
-the best of a population, crosses them over and mutates them.
+units of the supernet's block. All sub-networks can therefore be evaluated without training any. An evolutionary search
+keeps the best of a population, crosses them over and mutates them.
 
-As it is applied here:
+Choices and differences of this implementation:
 
-- The supernet is the pretrained original. The paper trains it for 500 epochs so that its parts work alone, which few
-  images cannot do.
-- Heads and units of each block are searched; width and depth stay, for slices of a width that was not trained for it
-  compute nothing.
-- A sub-network is judged by its distillation loss on the few-shot images, for want of labels, and mimics after the search.
+- The supernet is the pretrained original. The paper trains it for 500 epochs so that its sub-networks work alone,
+  which a few images do not allow.
+- The search covers the heads and hidden units of each block. Width and depth stay, because slices of a width that was
+  not trained for slicing compute nothing useful.
+- There are no labels, so a sub-network is evaluated by its distillation loss on the few-shot images. The best one is
+  trained by distillation after the search.
 """
 
 import random
@@ -30,28 +31,28 @@ from dcvit.runtime.seeding import derive_seed
 __all__ = ["GENERATIONS", "MUTATION", "PARENTS", "POPULATION", "AutoFormer", "autoformer", "entangled"]
 
 POPULATION, GENERATIONS, PARENTS = 16, 6, 4
-"""The paper has 50, 20 and 10."""
+"""Numbers of individuals, generations and parents; the paper uses 50, 20 and 10."""
 
 MUTATION = 0.2
-"""Probability with which a block's choice is drawn anew."""
+"""Probability that a block's choice is drawn anew."""
 
 EVALUATED = 16
-"""So many images judge a sub-network."""
+"""Number of images that a sub-network is evaluated on."""
 
 Genome = Mapping[int, tuple[float, float]]
-"""By block, what its heads and its units are worth: the larger, the more of them are kept."""
+"""The weight of each block's heads and of its hidden units. A larger weight keeps more of them."""
 
 
 @dataclass(frozen=True)
 class AutoFormer(DistilledConfig):
-    """AutoFormer (arXiv 2107.00651): the best sub-network of the original's first heads and hidden units."""
+    """Settings of AutoFormer (arXiv 2107.00651): a sub-network of the original's first heads and hidden units."""
 
 
 def autoformer(task: Task[AutoFormer]) -> Outcome:
-    """Search a sub-network that meets the budget, and let it mimic the original.
+    """Search for a sub-network that meets the budget, and train it by distillation.
 
     Args:
-        task: What to compress, with what, to which budget.
+        task: The model, the images, the budget and the settings.
 
     Raises:
         BudgetError: If the budget cannot be met.
@@ -64,16 +65,16 @@ def autoformer(task: Task[AutoFormer]) -> Outcome:
     batches = task.images.normalised[:EVALUATED].split(distillation.micro_batch_size)
 
     @torch.no_grad()
-    def loss(structure: Structure, wanted: list[Tensor]) -> float:
+    def loss(structure: Structure, targets: list[Tensor]) -> float:
         student = structure.of(teacher)
         return sum(
             len(images) * float((compressible(student).tokens(images) - tokens).square().mean())
-            for images, tokens in zip(batches, wanted, strict=True)
+            for images, tokens in zip(batches, targets, strict=True)
         )
 
     with task.context.timer("ranking"):
         with torch.no_grad():
-            wanted = [view.tokens(images) for images in batches]
+            targets = [view.tokens(images) for images in batches]
         found: dict[float, tuple[Genome, Structure]] = {}
         uniform: Genome = dict.fromkeys(space.blocks, (1.0, 1.0))
         population = [uniform, *(_drawn(space, draw) for _ in range(POPULATION - 1))]
@@ -81,7 +82,7 @@ def autoformer(task: Task[AutoFormer]) -> Outcome:
         for generation in range(GENERATIONS):
             for genome in population:
                 structure = space.best(entangled(space, genome), task.budget)
-                found[loss(structure, wanted)] = genome, structure
+                found[loss(structure, targets)] = genome, structure
             best = sorted(found)[:PARENTS]
             parents = [found[value][0] for value in best]
             population = [_child(space, draw.choice(parents), draw.choice(parents), draw) for _ in range(POPULATION)]
@@ -102,9 +103,9 @@ register(
 
 
 def entangled(space: Space, genome: Genome) -> dict[PrunableGroup, float]:
-    """Scores of units such that of each block always the first are kept, and more of those that a genome says.
+    """Return scores that always keep the first heads and units of a block, and more where the weight is larger.
 
-    The j-th of U units of worth w scores w (1 − j / U): worth 1 everywhere keeps the same share everywhere.
+    The j-th of U groups of weight w scores w (1 − j / U), so equal weights keep the same share everywhere.
     """
     return {
         group: genome[group.block][group.kind == "unit"] * (1 - group.number / space.count(group.kind, group.block))
@@ -117,7 +118,7 @@ def _drawn(space: Space, draw: random.Random) -> Genome:
 
 
 def _child(space: Space, one: Genome, other: Genome, draw: random.Random) -> Genome:
-    """Each block's choice from one of two parents, some drawn anew."""
+    """Take each block's choice from one of two parents, and draw some of them anew."""
     fresh = _drawn(space, draw)
     return {
         block: fresh[block] if draw.random() < MUTATION else draw.choice((one, other))[block] for block in space.blocks

@@ -1,23 +1,23 @@
-"""Cross distillation: each pruned layer learns on the teacher's activations and on the student's own.
+"""Cross distillation: fit each pruned layer on the teacher's activations and on the student's own.
 
-Source: Bai, Wu, King and Lyu, "Few Shot Network Compression via Cross Distillation" (AAAI 2020, arXiv 1911.09450). With
-x_T and x_S what teacher and student give before a layer, T that layer of the teacher and S of the student, it minimises
+Source: Bai, Wu, King and Lyu, "Few Shot Network Compression via Cross Distillation" (AAAI 2020, arXiv 1911.09450). Let
+x_T and x_S be the activations of teacher and student in front of a layer, and T and S the layer in each. It minimises
 
     μ ‖S(x_T) − T(x_T)‖² + (1 − μ) ‖S(x_S) − T(x_S)‖²
 
-The first term, correction, knows nothing of the errors made before; the second, imitation, follows the student's own
-activations. μ is constant, 0.6 as the authors' code has it.
+The first term, correction, ignores the errors of earlier layers. The second, imitation, uses the student's own
+activations. μ is constant, 0.6 as in the authors' code.
 
-As it is applied here:
+Choices and differences of this implementation:
 
-- A layer's loss is quadratic in its weights, so the minimum is solved for instead of approached by Adam.
-- Which filters go is fixed beforehand, by L1 norm as in `fskd`, not found by a proximal step.
-- In a CNN the layer is the one behind a residual block's hidden filters, a 1×1 convolution, or a 3×3 one, which takes
-  patches. The block up to that layer makes them of x_T and x_S. Other convolutions stay as they are, and so do the
-  statistics of every BatchNorm.
-- To a ViT it is transferred: the layer is `fc2`, whose input are the MLP's hidden units; the block before that layer,
-  attention included, makes them of x_T and x_S.
-- The authors fine-tune on labels in the end. Here there are none.
+- A layer's loss is quadratic in its weights, so its minimum is computed in closed form instead of approached by Adam.
+- The pruned filters are chosen beforehand by L1 norm, as in `fskd`, not by a proximal step.
+- In a CNN the layer is the convolution that follows a residual block's hidden filters: a 1×1 one, or a 3×3 one, whose
+  inputs are patches. The block up to that layer computes its inputs from x_T and x_S. Other convolutions and the
+  statistics of every BatchNorm stay unchanged.
+- The method is transferred to ViTs. There the layer is `fc2`, whose inputs are the MLP's hidden units. The block up to
+  that layer, attention included, computes them from x_T and x_S.
+- The authors finally fine-tune on labels. Here there are no labels.
 """
 
 from dataclasses import dataclass
@@ -39,11 +39,11 @@ MIXING = 0.6
 
 @dataclass(frozen=True)
 class CD(LayerwiseConfig):
-    """Cross Distillation (arXiv 1911.09450): hidden units or filters pruned by L1 norm, the layer after them fitted."""
+    """Settings of cross distillation (arXiv 1911.09450): prune hidden units or filters, and fit the next layer."""
 
 
 def cd(task: Task[CD]) -> Outcome:
-    """Prune hidden units or filters by L1 norm, and fit the layer behind them on both networks' activations.
+    """Prune hidden units or filters by L1 norm, and fit the next layer on both networks' activations.
 
     Args:
         task: See `dcvit.methods.baselines.layerwise.fit_layerwise`.
@@ -55,7 +55,7 @@ register(
     Method(
         name="cd",
         config=CD,
-        title="hidden units or filters pruned by L1 norm, the layer after them fitted on both networks' activations",
+        title="hidden units or filters pruned by L1 norm, the next layer fitted on both networks' activations",
         source="Cross Distillation, arXiv 1911.09450",
         families=("vit", "eva", "swin", "cnn"),
         compress=cd,
@@ -64,7 +64,7 @@ register(
 
 
 def mix(correction: NormalEquations, imitation: NormalEquations, mixing: float = MIXING) -> NormalEquations:
-    """The equations of μ times the correction and 1 − μ times the imitation."""
+    """Return μ times the correction's equations plus 1 − μ times the imitation's."""
     return NormalEquations(
         mixing * correction.gram + (1 - mixing) * imitation.gram,
         mixing * correction.moment + (1 - mixing) * imitation.moment,
@@ -92,13 +92,13 @@ def _fit(layer: Layer) -> tuple[float, float]:
 
 
 def _side(layer: Layer, states: SpilledBuffer) -> Equations:
-    """The equations of one of the terms: both networks on the states of one."""
+    """Return the equations of one term: inputs of the student's layer and outputs of the teacher's, on given states."""
     pairs = zip(layer.pairs(layer.student, states), layer.pairs(layer.teacher, states), strict=True)
     return Equations.of((own.hidden, theirs.output, own.held_out) for own, theirs in pairs)
 
 
 def _mixed(correction: Equations, imitation: Equations) -> Equations:
-    judging = None
-    if correction.judging is not None and imitation.judging is not None:
-        judging = mix(correction.judging, imitation.judging)
-    return Equations(mix(correction.used, imitation.used), judging)
+    validation = None
+    if correction.validation is not None and imitation.validation is not None:
+        validation = mix(correction.validation, imitation.validation)
+    return Equations(mix(correction.used, imitation.used), validation)

@@ -1,4 +1,4 @@
-"""What methods for the whole data end with: the student mimics the original's output tokens."""
+"""The last step of the full-data methods: distillation of the original's output tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ __all__ = ["DistilledConfig", "distil"]
 
 @dataclass(frozen=True)
 class DistilledConfig(MethodConfig):
-    """What the methods read that end with distillation.
+    """Settings of the methods that end with distillation.
 
     Attributes:
-        candidates: See `MethodConfig`; all blocks if `None`.
+        candidates: See `MethodConfig`. `None` is all blocks.
         seed: See `MethodConfig`.
         impl: See `MethodConfig`.
         distillation: How the student recovers.
@@ -28,12 +28,12 @@ class DistilledConfig(MethodConfig):
 
 
 def distil(task: Task[DistilledConfig], student: nn.Module, blocks: Sequence[int]) -> Recovery:
-    """Train a student, in place, to give the output tokens of the original.
+    """Train a student in place by distillation of the original's output tokens.
 
     Args:
-        task: Its config says how.
+        task: Its config holds the settings.
         student: The smaller model.
-        blocks: Those of its blocks that are not the original's.
+        blocks: The student's blocks that differ from the original's.
     """
     distillation, context = task.config.distillation, task.context
 

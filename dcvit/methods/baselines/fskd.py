@@ -1,23 +1,24 @@
-"""FSKD: after each pruned layer a 1×1 convolution, fitted to the teacher's features and absorbed.
+"""FSKD: fit a 1×1 convolution after each pruned layer to the teacher's features, and absorb it.
 
 Source: Li, Li, Liu and Zhang, "Few Sample Knowledge Distillation for Efficient Network Compression" (CVPR 2020, arXiv
 1812.01839). The convolution Q after a layer of the student solves
 
     min over Q of  Σ ‖Q s − t‖²
 
-where s is what the student's layer gives on the student's own activations and t what the teacher's layer gives on the
-teacher's. It is D×D, so few images determine it, and a product with the layer's weights leaves nothing of it. Blocks
-are aligned one after another, front to back: one pass of block coordinate descent.
+where s is the output of the student's layer on the student's own activations, and t that of the teacher's layer on the
+teacher's. Q is D×D, so few images determine it, and it can be multiplied into the layer's weights. Blocks are aligned
+one after another, front to back. This is one pass of block coordinate descent.
 
-As it is applied here:
+Choices and differences of this implementation:
 
-- In a CNN it follows the layer that takes a residual block's hidden filters, before that layer's BatchNorm, whose
-  statistics stay. Only one convolution's filters go, and only in blocks that do not change the shape; the paper aligns
-  blocks of any kind.
-- To a ViT, which the paper does not look at, it is transferred: hidden units of the MLPs take the place of filters, and
-  Q, a D×D linear map at the end of each MLP, is absorbed into `fc2` with its bias.
-- Filters are chosen by L1 norm, the same share everywhere; the paper takes pruned networks of others.
-- What the images leave open stays as it was (λ → 0 towards the identity, `dcvit.methods.baselines.layerwise.RIDGE`).
+- In a CNN, Q follows the layer that takes a residual block's hidden filters. It precedes that layer's BatchNorm, whose
+  statistics stay. Only one convolution's filters are pruned, and only in blocks that do not change the shape; the paper
+  aligns blocks of any kind.
+- The method is transferred to ViTs, which the paper does not cover. Hidden units of the MLPs take the place of filters.
+  Q is a D×D linear map at the end of each MLP and is absorbed into `fc2` and its bias.
+- Filters are chosen by L1 norm, the same share in each block. The paper uses networks that others pruned.
+- Directions that the images do not determine stay unchanged (λ → 0 towards the identity,
+  `dcvit.methods.baselines.layerwise.RIDGE`).
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ __all__ = ["FSKD", "absorb", "fit_map", "fskd"]
 
 @dataclass(frozen=True)
 class FSKD(LayerwiseConfig):
-    """FSKD (arXiv 1812.01839): hidden units or filters pruned by L1 norm, a linear map behind them fitted."""
+    """Settings of FSKD (arXiv 1812.01839): prune hidden units or filters by L1 norm, then fit a linear map."""
 
 
 def fskd(task: Task[FSKD]) -> Outcome:
@@ -51,7 +52,7 @@ register(
     Method(
         name="fskd",
         config=FSKD,
-        title="hidden units or filters pruned by L1 norm, a linear map behind them fitted to the original's",
+        title="hidden units or filters pruned by L1 norm, a linear map after them fitted to the original's features",
         source="FSKD, arXiv 1812.01839",
         families=("vit", "eva", "swin", "cnn"),
         compress=fskd,
@@ -60,14 +61,14 @@ register(
 
 
 def fit_map(equations: NormalEquations) -> Tensor:
-    """Q `[D, D]` in float64, from the equations of the student's features `[R, D]` and the teacher's."""
+    """Return Q `[D, D]` in float64, from the equations of the student's features `[R, D]` and the teacher's."""
     identity = torch.eye(equations.num_inputs, dtype=torch.float64, device=equations.gram.device)
     return equations.solve(RIDGE, identity, constant=False)[:-1].T
 
 
 @torch.no_grad()
 def absorb(layer: nn.Linear | nn.Conv2d, linear_map: Tensor) -> None:
-    """In place: a layer that gives what the map `[D, D]` would make of its output, computed in float64."""
+    """Multiply a linear map `[D, D]` of a layer's output into the layer, in place, computed in float64."""
     weight = linear_map.double() @ layer.weight.double().flatten(1)
     layer.weight.copy_(weight.view_as(layer.weight))
     if layer.bias is not None:

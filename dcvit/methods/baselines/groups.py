@@ -1,8 +1,9 @@
-"""What `s2vite`, `vtp`, `autoformer` and `spvit` share: units of a ViT, of which some are kept to meet a budget.
+"""The common part of `s2vite`, `vtp`, `autoformer` and `spvit`: prune groups of a ViT by score to meet a budget.
 
-Units are hidden units, and attention heads or, for `spvit`, whole attentions, in whose place a convolution comes. The
-methods differ in which go. The budget is met exactly from below: units go in the order of their scores until it is
-met, then units come back, best first, while there is room. Each block keeps a unit, and a head where heads go.
+A prunable group is a hidden unit, an attention head or, for `spvit`, a whole attention, which a convolution replaces.
+The methods differ only in the scores. The budget is never exceeded: groups are removed in the order of their scores
+until it is met, then hidden units are restored, best first, while they fit. Each block keeps at least one hidden unit,
+and at least one head if heads are pruned.
 """
 
 import copy
@@ -33,10 +34,10 @@ __all__ = ["Gates", "Kind", "PrunableGroup", "Space", "Structure", "gated", "ope
 
 Kind = Literal["head", "unit", "attention"]
 Gates = Mapping[tuple[Kind, int], Tensor]
-"""A number for each unit of a block `[U]`, by kind and block."""
+"""One number per prunable group of a block, `[U]`, by kind and block."""
 
 LEAST: Mapping[Kind, int] = {"head": 1, "unit": 1, "attention": 0}
-"""How many units of a kind each block keeps."""
+"""The number of groups of a kind that each block keeps at least."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,17 @@ class PrunableGroup:
 
 @dataclass(frozen=True)
 class Structure:
-    """What is kept: of each block the heads and the hidden units, ascending; and what comes for attentions that go."""
+    """The kept heads and hidden units of each block, ascending, and the convolutions that replace attentions."""
 
     heads: Mapping[int, tuple[int, ...]]
     units: Mapping[int, tuple[int, ...]]
     convolutions: Mapping[int, ConvolutionalAttention] = field(default_factory=dict)
 
     def of(self, model: nn.Module) -> nn.Module:
-        """A copy of a model that has it; weights that stay whole are shared with the model, convolutions not copied."""
+        """Return a copy of a model with this structure.
+
+        Weights that are not pruned are shared with the model, and the convolutions are not copied.
+        """
         student = copy_blocks(model, ())
         for block, convolution in self.convolutions.items():
             place_convolution(student, block, convolution)
@@ -71,19 +75,20 @@ class Structure:
 
 
 class Space:
-    """The structures of a model.
+    """The search space of a model's structures.
 
     Args:
         model: A vision transformer.
-        candidates: The blocks that may lose units; all if `None`.
-        kinds: What may go.
+        candidates: The blocks that may lose groups; all by default.
+        kinds: The kinds of groups that may be pruned.
 
     Attributes:
-        convolutions: Where attentions may go, by block what comes in their place; of zeros, to be fitted in place.
+        convolutions: The convolution that can replace the attention, by block, if attentions may be pruned. Its weights
+            start as zeros and are fitted in place.
 
     Raises:
-        BudgetError: If a candidate is no block with heads and units.
-        UnsupportedModelError: If attentions may go and a convolution cannot come in their place.
+        BudgetError: If a candidate is not a block with heads and hidden units.
+        UnsupportedModelError: If attentions may be pruned but a convolution cannot replace them.
     """
 
     def __init__(
@@ -107,85 +112,88 @@ class Space:
         self._savings: dict[tuple[str, str], dict[tuple[Kind, int], int]] = {}
 
     def groups(self) -> list[PrunableGroup]:
-        """All that may go, block by block."""
+        """Return all prunable groups, block by block."""
         return [
             PrunableGroup(kind, block, number)
             for block in self.blocks for kind in self.kinds for number in range(self.count(kind, block))
         ]  # fmt: skip
 
     def count(self, kind: Kind, block: int) -> int:
-        """How many units of a kind a block has."""
+        """Return the number of groups of a kind in a block."""
         return 1 if kind == "attention" else self.heads[block] if kind == "head" else self.units[block]
 
     def without(self, removed: Sequence[PrunableGroup]) -> Structure:
-        """All but some units."""
-        gone = set(removed)
+        """Return the structure without the given groups."""
+        pruned = set(removed)
 
         def kept(kind: Kind, counts: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
             return {
-                block: tuple(n for n in range(count) if PrunableGroup(kind, block, n) not in gone)
+                block: tuple(n for n in range(count) if PrunableGroup(kind, block, n) not in pruned)
                 for block, count in counts.items()
             }
 
         convolutions = {
-            block: one for block, one in self.convolutions.items() if PrunableGroup("attention", block, 0) in gone
+            block: one for block, one in self.convolutions.items() if PrunableGroup("attention", block, 0) in pruned
         }
         return Structure(kept("head", self.heads), kept("unit", self.units), convolutions)
 
     def require(self, budget: Budget) -> int:
-        """A budget as an absolute number.
+        """Return a budget as an absolute number.
 
         Raises:
-            BudgetError: If it is not below the original, or not met with the fewest units in each block.
+            BudgetError: If it is not below the original's cost, or if even the fewest groups in each block exceed it.
         """
         if budget in self._required:
             return self._required[budget]
-        wanted = target(self.model, budget)
+        limit = target(self.model, budget)
         least = self.without([group for group in self.groups() if group.number >= LEAST[group.kind]])
-        if (left := spent(least.of(self.model), budget)) > wanted:
+        if (left := spent(least.of(self.model), budget)) > limit:
             kept = "a convolution for the attention" if self.convolutions else "one head"
             raise BudgetError(
-                f"{budget.metric}={budget.value!r} asks for {wanted:,}: with {kept} and one hidden unit in each of "
+                f"{budget.metric}={budget.value!r} asks for {limit:,}: with {kept} and one hidden unit in each of "
                 f"{len(self.blocks)} blocks {left:,} are left. Ask for more, or allow more blocks in "
                 "`candidates`."
             )
-        self._required[budget] = wanted
-        return wanted
+        self._required[budget] = limit
+        return limit
 
     def best(self, scores: Mapping[PrunableGroup, float], budget: Budget) -> Structure:
-        """The structure that meets a budget and keeps the units of highest score; of equal ones the first.
+        """Return the structure that meets a budget and keeps the groups of highest score. Ties go to the first groups.
 
         Raises:
             BudgetError: See `require`.
         """
-        wanted = self.require(budget)
+        limit = self.require(budget)
         order = sorted(self.groups(), key=lambda group: scores[group])
         last: dict[tuple[Kind, int], PrunableGroup] = {(group.kind, group.block): group for group in order}
         order = [group for group in order if not LEAST[group.kind] or last[group.kind, group.block] is not group]
 
         saved = self.savings(budget)
-        missing = spent(self.model, budget) - wanted
+        missing = spent(self.model, budget) - limit
         totals = list(accumulate((saved[group.kind, group.block] for group in order), initial=0))
         count = bisect_left(totals, missing)
-        # The last head or attention may have left room for units that went before.
+        # The last head or attention may have made room for hidden units that were removed earlier.
         units = [group for group in reversed(order[:count]) if group.kind == "unit"]
         room = totals[min(count, len(order))] - missing
-        back = set()
+        restored = set()
         for group in units:
             room -= saved[group.kind, group.block]
             if room < 0:
                 break
-            back.add(group)
-        removed = [group for group in order[:count] if group not in back]
-        # A file's header may be longer than the savings tell.
-        gone = set(removed)
-        left = (group for group in order if group.kind == "unit" and group not in gone)
-        while spent(self.without(removed).of(self.model), budget) > wanted:
+            restored.add(group)
+        removed = [group for group in order[:count] if group not in restored]
+        # A file's header can be longer than the savings predict.
+        pruned = set(removed)
+        left = (group for group in order if group.kind == "unit" and group not in pruned)
+        while spent(self.without(removed).of(self.model), budget) > limit:
             removed.append(next(left))
         return self.without(removed)
 
     def savings(self, budget: Budget) -> dict[tuple[Kind, int], int]:
-        """What one unit takes, by kind and block, in a budget's unit; all of a block take the same."""
+        """Return the cost of one group in the budget's metric, by kind and block.
+
+        All groups of a kind in a block cost the same.
+        """
         key = budget.metric, budget.convention
         if key not in self._savings:
             original = spent(self.model, budget)
@@ -200,14 +208,14 @@ class Space:
 def gated(
     model: nn.Module, gates: Gates, convolutions: Mapping[int, ConvolutionalAttention] | None = None
 ) -> Iterator[None]:
-    """Multiply what each head and each hidden unit gives by a gate while the context lasts.
+    """Multiply the output of each head and each hidden unit by a gate, within the context.
 
-    An attention of the gate g gives g of its own and 1 − g of what the convolution does that may come in its place.
+    An attention with the gate g outputs g times its own result plus 1 − g times that of its convolution.
 
     Args:
-        model: Whose units they are.
-        gates: By kind and block `[U]`, or `[B, U]` for each image of a batch its own.
-        convolutions: By block, where there are gates of attentions.
+        model: The model to gate.
+        gates: The gates by kind and block: `[U]`, or `[B, U]` with separate gates for each image of a batch.
+        convolutions: The convolutions by block; needed for gates of attentions.
     """
     handles = []
     for (kind, block), gate in gates.items():
@@ -216,11 +224,11 @@ def gated(
             continue
         layer = head_layer(model, block) if kind == "head" else compressible(model).hidden_layer(block)
 
-        def multiply(_: nn.Module, given: tuple[Tensor, ...], gate: Tensor = gate) -> tuple[Tensor, ...]:
-            # [B, N, U * C] as U units of C channels
-            groups = given[0].unflatten(-1, (gate.shape[-1], -1))
+        def multiply(_: nn.Module, inputs: tuple[Tensor, ...], gate: Tensor = gate) -> tuple[Tensor, ...]:
+            # [B, N, U * C] as U groups of C channels
+            groups = inputs[0].unflatten(-1, (gate.shape[-1], -1))
             factor = gate.unsqueeze(-1) if gate.ndim == 1 else gate[:, None, :, None]
-            return ((groups * factor).flatten(-2), *given[1:])
+            return ((groups * factor).flatten(-2), *inputs[1:])
 
         handles.append(layer.register_forward_pre_hook(multiply))
     try:
@@ -231,8 +239,8 @@ def gated(
 
 
 def _blended(model: TimmModule, block: int, gate: Tensor, convolution: ConvolutionalAttention) -> RemovableHandle:
-    def blend(_: nn.Module, given: tuple[Tensor, ...], attended: Tensor) -> Tensor:
-        convolved: Tensor = convolution(given[0])
+    def blend(_: nn.Module, inputs: tuple[Tensor, ...], attended: Tensor) -> Tensor:
+        convolved: Tensor = convolution(inputs[0])
         return convolved + gate.view(-1, 1, 1) * (attended - convolved)
 
     handle: RemovableHandle = model.blocks[block].attn.register_forward_hook(blend)
@@ -240,33 +248,33 @@ def _blended(model: TimmModule, block: int, gate: Tensor, convolution: Convoluti
 
 
 def recovered(task: Task[DistilledConfig], space: Space, structure: Structure) -> Outcome:
-    """The student of a structure, which then mimics the original's output tokens.
+    """Build the student of a structure, and train it by distillation of the original's output tokens.
 
     Args:
-        task: Its config says how.
-        space: Of the original.
-        structure: What is kept.
+        task: Its config holds the settings.
+        space: The original's space.
+        structure: The structure of the student.
     """
     student = copy.deepcopy(structure.of(task.teacher))
-    cut = tuple(
+    changed = tuple(
         block for block in space.blocks
         if len(structure.heads[block]) < space.heads[block]
         or len(structure.units[block]) < space.units[block]
         or block in structure.convolutions
     )  # fmt: skip
-    recovery = distil(task, student, cut)
+    recovery = distil(task, student, changed)
     plan = plan_of(
-        task.teacher, student, task.budget, cut, space.blocks,
-        kept_units={block: structure.units[block] for block in cut},
-        pruned=cut,
-        kept_heads={b: structure.heads[b] for b in cut if len(structure.heads[b]) < space.heads[b]},
-        convolved=tuple(b for b in cut if b in structure.convolutions),
+        task.teacher, student, task.budget, changed, space.blocks,
+        kept_units={block: structure.units[block] for block in changed},
+        pruned=changed,
+        kept_heads={b: structure.heads[b] for b in changed if len(structure.heads[b]) < space.heads[b]},
+        convolved=tuple(b for b in changed if b in structure.convolutions),
     )  # fmt: skip
     return Outcome(student, plan, learning_rate=recovery.learning_rate, steps=(recovery,))
 
 
 def open_gates(space: Space, device: torch.device) -> dict[tuple[Kind, int], Tensor]:
-    """A gate of 1 for each unit."""
+    """Return a gate of 1 for each group."""
     return {
         (kind, b): torch.ones(space.count(kind, b), dtype=torch.float32, device=device)
         for b in space.blocks for kind in space.kinds
@@ -274,7 +282,7 @@ def open_gates(space: Space, device: torch.device) -> dict[tuple[Kind, int], Ten
 
 
 def scores_of(gates: Gates) -> dict[PrunableGroup, float]:
-    """What stands in the gates, unit by unit."""
+    """Return the value of each group's gate."""
     return {
         PrunableGroup(kind, block, number): value
         for (kind, block), values in gates.items() for number, value in enumerate(values.tolist())

@@ -1,18 +1,18 @@
-"""MiR: let a smaller network mimic the features before the head, then put it before the original's head.
+"""MiR: train a smaller network to match the features before the head, then attach the original's head.
 
-Source: Wang, Liu, Ma, Yong, Chai and Wu, "Compressing Models with Few Samples: Distillation then Replacing" (CVPR 2022,
-arXiv 2201.02620). Nothing between is compared, and no label is read: all layers before the head learn together that the
-head's input stays what it was.
+Source: Wang, Liu, Ma, Yong, Chai and Wu, "Compressing Models with Few Samples: Mimicking then Replacing" (CVPR 2022,
+arXiv 2201.02620). No intermediate features are compared, and no labels are used. All layers before the head are trained
+together so that the head's input stays the same.
 
-As it is applied here:
+Choices and differences of this implementation:
 
-- The smaller network is the original without whole blocks, as many as the budget asks for. MiR takes any pruned network
-  and prunes filters in its experiments; how to choose is not its subject, so the blocks are spread evenly over the
-  candidates.
-- What is mimicked are the pooled features, the very input of the head. The paper finds the map before the pooling
-  better by 0.5 to 2 points; that is what `practise` mimics.
-- The norms keep the original's statistics, and AdamW with warm-up and cosine, as of all distillation here, takes the place
-  of SGD with steps.
+- The smaller network is the original without some whole blocks, as many as the budget requires. MiR accepts any pruned
+  network and prunes filters in its experiments. It does not say how to choose them, so the blocks are spread evenly
+  over the candidates.
+- The student matches the pooled features, which are the input of the head. The paper finds the feature map before
+  pooling better by 0.5 to 2 points; `practise` uses that one.
+- The norms keep the original's statistics. AdamW with warm-up and a cosine schedule, as in all distillation here,
+  replaces SGD with steps.
 """
 
 import copy
@@ -46,24 +46,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MiR(MethodConfig):
-    """MiR (arXiv 2201.02620): evenly spaced blocks dropped, the features before the head mimicked.
+    """Settings of MiR (arXiv 2201.02620): drop evenly spaced blocks, and match the features before the head.
 
     Attributes:
         candidates: Blocks that may be dropped, from 0; `None` is all but the first and the last.
         seed: See `MethodConfig`.
         impl: See `MethodConfig`.
-        training: How the student learns the features, as many epochs for each dropped block.
+        training: How the student is trained. `epochs` counts for each dropped block.
     """
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
 
 def mir(task: Task[MiR]) -> Outcome:
-    """Drop evenly spaced blocks, and let the rest mimic the input of the original's head.
+    """Drop evenly spaced blocks, and train the rest to match the input of the original's head.
+
+    The number of epochs per dropped block is the same as that of `practise` after its probes.
 
     Args:
-        task: What to compress, with what, to which budget. As many epochs as `practise` has after its probes, so many
-            a dropped block.
+        task: The model, the images, the budget and the settings.
 
     Raises:
         BudgetError: If the budget cannot be met.
@@ -89,7 +90,7 @@ register(
     Method(
         name="mir",
         config=MiR,
-        title="evenly spaced blocks dropped, the features before the head mimicked",
+        title="evenly spaced blocks dropped, the features before the head distilled",
         source="MiR, arXiv 2201.02620",
         families=("vit", "eva", "swin", "cnn"),
         compress=mir,
@@ -98,12 +99,12 @@ register(
 
 
 def evenly_spaced(candidates: Sequence[T], count: int) -> tuple[T, ...]:
-    """So many of the candidates, in the middle of as many equal parts."""
+    """Return `count` candidates, each from the middle of one of `count` equal parts."""
     return tuple(candidates[(2 * i + 1) * len(candidates) // (2 * count)] for i in range(count))
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:
-    """What the head is given `[B, D]`, for images `[B, C, H, W]`."""
+    """Return the inputs of the head `[B, D]` for images `[B, C, H, W]`."""
     view = compressible(model)
     return view.features(view.tokens(images))
 
@@ -115,17 +116,17 @@ def distil_features(
     config: TrainingConfig,
     context: RunContext = STANDALONE,
 ) -> Recovery:
-    """Train all of a student before its pooling, in place, to give its head what the teacher's is given.
+    """Train all weights of a student before its pooling, in place, to match the inputs of the teacher's head.
 
     Args:
-        student: The smaller model; pooling and head stay the teacher's.
-        teacher: The original; untouched.
+        student: The smaller model. Pooling and head stay the teacher's.
+        teacher: The original, which does not change.
         images: The few-shot set.
         config: Its `learning_rate` must be a number.
-        context: Its seed orders and augments the images; its progress is told after each epoch.
+        context: Its seed determines the order and augmentation of the images. Its progress is called after each epoch.
 
     Returns:
-        The losses are mean squared errors of the features.
+        A report whose losses are mean squared errors of the features.
     """
     start, rate = time.perf_counter(), config.learning_rate
     if rate == "auto":
@@ -149,8 +150,8 @@ def distil_features(
             views = augment(images, chosen.tolist(), config.augmentation, drawing)
         for part in views.split(config.micro_batch_size):
             with torch.no_grad():
-                wanted = features(teacher, part)
-            loss = F.mse_loss(features(student, part), wanted) * (len(part) / len(views))
+                targets = features(teacher, part)
+            loss = F.mse_loss(features(student, part), targets) * (len(part) / len(views))
             loss.backward()
             total.add_(loss.detach().double() * len(chosen))
 
@@ -178,20 +179,20 @@ def _find_learning_rate(
     config: TrainingConfig,
     context: RunContext,
 ) -> float:
-    """The learning rate of `config.learning_rates` after which held-out images are mimicked best."""
-    judged, used = split_held_out(images, context.seed)
+    """Return the learning rate of `config.learning_rates` with the least error on held-out images."""
+    validation, used = split_held_out(images, context.seed)
 
-    def left(rate: float) -> float:
+    def error(rate: float) -> float:
         candidate, settings = copy.deepcopy(student), replace(config, learning_rate=rate)
         distil_features(candidate, teacher, used, settings, replace(context, progress=silent))
-        return _error(candidate, teacher, judged, config)
+        return _error(candidate, teacher, validation, config)
 
-    return pilot_runs(config.learning_rates, left, partial(context.progress, "learning rates"))[0]
+    return pilot_runs(config.learning_rates, error, partial(context.progress, "learning rates"))[0]
 
 
 @torch.no_grad()
 def _error(student: nn.Module, teacher: nn.Module, images: FewShotImages, config: TrainingConfig) -> float:
-    """Mean squared error of the features on the unaugmented images."""
+    """Return the mean squared error of the features on the unaugmented images."""
     batches = images.normalised.split(config.micro_batch_size)
     total = sum(float((features(student, x) - features(teacher, x)).square().mean()) * len(x) for x in batches)
     return total / len(images)

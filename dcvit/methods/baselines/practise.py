@@ -1,22 +1,21 @@
-"""PRACTISE: drop whole blocks, those that recover best for the latency they save.
+"""PRACTISE: drop the whole blocks that recover best for the latency they save.
 
 Source: Wang and Wu, "Practical Network Acceleration with Tiny Sets" (arXiv 2202.07861), sections 3.2 to 3.4. The score
-of a block is R(B) / τ(B): R(B) is the distillation loss that is left when the block alone is dropped and the rest has
-recovered on the few-shot images, τ(B) the share of latency that this saves. The blocks of least score go together, and
-the rest recovers once more. The loss is the mean squared error of what the network gives before its pooling.
+of a block is R(B) / τ(B). R(B) is the distillation loss after only this block is dropped and the rest has recovered on
+the few-shot images. τ(B) is the share of latency that dropping it saves. The blocks of least score are dropped
+together, and the rest recovers once more. The loss is the mean squared error of the network's features before pooling.
 
-As it is applied here:
+Choices and differences of this implementation:
 
-- τ is the share of MACs that a block takes. A measured latency differs from run to run, and with it the order of blocks
-  that are nearly alike; equal seeds must give equal results. The blocks of a ViT take equal shares, so R alone orders
-  them there.
-- In a probe of a CNN only the adaptors around the gap recover (`dcvit.methods.baselines.adaptors`); the final recovery
-updates
-  them together with the weights that the config's `updated` names, then they are absorbed. Where no neighbour can
-  absorb one, those weights recover in the probe too.
-- A ViT has no place for adaptors: behind the residual stream comes a norm, which a linear map does not pass. What
-  recovers is what `updated` names, the front of the model by default, as in DC-ViT's comparison (arXiv 2403.18708).
-- Of a Swin, shifted pairs go, as in that comparison.
+- τ is a block's share of the MACs. Measured latency varies between runs and could reorder blocks that are nearly
+  alike, but equal seeds must give equal results. The blocks of a ViT have equal shares, so only R orders them.
+- In a probe of a CNN only the adaptors around the gap are trained (`dcvit.methods.baselines.adaptors`). The final
+  recovery trains them together with the weights that the config's `updated` names, and then absorbs them. Where no
+  neighbour can absorb an adaptor, the probe trains those weights too.
+- A ViT has no place for adaptors: a norm follows the residual stream, and a linear map cannot be moved past it. The
+  weights that `updated` names are trained, by default the front of the model, as in DC-ViT's comparison
+  (arXiv 2403.18708).
+- In a Swin, shifted pairs of blocks are dropped, as in that comparison.
 """
 
 from collections.abc import Sequence
@@ -44,24 +43,24 @@ __all__ = ["BlockDropping", "Practise", "block_dropping", "drop_blocks", "practi
 
 @dataclass(frozen=True)
 class Practise(DistilledConfig):
-    """PRACTISE (arXiv 2202.07861): whole blocks dropped, those that recover best for what they save.
+    """Settings of PRACTISE (arXiv 2202.07861): drop the whole blocks that recover best for what they save.
 
     Attributes:
         candidates: Blocks that may be dropped, from 0; `None` is all but the first and the last.
         seed: See `MethodConfig`.
         impl: See `MethodConfig`.
         distillation: How the student recovers, in each probe and at the end.
-        halving: Whether hopeless probes stop early, see `dcvit.config.Ablation`.
+        halving: Whether unpromising probes stop early, see `dcvit.config.Ablation`.
     """
 
     halving: bool = False
 
 
 def practise(task: Task[Practise]) -> Outcome:
-    """Drop as few whole blocks as meet the budget, those of least score first.
+    """Drop the fewest whole blocks that meet the budget, those of least score first.
 
     Args:
-        task: What to compress, with what, to which budget.
+        task: The model, the images, the budget and the settings.
 
     Raises:
         BudgetError: If the budget cannot be met.
@@ -74,13 +73,13 @@ def practise(task: Task[Practise]) -> Outcome:
         whole = sum((cost.blocks[block].attention + cost.blocks[block].mlp for block in group), Cost())
         return whole.params if budget.metric == "file_size" else budget.amount(whole)
 
-    # Of the blocks that save least most must go: probes that stop early never leave fewer.
+    # The cheapest blocks give the largest number that may have to be dropped. Halving leaves at least as many probes.
     cheapest = sorted(groups, key=saving)
     most = len(fewest_blocks(teacher, budget, lambda count: cheapest[:count], len(cheapest))) // len(groups[0])
     with task.context.timer("learning rate"):
         config = _with_learning_rate(teacher, task.images, groups, config, task.context)
     with task.context.timer("ranking"):
-        probes = _try_blocks(teacher, task.images, groups, config, most, task.context)
+        probes = _probe_blocks(teacher, task.images, groups, config, most, task.context)
         order = _ordered(probes, groups)
         blocks = fewest_blocks(teacher, budget, lambda count: order[:count], len(order))
     with task.context.timer("compression"):
@@ -93,7 +92,7 @@ register(
     Method(
         name="practise",
         config=Practise,
-        title="whole blocks dropped, those that recover best for what they save",
+        title="whole blocks dropped: those that recover best for what they save",
         source="PRACTISE, arXiv 2202.07861",
         families=("vit", "eva", "swin", "cnn"),
         compress=practise,
@@ -103,13 +102,13 @@ register(
 
 @dataclass(frozen=True)
 class BlockDropping:
-    """What `block_dropping` gives back.
+    """The result of `block_dropping`.
 
     Attributes:
         model: The smaller model.
-        blocks: The blocks that were dropped, best first.
+        blocks: The dropped blocks, best first.
         probes: The probe of each candidate, best first.
-        recovery: The final recovery.
+        recovery: The report of the final recovery.
     """
 
     model: nn.Module
@@ -127,37 +126,37 @@ def block_dropping(
     probes: Sequence[Probe] | None = None,
     progress: Progress = silent,
 ) -> BlockDropping:
-    """`practise` for a number of blocks instead of a budget.
+    """Run `practise` for a number of blocks instead of a budget.
 
-    The blocks are dropped at once and the rest recovers for `num_blocks` times the epochs of a probe: as long as
-    progressive compression of as many blocks.
+    The blocks are dropped together, and the rest recovers for `num_blocks` times the epochs of a probe. Progressive
+    compression of as many blocks takes the same number of epochs.
 
     Args:
         teacher: The original, frozen.
         images: The few-shot set.
-        num_blocks: How many blocks go, of a Swin how many pairs.
-        config: How blocks are tried, and the student recovers.
-        probes: Those of an earlier call with the same model, images and config, which need not be run again.
-        progress: Told after each epoch.
+        num_blocks: The number of blocks to drop, or of pairs in a Swin.
+        config: The settings of the probes and of the final recovery.
+        probes: The probes of an earlier call with the same model, images and config, to reuse.
+        progress: Called after each epoch.
 
     Raises:
-        DcvitError: If fewer than one or more than the candidates are to go.
+        DcvitError: If `num_blocks` is less than one or more than the number of candidates.
     """
     require_supported(teacher)
     groups = candidate_groups(teacher, config.candidates)
     if not 1 <= num_blocks <= len(groups):
-        raise DcvitError(f"num_blocks={num_blocks}: expected 1 to {len(groups)}, the candidates that may go.")
+        raise DcvitError(f"num_blocks={num_blocks}: expected 1 to {len(groups)}, the number of candidates.")
     context = RunContext(config.seed, config.impl, progress=progress)
     config = _with_learning_rate(teacher, images, groups, config, context)
     if probes is None:
-        probes = _try_blocks(teacher, images, groups, config, num_blocks, context)
+        probes = _probe_blocks(teacher, images, groups, config, num_blocks, context)
     blocks = flat(_ordered(probes, groups)[:num_blocks])
     student, recovery = _drop_and_recover(teacher, images, blocks, config, context)
     return BlockDropping(compressible(student).rebuild().eval(), blocks, tuple(probes), recovery)
 
 
 def drop_blocks(model: nn.Module, blocks: Sequence[int]) -> nn.Module:
-    """A copy of the model without some blocks, not recovered."""
+    """Return a copy of the model without the given blocks, before any recovery."""
     for block in blocks:
         model = drop_block(model, block)
     return model
@@ -170,7 +169,7 @@ def _with_learning_rate(
     config: Practise,
     context: RunContext,
 ) -> Practise:
-    """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
+    """Return the config with `learning_rate="auto"` replaced by the rate found on the middle candidate."""
     group = groups[len(groups) // 2]
 
     def find() -> float:
@@ -181,7 +180,7 @@ def _with_learning_rate(
     return replace(config, distillation=config.distillation.with_learning_rate(find))
 
 
-def _try_blocks(
+def _probe_blocks(
     teacher: nn.Module,
     images: FewShotImages,
     groups: Sequence[tuple[int, ...]],
@@ -189,13 +188,13 @@ def _try_blocks(
     num_chosen: int,
     context: RunContext,
 ) -> tuple[Probe, ...]:
-    """Each candidate dropped alone and recovered, least score first; a pair goes by the number of its last block."""
+    """Probe each candidate on its own and return the probes, least score first. A pair is named by its last block."""
     targets = output_tokens(teacher, images.normalised, config.distillation.micro_batch_size)
     original, by_last = _macs(teacher), {group[-1]: group for group in groups}
 
     saved: dict[nn.Module, float] = {}
 
-    def cut(block: int) -> nn.Module:
+    def dropped(block: int) -> nn.Module:
         student = drop_blocks(teacher, by_last[block])
         saved[student] = 1 - _macs(student) / original
         insert_adaptors(student, by_last[block])
@@ -204,13 +203,13 @@ def _try_blocks(
     def score(student: nn.Module) -> float:
         return token_loss(student, targets, images, config.distillation, impl=context.impl) / saved[student]
 
-    contest = Contest(list(by_last), cut, score, num_chosen, config.halving, adaptors)
+    contest = Contest(list(by_last), dropped, score, num_chosen, config.halving, adaptors)
     probes, _ = run_probes(teacher, images, contest, config.distillation, context)
     return probes
 
 
 def _ordered(probes: Sequence[Probe], groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The groups of blocks in the order of their probes."""
+    """Return the groups of blocks in the order of their probes."""
     by_last = {group[-1]: group for group in groups}
     return [by_last[probe.block] for probe in probes]
 
@@ -218,7 +217,7 @@ def _ordered(probes: Sequence[Probe], groups: Sequence[tuple[int, ...]]) -> list
 def _drop_and_recover(
     teacher: nn.Module, images: FewShotImages, blocks: Sequence[int], config: Practise, context: RunContext
 ) -> tuple[nn.Module, Recovery]:
-    """The student without some blocks, and how it recovered."""
+    """Return the recovered student without the given blocks, and the report of its recovery."""
     student = drop_blocks(teacher, blocks)
     insert_adaptors(student, blocks)
     recovery = recover(

@@ -1,21 +1,22 @@
-"""S2ViTE: heads and hidden units that matter least to the loss go, by first-order scores; they may come back.
+"""S2ViTE: prune the heads and hidden units that matter least to the loss, by first-order scores, and allow regrowth.
 
 Source: Chen, Cheng, Gan, Yuan, Zhang and Wang, "Chasing Sparsity in Vision Transformers: An End-to-End Exploration"
-(NeurIPS 2021, arXiv 2106.04533). A head or a unit is scored by
+(NeurIPS 2021, arXiv 2106.04533). The score of a head or a hidden unit is
 
     Σ over images of  |∂L / ∂g|
 
-where the gate g multiplies what the unit gives: the first-order change of the loss without it, or with it where g = 0.
-Structures are explored while the share of pruned units grows: each round scores all units anew, so that one that went
-early may come back for one that matters less.
+where the gate g multiplies its output. This is the first-order change of the loss when the group is removed, or when it
+returns if g = 0. The share of pruned groups grows from round to round. Each round scores all groups anew, so that one
+that was pruned early can return in place of one that matters less.
 
-As it is applied here:
+Choices and differences of this implementation:
 
 - The paper trains on labelled ImageNet for 600 epochs between the rounds of exploration. Here `ROUNDS` rounds follow
-  one another on the few-shot images, without training between them, and the student then mimics the original's tokens.
-- There are no labels: L is the cross-entropy with the class that the original names.
-- The paper prunes a given share of heads and another of units. One budget decides of both here, so a unit's score is
-  divided by the MACs that it takes.
+  one another on the few-shot images without training between them. The student is then trained by distillation of the
+  output tokens.
+- There are no labels: L is the cross-entropy with the class that the original predicts.
+- The paper prunes separate shares of heads and of units. Here one budget decides on both, so a group's score is divided
+  by its MACs.
 """
 
 from collections.abc import Sequence
@@ -36,26 +37,26 @@ from dcvit.models.pseudo_head import class_logits
 __all__ = ["ROUNDS", "S2ViTE", "first_order_scores", "s2vite"]
 
 ROUNDS = 5
-"""Steps in which the budget tightens from the original to what is asked for."""
+"""Number of equal steps in which the budget tightens from the original's cost to the target."""
 
 
 @dataclass(frozen=True)
 class S2ViTE(DistilledConfig):
-    """S2ViTE (arXiv 2106.04533): heads and hidden units pruned by first-order scores."""
+    """Settings of S2ViTE (arXiv 2106.04533): heads and hidden units pruned by first-order scores."""
 
 
 def s2vite(task: Task[S2ViTE]) -> Outcome:
-    """Prune heads and units by first-order scores in rounds, and let the rest mimic the original.
+    """Prune heads and hidden units by first-order scores in rounds, and train the rest by distillation.
 
     Args:
-        task: What to compress, with what, to which budget.
+        task: The model, the images, the budget and the settings.
 
     Raises:
         BudgetError: If the budget cannot be met.
     """
     teacher, budget, distillation = task.teacher, task.budget, task.config.distillation
     space = Space(teacher, task.config.candidates)
-    wanted, original = space.require(budget), spent(teacher, budget)
+    limit, original = space.require(budget), spent(teacher, budget)
     macs = space.savings(Budget(macs=0.5))
     structure = space.without(())
     with task.context.timer("ranking"):
@@ -66,8 +67,8 @@ def s2vite(task: Task[S2ViTE]) -> Outcome:
         task.context.progress("scores", 0, ROUNDS, None)
         for number in range(1, ROUNDS + 1):
             scores = scores_of(first_order_scores(space, structure, batches))
-            left = wanted if number == ROUNDS else original - (original - wanted) * number // ROUNDS
-            step = Budget(**{budget.metric: left}, convention=budget.convention)
+            allowed = limit if number == ROUNDS else original - (original - limit) * number // ROUNDS
+            step = Budget(**{budget.metric: allowed}, convention=budget.convention)
             by_cost = {group: score / macs.get((group.kind, group.block), 1) for group, score in scores.items()}
             structure = space.best(by_cost, step)
             task.context.progress("scores", number, ROUNDS, None)
@@ -78,7 +79,7 @@ register(
     Method(
         name="s2vite",
         config=S2ViTE,
-        title="heads and hidden units pruned by first-order scores in rounds, then the output tokens mimicked",
+        title="heads and hidden units pruned by first-order scores in rounds, then the output tokens distilled",
         source="S2ViTE, arXiv 2106.04533",
         families=("vit",),
         compress=s2vite,
@@ -87,12 +88,12 @@ register(
 
 
 def first_order_scores(space: Space, structure: Structure, batches: Sequence[tuple[Tensor, Tensor]]) -> Gates:
-    """What each unit matters to the loss of the original with the units of a structure open, the others closed.
+    """Return the first-order score of each group, with the gates of a structure's groups open and all others closed.
 
     Args:
-        space: Of the original.
-        structure: Says which gates are open.
-        batches: Images, `[B, C, H, W]` each, and the classes that the original names, `[B]`.
+        space: The original's space.
+        structure: The groups whose gates are open.
+        batches: Images, `[B, C, H, W]` each, and the classes that the original predicts, `[B]`.
     """
     model = space.model
     device = next(model.parameters()).device
@@ -111,6 +112,6 @@ def first_order_scores(space: Space, structure: Structure, batches: Sequence[tup
 
 
 def _classes(model: nn.Module, images: Tensor) -> Tensor:
-    """The class that a model names of each image, `[B]`."""
+    """Return the class that a model predicts for each image, `[B]`."""
     with torch.no_grad():
         return class_logits(model, compressible(model).tokens(images)).argmax(-1)

@@ -1,25 +1,25 @@
-"""SPViT: some attentions become convolutions that share their weights, and hidden units go, by learnt gates.
+"""SPViT: replace some attentions by convolutions that share their weights, and prune hidden units, by learnt gates.
 
 Source: He, Liu, Pan, Cai, Zhang, Tao and Zhuang, "Pruning Self-attentions into Convolutional Layers in Single Path"
-(arXiv 2111.11802). Value and output projections of an attention hold those of a convolution too, so that one path
-serves both and a gate chooses: g of attention, 1 − g of convolution; hidden units of MLPs have gates as well. The gates
-learn under
+(arXiv 2111.11802). The value and output projections of an attention also contain those of a convolution, so one path
+serves both. A gate blends g times the attention and 1 − g times the convolution. Hidden units of MLPs have gates as
+well. The gates are trained to minimise
 
-    L + λ · cost of what is open
+    L + λ · cost of all open gates
 
-then what is closed goes, and the rest is trained.
+Then the groups with closed gates are removed, and the rest is trained.
 
-As it is applied here:
+Choices and differences of this implementation:
 
-- The paper's convolution blends the heads by learnt weights into one as wide as a head, with BatchNorm and ReLU, and
-  leaves the class token as it is; training makes up for that. Few images cannot, so all channels stay and each has its
-  own 3×3 kernel, a share of the mean over all tokens and a constant, the prefix tokens shares likewise
-  (`ConvolutionalAttention`). They are fitted by least squares to what the original's attention gives before its output
-  projection. 1×1 kernels and no mixing at all, which the paper chooses among too, are kernels of zeros.
+- The paper's convolution blends the heads by learnt weights into one of a head's width, with BatchNorm and ReLU, and
+  leaves the class token unchanged. Training makes up for that, but a few images cannot. Here all channels stay. Each
+  has its own 3×3 kernel, a weight of the mean over all tokens and a constant; the prefix tokens have such weights too
+  (`ConvolutionalAttention`). These are fitted by least squares to the original's attention before its output
+  projection. The paper also chooses among 1×1 kernels and no mixing; here these are kernels with zeros.
 - The paper draws the gates from Bernoulli distributions, and trains them with the weights on labelled ImageNet. Here
-  they are numbers that multiply, as in `vtp`, and the gates alone learn, on the few-shot images; L is the distillation
-  loss, as a share of the tokens' variance. The cost is in the budget's unit, as a share of that of all units.
-- What is closed is what the budget asks for, smallest gates first.
+  gates are factors, as in `vtp`, and only the gates are trained, on the few-shot images. L is the distillation loss
+  relative to the tokens' variance. The cost is in the budget's metric, as a share of the cost of all groups.
+- The budget determines how many gates close, smallest first.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,31 +42,31 @@ from dcvit.models.modeling.variations import KERNEL, ConvolutionalAttention
 __all__ = ["SPARSITY", "Equations", "SPViT", "fit_convolutions", "spvit"]
 
 SPARSITY = 0.1
-"""λ, on a cost of 1 where all is open, beside a loss that is 1 where a student knows no more than the mean token."""
+"""λ, which weighs a cost of 1 with all gates open. The loss is 1 for a student that knows only the mean token."""
 
 IMAGES = 4
-"""So many are summed at a time, in float64."""
+"""Number of images that are summed at a time, in float64."""
 
 TAPS = KERNEL**2
 
 RELATIVE_RANK = 1e-10
-"""Directions of smaller eigenvalues, as shares of the largest, are left out of a solution."""
+"""A solution leaves out directions whose eigenvalues are below this share of the largest."""
 
 
 @dataclass(frozen=True)
 class SPViT(DistilledConfig):
-    """SPViT (arXiv 2111.11802): attentions become convolutions, and hidden units go."""
+    """Settings of SPViT (arXiv 2111.11802): attentions become convolutions, and hidden units are pruned."""
 
 
 def spvit(task: Task[SPViT]) -> Outcome:
-    """Let convolutions take the place of some attentions, prune units, and let the rest mimic the original.
+    """Replace some attentions by convolutions, prune hidden units, and train the rest by distillation.
 
     Args:
-        task: What to compress, with what, to which budget.
+        task: The model, the images, the budget and the settings.
 
     Raises:
         BudgetError: If the budget cannot be met.
-        UnsupportedModelError: If the model's tokens are no grid.
+        UnsupportedModelError: If the model's tokens do not form a grid.
     """
     teacher, distillation = task.teacher, task.config.distillation
     space = Space(teacher, task.config.candidates, ("attention", "unit"))
@@ -91,7 +91,7 @@ register(
     Method(
         name="spvit",
         config=SPViT,
-        title="attentions become convolutions and hidden units go, by learnt gates, then the output tokens mimicked",
+        title="attentions made convolutions and hidden units pruned, by learnt gates, then the output tokens distilled",
         source="SPViT, arXiv 2111.11802",
         families=("vit",),
         compress=spvit,
@@ -101,7 +101,7 @@ register(
 
 @dataclass
 class Equations:
-    """Sums over equations Σ_i w_i x_i = y, of many unknown w at once, in float64.
+    """Sums over equations Σ_i w_i x_i = y, for many unknown w at once, in float64.
 
     Attributes:
         gram: Σ xxᵀ `[..., K, K]`.
@@ -112,13 +112,13 @@ class Equations:
     moment: Tensor | float = 0.0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Some rows more: inputs `[R, ..., K]` and targets `[R, ...]`."""
+        """Add rows of inputs `[R, ..., K]` and targets `[R, ...]`."""
         inputs, targets = inputs.double(), targets.double()
         self.gram = self.gram + torch.einsum("r...i,r...j->...ij", inputs, inputs)
         self.moment = self.moment + torch.einsum("r...i,r...->...i", inputs, targets)
 
     def solve(self) -> Tensor:
-        """The least squares' w of smallest norm `[..., K]`."""
+        """Return the least-squares solution w of smallest norm, `[..., K]`."""
         gram, moment = torch.as_tensor(self.gram), torch.as_tensor(self.moment)
         inverse = torch.linalg.pinv(gram, rtol=RELATIVE_RANK, hermitian=True)
         solution: Tensor = inverse @ moment.unsqueeze(-1)
@@ -129,12 +129,12 @@ class Equations:
 def fit_convolutions(
     model: nn.Module, convolutions: Mapping[int, ConvolutionalAttention], batches: Iterable[Tensor]
 ) -> None:
-    """In place: the mixing weights by which convolutions come closest to what attentions give, before their norm.
+    """Fit convolutions in place to the outputs of the attentions they replace, before the attentions' norm.
 
     Args:
         model: The original.
-        convolutions: By block.
-        batches: Images, `[B, C, H, W]` each.
+        convolutions: The convolutions, by block.
+        batches: Batches of images, `[B, C, H, W]` each.
     """
     view = compressible(model)
     sums = {block: (Equations(), Equations()) for block in convolutions}
@@ -154,11 +154,11 @@ def fit_convolutions(
 
 @contextmanager
 def _watched(attn: TimmModule, see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Show values and what is mixed of them, `[B, N, C]` both, whenever a timm `Attention` runs."""
+    """Call `see` with the values and the attended values, `[B, N, C]` both, whenever a timm `Attention` runs."""
     values: list[Tensor] = []
     with (
-        attn.qkv.register_forward_hook(lambda _, given, qkv: values.append(qkv.chunk(3, dim=-1)[2])),
-        attn.norm.register_forward_pre_hook(lambda _, given: see(values.pop(), given[0])),
+        attn.qkv.register_forward_hook(lambda _, inputs, qkv: values.append(qkv.chunk(3, dim=-1)[2])),
+        attn.norm.register_forward_pre_hook(lambda _, inputs: see(values.pop(), inputs[0])),
     ):
         yield
 
@@ -166,13 +166,13 @@ def _watched(attn: TimmModule, see: Callable[[Tensor, Tensor], None]) -> Iterato
 def _add(
     convolution: ConvolutionalAttention, patches: Equations, prefix: Equations, values: Tensor, mixed: Tensor
 ) -> None:
-    """More equations of a convolution's patches and prefix tokens, the unknowns in the order of `fit_convolutions`."""
-    for value, wanted in zip(values.split(IMAGES), mixed.split(IMAGES), strict=True):
+    """Add equations of a convolution's patches and prefix tokens. Unknowns have the order of `fit_convolutions`."""
+    for value, target in zip(values.split(IMAGES), mixed.split(IMAGES), strict=True):
         own, grid = convolution.split(value)
         mean = value.mean(dim=1, keepdim=True)
         taps = F.unfold(grid, KERNEL, padding=KERNEL // 2).unflatten(1, (-1, TAPS)).permute(0, 3, 1, 2)  # [B, P, C, K²]
         shared = mean.unsqueeze(-1).expand(*taps.shape[:3], 1)
         inputs = torch.cat([taps, shared, torch.ones_like(shared)], dim=-1)
-        patches.add(inputs.flatten(0, 1), wanted[:, own.shape[1] :].flatten(0, 1))
+        patches.add(inputs.flatten(0, 1), target[:, own.shape[1] :].flatten(0, 1))
         inputs = torch.stack([own, mean.expand_as(own), torch.ones_like(own)], dim=-1)  # [B, T, C, 3]
-        prefix.add(inputs, wanted[:, : own.shape[1]])
+        prefix.add(inputs, target[:, : own.shape[1]])

@@ -1,20 +1,20 @@
-"""VTP: learn a gate for each unit under an L1 penalty, and prune those whose gate is small.
+"""VTP: learn a gate for each head and hidden unit under an L1 penalty, and prune those with small gates.
 
 Source: Zhu, Tang and Han, "Vision Transformer Pruning" (arXiv 2104.08500). With gates a on the dimensions of a
 transformer it minimises
 
     L + λ ‖a‖₁
 
-prunes what is below a threshold, and trains what is left.
+prunes the dimensions whose gates are below a threshold, and trains the rest.
 
-As it is applied here:
+Choices and differences of this implementation:
 
-- Gates stand on attention heads and on hidden units, the units without which a timm model is a smaller timm model; the
-  paper gates single dimensions of queries, keys, values and MLP, and gathers them at run time.
-- The paper trains gates and weights together on labelled ImageNet, 100 epochs and another 100 after the pruning. Here
-  the gates alone learn, on the few-shot images; L is the distillation loss, as a share of the tokens' variance. Then the
-  student mimics the original's tokens.
-- The threshold is what the budget makes it.
+- The gates act on attention heads and hidden units, because removing those leaves a smaller timm model. The paper gates
+  single dimensions of queries, keys, values and MLP, and gathers them at run time.
+- The paper trains gates and weights together on labelled ImageNet for 100 epochs, and for another 100 after pruning.
+  Here only the gates are trained, on the few-shot images. L is the distillation loss relative to the tokens' variance.
+  The student is then trained by distillation of the output tokens.
+- The budget determines the threshold.
 """
 
 from collections.abc import Mapping
@@ -35,23 +35,23 @@ from dcvit.runtime.progress import Progress, silent
 __all__ = ["LEARNING_RATE", "SPARSITY", "STEPS", "VTP", "learn_gates", "vtp"]
 
 SPARSITY = 0.1
-"""λ, on the mean of the gates, beside a loss that is 1 where a student knows no more than the mean token."""
+"""λ, which weighs the mean of the gates. The loss is 1 for a student that knows only the mean token."""
 
 LEARNING_RATE = 0.02
 STEPS = 100
-"""Of Adam on the gates, a batch each."""
+"""Number of Adam steps on the gates, one batch each."""
 
 
 @dataclass(frozen=True)
 class VTP(DistilledConfig):
-    """VTP (arXiv 2104.08500): heads and hidden units of small learnt gates pruned."""
+    """Settings of VTP (arXiv 2104.08500): heads and hidden units with small learnt gates are pruned."""
 
 
 def vtp(task: Task[VTP]) -> Outcome:
-    """Prune the heads and units of smallest learnt gates, and let the rest mimic the original.
+    """Prune the heads and hidden units with the smallest learnt gates, and train the rest by distillation.
 
     Args:
-        task: What to compress, with what, to which budget.
+        task: The model, the images, the budget and the settings.
 
     Raises:
         BudgetError: If the budget cannot be met.
@@ -72,7 +72,7 @@ register(
     Method(
         name="vtp",
         config=VTP,
-        title="heads and hidden units of small learnt, L1-penalised gates pruned, then the output tokens mimicked",
+        title="heads and hidden units with small learnt, L1-penalised gates pruned, then the output tokens distilled",
         source="VTP, arXiv 2104.08500",
         families=("vit",),
         compress=vtp,
@@ -90,16 +90,16 @@ def learn_gates(
     micro_batch_size: int | None = None,
     progress: Progress = silent,
 ) -> Gates:
-    """The gates after some steps of Adam, none below 0.
+    """Return the gates after some steps of Adam. None is below 0.
 
     Args:
-        space: Of the original.
-        batches: The images, `[B, C, H, W]` each, taken in turn.
+        space: The original's space.
+        batches: Batches of images, `[B, C, H, W]` each, taken in turn.
         sparsity: λ.
-        prices: By kind and block what a gate weighs in the mean that is penalised; all the same if `None`.
-        steps: How many.
-        micro_batch_size: Images a pass; those of a batch if `None`.
-        progress: Told after each step.
+        prices: The weight of a gate in the penalised mean, by kind and block; equal weights by default.
+        steps: Number of steps.
+        micro_batch_size: Images per forward pass; a whole batch by default.
+        progress: Called after each step.
     """
     model = space.model
     gates = open_gates(space, next(model.parameters()).device)
@@ -109,22 +109,22 @@ def learn_gates(
     weights = {key: 1.0 if prices is None else prices.get(key, 0.0) for key in gates}
     total = sum(weights[key] * gate.numel() for key, gate in gates.items())
     passed = micro_batch_size or max(map(len, batches))
-    wanted = [output_tokens(model, images, passed) for images in batches]
-    spreads = [(tokens - tokens.mean(dim=(0, 1))).square().mean() for tokens in wanted]
+    targets = [output_tokens(model, images, passed) for images in batches]
+    spreads = [(tokens - tokens.mean(dim=(0, 1))).square().mean() for tokens in targets]
     loss = 0.0
 
     def backward(number: int) -> None:
         nonlocal loss
-        images, tokens = batches[number], wanted[number]
+        images, tokens = batches[number], targets[number]
         with gated(model, gates, space.convolutions):
             penalty = torch.stack([weights[key] * gate.abs().sum() for key, gate in gates.items()]).sum() / total
             objective = sparsity * penalty
             objective.backward()
             for part, theirs in zip(images.split(passed), tokens.split(passed), strict=True):
-                missed = (compressible(model).tokens(part) - theirs).square().mean() / spreads[number]
-                missed = missed * len(part) / len(images)
-                missed.backward()
-                objective = objective.detach() + missed.detach()
+                error = (compressible(model).tokens(part) - theirs).square().mean() / spreads[number]
+                error = error * len(part) / len(images)
+                error.backward()
+                objective = objective.detach() + error.detach()
         loss = float(objective)
 
     progress("gates", 0, steps, None)

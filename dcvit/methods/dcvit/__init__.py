@@ -1,1 +1,1 @@
-"""dcvit's own method: DC-ViT as published, and what goes beyond it."""
+"""dcvit's own method: DC-ViT as published, and its extensions."""

@@ -1,14 +1,18 @@
-"""DC-ViT and beyond: attention and hidden units out of the blocks that recover best, so that any budget is met.
+"""DC-ViT and its extensions: prune attention and hidden units of the blocks that recover best, to meet any budget.
 
 Source: Zhang, Zhou and Wang, "Dense Vision Transformer Compression with Few Samples" (CVPR 2024, arXiv 2403.18708).
-    Blocks are tried alone and ranked by how well they recover (`dcvit.search.sensitivity`) on images that the model
-    itself synthesises (`dcvit.data.synthesis`); the best are cut, and the student mimics the teacher's output tokens.
+    A sensitivity probe compresses each block on its own, and blocks are ranked by how well the model recovers
+    (`dcvit.search.sensitivity`). The ranking uses images that the model itself synthesises (`dcvit.data.synthesis`).
+    The best blocks are compressed, and the student is trained by distillation of the teacher's output tokens.
 
-There are two procedures. With a `DistillationConfig` it is the published one: a formula says how many blocks are cut,
-and they are cut one after another, with distillation after each (`compress_blocks`). With a `ReconstructionConfig`, the
-default, each cut block is fitted to what the teacher's adds (`reconstruct_blocks`), the structure is searched
-(`dcvit.search.allocate`), and distillation refines the whole at the end. All that does not depend on the budget is then
-done first (`prepare`), so that many sizes can share it (`dcvit.compression.sweep`).
+There are two procedures:
+
+- A `DistillationConfig` selects the published one. A formula gives the number of blocks, which are compressed one after
+  another with distillation after each (`compress_blocks`).
+- A `ReconstructionConfig`, the default, fits each compressed block to the residual of the teacher's block
+  (`reconstruct_blocks`). The structure is searched (`dcvit.search.allocate`), and distillation refines the whole model
+  at the end. All work that does not depend on the budget is done first (`prepare`), so that several sizes can share it
+  (`dcvit.compression.sweep`).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -36,12 +40,12 @@ __all__ = [
 
 
 def dcvit(task: Task[DCViT]) -> Outcome:
-    """DC-ViT: attention and a part of the MLP out of the blocks that recover best, so that any budget is met.
+    """Remove the attention and prune the MLP of the blocks that recover best, so that any budget is met (DC-ViT).
 
-    Beyond it, a block may keep its attention and lose a part of its MLP alone, see `dcvit.search.allocate`.
+    As an extension, a block can keep its attention and lose only a part of its MLP, see `dcvit.search.allocate`.
 
     Args:
-        task: What to compress, with what, to which budget.
+        task: The model, the images, the budget and the settings.
     """
     context = task.context
     with context.timer("prepare"):
@@ -59,7 +63,7 @@ def dcvit(task: Task[DCViT]) -> Outcome:
 
 
 def _planned(task: Task[DCViT]) -> Plan:
-    """The plan; one that was measured is kept, for it would come out otherwise the next time."""
+    """Return the plan. A plan from measured latency is stored, because a new measurement could change it."""
 
     def found() -> Plan:
         return plan_latency(
@@ -80,7 +84,7 @@ register(
     Method(
         name="dcvit",
         config=DCViT,
-        title="attention and hidden units out of the blocks that recover best, to any budget",
+        title="attention and hidden units pruned from the blocks that recover best, to meet any budget",
         source="DC-ViT, arXiv 2403.18708",
         families=("vit", "eva", "swin", "cnn"),
         compress=dcvit,
@@ -91,7 +95,7 @@ register(
 
 
 def make_proxy_set(teacher: nn.Module, images: FewShotImages, config: DCViT, context: RunContext) -> ProxySet:
-    """What blocks are ranked on, as `config.ablation.ranking_images` says; synthesised images are kept in the store."""
+    """Return the images that blocks are ranked on, by `config.ablation.ranking_images`; store synthesised images."""
     if config.ablation.ranking_images == "few-shot":
         return ProxySet(images.normalised)
 
@@ -107,7 +111,7 @@ def make_proxy_set(teacher: nn.Module, images: FewShotImages, config: DCViT, con
 
     def check(entry: Entry) -> None:
         if entry.tensors.keys() != {"images", "targets"}:
-            raise ValueError("its tensors are others than they should be")
+            raise ValueError("it has other tensors than expected")
         require_synthesized(restored(entry), teacher, config.synthesis)
 
     return restored(context.store.entry("metric-set", synthesized, check=check)).to(images.normalised.device)
@@ -115,7 +119,7 @@ def make_proxy_set(teacher: nn.Module, images: FewShotImages, config: DCViT, con
 
 @dataclass(frozen=True)
 class _Losses:
-    """The values of the unit of a proxy set, see `ProxySet`."""
+    """The values in a proxy set's checkpoint entry, see `ProxySet`."""
 
     loss: float
     losses: tuple[float, ...]

@@ -29,7 +29,7 @@ def _resolve_learning_rate(
     config: DCViT,
     context: RunContext,
 ) -> DCViT:
-    """The config with a number for `learning_rate="auto"`, found on the middle candidate."""
+    """Return the config with `learning_rate="auto"` replaced by the rate found on the middle candidate."""
 
     def find() -> float:
         block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
@@ -54,16 +54,16 @@ def compress_blocks(
     *,
     first: Recovery,
 ) -> tuple[nn.Module, tuple[Recovery, ...]]:
-    """Step 5: compress the chosen blocks one after another, recovering after each.
+    """Compress the chosen blocks one after another, with distillation after each (DC-ViT's progressive compression).
 
     Args:
         teacher: The original, frozen.
-        first_student: The recovered student of the best probe, in which the first block is compressed already.
+        first_student: The recovered student of the best probe. Its first chosen block is already compressed.
         images: The few-shot set.
-        chosen_plan: With `blocks` and `kept_units` filled in.
+        chosen_plan: The plan, with `blocks` and `kept_units` filled in.
         config: Its `recovery.learning_rate` must be a number. With `Ablation(progressive=False)` all blocks are
-            compressed at once and recovered for as many epochs as the steps would have taken together.
-        context: Its store keeps each step, its ranks share the work.
+            compressed at once, and the student recovers for as many epochs as all steps would have taken together.
+        context: Its store keeps each step. Its processes share the work.
         first: The recovery of the best probe.
 
     Returns:
@@ -93,7 +93,7 @@ def _recovered(
     config: DistillationConfig,
     context: RunContext,
 ) -> Recovery:
-    """Recover a student in place, of which so many of the chosen blocks are compressed; or take it from the store."""
+    """Recover a student in place after `done` of the chosen blocks are compressed, or restore it from the store."""
 
     def recovered() -> Entry:
         step = recover(
@@ -114,7 +114,7 @@ def _recovered(
 
 
 def published(task: Task[DCViT], planned: Plan, proxy_set: ProxySet) -> Outcome:
-    """The published procedure: distillation after each cut, in the probes and block by block."""
+    """Run the published procedure: distillation in each sensitivity probe, and after each compressed block."""
     teacher, images, context = task.teacher, task.images, task.context
     with context.timer("learning rate"):
         config = _resolve_learning_rate(teacher, images, planned, task.config, context)

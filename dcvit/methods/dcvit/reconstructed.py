@@ -1,4 +1,4 @@
-"""Block reconstruction: what all sizes share (`prepare`), and what one size adds (`compress_prepared`)."""
+"""Block reconstruction: the work that all sizes share (`prepare`) and the work of one size (`compress_prepared`)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,22 +33,23 @@ from dcvit.serialization import from_plain
 __all__ = ["HELD_OUT_VIEWS", "Prepared", "compress_prepared", "prepare", "reconstruct_blocks"]
 
 HELD_OUT_VIEWS = 50
-"""Views of held-out images that the metric looks at."""
+"""Number of views of held-out images that the metric uses."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What block reconstruction learns of a model and its images before a budget matters: all sizes share it.
+    """The results of block reconstruction that do not depend on the budget and that all sizes share.
 
     Attributes:
         teacher: The original, frozen.
         views: The images that blocks are reconstructed on.
-        states: The teacher's tokens for them.
-        probes: Of each candidate, least metric loss first.
-        pruning_probes: Of each block that may keep its attention and lose hidden units only, likewise.
-        prunable_orders: Of those blocks, their hidden units, most useful first; not always all.
-        step_size: Of the gradient steps on a block.
-        refinement_steps: Of the distillation at the end; 0 where there is none.
+        states: The teacher's tokens of these views.
+        probes: The sensitivity probes of the candidates, least metric loss first.
+        pruning_probes: The probes of the blocks that can keep their attention and lose only hidden units, least metric
+            loss first.
+        prunable_orders: The hidden units of these blocks, most useful first. An order may leave out some units.
+        step_size: The step size of the gradient steps on a block.
+        refinement_steps: The number of steps of the final distillation; 0 without one.
     """
 
     teacher: nn.Module
@@ -62,7 +63,7 @@ class Prepared:
 
 
 def _searches(planned: Plan, config: DCViT) -> bool:
-    """Whether the structure is searched: only costs that add up can be."""
+    """Return whether the structure is searched. The search needs costs that add up over blocks."""
     return searched(config) and planned.budget.metric in ADDITIVE
 
 
@@ -75,7 +76,7 @@ def _step_size(
     config: DCViT,
     context: RunContext,
 ) -> float:
-    """The step size of reconstruction, found on the candidate of median metric loss."""
+    """Find the step size of reconstruction on the candidate of median metric loss."""
     block = probes[len(probes) // 2].block
     kept = orders[block][: specs[block].hidden_features]
     problem = BlockProblem(block, specs[block], states.rows(block).thinned(), kept)
@@ -90,15 +91,15 @@ def prepare(
     config: DCViT,
     context: RunContext,
 ) -> Prepared:
-    """Draw views, pass them through the teacher, try each candidate block, and find the step size.
+    """Draw views, pass them through the teacher, probe each candidate block, and find the step size.
 
     Args:
         teacher: The original, frozen.
         images: The few-shot set.
         proxy_set: Images to rank blocks on.
-        planned: Says which blocks are candidates, and about how many hidden units they will keep.
+        planned: The candidates, and about how many hidden units they will keep.
         config: Its `recovery` must be a `ReconstructionConfig`.
-        context: Its store keeps the probes, its ranks share the work.
+        context: Its store keeps the probes. Its processes share the work.
     """
     recovery, view = config.reconstruction, compressible(teacher)
     steps = num_steps(teacher, recovery)
@@ -124,10 +125,10 @@ def prepare(
         specs = {}
         for block in planned.candidates:
             hidden = view.hidden_features(block)
-            tried = round((1 - planned.drop_ratio) * hidden)
-            if searches:  # in the middle of what the search may choose
-                tried = min(max(tried, hidden // 8), hidden // 2)
-            specs[block] = BlockSpec(tried)
+            probed = round((1 - planned.drop_ratio) * hidden)
+            if searches:  # the middle of the range that the search may choose from
+                probed = min(max(probed, hidden // 8), hidden // 2)
+            specs[block] = BlockSpec(probed)
         probes, orders = rank_reconstructed(teacher, states, metric, specs, recovery, context)
         pruned = {block: BlockSpec(max(3 * view.hidden_features(block) // 8, 1), attention=True) for block in prunable}
         pruning_probes, prunable_orders = rank_reconstructed(
@@ -135,7 +136,7 @@ def prepare(
         )
     with context.timer("step size"):
         step_size = 0.0
-        if recovery.epochs and views.validates:  # which judge
+        if recovery.epochs and views.validates:
             find = partial(_step_size, teacher, states, specs, probes, orders, config, context)
             check = partial(require_one_of, recovery.step_sizes)
             step_size = context.store.entry("step-size", lambda: Entry(find()), check=check).values
@@ -143,14 +144,14 @@ def prepare(
 
 
 def _structure(prepared: Prepared, planned: Plan, config: DCViT) -> tuple[Plan, dict[int, BlockSpec]]:
-    """The plan that is followed, and what each block that is cut keeps, best first."""
+    """Return the plan to follow, and the spec of each block that is compressed, best first."""
     compressed, pruned = (
         {t.block: t.sensitivity for t in probes if t.sensitivity is not None}
         for probes in (prepared.probes, prepared.pruning_probes)
     )
     closed_form = len(compressed) == len(prepared.probes)
     if not closed_form and not search_space(prepared.teacher, config).equal:
-        # Then a block is presumed to lose twice as much without any hidden unit as with all.
+        # Without sensitivity curves, assume that a block loses twice as much with no hidden unit as with all of them.
         for probe in prepared.probes:
             hidden = compressible(prepared.teacher).hidden_features(probe.block)
             compressed[probe.block] = SensitivityCurve((0, hidden), (2 * probe.metric_loss, probe.metric_loss))
@@ -164,11 +165,11 @@ def _structure(prepared: Prepared, planned: Plan, config: DCViT) -> tuple[Plan, 
 
 @dataclass(frozen=True)
 class _ReconstructedBlock:
-    """The values of the unit of a block.
+    """The values in a block's checkpoint entry.
 
     Attributes:
-        kept: The hidden units that it keeps, ascending.
-        report: How its reconstruction went.
+        kept: The hidden units that the block keeps, ascending.
+        report: The report of its reconstruction.
     """
 
     kept: tuple[int, ...]
@@ -176,10 +177,11 @@ class _ReconstructedBlock:
 
 
 def _work(specs: Mapping[int, BlockSpec]) -> dict[int, int]:
-    """About how long each cut takes, for the progress: 2 for a pruned block, 4 for one that loses its attention.
+    """Estimate how long each compressed block takes, to scale the progress.
 
-    And 1 for each whole block between it and the cut in front, which its views are passed through. So measured on
-    ViT-B/16, where a pruned block took 18 to 39 s, another 51 to 84 s, and passing a whole one 12 to 17 s.
+    A block that keeps its attention counts 2, and one that loses it counts 4. Each uncompressed block between it and
+    the previous compressed one adds 1, because the views pass through it. On ViT-B/16 these took 18 to 39 s, 51 to
+    84 s, and 12 to 17 s.
     """
     blocks = sorted(specs)
     between = [0, *(after - before - 1 for before, after in pairwise(blocks))]
@@ -194,23 +196,25 @@ def reconstruct_blocks(
     *,
     refit: bool = True,
 ) -> tuple[nn.Module, dict[int, tuple[int, ...]], tuple[Reconstruction, ...]]:
-    """Cut blocks of a copy of the teacher, front to back, each on what the ones before it give.
+    """Compress blocks of a copy of the teacher front to back, each fitted on the outputs of the blocks before it.
 
     Args:
-        prepared: What all sizes share. Pruned blocks keep the units that their probes found most useful.
-        specs: What each block keeps.
+        prepared: The results that all sizes share. Blocks that keep their attention keep the hidden units that their
+            probes found most useful.
+        specs: The parts that each block keeps.
         config: Its `recovery` must be a `ReconstructionConfig`.
-        context: Its store keeps each block; its ranks pass a share of the views through the student each.
-        refit: Learn from the held-out images too once they have judged; not if they are to judge again.
+        context: Its store keeps each block. Each of its processes passes a share of the views through the student.
+        refit: Whether to fit on the held-out images too once they have served for validation. Set it to False if they
+            are needed for validation again.
 
     Returns:
-        The student, the hidden units kept in each block, and how each reconstruction went.
+        The student, the hidden units kept in each block, and a report of each reconstruction.
     """
     student = _Student(prepared, specs, config.reconstruction, context, refit=refit)
     work = _work(specs)
     done, total = 0, sum(work.values())
     kept, reports = {}, []
-    # A stage of its own: what the first block takes says how long the others will.
+    # This is a stage of its own because the time of the first block serves to estimate that of the others.
     student.embed()
     context.progress("reconstruction", done, total, None)
     for block in sorted(specs):
@@ -223,7 +227,7 @@ def reconstruct_blocks(
 
 
 class _Student:
-    """A copy of the teacher whose blocks are cut, and this rank's tokens up to the block that is the next.
+    """A copy of the teacher that is compressed block by block, and this process's tokens in front of the next block.
 
     Attributes:
         model: The copy.
@@ -240,28 +244,28 @@ class _Student:
     ) -> None:
         self._prepared, self._specs, self._config, self._context = prepared, specs, config, context
         self._refit = refit
-        # What changes, by the refinement too, which goes one block further, is the student's own.
+        # The student owns all weights that change. Refinement changes one block more than reconstruction does.
         depth = compressible(prepared.teacher).num_blocks()
         self.model = copy_blocks(prepared.teacher, range(min(specs), min(max(specs) + 2, depth)))
         self._firsts, self._counts = context.processes.batches(len(prepared.views.images), config.batch_size)
         self._at, self._tokens = 0, SpilledBuffer()
 
     def embed(self) -> None:
-        """Pass the views through the blocks in front of the first that is cut."""
+        """Pass the views through the blocks in front of the first compressed one."""
         view, images = compressible(self._prepared.teacher), self._prepared.views.images
         progress, count = self._context.progress, len(self._firsts)
 
         def embedded() -> Iterator[Tensor]:
             for done, first in enumerate(self._firsts, 1):
                 yield view.embed(images[first : first + self._config.batch_size])
-                # Once the batch is through the blocks, and the next one is asked for.
+                # Control returns here when the batch has passed the blocks and the next one is requested.
                 progress("blocks in front", done, count, None)
 
         progress("blocks in front", 0, count, None)
         self._pass(embedded(), min(self._specs))
 
     def reconstruct(self, block: int) -> _ReconstructedBlock:
-        """Cut a block and fit what is left of it, or take it from the store; in place, front to back."""
+        """Compress and fit a block in place, or restore it from the store. Call this front to back."""
         if self._at < block:
             self._pass(self._tokens.split(self._config.batch_size), block)
         entry = self._context.store.entry(
@@ -280,14 +284,14 @@ class _Student:
         self._at = stop
 
     def _chosen(self, block: int) -> tuple[int, ...] | None:
-        """The units that its probe chose for a pruned block, if it chose as many."""
+        """Return the hidden units that the probe chose for a block that keeps its attention, if it ordered enough."""
         spec = self._specs[block]
         order = self._prepared.prunable_orders[block] if spec.attention else ()
         return order[: spec.hidden_features] if 0 < spec.hidden_features <= len(order) else None
 
     @torch.no_grad()
     def _inputs(self, block: int, state: Tensor) -> Tensor:
-        """What is fitted to the teacher's block gets these tokens `[B, N, D]`: the block's, or its MLP's."""
+        """Return the inputs of the part that is fitted, `[B, N, D]`: of the block, or only of its MLP."""
         view = compressible(self.model)
         state = view.prepare(state, block)
         if self._specs[block].attention:
@@ -299,7 +303,7 @@ class _Student:
     def _reconstructed(self, block: int) -> Entry:
         prepared, spec, config = self._prepared, self._specs[block], self._config
         batches = (self._inputs(block, batch) for batch in self._tokens.split(config.batch_size))
-        # The inputs of a convolution are many: a row of them is as long as ten of a ViT's.
+        # A convolution has many inputs: one of its rows is as long as ten rows of a ViT.
         few = spec.attention and not compressible(self.model).pointwise_units
         inputs = prepared.views.rows_of_all(batches, self._firsts[0], few=few)
         inputs = self._context.processes.gather(inputs if self._counts else inputs[:0])
@@ -322,10 +326,10 @@ class _Student:
         require_units(found.kept, compressible(self.model).hidden_features(block))
         units = self._chosen(block)
         if len(found.kept) != spec.hidden_features or (units is not None and found.kept != tuple(sorted(units))):
-            raise ValueError("it keeps other hidden units than it should")
-        alike = copy_blocks(self.model, [block])
-        prune_mlp(alike, block, found.kept, self._context.impl, keep_attention=spec.attention)
-        require_alike(entry.tensors, compressible(alike).block(block).state_dict())
+            raise ValueError("it keeps other hidden units than expected")
+        expected = copy_blocks(self.model, [block])
+        prune_mlp(expected, block, found.kept, self._context.impl, keep_attention=spec.attention)
+        require_alike(entry.tensors, compressible(expected).block(block).state_dict())
 
 
 def compress_prepared(
@@ -336,14 +340,14 @@ def compress_prepared(
     *,
     refinement: Schedule | None = None,
 ) -> Outcome:
-    """One size: choose its structure, reconstruct its blocks, and let it mimic.
+    """Compress to one size: choose the structure, reconstruct the blocks, and refine the student by distillation.
 
     Args:
-        prepared: What all sizes share.
-        planned: The fewest blocks that meet the budget.
-        config: What `prepare` was given.
-        context: Its store keeps each block, and the refined student; its ranks share the work.
-        refinement: How long it mimics, where that is not `prepared`'s.
+        prepared: The results that all sizes share.
+        planned: The plan with the fewest blocks that meet the budget.
+        config: The config that `prepare` was called with.
+        context: Its store keeps each block and the refined student. Its processes share the work.
+        refinement: The schedule of the distillation; `prepared.refinement_steps` by default.
     """
     schedule = refinement or Schedule(prepared.refinement_steps)
     with context.timer("compression"):
@@ -368,7 +372,7 @@ def _refined(
     schedule: Schedule,
     context: RunContext,
 ) -> Refinement:
-    """Let a student mimic, in place; or take it from the store."""
+    """Refine a student by distillation in place, or restore it from the store."""
     targets = prepared.states.output
     assert targets is not None
 
@@ -388,6 +392,6 @@ def _refined(
 
 
 def reconstructed(task: Task[DCViT], planned: Plan, proxy_set: ProxySet) -> Outcome:
-    """Block reconstruction, to one size."""
+    """Compress to one size by block reconstruction."""
     prepared = prepare(task.teacher, task.images, proxy_set, planned, task.config, task.context)
     return compress_prepared(prepared, planned, task.config, task.context)
