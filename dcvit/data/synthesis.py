@@ -79,8 +79,9 @@ def synthesize(
         The images of the iteration with the lowest loss, inside the valid pixel range.
     """
     config = config or SynthesisConfig()
-    require_supported(model)
-    model = copy_blocks(model, ())  # it gets hooks, which are the caller's only if the model is
+    model = copy_blocks(
+        require_supported(model).model, ()
+    )  # it gets hooks, which are the caller's only if the model is
     view = compressible(model)
     parameter = next(model.parameters())
     channels, height, width = view.input_size()

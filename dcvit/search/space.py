@@ -190,7 +190,10 @@ def choose_candidates(
         )
         if not candidates:
             looked_at = [block for group in inner for block in group]
-            raise BudgetError(f"None of the blocks {looked_at} has {view.removed} left to remove.")
+            raise BudgetError(
+                f"None of the blocks {looked_at} has {view.removed} left to remove: compress the original, to "
+                "a smaller budget."
+            )
         return candidates
     for block in wanted:
         if not 0 <= block < depth:
@@ -198,7 +201,9 @@ def choose_candidates(
                 f"candidates={list(wanted)}: block {block} does not exist, the model has 0 to {depth - 1}."
             )
         if not cost.blocks[block].compressible:
-            raise BudgetError(f"candidates={list(wanted)}: block {block} has no {view.removed} left to remove.")
+            raise BudgetError(
+                f"candidates={list(wanted)}: block {block} has no {view.removed} left to remove; leave it out."
+            )
     for group in groups:
         present = [block for block in group if block in wanted]
         if present and len(present) < len(group):
@@ -218,7 +223,7 @@ def search_space(model: nn.Module, config: DCViT) -> SearchSpace:
     view = require_supported(model)
     cost = view.cost()
     groups = view.groups()
-    candidates = choose_candidates(model, config.candidates, cost)
+    candidates = choose_candidates(view.model, config.candidates, cost)
     counts: Sequence[int] = range(1, len(candidates) + 1)
     if config.num_blocks is not None:
         if config.num_blocks > len(candidates):
