@@ -466,8 +466,8 @@ def image_files(folder: Path) -> list[Path]:
     reasons = "; ".join(f"{named([repr(path) for path in paths])} {why}" for why, paths in left_out.items())
     if not files:
         raise ImagesError(
-            f"The folder {str(folder)!r} holds no image files ({', '.join(IMAGE_SUFFIXES)})."
-            + (f" Left out: {reasons}." if reasons else "")
+            f"The folder {str(folder)!r} holds no image files ({', '.join(IMAGE_SUFFIXES)}): put some there, or "
+            "name another folder." + (f" Left out: {reasons}." if reasons else "")
         )
     if reasons:
         warnings.warn(f"Left out of the folder {str(folder)!r}: {reasons}.", ImagesWarning, stacklevel=2)
@@ -690,7 +690,10 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
             "(timm.data.create_transform(**timm.data.resolve_model_data_config(model)))."
         )
     if shape[1] != channels:
-        raise ImagesError(f"{name} have {shape[1]} channels (shape {shape}): the model takes {channels}.")
+        raise ImagesError(
+            f"{name} have {shape[1]} channels (shape {shape}): the model takes {channels}. Convert them, or "
+            f"create the model with in_chans={shape[1]}."
+        )
     if shape[2:] != [height, width]:
         raise ImagesError(
             f"{name} are {shape[2]}x{shape[3]}: the model takes {height}x{width}. Resize them, or "

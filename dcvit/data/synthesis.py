@@ -79,8 +79,7 @@ def synthesize(
         The images of the iteration with the lowest loss, inside the valid pixel range.
     """
     config = config or SynthesisConfig()
-    require_supported(model)
-    model = copy_blocks(model, ())  # the copy gets the hooks, and the caller's model none
+    model = copy_blocks(require_supported(model).model, ())  # the copy gets the hooks, and the caller's model none
     view = compressible(model)
     parameter = next(model.parameters())
     channels, height, width = view.input_size()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dcvit.costs import ModelCost
 from dcvit.models.modeling.shared import TimmModule
+from dcvit.models.rebuild import num_classes
 
 __all__ = ["ModelView", "OutputLayer"]
 
@@ -169,9 +170,9 @@ class ModelView(ABC):
         `tokens` is `embed`, `run_blocks` over all blocks and `final_norm`, so that a part of it can be run alone.
         """
 
-    @abstractmethod
     def num_classes(self) -> int:
         """Classes of the head, 0 for a backbone."""
+        return num_classes(self.model)
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from dcvit.models.modeling.cnn import (
     FILES,
     PointwiseBlock,
     build,
+    change_stem,
     cnn_places,
     cnn_stages,
     create,
@@ -44,9 +45,18 @@ from dcvit.models.modeling.cnn import (
     keep_filters,
     last_activation,
     prune_cnn,
+    stem_layers,
 )
 from dcvit.models.modeling.shared import DroppedBlock, TimmModule
-from dcvit.models.rebuild import base_of, num_params, rebuilt, require_same, saved_config
+from dcvit.models.rebuild import (
+    ANOTHER_MODEL,
+    base_of,
+    num_params,
+    rebuilt,
+    require_class,
+    require_same,
+    saved_config,
+)
 
 __all__ = ["CnnView"]
 
@@ -87,21 +97,20 @@ class CnnView(ModelView):
     mac_weight = 3.0  # depthwise convolutions: MobileNetV2, on one core of an AMD EPYC
 
     def check(self) -> None:
-        if type(self.model) not in self.classes:
-            raise UnsupportedModelError(
-                f"The model is a {type(self.model).__qualname__}, a subclass that dcvit does not know; it could not be "
-                "rebuilt from its saved form."
-            )
+        require_class(self.model, self.classes)
         if not _pool_type(self.model):
             raise UnsupportedModelError(
                 "The model has no pooling (global_pool=''): give it one, "
                 "model.reset_classifier(num_classes, global_pool='avg')."
             )
-        if not any(expansion(getattr(stage, name)) is not None for stage, name in cnn_places(self.model)):
-            kinds = sorted({type(block).__qualname__ for stage in cnn_stages(self.model) for block in stage.children()})
+        if not cnn_places(self.model):
+            blocks = [block for stage in cnn_stages(self.model) for block in stage.children()]
+            kinds = sorted({type(block).__qualname__ for block in blocks})
+            norms = sorted({type(found[1]).__qualname__ for block in blocks if (found := first_layers(block))})
             raise UnsupportedModelError(
-                f"None of the model's blocks ({', '.join(kinds)}) is a residual block with BatchNorm that dcvit can "
-                "compress: there is nothing to compress."
+                f"None of the model's blocks ({', '.join(kinds)}) is a residual block with BatchNorm2d, which is what "
+                f"dcvit compresses; their norms are {', '.join(norms) or 'not looked at'}. Put a BatchNorm2d with the "
+                f"same weights and statistics there if the norm computes the same. {ANOTHER_MODEL}"
             )
         self._model_args()
 
@@ -149,9 +158,6 @@ class CnnView(ModelView):
         elif isinstance(self.model, RegNet):
             behind.append(self.model.final_conv)
         return self.as_tokens(_through(behind, state))
-
-    def num_classes(self) -> int:
-        return int(self.model.num_classes)
 
     def logits(self, tokens: Tensor) -> Tensor:
         # Pooling does not ask where a token was.
@@ -301,13 +307,16 @@ class CnnView(ModelView):
         }
         with torch.device("meta"):
             twin = build(**args, per_layer_config={})
+            if stem := _stem_settings(self.model, twin):
+                args["stem"] = stem
+                change_stem(twin, stem)
             args["per_layer_config"] = {
                 str(i): settings
                 for i, places in enumerate(zip(cnn_places(self.model), cnn_places(twin), strict=False))
                 if (settings := _layer_settings(*(getattr(stage, name) for stage, name in places))) is not None
             }
             prune_cnn(twin, args["per_layer_config"])
-        require_same(self.model, twin, f"{args['base']} of timm", "_base in dcvit/models/cnn.py")
+        require_same(self.model, twin, f"{args['base']} of timm")
         return args
 
 
@@ -352,6 +361,24 @@ def _at(model: TimmModule, block: int) -> TimmModule:
     """A block as it stands in the model."""
     stage, name = cnn_places(model)[block]
     return getattr(stage, name)
+
+
+def _stem_settings(model: TimmModule, whole: TimmModule) -> dict[str, Any]:
+    """What differs in a model's stem from timm's, see `modeling.cnn.change_stem`."""
+    convolutions = [getattr(holder, name) for holder, name, _ in (stem_layers(model), stem_layers(whole))]
+    told = [_convolution_settings(one) if type(one) is nn.Conv2d else {} for one in convolutions]
+    found: dict[str, Any] = told[0] if told[0] != told[1] else {}
+    gone = isinstance(getattr(model, "maxpool", None), nn.Identity)
+    return {**found, "pool": False} if gone and not isinstance(whole.maxpool, nn.Identity) else found
+
+
+def _convolution_settings(conv: nn.Conv2d) -> dict[str, Any]:
+    return {
+        "kernel_size": list(conv.kernel_size),
+        "stride": list(conv.stride),
+        "padding": conv.padding if isinstance(conv.padding, str) else list(conv.padding),
+        "bias": conv.bias is not None,
+    }
 
 
 def _through(modules: Sequence[TimmModule], state: Tensor) -> Tensor:

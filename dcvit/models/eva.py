@@ -30,7 +30,7 @@ from dcvit.models.blocks import CompressedBlock, mlp_sublayer_cost
 from dcvit.models.isotropic import IsotropicView, require_one_answer
 from dcvit.models.modeling.eva import ARCHITECTURE, FILES, build, create
 from dcvit.models.modeling.shared import DroppedBlock, MlpSublayer, TimmModule
-from dcvit.models.rebuild import base_of, layer_settings, num_params, require_same, timm_type
+from dcvit.models.rebuild import ANOTHER_MODEL, base_of, layer_settings, num_params, require_class, require_same
 
 __all__ = ["EvaView", "PlacedBlock"]
 
@@ -76,16 +76,13 @@ class EvaView(IsotropicView):
     architecture = ARCHITECTURE
 
     def check(self) -> None:
-        if timm_type(self.model) not in self.classes:
-            raise UnsupportedModelError(
-                f"The model is a {type(self.model).__qualname__}, a subclass that dcvit does not know; it could not be "
-                "rebuilt from its saved form."
-            )
+        require_class(self.model, self.classes)
         embed = self.model.patch_embed
         if type(self.model.patch_embed) is not PatchEmbed or self.model.patch_embed.img_size is None:
             raise UnsupportedModelError(
                 f"patch_embed is a {type(embed).__qualname__} for images of {embed.img_size}; "
-                "only timm's PatchEmbed for images of one size is supported."
+                "only timm's PatchEmbed for images of one size is supported. Where only the size is missing, call "
+                "model.set_input_size(img_size=...)."
             )
         require_one_answer(self.model)
         for i, block in enumerate(self.model.blocks):
@@ -94,16 +91,14 @@ class EvaView(IsotropicView):
             ):
                 raise UnsupportedModelError(
                     f"blocks.{i} is a {type(block).__qualname__}; supported are timm's EvaBlock, EvaBlockPostNorm and "
-                    "Beit's Block."
+                    f"Beit's Block. {ANOTHER_MODEL}"
                 )
             attention = getattr(block, "attn", None)
             if attention is not None and type(attention) not in (EvaAttention, AttentionRope, BeitAttention):
                 raise UnsupportedModelError(
                     f"blocks.{i}.attn is a {type(attention).__qualname__}; only timm's EvaAttention, AttentionRope and "
-                    "Beit's Attention, whose cost is known, are supported."
+                    f"Beit's Attention, whose cost is known, are supported. {ANOTHER_MODEL}"
                 )
-        if not any(hasattr(block, "attn") for block in self.model.blocks):
-            raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
         self._model_args()
 
     def embed(self, images: Tensor) -> Tensor:
@@ -163,7 +158,7 @@ class EvaView(IsotropicView):
                 if (settings := layer_settings(block, original.mlp.fc2.in_features)) is not None
             }
             twin = build(**args, compressed_block=CompressedBlock)
-        require_same(self.model, twin, f"{args['base']} of timm", "_base in dcvit/models/eva.py")
+        require_same(self.model, twin, f"{args['base']} of timm")
         return args
 
 
@@ -182,7 +177,7 @@ def _base(model: TimmModule) -> dict[str, Any]:
     if base is None or not timm.is_model(base) or not hasattr(model, "_model_args"):
         raise UnsupportedModelError(
             "The model does not tell as which of timm's architectures, and with what arguments, it is to be rebuilt: "
-            "create it with timm.create_model, which records both."
+            "create it with timm.create_model, which records both, and load yours.state_dict() into it."
         )
     read = ("img_size", "num_classes", "in_chans", "global_pool")
     args = {name: value for name, value in recorded.items() if name not in read}

@@ -16,9 +16,9 @@ from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView, OutputLayer
 from dcvit.models.blocks import CompressedBlock
 from dcvit.models.modeling.shared import POST_NORM, DroppedBlock, TimmModule, keep_hidden_units, layer_scale
-from dcvit.models.rebuild import num_params, rebuilt, saved_config
+from dcvit.models.rebuild import ANOTHER_MODEL, num_classes, num_params, rebuilt, saved_config
 
-__all__ = ["IsotropicView"]
+__all__ = ["IsotropicView", "has_post_norm", "require_one_answer"]
 
 
 class IsotropicView(ModelView):
@@ -61,9 +61,6 @@ class IsotropicView(ModelView):
 
     def final_norm(self, state: Tensor) -> Tensor:
         return self.model.norm(state)
-
-    def num_classes(self) -> int:
-        return int(self.model.num_classes)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.model.forward_head(tokens)
@@ -133,7 +130,7 @@ class IsotropicView(ModelView):
     def output_layer(self, block: int) -> OutputLayer | None:
         """The last layer of a block's MLP; `None` where a norm lies behind it."""
         module = self.model.blocks[block]
-        if isinstance(module, (*POST_NORM, DroppedBlock)) or getattr(module, "post_norm", False):
+        if isinstance(module, DroppedBlock) or has_post_norm(module):
             return None
         return OutputLayer(module.mlp.fc2, getattr(layer_scale(module), "gamma", None))
 
@@ -173,16 +170,21 @@ class IsotropicView(ModelView):
         """
 
 
+def has_post_norm(block: TimmModule) -> bool:
+    """Whether a block, compressed or not, has its norms behind attention and MLP."""
+    return isinstance(block, POST_NORM) or getattr(block, "post_norm", False)
+
+
 def require_one_answer(model: TimmModule) -> None:
     """Refuse a model that classifies each token.
 
     Raises:
         UnsupportedModelError: If it does.
     """
-    if not model.global_pool and model.num_classes:
+    if not model.global_pool and num_classes(model):
         raise UnsupportedModelError(
             "The model classifies each token (global_pool=''): call model.reset_classifier(0) for a backbone, or give "
-            "it a pooling."
+            "it a pooling, model.reset_classifier(num_classes, global_pool='avg')."
         )
 
 
@@ -190,7 +192,8 @@ def _latent_pool_cost(pool: TimmModule, tokens: int) -> Cost:
     """MACs of attention pooling with latent queries (SigLIP's head); its parameters are counted with the model's."""
     if type(pool) is not AttentionPoolLatent:
         raise UnsupportedModelError(
-            f"attn_pool is a {type(pool).__qualname__}; only AttentionPoolLatent is supported, whose cost is known."
+            f"attn_pool is a {type(pool).__qualname__}; only AttentionPoolLatent is supported, whose cost is known. "
+            f"{ANOTHER_MODEL}"
         )
     latents, width = pool.latent_len, pool.num_heads * pool.head_dim
     layers = [(pool.q, latents), (pool.kv, tokens), (pool.proj, latents)]

@@ -83,7 +83,7 @@ _ARGUMENTS = {
 _ARGUMENTS_OF_ALL = {"global_pool", "img_size", "in_chans", "num_classes"} | _RATES
 """Those that a model of a family that dcvit does not know may be stored with."""
 
-_TABLES = ("base_args", "embed_norm_layer", "norm_layer", "per_layer_config")
+_TABLES = ("base_args", "embed_norm_layer", "norm_layer", "per_layer_config", "stem")
 """Of these arguments, those that are tables. Who takes them looks at their entries."""
 
 _FILES = (

@@ -16,29 +16,60 @@ from dcvit.models.modeling.eva import PrunedBeit
 from dcvit.models.modeling.shared import NORMS, DroppedBlock, TimmModule, require_base
 
 __all__ = [
+    "ANOTHER_MODEL",
     "base_of",
     "layer_settings",
     "named_key",
     "norm_spec",
+    "num_classes",
     "num_params",
     "rebuilt",
+    "require_class",
     "require_same",
     "saved_config",
     "timm_type",
 ]
 
+ANOTHER_MODEL = "Choose another model: `dcvit families` lists what dcvit compresses."
+"""The next step where a part of an architecture is not supported."""
+
 _STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
 """Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
 
 
-def require_same(model: nn.Module, twin: nn.Module, family: str, reader: str) -> None:
+def require_class(model: TimmModule, classes: Collection[type[nn.Module]]) -> None:
+    """Refuse a subclass of timm's classes, of which nobody knows what it does otherwise.
+
+    Raises:
+        UnsupportedModelError: If the model is of one.
+    """
+    if timm_type(model) not in classes:
+        raise UnsupportedModelError(
+            f"The model is a {type(model).__qualname__}, a subclass that dcvit does not know, and it could not be "
+            "rebuilt from its saved form. If it computes what timm's own class does, pass that: create it with "
+            "timm.create_model, and load yours.state_dict() into it."
+        )
+
+
+def num_classes(model: TimmModule) -> int:
+    """Classes of a model's head, 0 for a backbone; they are read off the head, which may have been replaced."""
+    head = _head(model)
+    return 0 if isinstance(head, nn.Identity) else int(getattr(head, "out_features", model.num_classes))
+
+
+def _head(model: TimmModule) -> TimmModule:
+    """The last layer of a model; of DeiT's two, that of the class token."""
+    head = model.get_classifier()
+    return head[0] if isinstance(head, tuple) else head
+
+
+def require_same(model: nn.Module, twin: nn.Module, family: str) -> None:
     """Refuse a model that differs from what its saved form would become.
 
     Args:
         model: The model.
         twin: Built from what was read off it, on the meta device.
         family: What the twin is, for the message.
-        reader: The function that read it, likewise.
 
     Raises:
         UnsupportedModelError: Naming the first part that differs.
@@ -48,9 +79,23 @@ def require_same(model: nn.Module, twin: nn.Module, family: str, reader: str) ->
         if original.get(name) != found.get(name):
             raise UnsupportedModelError(
                 f"The model's part {name or '(root)'} is {original.get(name, 'absent')}, where a "
-                f"{family} built from its sizes has {found.get(name, 'nothing')}: dcvit could not "
-                f"rebuild it from its saved form. Replace that part, or extend {reader}."
+                f"{family} built from its sizes has {found.get(name, 'nothing')}: it could not be rebuilt from its "
+                f"saved form. {_next_step(twin, name)}"
             )
+
+
+def _next_step(twin: TimmModule, name: str) -> str:
+    """What the user can do about a part that could not be rebuilt."""
+    head = next((path for path, module in twin.named_modules() if module is _head(twin)), None)
+    if head is not None and f"{name}.".startswith(f"{head}."):
+        return (
+            "For a head, dcvit takes one nn.Linear with a bias; compress the model without yours, "
+            f"head, model.{head} = model.{head}, torch.nn.Identity(), and give it back: result.model.{head} = head."
+        )
+    added = name.partition(".")[0]
+    if not hasattr(twin, added):
+        return f"Take it off before, with del model.{added}, and put it on result.model."
+    return "Put timm's own part there, or pass a model of timm.create_model that is made with such a part."
 
 
 def saved_config(
@@ -175,7 +220,8 @@ def named_key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Mod
         if value is kind:
             return key
     raise UnsupportedModelError(
-        f"{part} is a {kind.__qualname__}; supported are {', '.join(t.__qualname__ for t in table.values())}."
+        f"{part} is a {kind.__qualname__}; supported are {', '.join(t.__qualname__ for t in table.values())}. "
+        f"{ANOTHER_MODEL}"
     )
 
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView
+from dcvit.models.foreign import require_plain_parts, what_to_pass, with_plain_norms
 
 __all__ = ["compressible", "families", "require_supported"]
 
@@ -33,26 +34,37 @@ def compressible(model: nn.Module) -> ModelView:
         if isinstance(model, family.classes):
             return family(model)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    known = ", ".join(f"{one.__name__}" for family in families() for one in family.classes)
+    classes = tuple(one for family in families() for one in family.classes)
+    if (step := what_to_pass(model, classes)) is not None:
+        raise UnsupportedModelError(f"The model is a {kind}, and not one of timm's models: {step}.")
     raise UnsupportedModelError(
-        f"Models of type {kind} are not supported; timm's {known} are (`dcvit families` lists the families). "
-        "Another family needs an adapter in dcvit/models/ (see ModelView)."
+        f"Models of type {kind} are not supported; timm's {', '.join(one.__name__ for one in classes)} are (`dcvit "
+        "families` lists the families). Create one of these with timm.create_model; weights of the same architecture "
+        "may load into it."
     )
 
 
 def require_supported(model: nn.Module) -> ModelView:
     """The adapter of a model, after looking for anything in it that cannot be handled.
 
+    The adapter's own model is the given one, or one that shares its weights and has plain BatchNorms where the given
+    one has synchronised or frozen ones.
+
     Raises:
         UnsupportedModelError: Naming the part: its type, a dtype other than float32 or float64, a device that is
             neither CPU nor CUDA, or more than one of them.
     """
-    view = compressible(model)
+    compressible(model)
+    require_plain_parts(model)
+    view = compressible(with_plain_norms(model))
     tensors = [*model.parameters(), *model.buffers()]
     places = {(tensor.dtype, tensor.device) for tensor in tensors if tensor.is_floating_point()}
-    if len(places) > 1:
+    if len(places) != 1:
         listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
-        raise UnsupportedModelError(f"The model's parameters are {listed}: move them to one dtype and device.")
+        raise UnsupportedModelError(
+            f"The model's parameters are {listed or 'no floats'}: expected all of one dtype, on one device; move them "
+            "there, model.to(torch.float32), model.to('cpu')."
+        )
     ((dtype, device),) = places
     if device.type == "meta":
         raise UnsupportedModelError("The model is on the meta device, without weights: load it on a CPU or a GPU.")

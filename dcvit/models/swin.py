@@ -21,7 +21,18 @@ from dcvit.models.base import ModelView, OutputLayer
 from dcvit.models.blocks import CompressedBlock, mlp_sublayer_cost
 from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule, keep_hidden_units
 from dcvit.models.modeling.swin import ARCHITECTURE, build, create, swin_places
-from dcvit.models.rebuild import layer_settings, named_key, norm_spec, num_params, rebuilt, require_same, saved_config
+from dcvit.models.rebuild import (
+    ANOTHER_MODEL,
+    layer_settings,
+    named_key,
+    norm_spec,
+    num_classes,
+    num_params,
+    rebuilt,
+    require_class,
+    require_same,
+    saved_config,
+)
 
 __all__ = ["SwinView"]
 
@@ -54,21 +65,17 @@ class SwinView(ModelView):
         return 1.0
 
     def check(self) -> None:
-        if type(self.model) not in self.classes:
-            raise UnsupportedModelError(
-                f"The model is a {type(self.model).__qualname__}, a subclass that dcvit does not know; it could not be "
-                "rebuilt from its saved form."
-            )
+        require_class(self.model, self.classes)
         depths = [len(stage.blocks) for stage in self.model.layers]
         if 0 in depths:
             raise UnsupportedModelError(
                 f"Stage {depths.index(0)} of the model has no blocks (depths={depths}): expected at least one block in "
-                "each stage."
+                f"each stage. {ANOTHER_MODEL}"
             )
         if not self.model.head.global_pool.pool_type and self.num_classes():
             raise UnsupportedModelError(
                 "The model classifies each position (global_pool=''): call model.reset_classifier(0) for a backbone, "
-                "or give it a pooling."
+                "or give it a pooling, model.reset_classifier(num_classes, 'avg')."
             )
         self._model_args()
 
@@ -117,9 +124,6 @@ class SwinView(ModelView):
 
     def final_norm(self, state: Tensor) -> Tensor:
         return self.as_tokens(self.model.norm(state))
-
-    def num_classes(self) -> int:
-        return int(self.model.num_classes)
 
     def logits(self, tokens: Tensor) -> Tensor:
         # Pooling does not ask where a token was.
@@ -238,7 +242,7 @@ class SwinView(ModelView):
         args = _read_model_args(self.model)
         with torch.device("meta"):
             twin = build(**args, compressed_block=CompressedBlock)
-        require_same(self.model, twin, "Swin", "_read_model_args in dcvit/models/swin.py")
+        require_same(self.model, twin, "Swin")
         return args
 
 
@@ -247,22 +251,19 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
         raise UnsupportedModelError(
-            f"patch_embed is a {type(embed).__qualname__}; only timm's PatchEmbed is supported."
+            f"patch_embed is a {type(embed).__qualname__}; only timm's PatchEmbed is supported. {ANOTHER_MODEL}"
         )
     blocks = [blocks[index] for blocks, index in swin_places(model)]
     for i, block in enumerate(blocks):
         if type(block) not in (*_WHOLE, CompressedBlock, DroppedBlock):
             raise UnsupportedModelError(
                 f"Block {i} is a {type(block).__qualname__}; supported are timm's SwinTransformerBlock and "
-                "SwinTransformerV2Block."
+                f"SwinTransformerV2Block. {ANOTHER_MODEL}"
             )
         if not isinstance(block, DroppedBlock) and type(block.mlp) is not Mlp:
-            raise UnsupportedModelError(f"Block {i}: mlp is a {type(block.mlp).__qualname__}; only Mlp is supported.")
-    whole = next((block for block in blocks if isinstance(block, _WHOLE)), None)
-    if whole is None:
-        raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
-    # A stage without attention: these sizes are those of its neighbours, and nothing is made of them.
-    of_stage = [next((block for block in stage.blocks if isinstance(block, _WHOLE)), whole) for stage in model.layers]
+            raise UnsupportedModelError(
+                f"Block {i}: mlp is a {type(block.mlp).__qualname__}; only Mlp is supported. {ANOTHER_MODEL}"
+            )
     dims = [_width(stage) for stage in model.layers]
     first = isinstance(model, SwinTransformer)
     ratios = [_ratio(stage, dim if first else max(dims)) for stage, dim in zip(model.layers, dims, strict=True)]
@@ -274,34 +275,48 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "img_size": list(embed.img_size),
         "patch_size": list(embed.patch_size),
         "in_chans": embed.proj.in_channels,
-        "num_classes": int(model.num_classes),
+        "num_classes": num_classes(model),
         "global_pool": model.head.global_pool.pool_type,
         "embed_dim": dims[0],
         "depths": [len(stage.blocks) for stage in model.layers],
-        "num_heads": [
-            block.attn.num_heads if block.dim == dim else 1 for block, dim in zip(of_stage, dims, strict=True)
-        ],
-        "window_size": [list(block.window_size) for block in of_stage],
-        "always_partition": bool(whole.always_partition),
+        "mlp_ratio": ratios if first else ratios[0],
         "strict_img_size": bool(embed.strict_img_size),
-        "qkv_bias": (whole.attn.qkv.bias if first else whole.attn.q_bias) is not None,
         "norm_layer": norm_spec("norm", model.norm),
         "per_layer_config": {
             str(i): settings
             for i, (block, widest) in enumerate(zip(blocks, made, strict=True))
             if (settings := layer_settings(block, widest)) is not None
         },
+        **_attention_args(model, blocks, dims),
     }
-    if first:
+    mlp = next((block.mlp for block in blocks if not isinstance(block, DroppedBlock)), None)
+    if not first and mlp is not None:
+        args["act_layer"] = named_key(ACTIVATIONS, "mlp.act", type(mlp.act))
+    return args
+
+
+def _attention_args(model: TimmModule, blocks: Sequence[TimmModule], dims: Sequence[int]) -> dict[str, Any]:
+    """What attention tells of the constructor's arguments; where none is left, none is built that they would shape."""
+    whole = next((block for block in blocks if isinstance(block, _WHOLE)), None)
+    if whole is None:
+        return {"num_heads": [1] * len(dims), "window_size": [[7, 7]] * len(dims)}  # timm's own windows
+    # A stage without attention: these sizes are those of its neighbours, and nothing is made of them.
+    of_stage = [next((block for block in stage.blocks if isinstance(block, _WHOLE)), whole) for stage in model.layers]
+    heads = [block.attn.num_heads if block.dim == dim else 1 for block, dim in zip(of_stage, dims, strict=True)]
+    args: dict[str, Any] = {
+        "num_heads": heads,
+        "window_size": [list(block.window_size) for block in of_stage],
+        "always_partition": bool(whole.always_partition),
+    }
+    if isinstance(model, SwinTransformer):
         widths = [block.attn.qkv.out_features // 3 for block in of_stage]
+        args["qkv_bias"] = whole.attn.qkv.bias is not None
         args["head_dim"] = [
             width // block.attn.num_heads if block.dim == dim else None
             for width, block, dim in zip(widths, of_stage, dims, strict=True)
         ]
-        args["mlp_ratio"] = ratios
     else:
-        args["mlp_ratio"] = ratios[0]
-        args["act_layer"] = named_key(ACTIVATIONS, "mlp.act", type(whole.mlp.act))
+        args["qkv_bias"] = whole.attn.q_bias is not None
         args["pretrained_window_sizes"] = [list(block.attn.pretrained_window_size) for block in of_stage]
     return args
 

@@ -19,8 +19,8 @@ def freeze(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: If the model cannot be compressed.
     """
-    require_supported(model)
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    teacher: nn.Module = copy.deepcopy(require_supported(model).model)
+    return teacher.eval().requires_grad_(False)
 
 
 @contextmanager

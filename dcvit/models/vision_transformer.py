@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dcvit.costs import BlockCost, Cost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import CompressedBlock, MlpSublayer, WholeBlock, attention_sublayer, mlp_sublayer_cost
-from dcvit.models.isotropic import IsotropicView, require_one_answer
+from dcvit.models.isotropic import IsotropicView, has_post_norm, require_one_answer
 from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule
 from dcvit.models.modeling.variations import (
     ConvolutionalAttention,
@@ -36,7 +36,17 @@ from dcvit.models.modeling.variations import (
     share_weights,
 )
 from dcvit.models.modeling.vision_transformer import ARCHITECTURE, BLOCKS, build, create
-from dcvit.models.rebuild import layer_settings, named_key, norm_spec, num_params, require_same, timm_type
+from dcvit.models.rebuild import (
+    ANOTHER_MODEL,
+    layer_settings,
+    named_key,
+    norm_spec,
+    num_classes,
+    num_params,
+    require_class,
+    require_same,
+    timm_type,
+)
 
 __all__ = [
     "VisionTransformerView",
@@ -83,11 +93,7 @@ class VisionTransformerView(IsotropicView):
         return 1.0 if deit else 0.6
 
     def check(self) -> None:
-        if type(self.model) not in self.classes:
-            raise UnsupportedModelError(
-                f"The model is a {type(self.model).__qualname__}, a subclass of VisionTransformer that dcvit does not "
-                "know; it could not be rebuilt from its saved form."
-            )
+        require_class(self.model, self.classes)
         require_one_answer(self.model)
         self._model_args()
         shared = [block for block, module in enumerate(self.model.blocks) if isinstance(module, SharedBlock)]
@@ -131,7 +137,7 @@ class VisionTransformerView(IsotropicView):
         args = _read_model_args(self.model)
         with torch.device("meta"):
             twin = build(**args, compressed_block=CompressedBlock)
-        require_same(self.model, twin, "VisionTransformer", "_read_model_args in dcvit/models/vision_transformer.py")
+        require_same(self.model, twin, "VisionTransformer")
         return args
 
 
@@ -141,35 +147,26 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     if type(embed) is not PatchEmbed:
         raise UnsupportedModelError(
             f"patch_embed is a {type(embed).__qualname__}; only timm's PatchEmbed (one strided convolution) is "
-            "supported. A convolutional stem would need its own cost and rebuild in the adapter."
+            f"supported. {ANOTHER_MODEL}"
         )
     if embed.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
-    whole = [b for b in model.blocks if timm_type(b) in BLOCKS.values() or isinstance(b, MADE_OF_BLOCKS)]
     for i, block in enumerate(model.blocks):
         if not isinstance(block, (*BLOCKS.values(), MlpSublayer, DroppedBlock, *MADE_OF_BLOCKS)):
             raise UnsupportedModelError(
-                f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock. "
-                "Where attention and MLP run in parallel or in several branches, the cut is not defined."
+                f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock, whose MLP "
+                f"follows the attention. {ANOTHER_MODEL}"
             )
-    if not whole:
-        raise UnsupportedModelError("No block of the model has attention left: there is nothing to compress.")
-    block = next((b for b in whole if not isinstance(b.attn, ConvolutionalAttention)), whole[0])
-    attention = block.attn
+    embed_dim = int(model.embed_dim)
+    head_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
+    block = _telling_block(model)
     # Blocks are cut from the widest: what `build` makes loses units and gains none.
-    mlp = max((b.mlp for b in model.blocks if not isinstance(b, DroppedBlock)), key=lambda mlp: mlp.fc2.in_features)
-    intermediate_size = _fc1_features(mlp)
+    mlps = [b.mlp for b in model.blocks if not isinstance(b, DroppedBlock)] or [block.mlp]
+    mlp = max(mlps, key=lambda mlp: mlp.fc2.in_features)
+    intermediate_size = max(_fc1_features(mlp), 2)  # of an MLP without units timm would initialise nothing, and warn
     if model.attn_pool is not None and model.attn_pool.mlp is not None:  # which is as wide as the uncut blocks
         intermediate_size = max(intermediate_size, model.attn_pool.mlp.fc1.out_features)
     widest = intermediate_size // (2 if type(mlp) is GluMlp else 1)
-    convolved = isinstance(attention, ConvolutionalAttention)  # as all are, then
-    if type(attention) is not Attention and not convolved:
-        raise UnsupportedModelError(
-            f"blocks.*.attn is a {type(attention).__qualname__}; only timm's Attention, whose cost is known, is "
-            "supported."
-        )
-    embed_dim = int(model.embed_dim)
-    head_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
     per_layer = {
         str(i): settings
         for i, module in enumerate(model.blocks)
@@ -179,18 +176,15 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "img_size": list(embed.img_size),
         "patch_size": list(embed.patch_size),
         "in_chans": embed.proj.in_channels,
-        "num_classes": int(model.num_classes),
+        "num_classes": num_classes(model),
         "global_pool": model.global_pool,
         "embed_dim": embed_dim,
         "depth": len(model.blocks),
-        "num_heads": embed_dim // attention.head_dim,
+        **_attention_args(model),
         "intermediate_size": intermediate_size,
-        "qkv_bias": (attention.v if convolved else attention.qkv).bias is not None,
-        "qk_norm": not convolved and not isinstance(attention.q_norm, nn.Identity),
-        "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
+        "proj_bias": mlp.fc2.bias is not None,  # as of attention's last layer
         "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
-        "proj_bias": attention.proj.bias is not None,
-        "layer_scale": isinstance(getattr(block, "ls1", None), LayerScale),
+        "layer_scale": isinstance(getattr(block, "ls2", None), LayerScale),
         "class_token": model.cls_token is not None,
         "pos_embed": "none" if model.pos_embed is None else "learn",
         "no_embed_class": bool(model.no_embed_class),
@@ -202,16 +196,50 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "dynamic_img_size": bool(model.dynamic_img_size),
         "dynamic_img_pad": bool(embed.dynamic_img_pad),
         "embed_norm_layer": None if isinstance(embed.norm, nn.Identity) else norm_spec("patch_embed.norm", embed.norm),
-        "norm_layer": norm_spec("blocks.*.norm1", block.norm1),
+        "norm_layer": norm_spec("blocks.*.norm2", block.norm2),
         "act_layer": named_key(ACTIVATIONS, "blocks.*.mlp.act", type(mlp.act)),
-        "block_fn": "pre_norm"
-        if isinstance(block, MADE_OF_BLOCKS)
-        else named_key(BLOCKS, "blocks.*", timm_type(block)),
+        "block_fn": "res_post_norm" if has_post_norm(block) else "pre_norm",
         "mlp_layer": _mlp_key(mlp),
         "distilled": isinstance(model, VisionTransformerDistilled),
         "per_layer_config": per_layer,
     }
     return args
+
+
+def _telling_block(model: TimmModule) -> TimmModule:
+    """A block that tells what all have in common: norms, LayerScale, their order. One with attention, if any has it."""
+    left = [block for block in model.blocks if not isinstance(block, DroppedBlock)]
+    if left:
+        return next((block for block in left if hasattr(block, "attn")), left[0])
+    # No block is left to tell, and none is built; the norms around the blocks are of the same type.
+    norms = [norm for norm in (model.norm, model.fc_norm, model.norm_pre) if not isinstance(norm, nn.Identity)]
+    with torch.device("meta"):
+        block = Block(int(model.embed_dim), num_heads=1)
+    block.norm2 = norms[0] if norms else block.norm2
+    block.mlp = getattr(model.attn_pool, "mlp", None) or block.mlp
+    return block
+
+
+def _attention_args(model: TimmModule) -> dict[str, Any]:
+    """What attention tells of the constructor's arguments; where none is left, nothing is made of those that are
+    missing.
+    """
+    left = [block.attn for block in model.blocks if hasattr(block, "attn")]
+    if not left:  # only a pooling of so many heads
+        return {"num_heads": 1 if model.attn_pool is None else model.attn_pool.num_heads}
+    attention = next((one for one in left if not isinstance(one, ConvolutionalAttention)), left[0])
+    convolved = isinstance(attention, ConvolutionalAttention)  # as all are, then
+    if type(attention) is not Attention and not convolved:
+        raise UnsupportedModelError(
+            f"blocks.*.attn is a {type(attention).__qualname__}; only timm's Attention, whose cost is known, is "
+            f"supported. {ANOTHER_MODEL}"
+        )
+    return {
+        "num_heads": int(model.embed_dim) // attention.head_dim,
+        "qkv_bias": (attention.v if convolved else attention.qkv).bias is not None,
+        "qk_norm": not convolved and not isinstance(attention.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
+    }
 
 
 @register_model
@@ -282,7 +310,8 @@ def fuse_tokens(model: TimmModule, block: int, keep_rate: float) -> None:
         )
     if timm_type(model.blocks[block]) is not Block:
         raise UnsupportedModelError(
-            f"blocks.{block} is a {type(model.blocks[block]).__qualname__}; tokens can end only in timm's Block."
+            f"blocks.{block} is a {type(model.blocks[block]).__qualname__}; tokens can end only in timm's Block: use "
+            "another method."
         )
     for i, module in enumerate(model.blocks):
         if isinstance(getattr(module, "attn", None), ConvolutionalAttention):
@@ -344,7 +373,7 @@ def _mlp_key(mlp: TimmModule) -> str:
     if type(mlp) is GluMlp and not mlp.gate_last:
         return "swiglu_packed"
     raise UnsupportedModelError(
-        f"blocks.*.mlp is a {type(mlp).__qualname__}; supported are Mlp, SwiGLU and SwiGLUPacked."
+        f"blocks.*.mlp is a {type(mlp).__qualname__}; supported are Mlp, SwiGLU and SwiGLUPacked. {ANOTHER_MODEL}"
     )
 
 

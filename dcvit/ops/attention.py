@@ -61,8 +61,8 @@ def eager(qkv: Tensor) -> Tensor:
 
 # Schema, with the kernels and fakes that go with it.
 #
-# If `save` is set, the forward returns the probabilities [B, H, keys, queries] for its backward; otherwise it returns
-# them for no images. They take N / 3E of the memory of qkv.
+# If `save` is set, the forward also returns the probabilities [B, H, keys, queries], which its backward needs;
+# otherwise their batch size is 0. They take N / 3E of the memory of qkv.
 
 _SCHEMA = "(Tensor qkv, bool save) -> (Tensor out, Tensor probabilities)"
 _BACKWARD_SCHEMA = "(Tensor grad, Tensor qkv, Tensor probabilities) -> Tensor"

@@ -80,8 +80,8 @@ def _differences(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _power(norms: Tensor, beta: float) -> Tensor:
-    # 0^beta has an infinite slope for beta < 1. The outer mask selects the value; the inner one prevents 0 * inf = NaN in
-    # the gradient.
+    # 0^beta has an infinite slope for beta < 1. The outer mask selects the value, and the inner one prevents
+    # 0 * inf = NaN in the gradient.
     positive = norms > 0
     return torch.where(positive, torch.where(positive, norms, 1.0) ** beta, 0.0)
 

@@ -33,6 +33,7 @@ from dcvit.costs import Cost
 from dcvit.errors import BudgetError
 from dcvit.history import BlockSpec, Plan, SensitivityCurve
 from dcvit.metrics.cost import spent
+from dcvit.models import require_supported
 from dcvit.models.surgery import pruned_skeleton
 from dcvit.search.allocate import search_structure
 from dcvit.search.space import SearchSpace, search_space, searched
@@ -64,6 +65,7 @@ def plan(model: nn.Module, budget: Budget, config: DCViT | None = None) -> Plan:
             f"{budget.metric}={budget.value!r}: latency has to be measured, call "
             "dcvit.search.latency.plan_latency(model, budget)."
         )
+    model = require_supported(model).model
     space = search_space(model, config)
     if budget.metric == "activation_memory":
         return _plan_activation_memory(model, budget, space)

@@ -189,7 +189,10 @@ def choose_candidates(
         )
         if not candidates:
             considered = [block for group in inner for block in group]
-            raise BudgetError(f"None of the blocks {considered} has {view.removed} left to remove.")
+            raise BudgetError(
+                f"None of the blocks {considered} has {view.removed} left to remove: compress the original, to "
+                "a smaller budget."
+            )
         return candidates
     for block in requested:
         if not 0 <= block < depth:
@@ -197,7 +200,9 @@ def choose_candidates(
                 f"candidates={list(requested)}: block {block} does not exist, the model has 0 to {depth - 1}."
             )
         if not cost.blocks[block].compressible:
-            raise BudgetError(f"candidates={list(requested)}: block {block} has no {view.removed} left to remove.")
+            raise BudgetError(
+                f"candidates={list(requested)}: block {block} has no {view.removed} left to remove; leave it out."
+            )
     for group in groups:
         present = [block for block in group if block in requested]
         if present and len(present) < len(group):
@@ -217,7 +222,7 @@ def search_space(model: nn.Module, config: DCViT) -> SearchSpace:
     view = require_supported(model)
     cost = view.cost()
     groups = view.groups()
-    candidates = choose_candidates(model, config.candidates, cost)
+    candidates = choose_candidates(view.model, config.candidates, cost)
     counts: Sequence[int] = range(1, len(candidates) + 1)
     if config.num_blocks is not None:
         if config.num_blocks > len(candidates):

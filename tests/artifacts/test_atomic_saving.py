@@ -8,6 +8,7 @@ import copy
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -691,6 +692,37 @@ def test_weights_that_do_not_fit_are_no_bad_input(
     assert in_child(lambda: os._exit(main(asked)), most_bytes=20_000).code == 1
     assert not (tmp_path / "out-float32").exists()
     assert not (tmp_path / "out" / "model.pt2").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "report of a family", "onnx", "push"])
+def test_every_writer_says_in_one_sentence_that_the_disk_is_full(
+    command: str, results: tuple[dcvit.CompressionResult, ...], families: tuple[dcvit.Family, ...], tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What native code writes fails for real: a limit on the size of files stands for the full disk."""
+    if command == "onnx":
+        pytest.importorskip("onnxscript")
+    place = tmp_path / "out"
+    (families if command == "report of a family" else results)[0].save(place)
+    asked = {"report": ["report"], "report of a family": ["report"], "push": ["push"]}.get(
+        command, ["export", "--format", command]
+    )
+    asked += [str(place), *(["someone/small"] if command == "push" else [])]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capfd.readouterr()
+
+    def run() -> None:
+        code = main(asked)
+        sys.stderr.flush()
+        os._exit(code)
+
+    assert in_child(run, most_bytes=5_000).code == 1
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    sentences = [line for line in error.splitlines() if line.startswith("dcvit: ")]
+    assert len(sentences) == 1, error
+    assert re.search(r"cannot be written|no copy can be made", sentences[0])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 ON_A_SMALL_DISK = """

@@ -273,7 +273,8 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "images channels": (
         lambda at: at.compress(images=torch.zeros(4, 3, 8, 8)),
-        "The images have 3 channels (shape [4, 3, 8, 8]): the model takes 1.",
+        "The images have 3 channels (shape [4, 3, 8, 8]): the model takes 1. Convert them, or create the model with "
+        "in_chans=3.",
     ),
     "images size": (
         lambda at: at.compress(images=torch.zeros(4, 1, 9, 9)),
@@ -304,7 +305,10 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
     ),
     "images empty folder": (
         lambda at: at.compress(images=at.tmp / "empty"),
-        ("The folder 'TMP/empty' holds no image files (.jpg, .jpeg, .png, .bmp, .webp, .tif, .tiff, .ppm, .pgm)."),
+        (
+            "The folder 'TMP/empty' holds no image files (.jpg, .jpeg, .png, .bmp, .webp, .tif, .tiff, .ppm, .pgm): "
+            "put some there, or name another folder."
+        ),
     ),
     "images type": (
         lambda at: at.compress(images=42),

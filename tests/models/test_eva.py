@@ -12,7 +12,7 @@ from torch import nn
 import dcvit
 from dcvit.artifacts.export import export_model
 from dcvit.artifacts.result import save_model
-from dcvit.errors import UnsupportedModelError
+from dcvit.errors import BudgetError, UnsupportedModelError
 from dcvit.models import compressible, require_supported
 from tests.conftest import quick
 from tests.models.test_models import cut, images_for
@@ -194,12 +194,20 @@ def without_attention() -> nn.Module:
         (with_another_attention, r"blocks\.1\.attn is a Identity; only timm's EvaAttention"),
         (with_another_part, r"blocks\.2\.attn\.proj"),
         (lambda: EVA_VARIANTS["eva02"].create(norm_layer=nn.LayerNorm), r"norm_layer=.*that config\.json cannot hold"),
-        (without_attention, "No block of the model has attention left"),
     ],
 )
 def test_what_cannot_be_rebuilt_is_refused_by_name(create: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         require_supported(create())
+
+
+def test_without_attention_there_is_nothing_to_compress() -> None:
+    model = without_attention()
+    require_supported(model)  # it can be evaluated, exported and saved
+    with pytest.raises(
+        BudgetError, match=r"None of the blocks \[1, 2\] has attention left to remove: compress the orig"
+    ):
+        dcvit.compress(model, images_for(model), dcvit.Budget(macs=0.8))
 
 
 def test_methods_of_another_family_are_refused() -> None:

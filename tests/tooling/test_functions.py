@@ -17,6 +17,7 @@ ALLOWED = {
     "dcvit.models.modeling.vision_transformer.build": "its arguments are the fields of a saved `config.json`",
     "dcvit.models.modeling.eva.build": "its arguments are the fields of a saved `config.json`",
     "dcvit.models.modeling.swin.build": "its arguments are the fields of a saved `config.json`",
+    "dcvit.models.modeling.cnn.build": "its arguments are the fields of a saved `config.json`",
 }
 """Functions of more parameters, each with the reason."""
 

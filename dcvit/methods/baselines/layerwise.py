@@ -186,9 +186,10 @@ def layer_pairs(model: nn.Module, block: int, states: Iterable[Tensor], views: V
         for state in states:
             module(state)
             part = slice(first, first + len(state))
-            # A Swin block flattens its positions before its MLP.
+            # A Swin block flattens its positions before its MLP, a compressed one does not.
             inputs, output = seen.pop()
             tokens = output if output.ndim == 3 else view.as_tokens(output)
+            inputs = inputs if isinstance(layer, nn.Conv2d) else inputs.flatten(1, -2)
             yield LayerPair(layer, inputs, tokens, views.token_indices(tokens.shape[1], part), views.held_out[part])
             first = part.stop
     finally:

@@ -13,14 +13,16 @@ from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, Squ
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
-from dcvit.models.modeling.shared import DroppedBlock, TimmModule, create_base
+from dcvit.models.modeling.shared import DroppedBlock, TimmModule, create_base, require_arguments
 
 __all__ = [
     "ARCHITECTURE",
     "FILES",
+    "STEM",
     "Pointwise",
     "PointwiseBlock",
     "build",
+    "change_stem",
     "cnn_places",
     "cnn_stages",
     "create",
@@ -31,6 +33,7 @@ __all__ = [
     "keep_filters",
     "last_activation",
     "prune_cnn",
+    "stem_layers",
 ]
 
 ARCHITECTURE = "dcvit_residual_cnn"
@@ -39,6 +42,10 @@ ARCHITECTURE = "dcvit_residual_cnn"
 
 FILES = ("timm.models.resnet", "timm.models.efficientnet", "timm.models.regnet")
 """Where timm has the architectures that a compressed CNN may be of."""
+
+
+STEM = ("kernel_size", "stride", "padding", "bias")
+"""What `config.json` says of a first convolution that is not the architecture's."""
 
 
 class Pointwise(nn.Conv2d):
@@ -106,6 +113,7 @@ def build(
     in_chans: int,
     global_pool: str,
     per_layer_config: Mapping[str, Mapping[str, Any]],
+    stem: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """The CNN that the `model_args` of a `config.json` describe, freshly initialised.
@@ -118,13 +126,40 @@ def build(
         global_pool: The pooling.
         per_layer_config: By the number of a residual block (see `cnn_places`): `skip` names `block` or `convolution`,
             or nothing where only filters went; `intermediate_size` is how many are left.
+        stem: What differs there from the architecture, as for small images, see `change_stem`.
         kwargs: Drop rates, which timm's scripts pass.
     """
     model = create_base(
         base, base_args, FILES, kwargs, num_classes=num_classes, in_chans=in_chans, global_pool=global_pool
     )
+    change_stem(model, stem or {})
     prune_cnn(model, per_layer_config)
     return model
+
+
+def change_stem(model: nn.Module, stem: Mapping[str, Any]) -> None:
+    """In place: a CNN's first convolution becomes another, or the pooling behind it goes.
+
+    Args:
+        model: The CNN.
+        stem: `kernel_size`, `stride`, `padding` and `bias` of a convolution, or none of them; `pool`, if it is not
+            there.
+    """
+    require_arguments("stem", stem, {*STEM, "pool"})
+    if not stem.get("pool", True):
+        model.maxpool = nn.Identity()
+    if settings := {name: stem[name] for name in STEM if name in stem}:
+        holder, name, norm = stem_layers(model)
+        first = next(part for part in getattr(holder, name).modules() if isinstance(part, nn.Conv2d))
+        made = nn.Conv2d(first.in_channels, len(norm.weight), **settings)
+        setattr(holder, name, made.to(first.weight))
+
+
+def stem_layers(model: TimmModule) -> tuple[TimmModule, str, TimmModule]:
+    """The module that holds a CNN's first convolution, the name in it, and the norm behind it."""
+    if isinstance(model, resnet.ResNet):
+        return model, "conv1", model.bn1
+    return (model, "conv_stem", model.bn1) if isinstance(model, EfficientNet) else (model.stem, "conv", model.stem.bn)
 
 
 def prune_cnn(model: nn.Module, per_layer_config: Mapping[str, Mapping[str, Any]]) -> None:

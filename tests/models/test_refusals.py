@@ -1,0 +1,346 @@
+"""Models that other tools have wrapped or changed: each is taken, or refused with what the user passes instead."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import dcvit
+from dcvit.errors import UnsupportedModelError
+from dcvit.models import compressible, families, load_model, require_supported
+from dcvit.search.plan import plan
+from tests.conftest import QUICK, quick
+from tests.models.test_cnn import create as cnn
+from tests.models.test_swin import create as swin
+from tests.variants import EVA_VARIANTS, VARIANTS
+from tests.without_dcvit import output_without_dcvit
+
+MIR = quick("mir")
+"""A method that drops blocks, which is quick for a CNN."""
+
+
+def vit() -> Any:
+    return VARIANTS["plain"].create()
+
+
+class Wrapper(nn.Module):
+    """A user's module around a timm model."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return [part(x) for part in self.children()]
+
+
+def of_package(name: str, kind: type[nn.Module]) -> type[nn.Module]:
+    """A class that says of itself that it is of a package, which need not be installed."""
+    return type(kind.__name__, (kind,), {"__module__": name})
+
+
+def with_part(name: str, make: Callable[[Any], nn.Module], model: Any = None) -> nn.Module:
+    """A ViT in which one part is replaced by what is made of it."""
+    model = vit() if model is None else model
+    model.set_submodule(name, make(model.get_submodule(name)))
+    return model
+
+
+def renamed(part: nn.Module, package: str) -> nn.Module:
+    part.__class__ = of_package(package, type(part))
+    return part
+
+
+def parametrized(model: Any) -> Any:
+    parametrizations.weight_norm(model.blocks[1].mlp.fc1)
+    return model
+
+
+def pruned(model: Any) -> Any:
+    prune.l1_unstructured(model.blocks[1].mlp.fc1, "weight", amount=0.5)
+    return model
+
+
+def with_old_spectral_norm(model: Any) -> Any:
+    torch.nn.utils.spectral_norm(model.blocks[2].attn.proj)
+    return model
+
+
+class Quantised(Tensor):
+    """A tensor of a class of its own, as quantisers have them."""
+
+
+def with_weight_of_a_class(model: Any) -> Any:
+    model.blocks[0].mlp.fc1.weight = nn.Parameter(model.blocks[0].mlp.fc1.weight.as_subclass(Quantised))
+    return model
+
+
+def with_another_part(model: Any) -> Any:
+    model.projector = nn.Linear(48, 8)
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "torch.compile": (lambda: torch.compile(vit()), "pass the model that it holds, model._orig_mod (a VisionTrans"),
+    "DataParallel": (lambda: nn.DataParallel(vit()), "pass the model that it holds, model.module (a VisionTrans"),
+    "average": (
+        lambda: torch.optim.swa_utils.AveragedModel(cnn("basic")),
+        "pass the model that it holds, model.module (a ResNet)",
+    ),
+    "EMA of timm": (lambda: timm.utils.ModelEmaV3(vit()), "pass the model that it holds, model.module (a VisionTrans"),
+    "user's module": (lambda: Wrapper(backbone=vit(), head=nn.Linear(10, 2)), "model.backbone (a VisionTransformer)"),
+    "two in one": (
+        lambda: Wrapper(teacher=vit(), student=swin(1)),
+        "one of model.teacher (a VisionTransformer), model.student (a SwinTransformer)",
+    ),
+    "sequence": (lambda: nn.Sequential(nn.Identity(), vit()), "pass the model that it holds, model[1] (a VisionTra"),
+    "compiled wrapper": (
+        lambda: torch.compile(Wrapper(encoder=nn.DataParallel(vit()))),
+        "model._orig_mod.encoder.module (a VisionTransformer)",
+    ),
+    "script": (
+        lambda: torch.jit.trace(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2)),
+        "create the model with timm.create_model, load the script's state_dict() into it",
+    ),
+    "graph": (lambda: torch.fx.symbolic_trace(nn.Linear(2, 2)), "pass the model that the graph was made of"),
+    "torchvision": (torchvision.models.resnet18, "Create one of these with timm.create_model"),
+    "PEFT": (
+        lambda: of_package("peft.peft_model", Wrapper)(base_model=vit()),
+        "merge the adapters into the weights first, model = model.merge_and_unload()",
+    ),
+    "adapters inside": (
+        lambda: with_part("blocks.1.attn.qkv", lambda part: renamed(part, "peft.tuners.lora.layer")),
+        "part blocks.1.attn.qkv is a peft.tuners.lora.layer.Linear: merge the adapters",
+    ),
+    "FSDP": (
+        lambda: of_package("torch.distributed.fsdp.fully_sharded_data_parallel", Wrapper)(inner=vit()),
+        "gather the weights first",
+    ),
+    "quantised layer": (
+        lambda: with_part("blocks.0.mlp.fc2", lambda part: renamed(part, "torch.ao.nn.quantized.dynamic.modules")),
+        "part blocks.0.mlp.fc2 is a torch.ao.nn.quantized.dynamic.modules.Linear: pass the model as it was before",
+    ),
+    "bitsandbytes": (
+        lambda: with_part("blocks.0.mlp.fc1", lambda part: renamed(part, "bitsandbytes.nn.modules")),
+        "pass the model as it was before, with its weights as plain tensors",
+    ),
+    "quantised weight": (
+        lambda: with_weight_of_a_class(vit()),
+        "blocks.0.mlp.fc1.weight is a tests.models.test_refusals.Quantised: pass the model as it was before",
+    ),
+    "parametrized": (
+        lambda: parametrized(vit()),
+        "call torch.nn.utils.parametrize.remove_parametrizations(model.blocks[1].mlp.fc1, 'weight')",
+    ),
+    "pruned": (lambda: pruned(vit()), "call torch.nn.utils.prune.remove(model.blocks[1].mlp.fc1, 'weight')"),
+    "spectral norm": (
+        lambda: with_old_spectral_norm(vit()),
+        "call torch.nn.utils.remove_spectral_norm(model.blocks[2].attn.proj, 'weight')",
+    ),
+    "head of layers": (
+        lambda: with_part("head", lambda head: nn.Sequential(nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 5))),
+        "head, model.head = model.head, torch.nn.Identity(), and give it back: result.model.head = head.",
+    ),
+    "head without bias": (
+        lambda: with_part("fc", lambda head: nn.Linear(head.in_features, 5, bias=False), cnn("basic")),
+        "head, model.fc = model.fc, torch.nn.Identity(), and give it back: result.model.fc = head.",
+    ),
+    "part beside": (lambda: with_another_part(vit()), "with del model.projector, and put it on result.model"),
+    "changed part": (
+        lambda: with_part("blocks.2.mlp.act", lambda part: nn.ReLU()),
+        "Put timm's own part there, or pass a model of timm.create_model that is made with such a part.",
+    ),
+    "group norms": (lambda: timm.create_model("resnet50_gn"), "their norms are GroupNorm. Put a BatchNorm2d"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_names_the_next_step(name: str) -> None:
+    make, step = REFUSED[name]
+    model = make()
+    with pytest.raises(UnsupportedModelError, match=re.escape(step)) as refused:
+        dcvit.compress(model, torch.randn(2, 3, 32, 32), dcvit.Budget(macs=0.8), QUICK)
+    assert not re.search(r"dcvit/|_read_model_args|_base\b|adapter in", str(refused.value))  # nothing internal
+    assert str(refused.value).endswith(".")
+
+
+@pytest.mark.parametrize("name", ["torch.compile", "user's module", "sequence", "two in one", "compiled wrapper"])
+def test_what_a_refusal_says_to_pass_is_taken(name: str) -> None:
+    model = REFUSED[name][0]()
+    with pytest.raises(UnsupportedModelError) as refused:
+        require_supported(model)
+    path = re.search(r"(model[\w.\[\]]+) \(a", str(refused.value))
+    assert path is not None
+    require_supported(eval(path[1], {"model": model}))
+
+
+def test_a_head_can_be_taken_off_and_put_back_as_the_refusal_says() -> None:
+    model: Any = REFUSED["head of layers"][0]()
+    images = torch.randn(6, 3, 32, 32)
+    head, model.head = model.head, nn.Identity()
+    result = dcvit.compress(model, images, dcvit.Budget(macs=0.9), QUICK)
+    student: Any = result.model
+    student.head = head
+    assert student(images).shape == (6, 5)
+
+
+def test_no_refusal_of_dcvit_names_its_own_functions() -> None:
+    for file in (Path(dcvit.__file__).parent / "models").glob("*.py"):
+        assert not re.search(r"or extend|own cost and rebuild|needs an adapter", file.read_text()), file.name
+
+
+# What can be rebuilt is taken.
+
+HEADS: dict[str, tuple[Callable[[], Any], str]] = {
+    "vit": (vit, "head"),
+    "backbone": (VARIANTS["backbone"].create, "head"),
+    "eva": (EVA_VARIANTS["dinov3"].create, "head"),
+    "swin": (lambda: swin(1), "head.fc"),
+    "cnn": (lambda: cnn("basic"), "fc"),
+    "efficientnet": (lambda: cnn("mobilenet"), "classifier"),
+    "regnet": (lambda: cnn("regnet"), "head.fc"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_that_was_replaced_is_read_off_the_model(kind: str, tmp_path: Path) -> None:
+    """`model.num_classes` still says what the head was before."""
+    make, name = HEADS[kind]
+    model = make()
+    width = compressible(model).features(compressible(model).tokens(torch.zeros(1, *compressible(model).input_size())))
+    model.set_submodule(name, nn.Linear(width.shape[-1], 5))
+    images = torch.randn(4, *compressible(model).input_size())
+    view = require_supported(model)
+    assert view.num_classes() == 5
+    rebuilt: Any = view.rebuild()
+    assert rebuilt.num_classes == 5
+    torch.testing.assert_close(rebuilt(images), model(images))
+
+
+def test_a_head_that_was_taken_off_makes_a_backbone() -> None:
+    model = with_part("head", lambda head: nn.Identity())
+    assert require_supported(model).num_classes() == 0
+    assert require_supported(model).rebuild()(torch.randn(1, 3, 32, 32)).shape == (1, 48)
+
+
+NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "synchronised": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "timm's synchronised": timm.layers.convert_sync_batchnorm,
+    "frozen": timm.layers.freeze_batch_norm_2d,
+}
+
+
+def with_norms(kind: str, change: str) -> tuple[Any, Any]:
+    """A CNN whose norms another tool has changed, and the same as it was."""
+    plain = cnn(kind)
+    changed = NORMS[change](copy.deepcopy(plain))
+    assert not any(type(module) is nn.BatchNorm2d for module in changed.modules())
+    return changed.eval().requires_grad_(False), plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("basic", "synchronised"), ("basic", "frozen"), ("efficientnet", "timm's synchronised"), ("regnet", "frozen")],
+)
+def test_synchronised_and_frozen_norms_are_taken(kind: str, change: str) -> None:
+    model, plain = with_norms(kind, change)
+    images = torch.randn(2, 3, 32, 32)
+    view, expected = require_supported(model), require_supported(plain)
+    assert view.cost() == expected.cost()
+    for view in (view, expected):
+        block = next(block for block, of in enumerate(view.cost().blocks) if of.compressible)
+        view.model = copy.deepcopy(view.model)
+        view.compress_block(block, range(3))
+    student = view.rebuild()
+    torch.testing.assert_close(student(images), expected.rebuild()(images))
+    assert any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
+
+
+@pytest.mark.parametrize("change", ["synchronised", "frozen"])
+def test_a_compression_of_them_gives_the_weights_that_plain_norms_give(change: str, tmp_path: Path) -> None:
+    """What is saved has plain norms, which compute the same; the caller's model stays as it is."""
+    model, plain = with_norms("basic", change)
+    images, budget = torch.randn(6, 3, 32, 32), dcvit.Budget(macs=0.9)
+    before = copy.deepcopy(model)
+    assert plan(model, budget, QUICK) == plan(plain, budget, QUICK)
+    result, expected = (dcvit.compress(one, images, budget, MIR) for one in (model, plain))
+    assert all(torch.equal(a, b) for a, b in zip(result.model.parameters(), expected.model.parameters(), strict=True))
+    torch.testing.assert_close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
+    assert {type(module) for module in model.modules()} == {type(module) for module in before.modules()}
+    result.save(tmp_path / "small")
+    loaded = load_model(f"local-dir:{tmp_path / 'small'}")
+    torch.testing.assert_close(loaded(images), result.model(images))
+
+
+def for_small_images(kind: str, **convolution: Any) -> Any:
+    """A CNN whose stem keeps the size of small images, as its users change it."""
+    model = cnn(kind)
+    settings = {"kernel_size": 3, "stride": 1, "padding": 1, "bias": False, **convolution}
+    holder, name = {"basic": (model, "conv1"), "regnet": (model.stem if kind == "regnet" else None, "conv")}.get(
+        kind, (model, "conv_stem")
+    )
+    first = getattr(holder, name)
+    setattr(holder, name, nn.Conv2d(first.in_channels, first.out_channels, **settings))
+    if kind == "basic":
+        model.maxpool = nn.Identity()
+    return model.requires_grad_(False)
+
+
+STEMS: dict[str, Callable[[], Any]] = {
+    "CIFAR": lambda: for_small_images("basic"),
+    "with bias": lambda: for_small_images("basic", bias=True),
+    "efficientnet": lambda: for_small_images("mobilenet"),
+    "regnet": lambda: for_small_images("regnet", kernel_size=5, padding="same"),
+    "no pooling": lambda: with_part("maxpool", lambda part: nn.Identity(), cnn("basic")),
+    "deep stem": lambda: with_part(
+        "conv1",
+        lambda part: nn.Conv2d(3, 64, 3, 1, 1),
+        timm.create_model("resnet18d", pretrained_cfg_overlay={"input_size": (3, 32, 32)}).eval(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STEMS)
+def test_a_stem_for_small_images_is_rebuilt(kind: str, tmp_path: Path) -> None:
+    model, images = STEMS[kind](), torch.randn(6, 3, 32, 32)
+    compressible(model).check()
+    rebuilt = compressible(model).rebuild()
+    torch.testing.assert_close(rebuilt(images), model(images))
+
+
+def test_a_student_with_such_a_stem_is_saved_and_loads_with_dcvit_and_without(tmp_path: Path) -> None:
+    images = torch.randn(6, 3, 32, 32)
+    result = dcvit.compress(STEMS["CIFAR"](), images, dcvit.Budget(macs=0.9), MIR)
+    result.save(tmp_path / "small")
+    expected = result.model(images)
+    torch.testing.assert_close(dcvit.load(tmp_path / "small").model(images), expected)
+    torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), expected)
+
+
+def test_a_stem_that_cannot_be_rebuilt_is_refused_by_name() -> None:
+    model = with_part("conv1", lambda part: nn.Conv2d(3, 16, 3, 1, 2, dilation=2), cnn("basic"))
+    with pytest.raises(UnsupportedModelError, match=r"part conv1 is Conv2d\(.*dilation=\(2, 2\).*Put timm's own part"):
+        require_supported(model)
+
+
+def test_a_model_that_is_compiled_in_place_is_taken() -> None:
+    model, images = vit(), torch.randn(6, 3, 32, 32)
+    expected = dcvit.compress(model, images, dcvit.Budget(macs=0.9), QUICK).model(images)
+    model.compile(backend="eager")
+    torch.testing.assert_close(dcvit.compress(model, images, dcvit.Budget(macs=0.9), QUICK).model(images), expected)
+
+
+def test_every_class_of_timms_is_named_to_a_stranger() -> None:
+    with pytest.raises(UnsupportedModelError) as refused:
+        require_supported(nn.Linear(2, 2))
+    assert all(one.__name__ in str(refused.value) for family in families() for one in family.classes)
