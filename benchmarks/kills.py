@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100, help="fewest kills in all; each run is killed once or more")
     parser.add_argument("--full", type=int, default=0, metavar="N", help="runs on a file system that fills up")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="processes of each shared run")
-    parser.add_argument("--at-once", type=int, default=2, help="concurrent runs, with one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, with one thread each")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--child", nargs=2, type=Path, metavar=("OUT", "RUN_DIR"), help="be the run that is killed")
     options = parser.parse_args(argv)
@@ -111,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return fill(folder / f"full-{number}", expected, duration, random.Random(options.seed * 100_000 + number))
 
         stories = repeat(
-            "kills", killed, options.kills, options.at_once, lambda stories: sum(len(s.killed_at) for s in stories)
+            "kills", killed, options.kills, options.jobs, lambda stories: sum(len(s.killed_at) for s in stories)
         )
-        full = repeat("full disks", filled, options.full, options.at_once, len)
+        full = repeat("full disks", filled, options.full, options.jobs, len)
         shared: list[Story] = []
         if options.processes:
             code, error = finish(folder / "shared", options.processes)

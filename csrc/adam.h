@@ -1,5 +1,5 @@
-// One element's Adam step (Kingma and Ba, arXiv 1412.6980, algorithm 1), as torch.optim.Adam applies the bias
-// corrections, and the clip to the valid range.
+// The Adam step of one element (Kingma and Ba, arXiv 1412.6980, algorithm 1), with the bias corrections of
+// torch.optim.Adam, followed by the clip to the valid range.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ struct Adam {
   T eps;
   T rate;  // lr / (1 - beta1^step)
 
-  // The constants are worked out in double precision, as eager's are in Python.
+  // The constants are computed in double precision, as the eager implementation computes them in Python.
   static Adam make(int64_t step, double lr, double beta1, double beta2, double eps) {
     const double count = static_cast<double>(step);
     return {T(beta1),
@@ -31,7 +31,7 @@ struct Adam {
             T(lr / (1 - std::pow(beta1, count)))};
   }
 
-  // Changes x, the first moment m and the second moment v against the gradient g; low <= x <= high afterwards.
+  // Updates x, the first moment m and the second moment v for the gradient g, and clips x to [low, high].
   DCVIT_HD void apply(T& x, T& m, T& v, T g, T low, T high) const {
     m = m * beta1 + rest1 * g;
     v = v * beta2 + rest2 * g * g;

@@ -1,4 +1,4 @@
-// What lets one formula serve the CPU and CUDA.
+// A macro for functions that are compiled for both the CPU and CUDA.
 #pragma once
 
 #if defined(__CUDACC__)

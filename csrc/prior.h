@@ -1,4 +1,4 @@
-// The image prior: sums over differences to four neighbours, and what they become in value and gradient.
+// The image prior: how norms of the images and of their differences to four neighbours give its value and gradient.
 //
 // R(x) = tv_weight sum_d ||D_d x||^beta + l2_weight mean_b ||x_b||, d = right, down, diagonal, antidiagonal.
 #pragma once
@@ -15,7 +15,7 @@ DCVIT_HD double norm_slope(double norm, double weight, double beta) {
   return norm > 0 ? weight * beta * std::pow(norm, beta - 2) : 0.0;
 }
 
-// 0^beta is 0 here for every beta that is allowed.
+// beta is positive, so 0^beta is 0.
 DCVIT_HD double norm_power(double norm, double beta) { return norm > 0 ? std::pow(norm, beta) : 0.0; }
 
 // d(l2_weight mean_b ||x_b||)/dx_b = slope * x_b.

@@ -5,13 +5,13 @@
 namespace dcvit::cpu {
 namespace {
 
-// Squares of a plane's differences to the right, down, diagonal and antidiagonal, then of the pixels themselves.
+// Sums of squares of a plane's right, down, diagonal and antidiagonal differences, then of its pixels.
 using Sums = std::array<double, 5>;
 
 constexpr int kStencilLanes = 16;
 
-// Adds a row's squares, `below` being the next row, or null after the last. Sums in T are as long as a row's share of
-// a lane; rows are added in double.
+// Adds a row's squares. `below` is the next row, or null for the last one. A lane's part of a row is summed in T, and
+// rows are added in double.
 template <typename T>
 DCVIT_HD void add_row(const T* __restrict row, const T* __restrict below, int64_t width,
                       double (*totals)[kStencilLanes]) {
@@ -65,7 +65,7 @@ DCVIT_CLONES void plane_sums(const double* plane, int64_t height, int64_t width,
   add_plane(plane, height, width, sums);
 }
 
-// Each plane's sums are taken by one thread and added in order, so they do not depend on the number of threads.
+// One thread sums each plane, and planes are added in order, so results do not depend on the number of threads.
 template <typename T>
 Norms measure_all(const T* images, int64_t batch, int64_t channels, int64_t height, int64_t width) {
   const int64_t planes = batch * channels, size = height * width;

@@ -1,9 +1,9 @@
 // Self-attention of few tokens: out = softmax(q k^T / sqrt(E)) v for each image and head.
 //
-// A head's products are too small for a call of the BLAS each, so they are done here, in tiles that stay in registers.
-// Scores are held transposed, keys by queries: then the softmax's sums are over rows, and each lane has its own query.
-// All but the queries (in the backward, the output's gradients), which are transposed for that, are read and written
-// where they lie, between those of the other heads.
+// The products of a head are too small for BLAS calls, so they are computed here, in tiles that stay in registers.
+// Scores are stored transposed, keys by queries, so that the softmax sums over rows and each lane has its own query.
+// This needs a transposed copy of the queries (in the backward, of the output's gradients). All other inputs and
+// outputs of a head are read and written in place, between those of the other heads.
 
 #include <cmath>
 #include <tuple>
@@ -15,9 +15,9 @@ namespace dcvit::cpu {
 namespace {
 
 template <typename T>
-constexpr int64_t kLanes = 64 / sizeof(T);  // numbers of an AVX-512 register; for others the compiler cuts it up
+constexpr int64_t kLanes = 64 / sizeof(T);  // numbers in an AVX-512 register; the compiler splits it for smaller ones
 
-constexpr int64_t kGroup = 32;  // terms that are summed before they are added to a longer sum, which is more exact
+constexpr int64_t kGroup = 32;  // terms that are summed before they are added to a longer sum, for accuracy
 
 template <typename T>
 struct Vector {
@@ -26,7 +26,7 @@ struct Vector {
 
 // --- a head ------------------------------------------------------------------------------------------------------
 
-// A matrix whose rows and columns lie `row` and `column` numbers apart.
+// A matrix with strides `row` and `column`, in numbers.
 template <typename T>
 struct Strided {
   const T* data;
@@ -51,7 +51,7 @@ DCVIT_HD void multiply_tile(const Strided<T>& a, const T* b, int64_t b_row, T* c
   for (int row = 0; row < kRows; ++row) *reinterpret_cast<V*>(c + row * c_row) = sums[row];
 }
 
-// The same for `rows` rows, up to kRows.
+// multiply_tile for `rows` rows, at most kRows.
 template <int kRows, typename T>
 DCVIT_HD void multiply_rest(const Strided<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows,
                             int64_t inner) {
@@ -64,11 +64,11 @@ DCVIT_HD void multiply_rest(const Strided<T>& a, const T* b, int64_t b_row, T* c
   }
 }
 
-// c = a b, of `columns` in whole vectors; rows of b and c lie b_row and c_row apart.
+// c = a b, where `columns` is a multiple of the vector length; rows of b and c are b_row and c_row apart.
 template <typename T>
 DCVIT_HD void multiply(const Strided<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows, int64_t inner,
                        int64_t columns) {
-  constexpr int kTile = 6;  // with AVX2, whose vectors are half as long, 12 of 16 registers
+  constexpr int kTile = 6;  // takes 12 of AVX2's 16 registers, which hold half a vector each
   for (int64_t column = 0; column < columns; column += kLanes<T>) {
     int64_t row = 0;
     for (; row + kTile <= rows; row += kTile) {
@@ -80,7 +80,7 @@ DCVIT_HD void multiply(const Strided<T>& a, const T* b, int64_t b_row, T* c, int
   }
 }
 
-// [columns, padded] from [rows, columns], with zeros behind the rows.
+// Transposes [rows, columns] to [columns, padded], with zeros after the rows.
 template <typename T>
 DCVIT_HD void transpose(const T* from, int64_t from_row, T* to, int64_t rows, int64_t padded, int64_t columns) {
   for (int64_t column = 0; column < columns; ++column) {
@@ -89,7 +89,7 @@ DCVIT_HD void transpose(const T* from, int64_t from_row, T* to, int64_t rows, in
   }
 }
 
-// s = softmax(scale * s) of each column of [rows, padded].
+// s = softmax(scale * s), for each column of s [rows, padded].
 template <typename T>
 DCVIT_HD void softmax(T* s, int64_t rows, int64_t padded, T scale) {
   for (int64_t column = 0; column < padded; column += kLanes<T>) {
@@ -108,7 +108,7 @@ DCVIT_HD void softmax(T* s, int64_t rows, int64_t padded, T scale) {
         for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
           const T x = (values[lane] - largest[lane]) * scale;
           const T power = exp_nonpositive(x);
-          // Below -87 it is less than float's smallest normal number. Only NaN is not at most zero; it stays.
+          // Below -87, exp(x) is less than float's smallest normal number. An x that is not at most 0 is NaN and stays.
           values[lane] = x < T(-87) ? T(0) : x <= T(0) ? power : x;
           group[lane] += values[lane];
         }
@@ -123,7 +123,7 @@ DCVIT_HD void softmax(T* s, int64_t rows, int64_t padded, T scale) {
   }
 }
 
-// s = p (s - sum(p s)) scale, the softmax's gradient, of each column of [rows, padded].
+// s = p (s - sum(p s)) scale, the softmax's gradient, for each column of s [rows, padded].
 template <typename T>
 DCVIT_HD void softmax_gradient(const T* p, T* s, int64_t rows, int64_t padded, T scale) {
   for (int64_t column = 0; column < padded; column += kLanes<T>) {
@@ -142,15 +142,15 @@ DCVIT_HD void softmax_gradient(const T* p, T* s, int64_t rows, int64_t padded, T
   }
 }
 
-// What a head's loops need to know of the tensors.
+// The sizes of the tensors.
 struct Shape {
   int64_t batch, tokens, heads, size;
-  int64_t padded;  // tokens in whole vectors
+  int64_t padded;  // tokens, rounded up to whole vectors
 
   int64_t width() const { return heads * size; }
 };
 
-// `queries` [E, padded] and `p` [N, padded] are memory to work in; `saved` [N, N] may be null.
+// `queries` [E, padded] and `p` [N, padded] are work memory; `saved` [N, N] may be null.
 template <typename T>
 DCVIT_HD void head_forward(const T* qkv, T* out, T* saved, T* queries, T* p, const Shape& shape, T scale) {
   const int64_t n = shape.tokens, size = shape.size, padded = shape.padded, width = shape.width(), row = 3 * width;
@@ -164,7 +164,7 @@ DCVIT_HD void head_forward(const T* qkv, T* out, T* saved, T* queries, T* p, con
   multiply(Strided<T>{p, 1, padded}, v, row, out, width, n, n, size);
 }
 
-// `grads` [E, padded], `p` and `s` [N, padded] are memory to work in.
+// `grads` [E, padded], `p` and `s` [N, padded] are work memory.
 template <typename T>
 DCVIT_HD void head_backward(const T* grad, const T* qkv, const T* saved, T* out, T* grads, T* p, T* s,
                             const Shape& shape, T scale) {
@@ -197,7 +197,7 @@ DCVIT_DEFINE(double)
 
 // --- the op ------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kFewHeads = 32;  // fewer are not worth a thread
+constexpr int64_t kFewHeads = 32;  // the fewest heads of a thread
 
 Shape check(const char* op, const Tensor& qkv) {
   STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, op, ": expected qkv [B, N, 3, H, E], got ", qkv.dim(),
@@ -207,7 +207,7 @@ Shape check(const char* op, const Tensor& qkv) {
   return {qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4), ceil_div(qkv.size(1), lanes) * lanes};
 }
 
-// f(image, head, memory), with `memory` for `size` numbers of type T of the thread's own.
+// Calls f(image, head, memory), where `memory` holds `size` numbers of type T and belongs to one thread.
 template <typename T, typename F>
 void over_heads(const Tensor& like, const Shape& shape, int64_t size, const F& f) {
   const int64_t count = shape.batch * shape.heads;

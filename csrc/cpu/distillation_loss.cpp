@@ -1,7 +1,7 @@
 // Mean squared error of C students against one teacher, with its gradient in the same pass over memory.
 //
-// The teacher is cut into tiles that stay in the cache while all students are compared with them. Tiles depend on the
-// shape alone, and their sums are added in order, so results do not depend on the number of threads.
+// The teacher is split into tiles that stay in the cache while all students are compared with them. Tiles depend only
+// on the shape, and their sums are added in order, so results do not depend on the number of threads.
 
 #include <tuple>
 #include <vector>
@@ -11,11 +11,11 @@
 namespace dcvit::cpu {
 namespace {
 
-constexpr int64_t kTile = 8192;  // numbers of the teacher in a tile: 32 KB in float32
-constexpr int64_t kGrain = 4;    // tiles that are worth a thread
+constexpr int64_t kTile = 8192;  // the teacher's numbers in a tile, 32 KB in float32
+constexpr int64_t kGrain = 4;    // the fewest tiles of a thread
 constexpr int kLanes = 32;
 
-// What one token of one student contributes: adds weight * (s - t)^2 to the lanes, writes unit = factor * (s - t).
+// For one token of one student, adds weight * (s - t)^2 to the lanes and writes unit = factor * (s - t).
 template <bool kUnit, typename T>
 DCVIT_HD void compare(const T* __restrict s, const T* __restrict t, T* __restrict unit, int64_t width, Wide<T> weight,
                       Wide<T> factor, double* __restrict totals) {
@@ -108,7 +108,7 @@ double scale_of(const Tensor& teacher, const Wide<T>* weight) {
 }
 
 std::tuple<Tensor, Tensor> distillation_loss(const Tensor& student_in, const Tensor& teacher_in,
-                                      const std::optional<Tensor>& weight_in, bool with_unit) {
+                                             const std::optional<Tensor>& weight_in, bool with_unit) {
   check("distillation_loss", student_in, teacher_in, weight_in);
   const Tensor student = dense(student_in), teacher = dense(teacher_in);
   const std::optional<Tensor> weight = dense(weight_in);
@@ -149,14 +149,14 @@ std::tuple<Tensor, Tensor> distillation_loss(const Tensor& student_in, const Ten
 }
 
 Tensor distillation_loss_backward(const Tensor& grad_in, const Tensor& student_in, const Tensor& teacher_in,
-                           const std::optional<Tensor>& weight_in) {
+                                  const std::optional<Tensor>& weight_in) {
   check("distillation_loss_backward", student_in, teacher_in, weight_in);
   const Tensor grad = dense(grad_in), student = dense(student_in), teacher = dense(teacher_in);
   const std::optional<Tensor> weight = dense(weight_in);
   const int64_t candidates = student.size(0), batch = student.size(1), tokens = student.size(2),
                 width = student.size(3);
-  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == candidates, "distillation_loss_backward: expected grad [", candidates,
-                  "], got ", grad.numel(), " numbers");
+  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == candidates, "distillation_loss_backward: expected grad [",
+                  candidates, "], got ", grad.numel(), " numbers");
   STD_TORCH_CHECK(grad.scalar_type() == wide_type(student.scalar_type()),
                   "distillation_loss_backward: expected grad in the dtype of the losses, got ",
                   static_cast<int>(grad.scalar_type()));
@@ -183,9 +183,10 @@ Tensor distillation_loss_backward(const Tensor& grad_in, const Tensor& student_i
 void distillation_loss_rescale(Tensor unit, const Tensor& grad_in) {
   const Tensor grad = dense(grad_in);
   STD_TORCH_CHECK(unit.dim() == 4 && unit.is_contiguous(),
-                  "distillation_loss_rescale: expected a contiguous unit [C, B, N, D], got ", unit.dim(), " dimensions");
-  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == unit.size(0), "distillation_loss_rescale: expected grad [", unit.size(0),
-                  "], got ", grad.numel(), " numbers");
+                  "distillation_loss_rescale: expected a contiguous unit [C, B, N, D], got ", unit.dim(),
+                  " dimensions");
+  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == unit.size(0), "distillation_loss_rescale: expected grad [",
+                  unit.size(0), "], got ", grad.numel(), " numbers");
   STD_TORCH_CHECK(grad.scalar_type() == wide_type(unit.scalar_type()),
                   "distillation_loss_rescale: expected grad in the dtype of the losses, got ",
                   static_cast<int>(grad.scalar_type()));

@@ -1,12 +1,12 @@
 // The MLP of a compressed block: x + scale * (GELU(LayerNorm(x) W1[idx]^T + b1[idx]) W2[:, idx]^T + b2).
 //
-// Matrix products are the BLAS's. Rows go through the whole op in blocks, so that what lies between the products stays
-// in the cache and only the pre-activations are kept for the backward. In the forward, and in the backward up to the
-// gradients of the weights, each thread takes blocks of its own, with products on one thread: nothing waits. The
-// gradients of the weights add up over larger blocks, with products on all threads.
+// The BLAS computes the matrix products. Rows pass through the whole op in blocks, so that values between the products
+// stay in the cache and only the pre-activations are saved for the backward. In the forward, and in the backward up to
+// the gradients of the weights, each thread processes its own blocks, with products on one thread, so that no thread
+// waits for another. The gradients of the weights are summed over larger blocks, with products on all threads.
 //
-// Kept rows of the weights are packed once a call. That is the copy that the BLAS needs in any case to read them in
-// order; it costs M times less than a product.
+// The kept rows of the weights are packed once per call, because the BLAS needs them contiguous. This copy costs M
+// times less than a product.
 
 #include <cmath>
 #include <tuple>
@@ -19,14 +19,14 @@
 namespace dcvit::cpu {
 namespace {
 
-constexpr int64_t kRows = 1024;   // of a block: 12 MB of activations at 3072 nodes
-constexpr int64_t kFewRows = 64;  // fewer are not worth a thread
+constexpr int64_t kRows = 1024;   // rows of a block, with 12 MB of activations for 3072 hidden units
+constexpr int64_t kFewRows = 64;  // the fewest rows of a thread
 constexpr int kLanes = 32;
 constexpr int64_t kGroup = 8;  // rows that are summed in T before they are added to a column's sum in double
 
-// --- rows: what happens between the products ---------------------------------------------------------------------
+// --- rows: the steps between the products ------------------------------------------------------------------------
 
-// Halves until one is left, which is as good as sums in double for so few.
+// Adds lanes pairwise until one is left. For so few numbers, this is as exact as a sum in double.
 template <typename W>
 DCVIT_HD double sum_lanes(W* __restrict lanes) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -35,7 +35,7 @@ DCVIT_HD double sum_lanes(W* __restrict lanes) {
   return double(lanes[0]);
 }
 
-// Mean and 1/std.
+// Computes a row's mean and 1/std.
 template <typename T, typename W = Wide<T>>
 DCVIT_HD void row_stats(const T* __restrict x, int64_t width, double eps, W* __restrict stats) {
   W sums[kLanes] = {};
@@ -81,7 +81,7 @@ DCVIT_HD void stats_rows(const T* x, W* stats, int64_t rows, int64_t width, doub
   for (int64_t row = 0; row < rows; ++row) row_stats(x + row * width, width, eps, stats + 2 * row);
 }
 
-// out = GELU(u); keeps u in `pre` unless that is null. `out` may be u.
+// out = GELU(u); saves u in `pre` unless that is null. `out` may be u.
 template <typename T, typename W = Wide<T>>
 DCVIT_HD void gelu_all(const W* u, W* out, T* pre, int64_t count) {
   if (pre) {
@@ -119,8 +119,8 @@ DCVIT_HD void widen(const T* from, W* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = W(from[i]);
 }
 
-// Turns the gradient of the activations into that of the pre-activations, adds its column sums, and writes the
-// activations if asked for.
+// Replaces the gradient of the activations by that of the pre-activations, adds its column sums to `sums`, and writes
+// the activations if kActivate is set.
 template <bool kActivate, typename T, typename W = Wide<T>>
 DCVIT_HD void activation_gradient_rows(const T* pre, W* grad, W* activation, double* sums, int64_t rows, int64_t kept) {
   for (int64_t first = 0; first < rows; first += kGroup) {
@@ -171,7 +171,7 @@ DCVIT_HD void add_column_sums(const T* values, double* sums, int64_t rows, int64
   }
 }
 
-// Adds sum grad * normalised(x) and sum grad, the gradients of the LayerNorm's weight and bias.
+// Adds the gradients of the LayerNorm's weight and bias, which are sum grad * normalised(x) and sum grad.
 template <typename T, typename W = Wide<T>>
 DCVIT_HD void add_norm_sums(const W* grad, const T* x, const W* stats, double* weight, double* bias, int64_t rows,
                             int64_t width) {
@@ -203,7 +203,7 @@ DCVIT_HD void add_norm_sums(const W* grad, const T* x, const W* stats, double* w
   }
 }
 
-// The LayerNorm's gradient, and the residual's if `skip` is not null. `grad` may be `out`.
+// out = the LayerNorm's gradient, plus the residual's if `skip` is not null. `grad` may be `out`.
 template <typename T, typename W = Wide<T>>
 DCVIT_HD void norm_gradient_rows(const W* grad, const T* x, const W* stats, const W* weight, const T* skip, T* out,
                                  int64_t rows, int64_t width) {
@@ -305,7 +305,7 @@ DCVIT_DEFINE(BFloat16)
 template <typename W>
 constexpr ScalarType kType = std::is_same_v<W, double> ? ScalarType::Double : ScalarType::Float;
 
-// A matrix somewhere in memory, as the BLAS sees it.
+// A matrix in memory, as the BLAS takes it.
 template <typename W>
 struct Matrix {
   W* data;
@@ -399,15 +399,15 @@ Arguments check(const char* op, const Tensor& x, const Tensor& w1, const std::op
   return a;
 }
 
-// What the products and the rows between them read: the kept weights and all vectors, in W. Weights are used where
-// they lie if all are kept and nothing has to be converted.
+// The kept weights and all vectors, in W. Weights are copied only if hidden units are dropped, W differs from T, or the
+// LayerScale is multiplied in.
 template <typename T, typename W = Wide<T>>
 struct Weights {
   std::optional<Tensor> packed1, packed2;
   const W *w1, *w2;  // [K, D], [E, K]
   std::vector<W> b1, b2, scale, norm_weight, norm_bias;
 
-  // With `scaled`, the rows of w2 are multiplied with the LayerScale.
+  // If `scaled` is set, the rows of w2 are multiplied with the LayerScale.
   Weights(const Arguments& a, bool scaled) {
     const int64_t* nodes = a.idx ? data<int64_t>(*a.idx) : nullptr;
     constexpr bool same = std::is_same_v<T, W>;
@@ -458,11 +458,11 @@ struct Weights {
   const W* norm_bias_or_null() const { return norm_bias.empty() ? nullptr : norm_bias.data(); }
 };
 
-// Rows cut into as many equal blocks for each thread, so that none waits for another.
+// A split of rows into blocks of equal size, with the same number for each thread, so that no thread waits long.
 struct Blocks {
-  int64_t slots;  // threads that work, each with memory of its own
-  int64_t each;   // blocks of a slot
-  int64_t rows;   // of a block
+  int64_t slots;  // working threads, each with its own memory
+  int64_t each;   // blocks per slot
+  int64_t rows;   // rows per block
 
   Blocks(int64_t total, int64_t largest) {
     const int64_t threads = num_threads();
@@ -503,7 +503,7 @@ std::tuple<Tensor, Tensor, Tensor> dropped_mlp(const Tensor& x, const Tensor& w1
     constexpr bool same = std::is_same_v<T, W>;
     const Weights<T> weights(a, false);
     const Blocks blocks(a.rows, kRows);
-    // The block's input, activations and output, where they do not lie in a tensor of the caller.
+    // Memory for the blocks' inputs, activations and outputs, where these are not in an argument or result.
     const bool own_input = norm || !same;
     const Tensor input = make(a.x, {own_input ? blocks.slots * blocks.rows : 0, a.width}, wide);
     const Tensor activation = make(a.x, {blocks.slots * blocks.rows, a.kept}, wide);
@@ -580,7 +580,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dropp
     const auto at = [&](int64_t k) { return a.idx ? nodes[k] : k; };
     const Weights<T> weights(a, true);
 
-    // Rows of a pass: enough for each thread, as many as the products over rows need, and no more memory than that.
+    // Rows per pass: a block for each thread, within limits for the products over rows and for memory.
     const int64_t threads = num_threads();
     const int64_t pass_rows =
         std::min(std::max<int64_t>(1, a.rows), std::clamp<int64_t>(kRows * threads, kRows, 4 * kRows));
@@ -596,12 +596,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dropp
     const bool own_grad_h = need_h && !(same && wants(kX));
     const Tensor grad_h = make(a.x, {own_grad_h ? step : 0, a.width}, wide);
     const Tensor wide_grad = make(a.x, {own_grad ? step : 0, a.out}, wide);
-    const bool direct = same && !a.idx;  // sums over rows go to the result where all nodes are kept
+    const bool direct = same && !a.idx;  // sums over rows are written to the result if all hidden units are kept
     const Tensor sum1 = make(a.x, {wants(kW1) && !direct ? a.kept : 0, a.width}, wide);
     const Tensor sum2 = make(a.x, {need_g && !(direct && wants(kW2)) ? a.out : 0, a.kept}, wide);
     W* total1 = wants(kW1) && direct ? reinterpret_cast<W*>(data<T>(gw1)) : data<W>(sum1);
     W* total2 = wants(kW2) && direct ? reinterpret_cast<W*>(data<T>(gw2)) : data<W>(sum2);
-    // Column sums of the gradients of pre-activations, outputs, LayerNorm's weight and bias, for each slot.
+    // For each slot, column sums for the gradients of pre-activations, outputs, and LayerNorm's weight and bias.
     std::vector<double> sums_u(slots * a.kept), sums_grad(slots * a.out), sums_nw(slots * a.width),
         sums_nb(slots * a.width);
 
@@ -692,7 +692,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dropp
       std::fill(data<T>(gb1), data<T>(gb1) + a.hidden, T(0));
       for (int64_t k = 0; k < a.kept; ++k) data<T>(gb1)[at(k)] = T(over_slots(sums_u, a.kept, k));
     }
-    // The LayerScale's gradient is grad^T z, z = W2 a + b2, which G and the column sums of grad hold already.
+    // The LayerScale's gradient is sum grad * z with z = W2 a + b2, which follows from G and the column sums of grad.
     parallel(wants(kScale) ? a.out : 0, ceil_div(32768, std::max<int64_t>(1, a.kept)), [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e) {
         const T* row = data<T>(a.w2) + e * a.hidden;

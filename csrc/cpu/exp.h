@@ -1,4 +1,4 @@
-// The exponential function where its argument is not positive, as in a softmax or the normal distribution's density.
+// The exponential function for arguments that are not positive, as in a softmax or the normal distribution's density.
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,8 @@
 
 namespace dcvit {
 
-// exp(x) for x in [-87, 0], to 1e-7 relative, without a branch, so that loops over it become vector code. What it makes
-// of NaN may be any number.
+// exp(x) for x in [-87, 0], with a relative error of 1e-7. It has no branch, so that loops over it can be vectorised.
+// The result for NaN may be any number.
 DCVIT_HD float exp_nonpositive(float x) {
   // exp(x) = 2^n exp(r) with |r| <= log(2) / 2. Adding 1.5 * 2^23 leaves n in the low bits.
   const float shifted = x * 1.44269504f + 12582912.0f;

@@ -21,11 +21,12 @@ struct Normal {
   T bell;  // exp(-u^2 / 2)
 };
 
-// Phi(-t) exp(t^2 / 2) is smooth and positive for t >= 0. Its rational minimax fit of degrees 4 and 5 on [0, 14] is off
-// by 6e-9 relative; all coefficients are positive, so nothing cancels. The tail is not 1 minus something near 1.
+// Phi(-t) exp(t^2 / 2) is smooth and positive for t >= 0. Its rational minimax fit of degrees 4 and 5 on [0, 14] has a
+// relative error of 6e-9. All coefficients are positive, so there is no cancellation. The tail is computed directly,
+// and not as the difference of 1 and a number near 1.
 DCVIT_HD Normal<float> normal(float u) {
   const float magnitude = u < 0.0f ? -u : u;
-  const float t = magnitude < 13.0f ? magnitude : 13.0f;  // beyond it exp leaves float's normal range
+  const float t = magnitude < 13.0f ? magnitude : 13.0f;  // beyond this, exp leaves float's normal range
   const float bell = exp_nonpositive(-0.5f * t * t);
   float p = 0.00407760687f, q = 0.0102209159f;
   p = p * t + 0.0403725338f;

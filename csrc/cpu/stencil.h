@@ -15,11 +15,11 @@ struct Norms {
   std::vector<double> images;           // [B]
 };
 
-// The norms of images [B, C, H, W]; defined in _stencil.cpp.
+// Returns the norms of images [B, C, H, W]; defined in _stencil.cpp.
 Norms measure(const float* images, int64_t batch, int64_t channels, int64_t height, int64_t width);
 Norms measure(const double* images, int64_t batch, int64_t channels, int64_t height, int64_t width);
 
-// Value of the prior; 0 / 0 is NaN for no images.
+// The value of the prior. For no images, 0 / 0 gives NaN.
 inline double prior_value(const Norms& norms, double beta, double tv_weight, double l2_weight) {
   double powers = 0, images = 0;
   for (double norm : norms.differences) powers += norm_power(norm, beta);
@@ -27,7 +27,7 @@ inline double prior_value(const Norms& norms, double beta, double tv_weight, dou
   return tv_weight * powers + l2_weight * (images / static_cast<double>(norms.images.size()));
 }
 
-// What a pixel's difference to each kind of neighbour is multiplied with; zero above the first and below the last row.
+// The factor of a pixel's difference to each kind of neighbour; zero above the first and below the last row.
 template <typename T>
 struct Slopes {
   T right, self;
@@ -35,7 +35,7 @@ struct Slopes {
   T down, down_right, down_left;
 };
 
-// `kinds`: slopes of the four difference norms.
+// `kinds` are the slopes of the four difference norms.
 template <typename T>
 DCVIT_HD Slopes<T> slopes_of_row(const std::array<double, 4>& kinds, double self, bool first, bool last) {
   const T down = T(kinds[1]), diagonal = T(kinds[2]), anti = T(kinds[3]), none = T(0);
@@ -49,8 +49,8 @@ DCVIT_HD Slopes<T> slopes_of_row(const std::array<double, 4>& kinds, double self
           last ? none : anti};
 }
 
-// The prior's gradient at column j of a row. `left` and `right` say which neighbours exist; rows that do not exist are
-// given as any row that can be read.
+// The prior's gradient at column j of a row. `left` and `right` say which neighbours exist. In place of a row that does
+// not exist, any readable row may be passed, because its slopes are zero.
 template <typename T>
 DCVIT_HD T gradient_at(const T* above, const T* row, const T* below, int64_t j, const Slopes<T>& s, bool left,
                        bool right) {

@@ -1,4 +1,4 @@
-// What the CPU kernels share: tensors and threads of torch, and code for several generations of x86-64 in one file.
+// Helpers of the CPU kernels: torch's tensors and threads, and code for several generations of x86-64 in one build.
 #pragma once
 
 #if defined(__linux__)
@@ -18,8 +18,9 @@
 #include "../portable.h"
 #include "torch.h"
 
-// Compiles a function for AVX-512, AVX2 with FMA and the baseline; the loader picks what the machine runs. The body
-// must be inlined into it, so it calls DCVIT_HD functions. Elsewhere (aarch64, musl, clang) the baseline is all.
+// Compiles a function for AVX-512, for AVX2 with FMA and for the baseline; the loader selects the one for the machine.
+// The body must be inlined, so the function calls only DCVIT_HD functions. On aarch64, musl and clang, there is only
+// the baseline.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DCVIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -28,7 +29,7 @@
 
 namespace dcvit::cpu {
 
-// What numbers of type T are computed in.
+// The type in which numbers of type T are computed.
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -39,9 +40,10 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return dense(*tensor);
 }
 
-// A new tensor for an op that only memory bounds, in huge pages if it is large. What malloc maps for it is fresh memory
-// each time; touching that in pages of 4 KB took half of distillation_loss at [1, 64, 197, 768]. Ops with matrix products do
-// not ask: the gain is small beside the products, and the kernel may first have to make room.
+// A new tensor for an op that is bound by memory bandwidth, in huge pages if it is large. malloc maps fresh memory for
+// it each time. Touching that memory in pages of 4 KB took half of the time of distillation_loss at [1, 64, 197, 768].
+// Ops with matrix products do not use this: the gain is small compared with the products, and the operating system may
+// first have to make room for huge pages.
 inline Tensor make_huge(const Tensor& like, std::initializer_list<int64_t> sizes) {
   Tensor tensor = make(like, sizes);
 #if defined(__linux__)
@@ -49,7 +51,7 @@ inline Tensor make_huge(const Tensor& like, std::initializer_list<int64_t> sizes
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (end - begin >= 4 * kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint only
+  if (end - begin >= 4 * kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a hint
 #endif
   return tensor;
 }
@@ -61,12 +63,12 @@ T* data(const Tensor& tensor) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs f(begin, end) on torch's threads over parts of [0, count); fewer than `grain` units are not worth a thread.
+// Runs f(begin, end) on torch's threads for parts of [0, count). A thread gets at least `grain` items.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
 #if defined(__SANITIZE_THREAD__)
-  // ThreadSanitizer sees how these threads start and end, but not how torch's, which it did not build, wait for each
-  // other. The grain is left out: the tests' tensors are small.
+  // ThreadSanitizer sees how these threads synchronise, but not torch's threads, which are not instrumented. The grain
+  // is ignored, because the tests' tensors are small.
   (void)grain;
   std::vector<std::thread> threads;
   const int64_t part = ceil_div(count, std::max<int64_t>(1, num_threads()));
@@ -78,7 +80,7 @@ void parallel(int64_t count, int64_t grain, const F& f) {
 #endif
 }
 
-// Calls f with a value of the C++ type that `type` stands for.
+// Calls f with a value of the C++ type of `type`.
 template <typename F>
 auto dispatch_all(const char* op, ScalarType type, const F& f) {
   switch (type) {

@@ -1,5 +1,5 @@
-// One step of the synthesis in two passes over memory, the fewest that the norms allow: the first takes them, the
-// second adds the prior's gradient to the network's, applies Adam and clips.
+// One step of the synthesis in two passes over memory, which is the minimum. The first pass computes the norms; the
+// second adds the prior's gradient, which depends on them, to the network's, applies Adam and clips.
 
 #include "../adam.h"
 #include "stencil.h"
@@ -37,8 +37,8 @@ DCVIT_HD void step_row(const T* __restrict above, const T* __restrict row, const
   if (width > 1) step(width - 1, true, false);
 }
 
-// `rows` holds two rows as they were before the step: gradients need the old neighbours, and only the row below is
-// still there.
+// `rows` holds copies of two rows from before the step, because gradients need the old neighbours and the images change
+// in place.
 template <typename T>
 DCVIT_HD void step_plane(const Plane<T>& plane, int64_t height, int64_t width, const std::array<double, 4>& kinds,
                          double self, const Adam<T>& adam, T* rows) {
@@ -98,7 +98,7 @@ Tensor synthesis_step(Tensor images_out, const Tensor& grad_in, Tensor exp_avg_o
     const Adam<T> adam = Adam<T>::make(step_number, lr, beta1, beta2, eps);
     parallel(batch * channels, ceil_div(16384, size), [&](int64_t begin, int64_t end) {
       std::vector<T> rows(2 * width);
-      // From the end, which the first pass left in the cache.
+      // Backwards, because the first pass left the last planes in the cache.
       for (int64_t p = end - 1; p >= begin; --p) {
         const int64_t at = p * size;
         const Plane<T> plane{data<T>(images) + at,     data<T>(grad) + at,         data<T>(exp_avg) + at,

@@ -1,5 +1,5 @@
-// What the CPU kernels use of torch, and the only place that knows against which torch they are built: its stable ABI,
-// from 2.10 on, whose builds serve later torches too, or with DCVIT_ATEN, for an older one, ATen.
+// The parts of torch that the CPU kernels use. Only this file depends on the torch version. From torch 2.10 on, it uses
+// the stable ABI, whose builds also work with later versions. For older versions, DCVIT_ATEN selects ATen.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -60,7 +60,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   at::parallel_for(begin, end, grain, f);
 }
 
-// A matrix of float or double that lies in memory of someone else.
+// A matrix of float or double in memory that it does not own.
 template <typename W>
 Tensor matrix_at(W* data, const int64_t (&sizes)[2], const int64_t (&strides)[2]) {
   return at::from_blob(data, sizes, strides, c10::CppTypeToScalarType<W>::value);
@@ -80,7 +80,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The shortest way that the stable ABI has: a small op makes several tensors in each call.
+// Allocates a tensor with the least overhead in the stable ABI, because each call of a small op makes several of them.
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = {}) {
   constexpr size_t kMaxDim = 5;
   STD_TORCH_CHECK(sizes.size() <= kMaxDim, "make: expected at most ", kMaxDim, " dimensions, got ", sizes.size());

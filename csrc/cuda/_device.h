@@ -1,7 +1,7 @@
-// What the kernels are written in: loads and stores through views, shared memory, sums over a block, launches.
+// The building blocks of kernels: loads and stores through views, shared memory, sums over a block, launches.
 //
-// The same source is compiled by nvcc for a GPU and, with DCVIT_HOST defined, by the host's compiler against
-// _host_shim.h, which stands in for CUDA.
+// The same source is compiled by nvcc for a GPU and, with DCVIT_HOST defined, by the host's compiler with _host_shim.h,
+// which replaces CUDA.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -43,7 +43,7 @@ DCVIT_D void store_vec(View<T> view, int64_t i, Vec<T, N> value) {
   *reinterpret_cast<Vec<T, N>*>(view.data + i) = value;
 }
 
-// Stops the device if that does not hold. It is no `assert`, whose call has registers saved around it.
+// Stops the device if the condition is false. `assert` would be slower, because registers are saved around its call.
 #define DCVIT_DEVICE_ASSERT(condition) \
   if (!(condition)) __trap()
 
@@ -65,7 +65,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
 
 #endif
 
-// Up to N elements from i on: in one load if `wide` says that i is aligned, one by one at the end, zeros behind it.
+// Returns N elements from i on, with zeros after the end. `wide` says that i is aligned, so that one load is enough.
 template <int N, class T>
 DCVIT_D Vec<std::remove_const_t<T>, N> load_upto(View<T> view, int64_t i, int64_t end, bool wide) {
   if (wide && i + N <= end) return load_vec<N>(view, i);
@@ -89,7 +89,7 @@ DCVIT_D double warp_sum(double value) {
   return value;
 }
 
-// The sum over the kThreads threads of the block, in an order that is always the same; in thread 0 only.
+// Returns, in thread 0 only, the sum over the kThreads threads of the block. The order of summation is fixed.
 template <int kThreads>
 DCVIT_D double block_sum(double value) {
   DCVIT_SHARED(double, sums, kThreads / kWarp);

@@ -4,7 +4,8 @@
 namespace dcvit {
 namespace {
 
-DistillationShape check(const char* op, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight) {
+DistillationShape check(const char* op, const Tensor& student, const Tensor& teacher,
+                        const std::optional<Tensor>& weight) {
   expect_dims(op, "student", student, 4);
   const DistillationShape shape{student.size(0), student.size(1), student.size(2), student.size(3)};
   expect(op, "teacher", teacher, {shape.batch, shape.tokens, shape.width}, student.scalar_type(), student);
@@ -19,7 +20,8 @@ std::optional<Tensor> sum_of(const std::optional<Tensor>& weight, void* stream) 
   return sum;
 }
 
-std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, std::optional<Tensor> weight, bool with_unit) {
+std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, std::optional<Tensor> weight,
+                                             bool with_unit) {
   const DistillationShape shape = check("distillation_loss", student, teacher, weight);
   const Device device(student);
   student = dense(student);
@@ -37,10 +39,10 @@ std::tuple<Tensor, Tensor> distillation_loss(Tensor student, Tensor teacher, std
     Tensor partials = empty(student, {shape.candidates, blocks}, ScalarType::Double);
     if (blocks > 0)
       launch_distillation_pass<T>(shape, view<const T>(student), view<const T>(teacher), view<const float>(weight),
-                           view<const double>(weight_sum), {}, view<double>(partials),
-                           with_unit ? view<T>(unit) : View<T>(), device.stream());
+                                  view<const double>(weight_sum), {}, view<double>(partials),
+                                  with_unit ? view<T>(unit) : View<T>(), device.stream());
     launch_distillation_losses(shape, blocks, view<const double>(partials), view<const double>(weight_sum),
-                        view<float>(losses), device.stream());
+                               view<float>(losses), device.stream());
   });
   return {losses, unit};
 }
@@ -59,8 +61,8 @@ Tensor distillation_loss_backward(Tensor grad, Tensor student, Tensor teacher, s
     using T = decltype(number);
     const std::optional<Tensor> weight_sum = sum_of(weight, device.stream());
     launch_distillation_pass<T>(shape, view<const T>(student), view<const T>(teacher), view<const float>(weight),
-                         view<const double>(weight_sum), view<const float>(grad), {}, view<T>(gradient),
-                         device.stream());
+                                view<const double>(weight_sum), view<const float>(grad), {}, view<T>(gradient),
+                                device.stream());
   });
   return gradient;
 }

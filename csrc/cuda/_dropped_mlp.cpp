@@ -32,7 +32,7 @@ Sizes check(const char* op, const Tensor& x, const Tensor& w1, const Tensor& w2,
   return sizes;
 }
 
-// The kept part of a weight, times `factor` by row, as the BLAS wants it.
+// Returns the kept part of a weight as a contiguous tensor, each row multiplied by its `factor`.
 Tensor pack(const Tensor& from, int64_t rows, int64_t columns, const Optional& row_index, const Optional& column_index,
             const Optional& factor, int64_t hidden, void* stream) {
   if (!row_index && !column_index && !factor) return from;
@@ -119,7 +119,7 @@ Gradients dropped_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Opti
     return torch::stable::new_zeros(x, {full.data(), full.size()}, dtype);
   };
   Tensor grad_x = none(), grad_w1 = none(), grad_w2 = none();
-  Tensor grad_b1 = wants_b1 && idx ? zeros({hidden}) : make(wants_b1, {hidden});  // dropped nodes keep the zeros
+  Tensor grad_b1 = wants_b1 && idx ? zeros({hidden}) : make(wants_b1, {hidden});  // dropped hidden units keep the zeros
   Tensor grad_b2 = make(wants_b2, {out}), grad_scale = make(wants_scale, {out});
   Tensor grad_weight = make(wants_weight, {width}), grad_bias = make(wants_bias, {width});
 
@@ -180,8 +180,8 @@ Gradients dropped_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor w2, Opti
       launch_activate<T>(pre.numel(), view<const T>(pre), view<T>(activation), stream);
     }
 
-    // d loss / d scale_e = sum_m grad_me (sum_k a_mk w2_ek + b2_e), of which the first is the row sum of g * w2 with
-    // g = grad^T a, the gradient of w2 without the scale.
+    // d loss / d scale_e = sum_m grad_me (sum_k a_mk w2_ek + b2_e). The first term is the sum of row e of g * w2, where
+    // g = grad^T a is the gradient of w2 without the scale.
     Tensor row_sums = empty(x, {wants_scale ? out : 0}, ScalarType::Double);
     if (needs_activation) {
       const Tensor packed = product(transposed(grad), activation);

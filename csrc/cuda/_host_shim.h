@@ -1,13 +1,13 @@
-// CUDA on the CPU, for tests: one block after another, each thread of a block a fiber of its own.
+// CUDA emulated on the CPU, for tests. Blocks run one after another, and each thread of a block is a fiber.
 //
 // A fiber runs until it waits for its warp or its block, or ends. What a GPU leaves undefined is an error here:
-// - accesses out of a view's bounds, or vectors that are not aligned;
+// - accesses outside of a view's bounds, or vectors that are not aligned;
 // - accesses of two threads to the same element, one of them a write, without a barrier between them: each element has
-//   a shadow that remembers who read and wrote it, and in which interval between barriers;
+//   a shadow that records which threads read and wrote it, and in which interval between barriers;
 // - shared memory that is read before the block wrote it;
-// - barriers and shuffles that only some of the threads reach, or reach at different places;
+// - barriers and shuffles that only some of the threads reach, or that threads reach in different lines;
 // - launches that a GPU refuses.
-// What it cannot show is listed in README.md.
+// README.md lists what this emulation cannot show.
 #pragma once
 
 #ifndef DCVIT_HOST
@@ -48,8 +48,8 @@ inline Dimension blockIdx, threadIdx, blockDim, gridDim;
 
 namespace dcvit::host {
 
-// Who touched an element, and when: `run` is the launch for global memory, the run of one block for shared memory;
-// `epoch` counts the block's barriers. Several readers in one epoch count as a thread that nobody is.
+// The last access to an element. `run` is the launch for global memory, and the run of one block for shared memory.
+// `epoch` counts the block's barriers. Several readers in one epoch are recorded as kSeveral, which no thread has.
 struct Access {
   uint64_t run = 0;
   uint32_t block = 0, thread = 0, epoch = 0;
@@ -67,7 +67,7 @@ struct Shadow {
 
 enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
 
-// What the lanes of a warp hand in at a collective operation, and get back.
+// The inputs and outputs of a warp's lanes in a collective operation.
 struct Exchange {
   alignas(16) unsigned char in[32][32];
   alignas(16) unsigned char out[32][32];
@@ -97,13 +97,13 @@ struct Machine {
   int current = 0;
 };
 
-// Each kernel's file is compiled for itself and all share one machine.
+// Each kernel's file is compiled separately, and all share one machine.
 inline Machine& machine() {
-  static Machine* instance = new Machine;  // outlives every static that could still use it
+  static Machine* instance = new Machine;  // never destroyed, because other statics may still use it
   return *instance;
 }
 
-// The first of two calls per memory fixes its shadow, until `forget` is told that the memory may go.
+// Returns the shadow of some memory, the same one in each call until `forget`, after which the memory may be freed.
 inline Shadow* shadow_of(const void* data, int64_t size) {
   if (data == nullptr) return nullptr;
   std::unique_ptr<Shadow>& shadow = machine().shadows[data];
@@ -167,7 +167,7 @@ inline void resume(int thread) {
   setcontext(&context);
 }
 
-// What all of some threads wait for; an error if they differ.
+// Returns the state in which all threads of a range wait; sets an error if they differ.
 inline State common_state(int first, int last) {
   Machine& m = machine();
   const Fiber& one = m.fibers[first];
@@ -254,7 +254,7 @@ void check_alignment(View<T> view, int64_t i, int line) {
     fail(line, "a vector of ", N * sizeof(T), " bytes is not aligned to them");
 }
 
-// Shared memory is poisoned, because nothing may depend on what an earlier block left in it.
+// Reading shared memory before it is written is an error, because it holds values of an earlier block.
 template <class T>
 View<T> shared_memory(T* data, int64_t size, Shadow* shadow) {
   if (shadow->cells.empty()) {
@@ -361,7 +361,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
     blockIdx.x = block;
     host::run_block(threads);
     if (m.error.empty()) continue;
-    for (host::Fiber& fiber : m.fibers) fiber.created = false;  // they stand in the middle of the kernel
+    for (host::Fiber& fiber : m.fibers) fiber.created = false;  // they are in the middle of the kernel
     throw std::runtime_error(m.error);
   }
 }

@@ -1,4 +1,4 @@
-// What a thread that walks down a strip of an image sees of it, and the prior's gradient there.
+// The pixels that a thread keeps while it walks down a strip of an image, and the prior's gradient at them.
 #pragma once
 
 #include "_device.h"
@@ -6,7 +6,7 @@
 
 namespace dcvit {
 
-// The strip's columns of one row, with one more on either side.
+// The strip's columns of one row, with one more column on either side.
 struct StripRow {
   float x[kStrip + 2];
 };
@@ -30,8 +30,8 @@ DCVIT_D Slopes load_slopes(View<const float> slopes, int64_t image) {
   return {load(slopes, 0), load(slopes, 1), load(slopes, 2), load(slopes, 3), load(slopes, 4 + image)};
 }
 
-// The prior's gradient in column j of the strip: each pixel is the end of one difference per direction and the start of
-// another, as far as there are neighbours.
+// The prior's gradient in column j of the strip. Each pixel is the end of one difference per direction and the start of
+// another, if those neighbours exist.
 DCVIT_D float gradient_at(const Slopes& s, const StripRow& above, const StripRow& own, const StripRow& below, int j,
                           bool has_left, bool has_right, bool has_above, bool has_below) {
   const float x = own.x[j + 1];

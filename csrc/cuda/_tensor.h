@@ -1,7 +1,7 @@
-// What the ops' checks and allocations are written in, on torch's stable ABI.
+// Helpers for the ops' checks and allocations, on torch's stable ABI.
 //
-// Kernels take contiguous memory; what is not is copied first. In the host build the same functions are registered for
-// the CPU, under the overload `.host`.
+// Kernels take contiguous memory, so other tensors are copied first. In the host build, the same functions are
+// registered for the CPU, under the overload `.host`.
 #pragma once
 
 #if !defined(DCVIT_HOST) && !defined(USE_CUDA)
@@ -39,7 +39,7 @@ namespace dcvit {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Makes a tensor's device current for the launches of one call, and names its stream.
+// Makes a tensor's device current for the launches of one call, and returns its stream.
 class Device {
  public:
 #ifdef DCVIT_HOST
@@ -68,7 +68,7 @@ inline std::string shape_of(const int64_t* sizes, size_t dims) {
 
 inline std::string shape_of(const Tensor& tensor) { return shape_of(tensor.sizes().data(), tensor.dim()); }
 
-// Refuses a tensor of another shape, dtype or device than expected, by name.
+// Raises an error if a tensor has another shape, dtype or device than expected.
 inline void expect(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                    ScalarType dtype, const Tensor& like) {
   const auto shape = tensor.sizes();
@@ -86,7 +86,7 @@ inline void expect_dims(const char* op, const char* name, const Tensor& tensor, 
                   shape_of(tensor));
 }
 
-// The shortest way that the stable ABI has: an op makes dozens of tensors in each call.
+// Allocates a tensor with the least overhead in the stable ABI, because each call of an op makes dozens of them.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   constexpr size_t kMaxDim = 5;
   STD_TORCH_CHECK(sizes.size() <= kMaxDim, "empty: expected at most ", kMaxDim, " dimensions, got ", sizes.size());
@@ -124,7 +124,8 @@ View<T> view(const std::optional<Tensor>& tensor) {
   return tensor ? view<T>(*tensor) : View<T>();
 }
 
-// Under autocast torch casts what its products are given: who reads the result as another type would read past its end.
+// Raises an error if a product has another dtype than its inputs, as under autocast, where torch casts the inputs.
+// Reading such a result in the inputs' dtype would go past its end.
 inline Tensor of_same_type(Tensor result, const Tensor& given) {
   STD_TORCH_CHECK(result.scalar_type() == given.scalar_type(), "a matrix product of ",
                   torch::headeronly::toString(given.scalar_type()), " gave ",
@@ -132,7 +133,7 @@ inline Tensor of_same_type(Tensor result, const Tensor& given) {
   return result;
 }
 
-// Matrix products are torch's, and so cuBLAS's, whose precision the user of torch sets (TF32, sums in half precision).
+// Matrix products are torch's, by cuBLAS. Torch's settings control their precision (TF32, sums in half precision).
 inline Tensor product(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));

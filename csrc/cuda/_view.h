@@ -1,7 +1,7 @@
-// Memory as the kernels see it: a pointer and the number of elements behind it.
+// Views of memory for kernels: a pointer and the number of elements that it points to.
 //
-// On a GPU a view is only its pointer. In the host build (DCVIT_HOST) every access through a view is checked against
-// its bounds, its alignment, and the accesses of the other threads; see _host_shim.h.
+// On a GPU, only the pointer is used. In the host build (DCVIT_HOST), each access through a view is checked for bounds,
+// alignment and races with other threads; see _host_shim.h.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -44,7 +44,7 @@ struct View {
   DCVIT_HD View(View<U> other) : View(other.data, other.size) {}
 #endif
 
-  // An optional tensor that is not given has no memory.
+  // Whether an optional tensor was passed; without one, the pointer is null.
   DCVIT_HD bool given() const { return data != nullptr; }
 };
 
@@ -56,11 +56,11 @@ struct alignas(sizeof(T) * N) Vec {
   DCVIT_HD const T& operator[](int i) const { return data[i]; }
 };
 
-// As many elements as the widest load, 16 bytes, holds.
+// The number of elements in the widest load, which has 16 bytes.
 template <class T>
 constexpr int kWide = 16 / sizeof(T);
 
-// Whether each vector that starts at a multiple of kWide elements can be moved at once.
+// Whether each vector that starts at a multiple of kWide elements can be moved by one load or store.
 template <class T>
 bool aligned(View<T> view) {
   return reinterpret_cast<uintptr_t>(view.data) % 16 == 0;

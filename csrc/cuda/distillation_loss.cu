@@ -7,20 +7,20 @@ namespace dcvit {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 2;  // of 16 bytes that a thread holds of the teacher, and of each candidate in turn
-constexpr int kGroup = 8;    // candidates between two barriers
+constexpr int kVectors = 2;  // 16-byte vectors of the teacher, and of each candidate in turn, that a thread holds
+constexpr int kGroup = 8;    // candidates processed between two barriers
 
 template <class T>
 constexpr int kTile = kThreads * kVectors * kWide<T>;
 
-// 1 / (B D sum_n weight_n), with weight 1 if there are none.
+// 1 / (B D sum_n weight_n); all weights are 1 if none are passed.
 DCVIT_D double normaliser(const DistillationShape& shape, View<const double> weight_sum) {
   const double weights = weight_sum.given() ? load(weight_sum, 0) : static_cast<double>(shape.tokens);
   return 1.0 / (static_cast<double>(shape.batch) * static_cast<double>(shape.width) * weights);
 }
 
 DCVIT_D int64_t token_of(int64_t i, const DistillationShape& shape) {
-  if (i <= 0xffffffff && shape.width <= 0xffffffff && shape.tokens <= 0xffffffff)  // twice as fast
+  if (i <= 0xffffffff && shape.width <= 0xffffffff && shape.tokens <= 0xffffffff)  // 32-bit divisions are twice as fast
     return static_cast<uint32_t>(i) / static_cast<uint32_t>(shape.width) % static_cast<uint32_t>(shape.tokens);
   return i / shape.width % shape.tokens;
 }
@@ -33,10 +33,9 @@ __global__ __launch_bounds__(kThreads) void weight_sum_kernel(View<const float> 
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void distillation_pass_kernel(DistillationShape shape, bool wide, View<const T> student,
-                                                              View<const T> teacher, View<const float> weight,
-                                                              View<const double> weight_sum, View<const float> grad,
-                                                              View<double> partials, View<T> gradient) {
+__global__ __launch_bounds__(kThreads) void distillation_pass_kernel(
+    DistillationShape shape, bool wide, View<const T> student, View<const T> teacher, View<const float> weight,
+    View<const double> weight_sum, View<const float> grad, View<double> partials, View<T> gradient) {
   constexpr int W = kWide<T>;
   DCVIT_SHARED(double, sums, kGroup*(kThreads / kWarp));
   const int64_t numbers = shape.numbers();
@@ -98,14 +97,15 @@ __global__ __launch_bounds__(kThreads) void distillation_pass_kernel(Distillatio
       for (int w = 0; w < kThreads / kWarp; ++w) total += load(sums, threadIdx.x * (kThreads / kWarp) + w);
       store(partials, (first + threadIdx.x) * gridDim.x + blockIdx.x, total);
     }
-    __syncthreads();  // the next group's sums take their place
+    __syncthreads();  // the next group's sums overwrite these
   }
 }
 
 // One block per candidate.
 __global__ __launch_bounds__(kThreads) void distillation_losses_kernel(DistillationShape shape, int64_t blocks,
-                                                                View<const double> partials,
-                                                                View<const double> weight_sum, View<float> losses) {
+                                                                       View<const double> partials,
+                                                                       View<const double> weight_sum,
+                                                                       View<float> losses) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += load(partials, blockIdx.x * blocks + i);
   sum = block_sum<kThreads>(sum);
@@ -114,7 +114,7 @@ __global__ __launch_bounds__(kThreads) void distillation_losses_kernel(Distillat
 
 template <class T>
 __global__ __launch_bounds__(kThreads) void distillation_rescale_kernel(int64_t blocks, int64_t numbers, bool wide,
-                                                                 View<T> gradient, View<const float> grad) {
+                                                                        View<T> gradient, View<const float> grad) {
   constexpr int W = kWide<T>;
   const int64_t candidate = blockIdx.x / blocks, base = candidate * numbers;
   const float factor = load(grad, candidate);
@@ -139,34 +139,35 @@ void launch_weight_sum(View<const float> weight, View<double> weight_sum, void* 
 }
 
 template <class T>
-void launch_distillation_pass(DistillationShape shape, View<const T> student, View<const T> teacher, View<const float> weight,
-                       View<const double> weight_sum, View<const float> grad, View<double> partials, View<T> gradient,
-                       void* stream) {
+void launch_distillation_pass(DistillationShape shape, View<const T> student, View<const T> teacher,
+                              View<const float> weight, View<const double> weight_sum, View<const float> grad,
+                              View<double> partials, View<T> gradient, void* stream) {
   const bool wide = aligned(student) && aligned(teacher) && aligned(gradient) &&
                     (shape.candidates == 1 || shape.numbers() % kWide<T> == 0);
-  launch("distillation_pass_kernel", distillation_pass_kernel<T>, distillation_blocks<T>(shape), kThreads, stream, shape, wide, student,
-         teacher, weight, weight_sum, grad, partials, gradient);
+  launch("distillation_pass_kernel", distillation_pass_kernel<T>, distillation_blocks<T>(shape), kThreads, stream,
+         shape, wide, student, teacher, weight, weight_sum, grad, partials, gradient);
 }
 
-void launch_distillation_losses(DistillationShape shape, int64_t blocks, View<const double> partials, View<const double> weight_sum,
-                         View<float> losses, void* stream) {
-  launch("distillation_losses_kernel", distillation_losses_kernel, shape.candidates, kThreads, stream, shape, blocks, partials,
-         weight_sum, losses);
+void launch_distillation_losses(DistillationShape shape, int64_t blocks, View<const double> partials,
+                                View<const double> weight_sum, View<float> losses, void* stream) {
+  launch("distillation_losses_kernel", distillation_losses_kernel, shape.candidates, kThreads, stream, shape, blocks,
+         partials, weight_sum, losses);
 }
 
 template <class T>
 void launch_distillation_rescale(int64_t candidates, View<T> gradient, View<const float> grad, void* stream) {
   const int64_t numbers = gradient.size / candidates;
-  const int64_t blocks = std::min<int64_t>(ceil_div(numbers, kTile<T>), 1024);  // enough to fill a GPU, quick to return
+  // At most 1024 blocks: enough to fill a GPU, and few enough to return quickly if all factors are 1.
+  const int64_t blocks = std::min<int64_t>(ceil_div(numbers, kTile<T>), 1024);
   const bool wide = aligned(gradient) && (candidates == 1 || numbers % kWide<T> == 0);
-  launch("distillation_rescale_kernel", distillation_rescale_kernel<T>, candidates * blocks, kThreads, stream, blocks, numbers, wide,
-         gradient, grad);
+  launch("distillation_rescale_kernel", distillation_rescale_kernel<T>, candidates * blocks, kThreads, stream, blocks,
+         numbers, wide, gradient, grad);
 }
 
-#define DCVIT_INSTANTIATE(T)                                                                                       \
-  template int64_t distillation_blocks<T>(const DistillationShape&);                                                             \
-  template void launch_distillation_pass(DistillationShape, View<const T>, View<const T>, View<const float>, View<const double>, \
-                                  View<const float>, View<double>, View<T>, void*);                                \
+#define DCVIT_INSTANTIATE(T)                                                                                   \
+  template int64_t distillation_blocks<T>(const DistillationShape&);                                           \
+  template void launch_distillation_pass(DistillationShape, View<const T>, View<const T>, View<const float>,   \
+                                         View<const double>, View<const float>, View<double>, View<T>, void*); \
   template void launch_distillation_rescale(int64_t, View<T>, View<const float>, void*);
 DCVIT_INSTANTIATE(float)
 DCVIT_INSTANTIATE(Half)

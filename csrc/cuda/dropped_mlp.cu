@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-// The exact GELU of a pre-activation and its slope; a GPU has a short erf.
+// The exact GELU of a pre-activation and its slope. erff is fast enough on a GPU.
 struct Gelu {
   float value, slope;
 };
@@ -38,7 +38,7 @@ __global__ __launch_bounds__(kThreads) void activate_kernel(int64_t count, bool 
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 //
-// A warp per row.
+// Each warp processes one row.
 
 DCVIT_D int64_t own_row() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
 
@@ -58,7 +58,7 @@ DCVIT_D Stats stats_of(View<const T> x, int64_t base, int64_t width, double eps,
     for (int j = 0; j < W; ++j) sum += static_cast<float>(values[j]);
   }
   const float mean = static_cast<float>(warp_sum(sum) / static_cast<double>(width));
-  float squares = 0;  // about the mean, because the difference of two large sums would lose digits
+  float squares = 0;  // of differences to the mean, because the difference of two large sums would lose digits
   for (int64_t i = base + lane * W; i < end; i += kWarp * W) {
     const Vec<T, W> values = load_upto<W>(x, i, end, wide);
 #pragma unroll
@@ -165,11 +165,11 @@ __global__ __launch_bounds__(kThreads) void norm_gradient_kernel(int64_t rows, i
   }
 }
 
-// --- kept nodes ------------------------------------------------------------------------------------------------------
+// --- kept hidden units -----------------------------------------------------------------------------------------------
 //
-// A warp per row of the packed matrix [rows, columns]; the rows of the other one are `stride` apart.
+// Each warp processes one row of the packed matrix [rows, columns]. The rows of the full matrix are `stride` apart.
 
-// Where the i-th kept row or column stands, of so many.
+// The position of the i-th kept row or column, of `count` rows or columns.
 DCVIT_D int64_t at(View<const int64_t> index, int64_t i, int64_t count) {
   if (!index.given()) return i;
   const int64_t place = load(index, i);
@@ -214,7 +214,7 @@ __global__ __launch_bounds__(kThreads) void unpack_kernel(int64_t rows, int64_t 
 
 // --- columns ---------------------------------------------------------------------------------------------------------
 //
-// The warps of a block share kSummedRows rows of as many columns as the vectors of a warp hold.
+// The warps of a block share kSummedRows rows. The block has as many columns as the vectors of one warp hold.
 
 template <class T>
 struct ColumnTile {
@@ -229,7 +229,7 @@ struct ColumnTile {
     last = (chunk + 1) * kSummedRows < rows ? (chunk + 1) * kSummedRows : rows;
   }
 
-  // Calls `visit` with the first element and the end of each row that is the warp's own.
+  // Calls visit(row, first element, end of the row) for each row that belongs to the warp.
   template <class Visit>
   DCVIT_D void each_row(const Visit& visit) const {
     if (column >= columns) return;
@@ -237,18 +237,18 @@ struct ColumnTile {
       visit(row, row * columns + column, (row + 1) * columns);
   }
 
-  // Adds up what the warps have of the columns.
+  // Adds up the warps' sums of the columns.
   DCVIT_D void gather(View<float> shared, const float (&own)[W], View<double> partials) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int j = 0; j < W; ++j) store(shared, warp * kOwn + j * kWarp + lane, own[j]);  // no two lanes in one bank
+    for (int j = 0; j < W; ++j) store(shared, warp * kOwn + j * kWarp + lane, own[j]);  // avoids bank conflicts
     __syncthreads();
     for (int c = threadIdx.x; c < kOwn && first + c < columns; c += kThreads) {
       double total = 0;
       for (int w = 0; w < kWarps; ++w) total += load(shared, w * kOwn + c % W * kWarp + c / W);
       store(partials, chunk * columns + first + c, total);
     }
-    __syncthreads();  // before the memory is used again
+    __syncthreads();  // the memory is used again afterwards
   }
 };
 
@@ -320,7 +320,7 @@ int64_t strips(int64_t rows, int64_t columns) {
   return ceil_div(rows, kSummedRows) * ceil_div(columns, ColumnTile<T>::kOwn);
 }
 
-// Whether rows of this width that start one behind the other, in all these memories, can be moved in vectors.
+// Whether contiguous rows of this width can be moved in vectors, in all these views.
 template <class T, class... Views>
 bool wide_rows(int64_t width, Views... views) {
   return width % kWide<T> == 0 && (aligned(views) && ...);

@@ -1,12 +1,12 @@
-// Launches of the MLP with dropped nodes: what happens between its matrix products, which are the BLAS's. M rows, D
-// wide; K kept nodes; E outputs. What is optional may be a view that is not given.
+// Launches of the MLP with dropped hidden units: the steps between its matrix products, which the BLAS computes. There
+// are M rows of width D, K kept hidden units and E outputs. Optional arguments may be empty views.
 #pragma once
 
 #include "_view.h"
 
 namespace dcvit {
 
-// out = LayerNorm(x) [M, D], with the `known` mean and 1/std of each row [M, 2], or with its own, kept in `stats`.
+// out = LayerNorm(x) [M, D]. The mean and 1/std of each row [M, 2] are `known`, or are computed and saved in `stats`.
 template <class T>
 void launch_normalise(int64_t rows, int64_t width, double eps, View<const T> x, View<const T> weight,
                       View<const T> bias, View<const float> known, View<float> stats, View<T> out, void* stream);
@@ -20,7 +20,7 @@ template <class T>
 void launch_finish(int64_t rows, int64_t width, View<const T> z, View<const T> bias, View<const T> scale,
                    View<const T> residual, View<T> out, void* stream);
 
-// Rows whose sum is one partial sum of a column.
+// The number of rows in one partial sum of a column.
 constexpr int64_t kSummedRows = 128;
 
 // grad *= GELU'(pre), activation = GELU(pre), and partial sums of grad's columns [ceil(M / kSummedRows), K].
@@ -28,12 +28,13 @@ template <class T>
 void launch_hidden_gradient(int64_t rows, int64_t kept, View<const T> pre, View<T> grad, View<T> activation,
                             View<double> sums, void* stream);
 
-// The gradient of x through LayerNorm from that of LayerNorm's output, plus `residual`; all [M, D].
+// gradient = the gradient of LayerNorm's input x for the gradient `grad` of its output, plus `residual`; all [M, D].
 template <class T>
 void launch_norm_gradient(int64_t rows, int64_t width, View<const T> grad, View<const T> x, View<const float> stats,
                           View<const T> norm_weight, View<const T> residual, View<T> gradient, void* stream);
 
-// Partial sums [ceil(rows / kSummedRows), columns] of values, and of values times x as normalised by `stats`.
+// Partial sums [ceil(rows / kSummedRows), columns]: `plain` of values, `normalised` of values times x normalised by
+// `stats`.
 template <class T>
 void launch_column_sums(int64_t rows, int64_t columns, View<const T> values, View<const T> x, View<const float> stats,
                         View<double> plain, View<double> normalised, void* stream);
@@ -43,14 +44,15 @@ template <class T>
 void launch_finish_sums(int64_t columns, View<const double> partials, View<const T> factor,
                         View<const double> row_partials, View<const int64_t> index, View<T> out, void* stream);
 
-// packed[r, c] = factor[r] * from[row_index[r], column_index[c]], of rows that are `stride` apart. The kernel stops the
-// device where an index is not in [0, hidden).
+// packed[r, c] = factor[r] * from[row_index[r], column_index[c]], where rows of `from` are `stride` apart. The kernel
+// stops the device if an index is not in [0, hidden).
 template <class T>
 void launch_pack(int64_t rows, int64_t columns, int64_t stride, int64_t hidden, View<const int64_t> row_index,
                  View<const int64_t> column_index, View<const T> factor, View<const T> from, View<T> packed,
                  void* stream);
 
-// out[row_index[r], column_index[c]] = factor[r] * packed[r, c], and sums[r], over c, of packed times `other` there.
+// With i = row_index[r] and j = column_index[c]: out[i, j] = factor[r] * packed[r, c], and
+// sums[r] = sum_c packed[r, c] * other[i, j].
 template <class T>
 void launch_unpack(int64_t rows, int64_t columns, int64_t stride, int64_t hidden, View<const int64_t> row_index,
                    View<const int64_t> column_index, View<const T> factor, View<const T> packed, View<const T> other,

@@ -7,8 +7,8 @@
 namespace dcvit {
 namespace {
 
-// A block owns a band of a plane. Its threads walk down together, so that when row r is written all have read it, as
-// their own row and as their neighbours' row.
+// A block owns a band of a plane. Its threads walk down together, so that all have read a row, as their own and as a
+// neighbour's, before it is written.
 __global__ __launch_bounds__(kWidestInPlace / kStrip) void synthesis_step_kernel(
     Images shape, Adam<float> adam, bool wide, View<const float> source, View<const float> halo,
     View<const float> slopes, View<float> images, View<const float> grad, View<float> exp_avg, View<float> exp_avg_sq,
@@ -35,7 +35,7 @@ __global__ __launch_bounds__(kWidestInPlace / kStrip) void synthesis_step_kernel
       if (active && has_below)
         below = row + 1 == last && halo.given() ? load_row(halo, kept + width, column, width, wide)
                                                 : load_row(source, base + (row + 1) * width, column, width, wide);
-      __syncthreads();  // all have read this row
+      __syncthreads();  // all threads have read this row
       if (active) {
         const int64_t i = base + row * width + column, end = base + (row + 1) * width;
         const Vec<float, kStrip> slope = load_upto<kStrip>(grad, i, end, wide);

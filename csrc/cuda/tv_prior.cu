@@ -38,7 +38,7 @@ __global__ __launch_bounds__(kThreads, 2) void prior_sums_kernel(Images shape, i
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] += parts[i];
       if (halo.given() && row == last - 1 && has_below) {
-        const int64_t keep = (plane * bands + band) * 2 * width;  // [above, below], and then the next band's
+        const int64_t keep = (plane * bands + band) * 2 * width;  // [above, below] of this band, then of the next one
         Vec<float, kStrip> own_row, below_row;
 #pragma unroll
         for (int j = 0; j < kStrip; ++j) own_row[j] = own.x[j + 1], below_row[j] = below.x[j + 1];
@@ -69,12 +69,12 @@ __global__ __launch_bounds__(kThreads) void image_sums_kernel(int64_t chunks, Vi
   }
 }
 
-// One block for all.
+// One block for all images.
 __global__ __launch_bounds__(kThreads) void prior_value_kernel(Images shape, PriorSettings settings,
                                                                View<const double> image_sums, View<float> value,
                                                                View<float> norms, View<float> image_norms,
                                                                View<float> slopes) {
-  double sums[kSums] = {};  // the first of the norms, the others of squares
+  double sums[kSums] = {};  // the first one of norms, the others of squares
   for (int64_t image = threadIdx.x; image < shape.batch; image += kThreads) {
     const double norm = sqrt(load(image_sums, image * kSums));
     store(image_norms, image, static_cast<float>(norm));

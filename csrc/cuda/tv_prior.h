@@ -5,9 +5,9 @@
 
 namespace dcvit {
 
-// A thread owns kStrip columns of kBand rows of a plane, and walks down them.
+// A thread owns kStrip columns of kBand rows of a plane, and walks down the rows.
 constexpr int kStrip = 4, kBand = 16;
-// Sums of squares of an image: of its pixels, and of its differences to the right, down, diagonal and antidiagonal.
+// The sums of squares per image: of its pixels, and of its right, down, diagonal and antidiagonal differences.
 constexpr int kSums = 5;
 
 struct Images {
@@ -21,20 +21,20 @@ struct PriorSettings {
   double beta, tv_weight, l2_weight;
 };
 
-// Blocks that share an image in the first pass.
+// The number of blocks that share an image in the first pass.
 int64_t prior_chunks(const Images& shape);
 
-// First pass: partial sums [B, chunks, kSums]. If `halo` [planes, bands, 2, W] is given, it keeps the row above and the
-// row below each band for a second pass that changes the images.
+// First pass: partial sums [B, chunks, kSums]. The optional `halo` [planes, bands, 2, W] saves the rows above and below
+// each band, for a second pass that changes the images.
 void launch_prior_sums(Images shape, View<const float> images, View<double> partials, View<float> halo, void* stream);
 
-// Then the sums of each image [B, kSums] from the partial ones, and with them value [], norms [4] and image_norms [B].
-// `slopes` [4 + B], if given, gets what the gradient multiplies differences and pixels with.
+// Computes the sums of each image [B, kSums] from the partial sums, and from those value [], norms [4] and
+// image_norms [B]. The optional `slopes` [4 + B] gets the factors of differences and pixels in the gradient.
 void launch_prior_value(Images shape, PriorSettings settings, View<const double> partials, View<double> image_sums,
                         View<float> value, View<float> norms, View<float> image_norms, View<float> slopes,
                         void* stream);
 
-// The same slopes from norms that were kept, times `grad` [].
+// Computes the same slopes from saved norms, times `grad` [].
 void launch_prior_slopes(PriorSettings settings, View<const float> grad, View<const float> norms,
                          View<const float> image_norms, View<float> slopes, void* stream);
 

@@ -322,7 +322,9 @@ def read_together(file: Path, read: Callable[[], _Read]) -> _Read:
             else:
                 if _is_still(file, opened):
                     return found
-    raise SaveFolderError(f"{str(file.parent)!r} is being saved to all the time: read it when that is done.")
+    raise SaveFolderError(
+        f"{str(file.parent)!r} is replaced faster than it can be read: read it when no process saves to it."
+    )
 
 
 def _is_still(file: Path, opened: BinaryIO) -> bool:
@@ -455,15 +457,15 @@ def check_folder(folder: Path) -> None:
     """Refuse a path that is not a folder and where no folder can be created.
 
     Raises:
-        SaveFolderError: If it is a file or a broken link.
+        SaveFolderError: If it is a file, or a link to something that is not a folder.
     """
     if folder.is_dir():
         return
     kind = kind_of(folder)
     if kind == "a link":
         raise SaveFolderError(
-            f"{str(folder)!r} is a link to {os.readlink(folder)!r}, which does not exist: create that folder, or "
-            "name another one."
+            f"{str(folder)!r} is a link to {os.readlink(folder)!r}, which is not a folder: create it, or name "
+            "another folder."
         )
     if kind is not None:
         raise SaveFolderError(f"{str(folder)!r} is a file: name a folder that is empty or does not exist.")

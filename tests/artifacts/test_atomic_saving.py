@@ -463,7 +463,7 @@ def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(
     assert (tmp_path / "link").is_symlink()
     assert dcvit.load(tmp_path / "disk" / "out").report.seed == 2
     (tmp_path / "dangling").symlink_to(tmp_path / "unmounted" / "out")
-    with pytest.raises(SaveFolderError, match="which does not exist: create that folder, or name another"):
+    with pytest.raises(SaveFolderError, match="which is not a folder: create it, or name another"):
         results[0].save(tmp_path / "dangling")
     assert not (tmp_path / "unmounted").exists()
 

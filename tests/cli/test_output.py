@@ -195,7 +195,10 @@ def test_an_interrupt_stops_all_devices_and_leaves_nothing(whom: str, tmp_path: 
         _, error = started.communicate(timeout=60)
         assert started.returncode == 130
         assert "Traceback" not in error
-        assert f"dcvit: interrupted. The same command resumes from the checkpoints in {str(tmp_path / 'out.run')!r}." in error
+        assert (
+            f"dcvit: interrupted. The same command resumes from the checkpoints in {str(tmp_path / 'out.run')!r}."
+            in error
+        )
         assert ends_within(started.pid, 30.0)
         assert not list((tmp_path / "temporary").iterdir())
         assert not (tmp_path / "out").exists()

@@ -166,7 +166,9 @@ def test_results_are_saved_reported_and_loaded(
     assert "synthesised images:" not in page  # which they do not need
     if name == "evit":
         assert f"after the attention of the blocks {blocks} (counted from 0), only 0.333 of the patch tokens" in card
-        assert f"These blocks keep only a share of the patch tokens behind their attention: {blocks[0]} (0.333)," in page
+        assert (
+            f"These blocks keep only a share of the patch tokens behind their attention: {blocks[0]} (0.333)," in page
+        )
     elif name == "mini_deit":
         told = "; ".join(shared_weights(result.plan.to_dict()))
         assert re.match(r"one attention for the blocks \d, \d|one MLP for the blocks \d, \d", told)
@@ -759,9 +761,7 @@ def test_spvit_goes_down_to_convolutions_and_single_nodes(deep: nn.Module, image
     assert max(dcvit.export_model(result.model, tmp_path / "small.onnx").errors.values()) < 1e-4
     card, page = (tmp_path / "small" / "README.md").read_text(), dcvit.write_report(tmp_path / "small").read_text()
     assert "with a convolution in place of the attention of the blocks 0, 1, 2, 3, 4, 5: of the blocks 0," in card
-    assert (
-        "These blocks have a convolution instead of their attention (hidden units that each keeps): 0 (1)," in page
-    )
+    assert "These blocks have a convolution instead of their attention (hidden units that each keeps): 0 (1)," in page
     assert "lost hidden units and keep their attention" not in page
     assert page.count("<td>convolution</td>") == DEPTH
 
