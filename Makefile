@@ -16,13 +16,15 @@ SANITIZE := address,undefined
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.h %.cpp %.cu,$(SOURCES))
 
-.PHONY: FORCE help demo test fuzz test-gpu check check-native fix bench install clean
+.PHONY: FORCE help demo test test-slow test-all fuzz test-gpu check check-native fix bench install clean
 
 help:
 	@echo "demo      compress the embedded model and compare methods, over 5 few-shot sets"
-	@echo "test      run the tests"
+	@echo "test      run the tests but for the slow ones"
+	@echo "test-slow run the slow ones"
+	@echo "test-all  run all of them"
 	@echo "fuzz      ask each reader of files and values 30,000 times"
-	@echo "test-gpu  run the tests on a GPU; a skipped GPU test fails"
+	@echo "test-gpu  run the tests that need a GPU; a skipped one fails"
 	@echo "check     formatting, lint and types; changes nothing"
 	@echo "check-native  run the tests of the ops on builds with sanitizers"
 	@echo "fix       formatting and lint, repaired"
@@ -58,13 +60,18 @@ demo: $(VENV)/.demo
 	$(BIN)/dcvit demo --seeds 5 --out dcvit-demo --overwrite
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
+
+test-all: test test-slow
 
 fuzz: $(VENV)/.dev
 	DCVIT_FUZZ=30000 $(BIN)/python -m pytest -n auto --dist worksteal tests/artifacts/test_fuzz.py
 
 test-gpu: $(VENV)/.dev
-	DCVIT_TEST_GPU=1 $(BIN)/python -m pytest
+	DCVIT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -80,7 +87,7 @@ check-native: $(VENV)/.dev
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	DCVIT_SANITIZE=$(SANITIZE) DCVIT_KERNELS=build/native/dcvit \
-		$(BIN)/python -m pytest tests/ops -k "cpp or host" --capture=sys
+		$(BIN)/python -m pytest tests/ops -m native --capture=sys
 	DCVIT_CUDA=0 DCVIT_SANITIZE=thread $(BIN)/python setup.py --quiet build_ext \
 		--build-lib build/threads --build-temp build/threads/objects
 	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so)" \

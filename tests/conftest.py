@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ if not torch.cuda.is_available():
 
 import dcvit
 from dcvit.methods import METHODS
-from tests.variants import EVA_VARIANTS, VARIANTS, Variant
+from tests.variants import EVA_VARIANTS, REPRESENTATIVES, VARIANTS, Variant
 
 SYNTHESIS = dcvit.config.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1)
 
@@ -70,6 +71,16 @@ def quick(name: str, **changes: Any) -> dcvit.config.MethodConfig:
     return config.with_(**changes)
 
 
+def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test, of which all but some are slow; a tuple holds one for each argument."""
+    return [
+        value
+        if value in quick
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]
+
+
 # The models here are too small to share between threads; other processes' threads would only slow them down.
 torch.set_num_threads(int(os.environ.get("DCVIT_TEST_THREADS", "1")))
 
@@ -82,6 +93,12 @@ def _seeded() -> None:
 @pytest.fixture(params=[*VARIANTS, *EVA_VARIANTS])
 def variant(request: pytest.FixtureRequest) -> Variant:
     """Each variant of an isotropic vision transformer in turn."""
+    return (VARIANTS | EVA_VARIANTS)[request.param]
+
+
+@pytest.fixture(params=REPRESENTATIVES)
+def representative(request: pytest.FixtureRequest) -> Variant:
+    """Five of them, for what takes longer than a look at an adapter."""
     return (VARIANTS | EVA_VARIANTS)[request.param]
 
 

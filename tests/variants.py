@@ -67,3 +67,6 @@ EVA_VARIANTS = {
     ),
 }
 """Of `Eva` and `Beit`."""
+
+REPRESENTATIVES = ("plain", "swiglu_packed", "post_norm", "attention_pool", "eva02")
+"""Between them each kind of block, MLP, position and head: what tests run over that go through a whole compression."""

@@ -1,5 +1,7 @@
 """Runs code as where dcvit is not installed: in a process of its own, in which importing it fails."""
 
+import atexit
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,31 @@ for name in {blocked!r}:
     else:
         raise SystemExit(f"{{name}} can be imported")
 """
+
+STARTER = """\
+import os, runpy, sys, traceback, warnings
+
+import safetensors.torch, timm, torch
+
+warnings.filterwarnings("ignore", "This process.*is multi-threaded", DeprecationWarning)  # NumPy's threads, which wait
+for line in sys.stdin:
+    script, status = line.rstrip("\\n"), 1
+    child = os.fork()
+    if not child:
+        try:
+            os.chdir(os.path.dirname(script))
+            for descriptor, name in ((1, "printed"), (2, "errors")):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            runpy.run_path(script, run_name="__main__")
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)  # an ordinary end takes a second to free what was imported
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Starts a process for each script that it is told, from one that has imported what takes seconds to import."""
 
 
 OUTPUT = """\
@@ -54,9 +81,30 @@ def run_without(code: str, folder: Path, *blocked: str) -> str:
     """
     script = folder / "script.py"
     script.write_text(BLOCKED.format(blocked=("dcvit", *blocked)) + code)
+    if blocked:  # which the starter has imported
+        command = [sys.executable, "-I", "-W", "error", str(script)]
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        status, printed, errors = finished.returncode, finished.stdout, finished.stderr
+    else:
+        status = _start(script)
+        printed, errors = ((folder / name).read_text() for name in ("printed", "errors"))
+    assert status == 0, errors
+    return printed
+
+
+def _start(script: Path) -> int:
+    """The exit code of a script that the starter starts in its folder, where it writes `printed` and `errors`."""
+    starter = _starter()
+    assert starter.stdin is not None
+    assert starter.stdout is not None
+    print(script, file=starter.stdin, flush=True)
+    return int(starter.stdout.readline())
+
+
+@functools.cache
+def _starter() -> subprocess.Popen[str]:
     # -I: neither the current folder nor PYTHONPATH is searched.
-    finished = subprocess.run(
-        [sys.executable, "-I", "-W", "error", str(script)], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    command = [sys.executable, "-I", "-W", "error", "-c", STARTER]
+    starter = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(starter.communicate)  # which ends it
+    return starter

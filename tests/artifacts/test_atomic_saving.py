@@ -6,6 +6,8 @@ ends the process. A limit on the size of files does the same to what native code
 
 import copy
 import errno
+import functools
+import io
 import json
 import os
 import re
@@ -31,7 +33,7 @@ from dcvit.cli import main
 from dcvit.errors import SaveFolderError
 from dcvit.models import compressible
 from dcvit.report import run_page, write_report
-from tests.conftest import QUICK
+from tests.conftest import QUICK, slow_but
 from tests.variants import VARIANTS
 
 pytestmark = [
@@ -230,6 +232,7 @@ def test_overwriting_a_result_is_all_or_nothing(results: tuple[dcvit.Compression
     assert always_old_or_new(saver, tmp_path) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("config_known")
 def test_overwriting_a_family_is_all_or_nothing(families: tuple[dcvit.Family, ...], tmp_path: Path) -> None:
     one, two = families
@@ -245,7 +248,7 @@ def test_a_report_is_all_or_nothing(results: tuple[dcvit.CompressionResult, ...]
     assert always_old_or_new(saver, tmp_path) > 10
 
 
-@pytest.mark.parametrize("kind", ["torch-export", "onnx", "onnx and weights"])
+@pytest.mark.parametrize("kind", slow_but(["torch-export", "onnx", "onnx and weights"], "torch-export"))
 def test_an_export_is_all_or_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     format: Any = kind.split()[0]
     if format == "onnx":
@@ -258,11 +261,24 @@ def test_an_export_is_all_or_nothing(kind: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(export, "_trace", lambda model: program)  # traced once, for time
     name = "model" + export.SUFFIXES[format]
     monkeypatch.setattr(export, "_compare", lambda *arguments: {})
-    monkeypatch.setattr(export, "_read_onnx", lambda *arguments: None)
+    for reader in ("_read_onnx", "_read_program"):
+        monkeypatch.setattr(export, reader, lambda *arguments: None)
     monkeypatch.setattr(export.secrets, "token_hex", lambda size: "0" * 2 * size)  # so that files compare
     if format == "onnx":
         converted = torch.onnx.export(program, (), dynamo=True, dynamic_shapes=export._dynamic_shapes(), verbose=False)
         monkeypatch.setattr(torch.onnx, "export", lambda *arguments, **options: converted)
+    else:
+        save = torch.export.save
+
+        @functools.cache
+        def archived(told: str) -> bytes:
+            archive = io.BytesIO()
+            save(program, archive, extra_files={"dcvit.json": told})
+            return archive.getvalue()
+
+        monkeypatch.setattr(
+            torch.export, "save", lambda program, file, extra_files: file.write(archived(extra_files["dcvit.json"]))
+        )
 
     def put(out: Path, version: str) -> None:
         out.mkdir(exist_ok=True)
@@ -277,6 +293,7 @@ def test_an_export_is_all_or_nothing(kind: str, tmp_path: Path, monkeypatch: pyt
 # In place: a mount point and the current folder cannot be exchanged for others.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("config_known")
 def test_the_current_folder_holds_the_old_or_the_new_or_does_not_load(
     results: tuple[dcvit.CompressionResult, ...], tmp_path: Path
@@ -346,6 +363,7 @@ def test_digests_of_another_type_are_refused(
         dcvit.load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_reader_beside_a_writer_sees_one_version(
     results: tuple[dcvit.CompressionResult, ...], tmp_path: Path
 ) -> None:
@@ -378,7 +396,7 @@ def modes(path: Path) -> dict[str, int]:
     return {found.name: stat.S_IMODE(found.stat().st_mode) for found in (path, *path.rglob("*"))}
 
 
-@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+@pytest.mark.parametrize("umask", slow_but([0o077, 0o022, 0o002], 0o022))
 def test_the_umask_decides_who_may_read(
     umask: int, families: tuple[dcvit.Family, ...], results: tuple[dcvit.CompressionResult, ...], tmp_path: Path
 ) -> None:
@@ -406,6 +424,7 @@ def test_a_replaced_folder_keeps_its_permissions(
     assert stat.S_IMODE(write_report(tmp_path / "out").stat().st_mode) == 0o640
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away")
 def test_what_is_replaced_keeps_its_owner(
     results: tuple[dcvit.CompressionResult, ...], families: tuple[dcvit.Family, ...], tmp_path: Path
@@ -500,6 +519,7 @@ def test_a_file_of_the_user_s_with_a_name_of_dcvit_s_is_not_deleted(
     assert (tmp_path / "out" / name).read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_exports_in_a_folder_go_with_its_result(
     results: tuple[dcvit.CompressionResult, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -562,6 +582,7 @@ def test_an_export_replaces_exports_alone(format: Any, tmp_path: Path) -> None:
         dcvit.export_model(VARIANTS["plain"].create(), path, format=format, overwrite=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, export.SINGLE_FILE_BYTES])
 def test_an_export_deletes_the_weights_of_the_one_it_replaces_alone(
     limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -665,7 +686,7 @@ def test_what_was_computed_is_saved_elsewhere_when_its_place_is_gone(
 # A full disk, and one of its own.
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("number", slow_but([errno.ENOSPC, errno.EROFS, errno.EIO], errno.ENOSPC))
 @pytest.mark.parametrize("command", ["report", "torch-export", "timm"])
 def test_a_disk_that_fails_is_no_bad_input(
     command: str, number: int, results: tuple[dcvit.CompressionResult, ...], tmp_path: Path,
@@ -745,6 +766,7 @@ dcvit.load(disk)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's mount namespaces")
 def test_a_full_disk_that_is_mounted_keeps_what_it_holds(
     results: tuple[dcvit.CompressionResult, ...], tmp_path: Path

@@ -17,13 +17,14 @@ from dcvit.artifacts import export
 from dcvit.artifacts.export import ExportFormat, compare_rounded, export_model
 from dcvit.models import compressible, load_model
 from dcvit.models.surgery import compress_block, draw_kept_units, drop_block
+from tests.conftest import slow_but
 from tests.variants import VARIANTS
 from tests.without_dcvit import run_without
 
 MISSING = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install 'dcvit[export]'")
 
-FORMATS = [pytest.param("onnx", marks=needs_onnx), "torch-export"]
+FORMATS = [pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow]), "torch-export"]
 
 
 def cut(name: str) -> nn.Module:
@@ -43,7 +44,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["demo", "plain", "distilled", "registers"])
+@pytest.mark.parametrize("name", slow_but(["demo", "plain", "distilled", "registers"], "plain"))
 def test_onnx_equals_pytorch_at_every_batch_size(name: str, tmp_path: Path) -> None:
     import onnx
     import onnxruntime
@@ -68,6 +69,7 @@ def test_onnx_equals_pytorch_at_every_batch_size(name: str, tmp_path: Path) -> N
     assert told["mean"] == pytest.approx(list(student.pretrained_cfg["mean"]))
 
 
+@pytest.mark.slow
 def test_program_runs_without_dcvit_and_timm(tmp_path: Path) -> None:
     students = {name: cut(name) for name in ("plain", "backbone")}
     for name, student in students.items():
@@ -96,8 +98,8 @@ for name in ("plain", "backbone"):
 @pytest.mark.parametrize(
     ("format", "dtype"),
     [
-        pytest.param("onnx", torch.float16, marks=needs_onnx),
-        ("torch-export", torch.float16),
+        pytest.param("onnx", torch.float16, marks=[needs_onnx, pytest.mark.slow]),
+        pytest.param("torch-export", torch.float16, marks=pytest.mark.slow),
         ("torch-export", torch.bfloat16),
     ],
 )
@@ -115,6 +117,7 @@ def test_half_precision(format: ExportFormat, dtype: torch.dtype, tmp_path: Path
         assert {tensor.dtype for tensor in program.state_dict.values()} == {dtype}
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_weights_too_large_for_one_file_get_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime

@@ -19,7 +19,7 @@ from dcvit.demo.comparison import DEMO_CONFIG
 from dcvit.methods import METHODS
 from dcvit.runtime.progress import TerminalProgress
 from dcvit.search.plan import plan as make_plan
-from tests.conftest import QUICK
+from tests.conftest import QUICK, slow_but
 
 FEW = ["--synthesis-iterations", "2", "--synthesis-images", "2", "--tv-exponent", "1"]
 PAPER = dcvit.DCViT.paper()
@@ -54,7 +54,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 @pytest.mark.parametrize(
     ("recovery", "stage"),
-    [([], "reconstruction: loss"), (DISTILLATION, "probes: loss")],
+    [([], "reconstruction: loss"), pytest.param(DISTILLATION, "probes: loss", marks=pytest.mark.slow)],
     ids=["default", "distillation"],
 )
 def test_compress_a_timm_model_from_photographs(
@@ -155,7 +155,7 @@ def test_demo_writes_what_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fewer = replace(
-        DEMO_CONFIG.reconstruction, num_views=50, refinement_views=50, refinement_steps=200, refinement_batch=10
+        DEMO_CONFIG.reconstruction, num_views=20, num_rows=1000, epochs=2, step_sizes=(0.03,), refinement_steps=0
     )
     monkeypatch.setattr("dcvit.cli.demo.DEMO_CONFIG", replace(DEMO_CONFIG, recovery=fewer))
     out = tmp_path / "demo"
@@ -310,7 +310,7 @@ def digits_by_label(folder: Path, count: int) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # the command line shows them
-@pytest.mark.parametrize("num_images", [[], ["--num-images", "101"]], ids=["all", "some"])
+@pytest.mark.parametrize("num_images", slow_but([[], ["--num-images", "101"]], []), ids=["all", "some"])
 def test_a_broken_file_among_labelled_ones(
     num_images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,7 +328,7 @@ def test_a_broken_file_among_labelled_ones(
     assert json.loads(text)["teacher"]["top1"] > 0.9
 
 
-@pytest.mark.parametrize("count", ["0", "-3", "99"])
+@pytest.mark.parametrize("count", slow_but(["0", "-3", "99"], "99"))
 def test_as_many_images_as_there_are(count: str, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = run(
         capsys, "compress", "vit_tiny_patch16_224", "--random-weights", "--data", str(photographs), "--macs", "0.9",

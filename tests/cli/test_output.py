@@ -17,12 +17,14 @@ from dcvit.runtime import spill as stacks
 from dcvit.runtime.distributed import on_devices
 from dcvit.runtime.output import Lenient
 from dcvit.runtime.spill import SpilledBuffer
+from tests.conftest import slow_but
 
 DCVIT = f"{sys.executable} -m dcvit"
 
 EVERY_COMMAND = """
 import contextlib, sys
 from dcvit.cli import COMMANDS, main
+from tests.conftest import slow_but
 
 for name in ("--help", "--version", *(f"{one.name} --help" for one in COMMANDS)):
     with contextlib.suppress(SystemExit):
@@ -46,8 +48,8 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
     "environment",
     [
         {"PYTHONIOENCODING": "ascii"},
-        {"PYTHONIOENCODING": "latin-1"},
-        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        pytest.param({"PYTHONIOENCODING": "latin-1"}, marks=pytest.mark.slow),
+        pytest.param({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, marks=pytest.mark.slow),
     ],
     ids=["ascii", "latin-1", "C"],
 )
@@ -63,8 +65,7 @@ def test_every_command_speaks_to_every_terminal(environment: dict[str, str]) -> 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-@pytest.mark.parametrize("command", ["methods", "--help"])
-@pytest.mark.parametrize("end", [">&-", ">/dev/full"])
+@pytest.mark.parametrize(("command", "end"), [("methods", ">/dev/full"), ("--help", ">&-")])
 def test_standard_output_that_ends_is_one_sentence(command: str, end: str) -> None:
     finished = shell(f"{DCVIT} {command} {end}")
     error = finished.stderr.decode()
@@ -73,14 +74,14 @@ def test_standard_output_that_ends_is_one_sentence(command: str, end: str) -> No
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["methods", "--help"])
+@pytest.mark.parametrize("command", slow_but(["methods", "--help"], "methods"))
 def test_a_reader_that_has_enough_is_told_nothing(command: str) -> None:
     finished = shell(f"{DCVIT} {command} | head -c 0")  # it does not wait for the first byte
     assert (finished.returncode, finished.stderr) == (1, b"")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-@pytest.mark.parametrize("end", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("end", slow_but(["2>&-", "2>/dev/full"], "2>&-"))
 def test_a_run_needs_no_standard_error(end: str) -> None:
     finished = shell(f"{DCVIT} latency demo --runs 2 --warmup 1 --batch-size 2 --json {end}")
     assert finished.returncode == 0
@@ -166,7 +167,7 @@ def ends_within(group: int, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("whom", ["all", "first"])
+@pytest.mark.parametrize("whom", slow_but(["all", "first"], "first"))
 def test_an_interrupt_stops_all_devices_and_leaves_nothing(whom: str, tmp_path: Path) -> None:
     """A terminal interrupts all processes of the command, `kill` the first alone."""
     (tmp_path / "temporary").mkdir()
@@ -207,6 +208,7 @@ def test_an_interrupt_stops_all_devices_and_leaves_nothing(whom: str, tmp_path: 
             os.killpg(started.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_caller_s_signal_handlers_are_given_back() -> None:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(number) for number in numbers]

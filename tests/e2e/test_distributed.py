@@ -17,7 +17,7 @@ from dcvit import cli
 from dcvit.errors import DistributedError
 from dcvit.runtime.checkpoint import Entry
 from dcvit.runtime.distributed import ProcessGroup, on_devices
-from tests.conftest import CUT_REFINED, PUBLISHED, QUICK
+from tests.conftest import CUT_REFINED, PUBLISHED, QUICK, slow_but
 
 BUDGET = dcvit.Budget(macs=0.7)
 
@@ -97,6 +97,7 @@ def queued(folder: Path, processes: ProcessGroup, device: str) -> dict[str, Any]
     }
 
 
+@pytest.mark.slow
 def test_a_queue_gives_a_fast_rank_more(tmp_path: Path) -> None:
     found = on_devices(["cpu", "cpu"], partial(queued, tmp_path / "run"))
     assert found["values"] == [f"U{i}" for i in range(7)] + [f"U{i}" for i in range(6)]
@@ -108,7 +109,9 @@ def test_a_queue_gives_a_fast_rank_more(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "units").glob("*.json"))) == 7
 
 
-@pytest.mark.parametrize("config", [QUICK, CUT_REFINED, PUBLISHED], ids=["searched", "refined", "published"])
+@pytest.mark.parametrize(
+    "config", slow_but([QUICK, CUT_REFINED, PUBLISHED], QUICK), ids=["searched", "refined", "published"]
+)
 def test_two_processes_end_as_one_does(config: dcvit.DCViT, model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     alone = dcvit.compress(model, images, BUDGET, config)
     shared = dcvit.compress(model, images, BUDGET, config, devices=["cpu", "cpu"], run_dir=tmp_path / "run")
@@ -140,6 +143,7 @@ def test_what_cannot_be_shared_is_refused(model: nn.Module, images: Tensor) -> N
         dcvit.compress(model, images, BUDGET, QUICK, devices=["cpu"], processes=ProcessGroup(0, 2))
 
 
+@pytest.mark.slow
 def test_what_a_process_refuses_the_caller_sees(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(dcvit.errors.BudgetError, match=r"macs=0\.01"):
         dcvit.compress(model, images, dcvit.Budget(macs=0.01), QUICK, devices=["cpu", "cpu"])
@@ -161,6 +165,7 @@ def other_settings(processes: ProcessGroup, device: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_ranks_that_were_given_different_things_are_told() -> None:
     assert on_devices(["cpu", "cpu"], other_settings) == (
         "rank 1 differs from rank 0: seed was 0 there and is 1 here. Start all processes with one command, on machines "

@@ -19,9 +19,12 @@ from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, REFINED, quick
 from tests.models import test_cnn, test_swin
 from tests.variants import EVA_VARIANTS
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("DCVIT_TEST_GPU") != "1", reason="torch sees no GPU"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() and os.environ.get("DCVIT_TEST_GPU") != "1", reason="torch sees no GPU"
+    ),
+]
 
 BUDGET = dcvit.Budget(macs=0.7)
 CONFIGS = {"searched": QUICK, "refined": REFINED, "cut": CUT, "cut and refined": CUT_REFINED, "published": PUBLISHED}

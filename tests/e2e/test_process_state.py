@@ -25,7 +25,7 @@ from dcvit.data.images import load_images
 from dcvit.methods import METHODS, VTP, Practise
 from dcvit.recovery.finetune import token_weight
 from dcvit.runtime.precision import Precision
-from tests.conftest import CUT_REFINED, PUBLISHED, QUICK, SYNTHESIS, quick
+from tests.conftest import CUT_REFINED, PUBLISHED, QUICK, SYNTHESIS, quick, slow_but
 from tests.variants import EVA_VARIANTS, VARIANTS
 
 AUGMENTED = PUBLISHED.with_(
@@ -226,7 +226,7 @@ def assert_same(found: Weights, expected: Weights) -> None:
 
 
 @pytest.mark.parametrize("name", STATES)
-@pytest.mark.parametrize("work", ["dcvit", "paper"])
+@pytest.mark.parametrize("work", slow_but(["dcvit", "paper"], "dcvit"))
 def test_the_callers_state_changes_nothing_and_is_not_changed(work: str, name: str) -> None:
     expected = plain(work)
     with STATES[name]():
@@ -239,7 +239,9 @@ def test_the_callers_state_changes_nothing_and_is_not_changed(work: str, name: s
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", ["default dtype float64", "inference mode", "all of torch's"])
+@pytest.mark.parametrize(
+    "name", slow_but(["default dtype float64", "inference mode", "all of torch's"], "all of torch's")
+)
 @pytest.mark.parametrize("work", ["refined", "CNN", "rotary positions", "sweep", "synthesis"])
 def test_of_other_work_too(work: str, name: str) -> None:
     expected = plain(work)
@@ -250,7 +252,9 @@ def test_of_other_work_too(work: str, name: str) -> None:
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in STATES if name.startswith("default dtype")])
+@pytest.mark.parametrize(
+    "name", slow_but([name for name in STATES if name.startswith("default dtype")], "default dtype bfloat16")
+)
 @pytest.mark.parametrize("method", ["dcvit", "vtp"])
 def test_the_default_dtype_rounds_nothing(method: str, name: str) -> None:
     """Neither in the refinement of a cut model nor in the gates of a pruned one."""
@@ -282,7 +286,7 @@ def test_the_default_dtype_rounds_no_picture(name: str) -> None:
         assert all(torch.equal(*pair) for pair in zip(found.pixels, expected.pixels, strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "dcvit", "practise", "fskd", "evit"))
 def test_no_method_touches_the_random_state(method: str) -> None:
     """Nor is it touched by it: whatever it is, one seed gives one result."""
     chosen = METHODS[method]
@@ -326,7 +330,7 @@ def test_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("work", "count"), [("dcvit", 4), ("paper", 4), ("CNN", 2)])
+@pytest.mark.parametrize(("work", "count"), slow_but([("dcvit", 4), ("paper", 4), ("CNN", 2)], ("CNN", 2)))
 def test_several_threads_at_once(work: str, count: int) -> None:
     """Each of another seed, and each as alone."""
     config, model = {

@@ -32,7 +32,7 @@ from dcvit.models.surgery import pruned_skeleton
 from dcvit.runtime.precision import FULL, Precision
 from dcvit.search.latency import TOLERANCE, plan_latency
 from dcvit.search.plan import plan as make_plan
-from tests.conftest import QUICK
+from tests.conftest import QUICK, slow_but
 from tests.variants import VARIANTS
 
 DEPTH = 8
@@ -247,7 +247,7 @@ def test_more_nodes_never_take_less() -> None:
     assert latency_model.compressed(48) == 1.5
 
 
-@pytest.mark.parametrize("goal", [0.9, 0.75, 0.6, 0.45])
+@pytest.mark.parametrize("goal", slow_but([0.9, 0.75, 0.6, 0.45], 0.75))
 @pytest.mark.parametrize("clock", [Clock(), Clock(inside=1.4), Clock(inside=0.7), Clock(drift=1e-4)])
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_a_latency_is_met(goal: float, clock: Clock, round_to: int) -> None:
@@ -352,8 +352,10 @@ class Noting:
         return Clock()(module, inputs)
 
 
-@pytest.mark.parametrize("devices", [(), ("cpu", "cpu")], ids=["here", "in other processes"])
-def test_timed_in_the_callers_precision(images: Tensor, devices: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "devices", [[], pytest.param(["cpu", "cpu"], marks=pytest.mark.slow)], ids=["here", "in other processes"]
+)
+def test_timed_in_the_callers_precision(images: Tensor, devices: list[str], tmp_path: Path) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

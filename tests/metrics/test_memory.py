@@ -18,7 +18,7 @@ from dcvit.metrics.agreement import top1
 from dcvit.metrics.latency import example_images
 from dcvit.metrics.memory import measure_peak_memory, trace_activation_memory
 from dcvit.models.surgery import choose_impl, pruned_skeleton
-from tests.conftest import PUBLISHED, QUICK, REFINED
+from tests.conftest import PUBLISHED, QUICK, REFINED, slow_but
 from tests.variants import VARIANTS, Variant
 
 BUDGET = dcvit.Budget(macs=0.7)
@@ -75,7 +75,9 @@ def cramp(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr("dcvit.data.images.FINITE_IMAGES", most)
 
 
-@pytest.mark.parametrize("config", [QUICK, REFINED, PUBLISHED], ids=["searched", "refined", "published"])
+@pytest.mark.parametrize(
+    "config", slow_but([QUICK, REFINED, PUBLISHED], QUICK), ids=["searched", "refined", "published"]
+)
 def test_out_of_memory_halves_what_passes_at_once(
     config: dcvit.DCViT, model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +116,7 @@ def test_what_was_finished_before_memory_ran_out_is_kept(
     assert calls == {"synthesize": 1, "find_step_size": 1, "reconstruct_block": 1 + len(found.plan.blocks)}
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_with_fewer_images_at_once(
     model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

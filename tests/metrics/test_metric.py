@@ -70,8 +70,8 @@ def test_several_sets_give_the_geometric_mean(model: nn.Module, kind: dcvit.conf
     assert Metric(teacher, sets, kind).loss(student) == pytest.approx(math.sqrt(single[0] * single[1]), rel=1e-9)
 
 
-def test_the_teacher_is_at_no_distance(variant: Variant) -> None:
-    teacher = freeze(variant.create())
+def test_the_teacher_is_at_no_distance(representative: Variant) -> None:
+    teacher = freeze(representative.create())
     shape = compressible(teacher).input_size()
     assert Metric(teacher, [torch.randn(4, *shape)], "distillation", 3).loss(teacher) == 0
     several = Metric(teacher, [torch.randn(4, *shape), torch.randn(2, *shape)], "distillation")
@@ -79,8 +79,8 @@ def test_the_teacher_is_at_no_distance(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("kind", ["distillation", "cross_entropy"])
-def test_what_lies_before_the_first_cut_need_not_run(variant: Variant, kind: dcvit.config.MetricKind) -> None:
-    student, teacher = cut(variant.create())
+def test_what_lies_before_the_first_cut_need_not_run(representative: Variant, kind: dcvit.config.MetricKind) -> None:
+    student, teacher = cut(representative.create())
     images = torch.randn(5, *compressible(teacher).input_size())
     metric = Metric(teacher, [images, images[:2] + 1], kind, batch_size=2)
     whole = metric.loss(student)

@@ -31,7 +31,7 @@ from dcvit.models.teacher import freeze
 from dcvit.recovery.calibration import TeacherStates, draw_views
 from dcvit.recovery.reconstruct import BlockProblem, reconstruct_block
 from dcvit.search.space import choose_candidates
-from tests.conftest import QUICK, quick
+from tests.conftest import QUICK, quick, slow_but
 from tests.without_dcvit import output_without_dcvit
 
 SIZE = 32
@@ -138,7 +138,8 @@ def test_a_compressed_block_starts_as_its_own_first_convolution(images: Tensor) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "share"), [("basic", 0.9), ("bottleneck", 0.95), ("mobilenet", 0.95), ("regnet", 0.95)]
+    ("kind", "share"),
+    slow_but([("basic", 0.9), ("bottleneck", 0.95), ("mobilenet", 0.95), ("regnet", 0.95)], ("basic", 0.9)),
 )
 def test_it_meets_the_budget_is_saved_and_loaded(kind: str, share: float, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)
@@ -175,12 +176,12 @@ def test_it_loads_without_dcvit(cnn: Any, images: Tensor, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "name",
-    [
+    slow_but([
         "resnet34", "resnet50", "resnet50d", "resnet101", "wide_resnet50_2", "resnext50_32x4d", "seresnext50_32x4d",
         "ecaresnet50d", "resnetblur50", "mobilenetv2_100", "mobilenetv2_140", "efficientnet_b0", "efficientnet_b4",
         "efficientnet_lite0", "efficientnetv2_s", "tf_efficientnet_lite0", "tf_efficientnetv2_s", "mnasnet_100",
         "regnety_160", "regnetx_032", "regnetz_005",
-    ],
+    ], "resnet50", "mobilenetv2_100", "regnetx_032"),
 )  # fmt: skip
 def test_timm_models_are_supported(name: str) -> None:
     with torch.device("meta"):
@@ -250,7 +251,7 @@ def test_filters_that_are_zero_can_go(kind: str, images: Tensor) -> None:
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)  # fewer terms add up in another order
 
 
-@pytest.mark.parametrize("kind", PRUNABLE)
+@pytest.mark.parametrize("kind", slow_but(PRUNABLE, "basic", "squeeze_excite", "mobilenet"))
 def test_pruned_blocks_are_saved_and_loaded(kind: str, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)
     student = pruned(model)
@@ -284,7 +285,7 @@ SINGLE_PROCESS = ["basic", "bottleneck", "mobilenet", "edge"]
 """Those whose filters dcvit's own method lets go alone: what is left of them gives what it gave."""
 
 
-@pytest.mark.parametrize("kind", SINGLE_PROCESS)
+@pytest.mark.parametrize("kind", slow_but(SINGLE_PROCESS, "basic", "mobilenet"))
 def test_the_end_of_a_block_is_told_by_what_its_last_layer_takes(kind: str, images: Tensor) -> None:
     model = create(kind)
     view = compressible(model)
@@ -348,7 +349,7 @@ def test_an_output_layer_adds_what_it_is_set_to(bias: bool, norm: bool) -> None:
     torch.testing.assert_close(layer.weights(), solution[:-1])
 
 
-@pytest.mark.parametrize("kind", SINGLE_PROCESS)
+@pytest.mark.parametrize("kind", slow_but(SINGLE_PROCESS, "basic", "mobilenet"))
 @pytest.mark.parametrize("keeps_all", [True, False])
 def test_a_pruned_block_is_fitted_to_the_whole_one(kind: str, keeps_all: bool) -> None:
     """With all filters it is already right; with half of them, the fit is ridge regression on patches."""
@@ -398,7 +399,7 @@ def test_a_cnn_meets_a_budget_that_no_whole_convolution_meets(images: Tensor, tm
     assert "keep their spatial convolution" in page
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck", "mobilenet", "mnasnet"])
+@pytest.mark.parametrize("kind", slow_but(["basic", "bottleneck", "mobilenet", "mnasnet"], "basic"))
 @pytest.mark.parametrize("method", ["fskd", "cd"])
 def test_methods_that_prune_filters_take_a_cnn(method: str, kind: str, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)
@@ -474,7 +475,7 @@ def test_fskd_aligns_feature_maps_by_least_squares(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("mixing", "which"), [(1.0, "correction"), (0.0, "imitation")])
-@pytest.mark.parametrize("kind", ["basic", "bottleneck", "mobilenet"])
+@pytest.mark.parametrize("kind", slow_but(["basic", "bottleneck", "mobilenet"], "basic"))
 def test_cd_fits_patches_by_least_squares(
     kind: str, mixing: float, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -546,6 +547,7 @@ def test_grouped_filters_are_refused(method: str, kind: str, reason: str, monkey
         dcvit.compress(create(kind), torch.randn(2, 3, SIZE, SIZE), dcvit.Budget(macs=0.95), method)
 
 
+@pytest.mark.slow
 def test_blocks_whose_filters_are_tied_stay_whole() -> None:
     model = freeze(create("efficientnet"))
     stage, name = cnn_places(model)[1]
@@ -563,7 +565,7 @@ def test_blocks_whose_filters_are_tied_stay_whole() -> None:
     assert 1 not in fskd(given).plan.blocks
 
 
-@pytest.mark.parametrize("kind", ["basic", "mobilenet", "regnet"])
+@pytest.mark.parametrize("kind", slow_but(["basic", "mobilenet", "regnet"], "basic"))
 @pytest.mark.parametrize("method", ["practise", "mir"])
 def test_methods_that_drop_blocks_take_a_cnn(method: str, kind: str, images: Tensor, tmp_path: Path) -> None:
     model = create(kind)

@@ -14,7 +14,7 @@ from dcvit.artifacts.export import export_model
 from dcvit.artifacts.result import save_model
 from dcvit.errors import BudgetError, UnsupportedModelError
 from dcvit.models import compressible, require_supported
-from tests.conftest import quick
+from tests.conftest import quick, slow_but
 from tests.models.test_models import cut, images_for
 from tests.variants import EVA_VARIANTS, Variant
 
@@ -118,7 +118,7 @@ def test_a_model_of_any_image_size_stays_one(tmp_path: Path) -> None:
         assert torch.equal(loaded(images), student(images))
 
 
-@pytest.mark.parametrize("method", ["practise", "mir"])
+@pytest.mark.parametrize("method", slow_but(["practise", "mir"], "mir"))
 def test_methods_that_drop_blocks(method: str, tmp_path: Path) -> None:
     model = EVA_VARIANTS["dinov3"].create()
     config = quick(method, epochs=1, learning_rate=1e-3, warmup_epochs=5)
@@ -131,7 +131,7 @@ def test_methods_that_drop_blocks(method: str, tmp_path: Path) -> None:
         assert torch.equal(dcvit.load(tmp_path / "small").model(images), result.model(images))
 
 
-@pytest.mark.parametrize("name", ["dinov3", "eva02", "beit"])
+@pytest.mark.parametrize("name", slow_but(["dinov3", "eva02", "beit"], "eva02"))
 def test_students_compile_and_export(name: str, tmp_path: Path) -> None:
     student = compressible(cut(EVA_VARIANTS[name].create())).rebuild().eval()
     images = images_for(student)

@@ -18,6 +18,7 @@ from dcvit.models.modeling.shared import POST_NORM
 from dcvit.models.surgery import compress_block, draw_kept_units, drop_block
 from dcvit.models.vision_transformer import convolution_of, fuse_tokens, keep_block_heads, place_convolution
 from dcvit.search.plan import plan as make_plan
+from tests.conftest import slow_but
 from tests.variants import VARIANTS, Variant
 
 
@@ -191,7 +192,7 @@ def test_student_is_an_ordinary_module(variant: Variant) -> None:
         assert torch.equal(copy.deepcopy(student)(images), student(images))
 
 
-@pytest.mark.parametrize("name", ["plain", "swiglu_packed", "layer_scale"])
+@pytest.mark.parametrize("name", slow_but(["plain", "swiglu_packed", "layer_scale"], "swiglu_packed"))
 def test_student_fine_tunes(name: str) -> None:
     student = compressible(cut(VARIANTS[name].create())).rebuild().train()
     images, labels = images_for(student, 8), torch.arange(8) % 10
@@ -208,7 +209,9 @@ def test_student_fine_tunes(name: str) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in compressed.parameters())
 
 
-@pytest.mark.parametrize("name", ["plain", "distilled", "registers", "attention_pool", "swiglu_packed"])
+@pytest.mark.parametrize(
+    "name", slow_but(["plain", "distilled", "registers", "attention_pool", "swiglu_packed"], "plain")
+)
 def test_student_compiles_in_one_graph(name: str) -> None:
     student = compressible(cut(VARIANTS[name].create())).rebuild().eval()
     images = images_for(student)

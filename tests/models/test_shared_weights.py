@@ -23,7 +23,7 @@ from dcvit.models import compressible, load_model
 from dcvit.models.modeling.variations import SharedBlock
 from dcvit.models.teacher import freeze
 from dcvit.models.vision_transformer import convolution_of, place_convolution
-from tests.conftest import quick
+from tests.conftest import quick, slow_but
 from tests.variants import SMALL, VARIANTS
 from tests.without_dcvit import output_without_dcvit
 
@@ -201,6 +201,7 @@ def test_shared_weights_load_at_another_image_size(tmp_path: Path) -> None:
     assert larger(torch.randn(1, 3, 32, 48)).shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_shared_weights_are_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'dcvit[export]'")
     student = shared(VARIANTS["plain"].create())
@@ -211,7 +212,7 @@ def test_shared_weights_are_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["params", "file_size"])
-@pytest.mark.parametrize("share", [0.9, 0.7, 0.45])
+@pytest.mark.parametrize("share", slow_but([0.9, 0.7, 0.45], 0.7))
 def test_the_budget_is_met_and_no_attention_more_would_fit(metric: str, share: float) -> None:
     model = freeze(VARIANTS["plain"].create(depth=6))
     budget = dcvit.Budget(**{metric: share})

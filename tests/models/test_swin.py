@@ -14,7 +14,7 @@ from dcvit.artifacts.result import save_model
 from dcvit.errors import BudgetError, UnsupportedModelError
 from dcvit.models import CompressedBlock, DroppedBlock, compressible, require_supported
 from dcvit.search.plan import plan
-from tests.conftest import QUICK, quick
+from tests.conftest import QUICK, quick, slow_but
 from tests.without_dcvit import output_without_dcvit
 
 NAMES = {1: "swin_tiny_patch4_window7_224", 2: "swinv2_tiny_window8_256"}
@@ -174,7 +174,14 @@ def test_blocks_pruned_without_losing_attention_are_saved(swin: Any) -> None:
     assert compressible(rebuilt).cost() == view.cost()
 
 
-@pytest.mark.parametrize("name", [name for name in timm.list_models("swin*") if "cr" not in name])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        [name for name in timm.list_models("swin*") if "cr" not in name],
+        "swin_tiny_patch4_window7_224",
+        "swinv2_tiny_window8_256",
+    ),
+)
 def test_every_swin_of_timm_is_supported(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -206,7 +213,7 @@ def test_what_cannot_be_done_is_refused_by_name(swin: Any) -> None:
     assert isinstance(DroppedBlock()(images), Tensor)
 
 
-@pytest.mark.parametrize("method", ["practise", "mir", "fskd", "cd"])
+@pytest.mark.parametrize("method", slow_but(["practise", "mir", "fskd", "cd"], "practise", "cd"))
 def test_every_method_takes_a_swin(method: str, swin: Any, tmp_path: Path) -> None:
     training = {"epochs": 1, "learning_rate": 1e-3, "warmup_epochs": 5} if method in ("practise", "mir") else {}
     result = dcvit.compress(swin, torch.randn(6, 3, 32, 32), dcvit.Budget(macs=0.7), quick(method, **training))

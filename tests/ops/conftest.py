@@ -57,9 +57,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             rows.append((name, None, None))
     if "case" in metafunc.fixturenames:
         ids = [f"{name}-{case}-{str(dtype).removeprefix('torch.')}" for name, case, dtype in rows]
-        metafunc.parametrize((argument, "case", "dtype"), rows, ids=ids)
+        values = [pytest.param(name, case, dtype, marks=_marks(name, case, dtype)) for name, case, dtype in rows]
+        metafunc.parametrize((argument, "case", "dtype"), values, ids=ids)
     else:
-        metafunc.parametrize(argument, [name for name, _, _ in rows])
+        metafunc.parametrize(argument, [pytest.param(name, marks=_marks(name)) for name, _, _ in rows])
+
+
+def _marks(name: str, case: str | None = None, dtype: torch.dtype | None = None) -> list[pytest.MarkDecorator]:
+    """Quick is float32 of each case, and every dtype of the small one; the interpreter takes long for more than that.
+
+    The host build takes as long to compile as the quick tests run.
+    """
+    found = [pytest.mark.native] if name in matrix.NATIVE_NAMES else []
+    found += [pytest.mark.gpu] if name in matrix.GPU_NAMES else []
+    unusual = case not in (None, "small"), dtype not in (None, torch.float32)
+    if name == "host" or (any if name == "interpreted" else all)(unusual):
+        found.append(pytest.mark.slow)
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ from dcvit.errors import DcvitError
 from dcvit.ops import _dispatch
 
 NAMES = ("eager", "reference", "cpp", "host", "interpreted", "cuda", "triton")
+NATIVE_NAMES = ("cpp", "host")
 GPU_NAMES = ("cuda", "triton")
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -25,6 +25,8 @@ CASES: dict[str, tuple[type[matrix.OpMatrix], Callable[[], matrix.Inputs]]] = {
     "synthesis_step": (test_synthesis_step.TestMatrix, lambda: test_synthesis_step.make(5, 3, 97, 131)),
 }
 
+pytestmark = pytest.mark.native
+
 
 @pytest.fixture(autouse=True)
 def _built() -> Iterator[None]:

@@ -374,6 +374,7 @@ def test_block_dropping_halves_too(teacher: nn.Module, few_shot: dcvit.data.imag
     assert compressible(dropped.model).cost().blocks[dropped.blocks[0]].mlp.params == 0
 
 
+@pytest.mark.slow
 def test_on_the_digits_halving_chooses_the_same_blocks() -> None:
     """On the test bed, of fewer images and epochs. Of near ties it may choose another, see `RUNGS`."""
     pytest.importorskip("sklearn")

@@ -236,9 +236,9 @@ def test_every_variant_reconstructs_its_block(variant: Variant) -> None:
     assert not any(p.requires_grad for p in student.parameters())
 
 
-def test_errors_are_those_of_the_held_out_images(variant: Variant) -> None:
+def test_errors_are_those_of_the_held_out_images(representative: Variant) -> None:
     """As long as nothing is learnt from them, what comes out has the error that is reported."""
-    problem = Problem.of(variant.create())
+    problem = Problem.of(representative.create())
     for epochs in (0, 2):
         student, _, report = problem.solve(epochs=epochs, refit=False)
         assert problem.error(student, problem.rows.held_out) == pytest.approx(report.error_after, rel=1e-2, abs=1e-6)
@@ -254,9 +254,9 @@ def test_gradient_steps_gain_on_the_closed_form(model: nn.Module) -> None:
     assert problem.error(student) < 0.9 * problem.error(with_none)
 
 
-def test_steps_that_harm_are_undone(variant: Variant) -> None:
+def test_steps_that_harm_are_undone(representative: Variant) -> None:
     """With a step size that destroys the block, the closed form is kept, or without one the cut."""
-    problem = Problem.of(variant.create())
+    problem = Problem.of(representative.create())
     student, kept, report = problem.solve(step_size=100.0, refit=False)
     assert report.epochs == 0
     layer = compressible(student).output_layer(BLOCK)
@@ -397,9 +397,9 @@ def test_fewer_of_the_most_useful_nodes_are_the_first_ones(model: nn.Module) -> 
 # Little to go on.
 
 
-def test_no_hidden_node_at_all(variant: Variant) -> None:
+def test_no_hidden_node_at_all(representative: Variant) -> None:
     """A constant is left, or nothing."""
-    problem = Problem.of(variant.create())
+    problem = Problem.of(representative.create())
     student, kept, _ = problem.solve(count=0)
     spec = compress_block(problem.teacher, BLOCK, ())
     layer = compressible(spec).output_layer(BLOCK)
@@ -414,9 +414,9 @@ def test_no_hidden_node_at_all(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_one_image_alone(count: int, variant: Variant) -> None:
+def test_one_image_alone(count: int, representative: Variant) -> None:
     """None can be held out: a fixed λ, no gradient steps, since none could tell which of them harm."""
-    problem = Problem.of(variant.create(), count=1)
+    problem = Problem.of(representative.create(), count=1)
     student, kept, report = problem.solve(count=count)
     assert len(kept) == count
     assert report.epochs == 0

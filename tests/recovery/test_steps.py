@@ -195,8 +195,8 @@ def test_warmup_and_cosine() -> None:
     assert warmup_cosine(0, 5, 0) == 1
 
 
-def test_synthesis_lowers_the_loss_within_the_pixel_range(variant: Variant) -> None:
-    teacher = freeze(variant.create())
+def test_synthesis_lowers_the_loss_within_the_pixel_range(representative: Variant) -> None:
+    teacher = freeze(representative.create())
     config = dcvit.config.SynthesisConfig(num_images=4, iterations=25, warmup_iterations=2, jitter=0, flip=0)
     first = dcvit.data.synthesis.synthesize(teacher, replace(config, iterations=1))
     last = dcvit.data.synthesis.synthesize(teacher, config)

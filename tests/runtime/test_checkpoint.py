@@ -20,7 +20,7 @@ from dcvit.cli import main
 from dcvit.errors import DamagedEntryWarning, RunStoreError
 from dcvit.runtime import checkpoint as run_store
 from dcvit.runtime.checkpoint import Entry, delete_run, digest_images, digest_model, open_run
-from tests.conftest import CUT, CUT_REFINED
+from tests.conftest import CUT, CUT_REFINED, slow_but
 from tests.variants import EVA_VARIANTS, VARIANTS
 
 OF = {"settings": {"seed": 0}}
@@ -238,7 +238,7 @@ SEARCHED = dcvit.DCViT(
 
 @pytest.mark.parametrize(
     ("config", "macs"),
-    [(SEARCHED, 0.7), (CUT, 0.7), (CUT_REFINED, 0.7), (PUBLISHED, 0.62)],
+    slow_but([(SEARCHED, 0.7), (CUT, 0.7), (CUT_REFINED, 0.7), (PUBLISHED, 0.62)], (SEARCHED, 0.7)),
     ids=["searched", "cut", "refined", "published"],
 )
 def test_a_run_that_stops_after_each_unit_ends_with_the_same_weights(
@@ -299,9 +299,19 @@ def test_a_sweep_goes_on_too(model: nn.Module, images: Tensor, tmp_path: Path, m
     ],
 )
 def test_changed_input_is_refused(
-    change: dict[str, Any], named: str, model: nn.Module, images: Tensor, tmp_path: Path
-) -> None:
-    dcvit.compress(model, images, dcvit.Budget(macs=0.7), SEARCHED, run_dir=tmp_path)
+    change: dict[str, Any], named: str, model: nn.Module, images: Tensor, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    keep = run_store.RunStore.keep
+
+    def stopping(self: run_store.RunStore, name: str, entry: Entry) -> None:
+        keep(self, name, entry)
+        raise Stopped(name)
+
+    monkeypatch.setattr(run_store.RunStore, "keep", stopping)
+    with pytest.raises(Stopped):
+        dcvit.compress(model, images, dcvit.Budget(macs=0.7), SEARCHED, run_dir=tmp_path)
+    monkeypatch.undo()
     if "images" in change:
         images = images.flip(0)
     if "model" in change:
@@ -339,6 +349,7 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.slow
 def test_an_interrupt_on_the_command_line_says_how_to_go_on(started: subprocess.Popen[str], tmp_path: Path) -> None:
     started.send_signal(signal.SIGINT)
     assert started.stderr is not None
@@ -362,7 +373,7 @@ def on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dcvit.cli.compress.compress", quickly)
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", slow_but([False, True], False))
 def test_the_folder_is_deleted_in_the_end_unless_it_was_named(
     named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +399,7 @@ def test_other_methods_need_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seen == [None]
 
 
+@pytest.mark.slow
 def test_the_current_folder_has_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_the_command_line(monkeypatch)
     (tmp_path / "here").mkdir()

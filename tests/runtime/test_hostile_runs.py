@@ -23,7 +23,7 @@ from dcvit.errors import DamagedEntryWarning, DcvitWarning, RunStoreError
 from dcvit.history import Plan
 from dcvit.runtime.checkpoint import Check, Entry, RunStore, delete_run, open_run
 from dcvit.search.latency import plan_latency, require_planned
-from tests.conftest import CUT_REFINED, PUBLISHED, QUICK
+from tests.conftest import CUT_REFINED, PUBLISHED, QUICK, slow_but
 from tests.metrics.test_latency import MODEL, Clock
 
 OF = {"settings": {"seed": 0}}
@@ -471,11 +471,10 @@ def swept(model: nn.Module, images: Tensor) -> Case:
     ]
 
 
-@pytest.fixture(params=["quick", "refined", "published", "sweep"])
+@pytest.fixture(params=slow_but(["refined", "published", "sweep"], "published"))
 def case(request: pytest.FixtureRequest, model: nn.Module, images: Tensor) -> Case:
     """Something that restores units; between them all kinds but a measured plan."""
     return {
-        "quick": compressed(QUICK, 0.7, model, images),
         "refined": compressed(CUT_REFINED, 0.7, model, images),
         "published": compressed(PUBLISHED, 0.62, model, images),
         "sweep": swept(model, images),
@@ -515,6 +514,7 @@ def test_forged_units_are_computed_again(case: Case, tmp_path: Path, monkeypatch
         case(tmp_path)  # they are mended
 
 
+@pytest.mark.slow
 def test_a_forged_measured_plan_is_refused() -> None:
     config, budget = dcvit.DCViT(), dcvit.Budget(latency=0.75)
     honest = plan_latency(MODEL, budget, config, stopwatch=Clock()).to_dict()

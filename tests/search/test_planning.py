@@ -34,7 +34,7 @@ def build(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=12, derandomize=True)
 @given(
     fraction=st.floats(0.35, 0.97),
     metric=st.sampled_from(["macs", "params"]),

@@ -64,6 +64,8 @@ def sentence(kernels: str, printed: str) -> str:
     return line
 
 
+@pytest.mark.native
+@pytest.mark.slow
 def test_one_file_for_every_python(project: Path, tmp_path: Path) -> None:
     wheel, printed = build(project)
     assert "dcvit is installed without" not in printed
@@ -85,6 +87,7 @@ print(torch.ops.dcvit_build_test.probe(21))
     assert done.stdout == "42\n"
 
 
+@pytest.mark.slow
 def test_without_torch(project: Path) -> None:
     wheel, printed = build(project, blocked="torch")
     assert not [name for name in wheel.namelist() if name.endswith(".so")]
@@ -99,6 +102,8 @@ def test_without_a_compiler(project: Path) -> None:
     assert "install g++ or set CXX" in str(note(wheel)["cpu"])
 
 
+@pytest.mark.native
+@pytest.mark.slow
 def test_sources_that_do_not_compile(project: Path) -> None:
     (project / "csrc" / "cpu" / "probe.cpp").write_text("this is no C++")
     wheel, printed = build(project)
@@ -118,6 +123,8 @@ def test_an_extension_that_can_no_longer_be_built_does_not_stay(project: Path) -
     assert json.loads((project / "dcvit" / "_C.json").read_text())["cpu"] is not None
 
 
+@pytest.mark.native
+@pytest.mark.slow
 def test_cuda_sources_without_a_toolkit(project: Path) -> None:
     (project / "csrc" / "cuda").mkdir()
     (project / "csrc" / "cuda" / "probe.cu").write_text("not compiled here")
@@ -130,23 +137,29 @@ def test_cuda_sources_without_a_toolkit(project: Path) -> None:
     assert any(reason in said for reason in reasons)
 
 
-@pytest.mark.parametrize("nvcc", ["#!/bin/sh\nexit 127\n", "\x7fELF of another processor"])
-def test_a_toolkit_that_does_not_run(project: Path, nvcc: str) -> None:
+@pytest.mark.native
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("nvcc", "told"), [("#!/bin/sh\nexit 127\n", "CUDA_HOME"), ("\x7fELF of another processor", "PATH")]
+)
+def test_a_toolkit_that_does_not_run(project: Path, nvcc: str, told: str) -> None:
     (project / "csrc" / "cuda").mkdir()
     (project / "csrc" / "cuda" / "probe.cu").write_text("not compiled here")
     found = project / "toolkit" / "bin" / "nvcc"
     found.parent.mkdir(parents=True)
     found.write_text(nvcc)
     found.chmod(0o755)
-    path = f"{found.parent}{os.pathsep}{os.environ['PATH']}"
-    for variables in ({"CUDA_HOME": str(project / "toolkit")}, {"PATH": path}):
-        wheel, printed = build(project, **variables)
-        assert [name for name in wheel.namelist() if name.endswith(".so")], "the CPU kernels are built all the same"
-        assert note(wheel)["cpu"] is None
-        assert sentence("CUDA kernels", printed)
-        shutil.rmtree(project / "wheel")
+    variables = {
+        "CUDA_HOME": str(project / "toolkit"),
+        "PATH": f"{found.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    wheel, printed = build(project, **{told: variables[told]})
+    assert [name for name in wheel.namelist() if name.endswith(".so")], "the CPU kernels are built all the same"
+    assert note(wheel)["cpu"] is None
+    assert sentence("CUDA kernels", printed)
 
 
+@pytest.mark.slow
 def test_a_source_distribution_is_complete(project: Path) -> None:
     """A wheel that is made from it has the same kernels."""
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
@@ -163,6 +176,8 @@ def test_a_source_distribution_is_complete(project: Path) -> None:
     assert "lacks csrc/" in sentence("compiled kernels", printed)
 
 
+@pytest.mark.native
+@pytest.mark.slow
 def test_cuda_sources_that_do_not_compile(project: Path) -> None:
     (project / "csrc" / "cuda").mkdir()
     (project / "csrc" / "cuda" / "probe.cu").write_text("this is no CUDA")

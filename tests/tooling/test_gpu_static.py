@@ -55,6 +55,7 @@ def compiled() -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_kernel_of_each_op_compiles_without_spills(compiled: list[str]) -> None:
     lines = [line.split()[1:] for line in compiled if line.startswith("COMPILED")]
     assert sorted(line[0] for line in lines) == sorted([*KERNELS.values()] * 2)
@@ -63,6 +64,7 @@ def test_a_kernel_of_each_op_compiles_without_spills(compiled: list[str]) -> Non
         assert (int(load), int(store)) == (16, 16)
 
 
+@pytest.mark.slow
 def test_images_are_only_written_in_the_second_pass(compiled: list[str]) -> None:
     """Nothing orders a program's stores before its neighbours' loads on a GPU, so none may load what another stores.
 

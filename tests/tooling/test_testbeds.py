@@ -217,6 +217,7 @@ def test_conversion_against_onnxruntime() -> None:
     assert weights.conversion_error(images) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_student_with_fewer_tokens_is_judged_by_its_class_token() -> None:
     bed = digits(0)
     student = dcvit.compress(bed.model, bed.images, dcvit.Budget(macs=0.8), method="evit").model
