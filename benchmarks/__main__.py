@@ -11,6 +11,7 @@ COMMANDS = {
     "compare": "methods on the same images at the same budget, and ablations, on test beds or ImageNet",
     "synthesis": "how well proxy sets order the blocks, and what they cost",
     "export": "onnxruntime beside PyTorch, the original beside the compressed model",
+    "fuse": "the plain student beside the one that dcvit.fuse makes of it",
     "kills": "runs that are killed at random moments and go on: same weights in the end, no unit done twice",
     "scaling": "what large models take on many devices, computed from what units take here",
     "gpu-static": "what the compilers say about the GPU kernels, without a GPU",

@@ -36,6 +36,7 @@ __all__ = [
     "FewShotImages",
     "Images",
     "check_images",
+    "first_images",
     "image_files",
     "is_hidden",
     "load_images",
@@ -705,7 +706,12 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
 
 
 FINITE_IMAGES = 8
-"""So many images are passed through a model to see whether its values stay finite."""
+"""So many images are passed through a model to see whether its values stay finite, and are those of its modules."""
+
+
+def first_images(images: FewShotImages) -> Tensor:
+    """Those that a model is checked on."""
+    return images.normalised[:FINITE_IMAGES]
 
 
 @torch.no_grad()
@@ -722,7 +728,7 @@ def require_finite(model: nn.Module, images: FewShotImages) -> None:
                 f"{bad:,} of {tensor.numel():,} values of {name} are NaN or infinite: load the model's weights again."
             )
     view = compressible(model)
-    state, where = view.embed(images.normalised[:FINITE_IMAGES]), "what precedes block 0"
+    state, where = view.embed(first_images(images)), "what precedes block 0"
     for block in range(view.num_blocks()):
         if not bool(state.isfinite().all()):
             break

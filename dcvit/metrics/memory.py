@@ -6,7 +6,7 @@ runs the model on tensors without data and adds up what is alive. `measure_peak_
 
 Both agree to the byte where blocks set the peak. What a kernel allocates for itself the trace does not see, such as the
 copy of its weights that a CPU's convolution makes: that can set the peak of a batch of a few small images. Of a
-compressed block it counts the plain-PyTorch implementation of `dcvit.ops.dropped_mlp`; the compiled ones need less.
+fused model it counts the plain modules; the compiled ops need less.
 """
 
 import weakref
@@ -20,8 +20,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dcvit.models import input_size
-from dcvit.models.surgery import choose_impl, pruned_skeleton
+from dcvit.models import input_size, unfuse
+from dcvit.models.surgery import pruned_skeleton
 
 __all__ = ["measure_peak_memory", "trace_activation_memory"]
 
@@ -35,8 +35,7 @@ def trace_activation_memory(model: nn.Module, batch_size: int) -> int:
         batch_size: Images in the pass.
     """
     weight = next(model.parameters())
-    shadow = pruned_skeleton(model, {})
-    choose_impl(shadow, "eager")
+    shadow = unfuse(pruned_skeleton(model, {}))
     with FakeTensorMode() as fake:
         # Not its `state_dict`, which leaves out buffers that are not saved.
         tensors = [*shadow.named_parameters(), *shadow.named_buffers()]
