@@ -11,6 +11,7 @@ COMMANDS = {
     "compare": "methods on the same images at the same budget, and ablations, on test beds or ImageNet",
     "synthesis": "how well proxy sets rank the blocks, and what they cost",
     "export": "onnxruntime against PyTorch, for the original and the compressed model",
+    "fuse": "the compressed model as returned and after dcvit.fuse",
     "kills": "runs that are killed at random and resume: same weights in the end, no finished work done twice",
     "scaling": "time of large models on many devices, computed from rates measured here",
     "gpu-static": "registers, spills and memory accesses of the compiled GPU kernels, without a GPU",

@@ -20,9 +20,9 @@ from dcvit.data.synthesis import synthesize
 from dcvit.errors import BudgetError
 from dcvit.history import Plan
 from dcvit.methods.baselines.practise import Practise, block_dropping
-from dcvit.models import compressible
+from dcvit.models import compressible, fuse
 from dcvit.models.surgery import compress_block, draw_kept_units
-from dcvit.models.teacher import freeze, fuse
+from dcvit.models.teacher import freeze
 from dcvit.recovery.distill import recover
 from dcvit.runtime.progress import Progress, silent
 from dcvit.search.plan import plan
@@ -229,7 +229,7 @@ def _step_seconds(bed: TestBed, planned: Plan, config: DCViT) -> tuple[float, fl
     """Measure the seconds of a synthesis iteration, and of an epoch of the longest recovery, the last candidate's."""
     teacher, block = fuse(freeze(bed.model), config.impl), planned.candidates[-1]
     kept = draw_kept_units(teacher, block, planned.hidden_features, config.seed)
-    student, images = compress_block(teacher, block, kept, config.impl), load_images(bed.images, teacher)
+    student, images = compress_block(teacher, block, kept), load_images(bed.images, teacher)
     steps = TIMED_STEPS + 1
     synthesis = replace(config.synthesis, iterations=steps)
     recovery = replace(config.distillation, epochs=steps)

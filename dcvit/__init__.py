@@ -15,6 +15,7 @@ from dcvit.compression.sweep import Family, load_family, sweep
 from dcvit.config import DCViT
 from dcvit.data.images import load_images
 from dcvit.errors import DcvitError
+from dcvit.models import fuse, unfuse
 from dcvit.report import write_report
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "__version__",
     "compress",
     "export_model",
+    "fuse",
     "load",
     "load_family",
     "load_images",
     "push_to_hub",
     "sweep",
+    "unfuse",
     "write_report",
 ]

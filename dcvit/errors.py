@@ -12,6 +12,7 @@ __all__ = [
     "DistributedError",
     "DtypeError",
     "ExportError",
+    "HooksWarning",
     "HubError",
     "ImagesError",
     "ImagesWarning",
@@ -73,6 +74,10 @@ class DcvitWarning(UserWarning):
 
 class DamagedEntryWarning(DcvitWarning):
     """A checkpoint entry on disk is damaged; it is computed again."""
+
+
+class HooksWarning(DcvitWarning):
+    """The model has hooks that leave its output as it is; they fire during the work."""
 
 
 class ImagesWarning(DcvitWarning):

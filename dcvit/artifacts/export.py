@@ -25,8 +25,7 @@ from dcvit._version import __version__
 from dcvit.artifacts.exported import is_export, weights_of
 from dcvit.artifacts.result import DTYPES, cast_weights, check_output_file
 from dcvit.errors import DtypeError, ExportError, SaveFolderError
-from dcvit.models import compressible, preprocessing
-from dcvit.models.surgery import choose_impl
+from dcvit.models import compressible, preprocessing, unfuse
 from dcvit.runtime.files import create, draft_folder, kind_of, remove_abandoned_drafts, sync, take_after
 from dcvit.runtime.seeding import generator
 
@@ -205,8 +204,7 @@ def _check(path: Path, format: ExportFormat, dtype: torch.dtype, overwrite: bool
 
 def _plain(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy on the CPU, in evaluation mode, in another dtype and without dcvit's ops."""
-    plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    choose_impl(plain, "eager")
+    plain = unfuse(copy.deepcopy(model)).cpu().eval().requires_grad_(False)
     weights = cast_weights(plain.state_dict(), dtype)
     plain.to(dtype).load_state_dict(weights)
     return plain

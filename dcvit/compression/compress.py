@@ -16,12 +16,12 @@ from dcvit.compression.finish import finish
 from dcvit.compression.out_of_memory import within_memory
 from dcvit.config import DCViT, DistillationConfig, MethodConfig
 from dcvit.context import RunContext
-from dcvit.data.images import FewShotImages, Images, check_images, load_images, require_finite
+from dcvit.data.images import FewShotImages, Images, check_images, first_images, load_images, require_finite
 from dcvit.data.synthesis import ProxySet
 from dcvit.errors import DcvitError
 from dcvit.methods import METHODS, Method, Task, method_of
 from dcvit.metrics.latency import Stopwatch, time_forward
-from dcvit.models import compressible, hub_repository, load_model
+from dcvit.models import compressible, hub_repository, load_model, require_modules_alone
 from dcvit.models.teacher import freeze
 from dcvit.recovery.distill import require_tokens
 from dcvit.runtime.checkpoint import MemoryStore, Store, digest_images, digest_model
@@ -208,11 +208,13 @@ def checked_images(
     Raises:
         ImagesError: If the images do not fit the model.
         NonFiniteError: If a weight, or the output of a block of the original, is NaN or infinite.
+        UnsupportedModelError: If the original computes something else than its modules do, see `require_modules_alone`.
     """
     few_shot = load_images(images, original, progress)
     if proxy_set is not None:
         check_images(proxy_set.images, original, "The proxy set's images")
     require_finite(original, few_shot)
+    require_modules_alone(original, first_images(few_shot))
     return few_shot
 
 

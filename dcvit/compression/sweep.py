@@ -45,8 +45,9 @@ from dcvit.history import ModelFigures, Plan
 from dcvit.methods import Task, make_proxy_set, method_of
 from dcvit.methods.dcvit.reconstructed import Prepared, compress_prepared, prepare
 from dcvit.metrics.latency import QUICK_TIMING, Timing, measure_latency, time_forward
-from dcvit.models import compressible, load_model
-from dcvit.models.teacher import freeze, fuse
+from dcvit.models import compressible, fuse, load_model
+from dcvit.models.surgery import copy_blocks
+from dcvit.models.teacher import freeze
 from dcvit.recovery.finetune import STEP_SIZES, Schedule
 from dcvit.report import FamilyPoint
 from dcvit.runtime.environment import versions
@@ -341,7 +342,7 @@ def sweep(
             config = config.with_tv_exponent(compressible(original).tv_exponent)
             plans = _plans(original, budgets, config)
             few_shot = checked_images(images, proxy_set, original, progress)
-            teacher = fuse(original, config.impl)
+            teacher = fuse(copy_blocks(original, ()), config.impl)
         targets = [planned.budget.to_dict() for planned in plans]
         with open_store(run_dir, original, few_shot, proxy_set, config, budgets=targets) as store:
             context = RunContext(config.seed, config.impl, progress=progress, store=store, timer=timer)

@@ -36,6 +36,7 @@ __all__ = [
     "FewShotImages",
     "Images",
     "check_images",
+    "first_images",
     "image_files",
     "is_hidden",
     "load_images",
@@ -710,7 +711,12 @@ def check_images(images: Tensor, model: nn.Module, name: str = "The images", fir
 
 
 FINITE_IMAGES = 8
-"""Number of images that are passed through a model to check that its values are finite."""
+"""Number of images that are passed through a model to check that its outputs are finite, and those of its modules."""
+
+
+def first_images(images: FewShotImages) -> Tensor:
+    """Return the images that a model is checked on."""
+    return images.normalised[:FINITE_IMAGES]
 
 
 @torch.no_grad()
@@ -727,7 +733,7 @@ def require_finite(model: nn.Module, images: FewShotImages) -> None:
                 f"{bad:,} of {tensor.numel():,} values of {name} are NaN or infinite: load the model's weights again."
             )
     view = compressible(model)
-    state, where = view.embed(images.normalised[:FINITE_IMAGES]), "the part before block 0"
+    state, where = view.embed(first_images(images)), "the part before block 0"
     for block in range(view.num_blocks()):
         if not bool(state.isfinite().all()):
             break

@@ -53,8 +53,7 @@ def closeness(
         of their output tokens. If the student has fewer tokens, the inputs of the heads are compared instead.
     """
     views = [compressible(model) for model in (student, teacher)]
-    has_classes = views[1].num_classes() >= 2
-    same, loss = 0, 0.0
+    loss = 0.0
     for batch in images.split(batch_size):
         tokens = [view.tokens(batch) for view in views]
         compared = tokens
@@ -62,7 +61,4 @@ def closeness(
             pooled = [view.features(of) for view, of in zip(views, tokens, strict=True)]
             compared = [features.unsqueeze(1) for features in pooled]
         loss += len(batch) * float(distillation_loss(compared[0], compared[1]))
-        if has_classes:
-            classes = [view.logits(of).argmax(-1) for view, of in zip(views, tokens, strict=True)]
-            same += int((classes[0] == classes[1]).sum())
-    return (same / len(images) if has_classes else None), loss / len(images)
+    return agreement(student, teacher, images, batch_size), loss / len(images)

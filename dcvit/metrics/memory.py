@@ -5,9 +5,8 @@ input batch exist before and do not count. `trace_activation_memory` predicts it
 model on tensors without data and adds up those that are alive. `measure_peak_memory` asks the allocator.
 
 Both agree to the byte where blocks set the peak. The trace does not see what a kernel allocates for itself, such as the
-copy of the weights that a CPU's convolution makes. That can set the peak of a batch of a few small images. For a
-compressed block, the trace counts the plain-PyTorch implementation of `dcvit.ops.dropped_mlp`; the compiled ones need
-less.
+copy of the weights that a CPU's convolution makes. That can set the peak of a batch of a few small images. For a fused
+model the trace counts the plain modules; the compiled ops need less.
 """
 
 import weakref
@@ -21,8 +20,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dcvit.models import input_size
-from dcvit.models.surgery import choose_impl, pruned_skeleton
+from dcvit.models import input_size, unfuse
+from dcvit.models.surgery import pruned_skeleton
 
 __all__ = ["measure_peak_memory", "trace_activation_memory"]
 
@@ -36,8 +35,7 @@ def trace_activation_memory(model: nn.Module, batch_size: int) -> int:
         batch_size: Images in the pass.
     """
     weight = next(model.parameters())
-    shadow = pruned_skeleton(model, {})
-    choose_impl(shadow, "eager")
+    shadow = unfuse(pruned_skeleton(model, {}))
     with FakeTensorMode() as fake:
         # Its `state_dict` would leave out buffers that are not saved.
         tensors = [*shadow.named_parameters(), *shadow.named_buffers()]

@@ -5,7 +5,8 @@ by name and before any work; `compressible` then finds the adapter wherever one 
 """
 
 from dcvit.models.base import ModelView, OutputLayer
-from dcvit.models.blocks import CompressedBlock, MlpSublayer
+from dcvit.models.behaviour import require_modules_alone
+from dcvit.models.blocks import fuse, unfuse
 from dcvit.models.cnn import CnnView
 from dcvit.models.eva import EvaView
 from dcvit.models.loading import (
@@ -17,7 +18,7 @@ from dcvit.models.loading import (
     load_model,
     preprocessing,
 )
-from dcvit.models.modeling.shared import DroppedBlock
+from dcvit.models.modeling.shared import CompressedBlock, DroppedBlock
 from dcvit.models.registry import compressible, families, require_supported
 from dcvit.models.standalone import standalone_source
 from dcvit.models.swin import SwinView
@@ -31,17 +32,19 @@ __all__ = [
     "CompressedBlock",
     "DroppedBlock",
     "EvaView",
-    "MlpSublayer",
     "ModelView",
     "OutputLayer",
     "SwinView",
     "compressible",
     "create_vision_transformer",
     "families",
+    "fuse",
     "hub_repository",
     "input_size",
     "load_model",
     "preprocessing",
+    "require_modules_alone",
     "require_supported",
     "standalone_source",
+    "unfuse",
 ]

@@ -211,13 +211,6 @@ class ModelView(ABC):
         """The layer that takes the hidden units of a block, compressed or not."""
 
     @abstractmethod
-    def fuse(self) -> None:
-        """In place: compute with dcvit's ops what they can compute of blocks that stay whole.
-
-        Outputs change by rounding, names and weights not at all.
-        """
-
-    @abstractmethod
     def drop_block(self, block: int) -> None:
         """In place: remove a block altogether."""
 

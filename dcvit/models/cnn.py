@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model, regnet, resnet
+from timm.models import regnet, resnet
 from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, SqueezeExcite
 from timm.models.efficientnet import EfficientNet
 from timm.models.regnet import RegNet
@@ -38,7 +38,6 @@ from dcvit.models.modeling.cnn import (
     change_stem,
     cnn_places,
     cnn_stages,
-    create,
     expansion,
     filter_path,
     first_layers,
@@ -222,9 +221,6 @@ class CnnView(ModelView):
 
     def hidden_layer(self, block: int) -> nn.Conv2d:
         return filter_path(_at(self.model, block))[-1][0]
-
-    def fuse(self) -> None:
-        """Leave the model as it is: dcvit has no op for convolutions."""
 
     def drop_block(self, block: int) -> None:
         self.model.dcvit_base = _base(self.model)
@@ -531,9 +527,3 @@ def _layer_settings(block: TimmModule, whole: TimmModule) -> dict[str, Any] | No
 def _pool_type(model: TimmModule) -> str:
     pool = model.head.global_pool if isinstance(model, RegNet) else model.global_pool
     return str(pool.pool_type or "")
-
-
-@register_model
-def dcvit_residual_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's entry point for CNNs that dcvit compressed; the arguments come from `config.json`."""
-    return create(pretrained, **kwargs)

@@ -17,7 +17,7 @@ import timm
 import torch
 from timm.layers import PatchEmbed
 from timm.layers.attention import AttentionRope
-from timm.models import get_model_args, register_model
+from timm.models import get_model_args
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.beit import Block as BeitBlock
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost
 from dcvit.errors import UnsupportedModelError
-from dcvit.models.blocks import CompressedBlock, mlp_sublayer_cost
+from dcvit.models.blocks import compressed, mlp_sublayer_cost
 from dcvit.models.isotropic import IsotropicView, require_one_answer
-from dcvit.models.modeling.eva import ARCHITECTURE, FILES, build, create
-from dcvit.models.modeling.shared import DroppedBlock, MlpSublayer, TimmModule
+from dcvit.models.modeling.eva import ARCHITECTURE, FILES, build
+from dcvit.models.modeling.shared import CompressedBlock, DroppedBlock, TimmModule
 from dcvit.models.rebuild import ANOTHER_MODEL, base_of, layer_settings, num_params, require_class, require_same
 
 __all__ = ["EvaView", "PlacedBlock"]
@@ -87,7 +87,7 @@ class EvaView(IsotropicView):
         require_one_answer(self.model)
         for i, block in enumerate(self.model.blocks):
             if type(block) not in (EvaBlock, EvaBlockPostNorm, BeitBlock) and not isinstance(
-                block, (MlpSublayer, DroppedBlock)
+                block, (CompressedBlock, DroppedBlock)
             ):
                 raise UnsupportedModelError(
                     f"blocks.{i} is a {type(block).__qualname__}; supported are timm's EvaBlock, EvaBlockPostNorm and "
@@ -118,15 +118,12 @@ class EvaView(IsotropicView):
         with torch.no_grad():
             return PlacedBlock(self.model.blocks[block], _places(self.model)[block])
 
-    def fuse(self) -> None:
-        """Leave the model as it is: dcvit has no op for attention with positions."""
-
     def sublayers(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
         module = self.model.blocks[block]
         if type(module) not in (EvaBlock, BeitBlock):  # in others the norms lie behind attention and MLP
             return None
         with torch.no_grad():
-            return partial(_attention_sublayer, module, _places(self.model)[block]), CompressedBlock(module)
+            return partial(_attention_sublayer, module, _places(self.model)[block]), compressed(module)
 
     def _block_costs(self) -> tuple[list[BlockCost], int]:
         tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
@@ -157,7 +154,7 @@ class EvaView(IsotropicView):
                 for i, (block, original) in enumerate(zip(self.model.blocks, whole.blocks, strict=False))
                 if (settings := layer_settings(block, original.mlp.fc2.in_features)) is not None
             }
-            twin = build(**args, compressed_block=CompressedBlock)
+            twin = build(**args)
         require_same(self.model, twin, f"{args['base']} of timm")
         return args
 
@@ -223,9 +220,3 @@ def _block_cost(block: TimmModule, tokens: int) -> BlockCost:
     if getattr(block, "gamma_1", None) is not None:
         params += block.gamma_1.numel()
     return BlockCost(Cost(macs, 2 * tokens * tokens * block.attn.proj.in_features, params), mlp, unit, hidden)
-
-
-@register_model
-def dcvit_eva(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's entry point for Evas and Beits that dcvit compressed; the arguments come from `config.json`."""
-    return create(pretrained, compressed_block=CompressedBlock, **kwargs)

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from dcvit.costs import BlockCost, Cost, ModelCost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView, OutputLayer
-from dcvit.models.blocks import CompressedBlock
-from dcvit.models.modeling.shared import POST_NORM, DroppedBlock, TimmModule, keep_hidden_units, layer_scale
+from dcvit.models.blocks import compressed
+from dcvit.models.modeling.shared import (
+    POST_NORM,
+    CompressedBlock,
+    DroppedBlock,
+    TimmModule,
+    keep_hidden_units,
+    layer_scale,
+)
 from dcvit.models.rebuild import ANOTHER_MODEL, num_classes, num_params, rebuilt, saved_config
 
 __all__ = ["IsotropicView", "has_post_norm", "require_one_answer"]
@@ -103,7 +110,7 @@ class IsotropicView(ModelView):
     def compress_block(self, block: int, kept: Sequence[int]) -> None:
         module = self.model.blocks[block]
         keep_hidden_units(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
-        self.model.blocks[block] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
+        self.model.blocks[block] = module if isinstance(module, CompressedBlock) else compressed(module)
 
     def prune_block(self, block: int, kept: Sequence[int]) -> None:
         keep_hidden_units(self.model.blocks[block].mlp, torch.as_tensor(kept, dtype=torch.int64))

@@ -7,13 +7,12 @@ import timm
 import torch
 from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
 from timm.models.beit import Beit
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from dcvit.errors import UnsupportedModelError
-from dcvit.models.blocks import CompressedBlock, WholeBlock
+from dcvit.models.blocks import PLAIN
 from dcvit.models.modeling.eva import PrunedBeit
-from dcvit.models.modeling.shared import NORMS, DroppedBlock, TimmModule, require_base
+from dcvit.models.modeling.shared import NORMS, CompressedBlock, DroppedBlock, TimmModule, require_base
 
 __all__ = [
     "ANOTHER_MODEL",
@@ -196,7 +195,7 @@ def _signature(model: TimmModule) -> dict[str, str]:
 
 def timm_type(module: nn.Module) -> type[nn.Module]:
     """A module's type, as timm has it."""
-    ours: dict[type[nn.Module], type[nn.Module]] = {WholeBlock: Block, PrunedBeit: Beit}
+    ours: dict[type[nn.Module], type[nn.Module]] = {**PLAIN, PrunedBeit: Beit}
     return ours.get(type(module), type(module))
 
 

@@ -5,17 +5,14 @@ Source: DC-ViT (arXiv 2403.18708). Cuts return a new model and leave the given o
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from dcvit.models import compressible
-from dcvit.ops import Impl
 from dcvit.runtime.seeding import generator
 
 __all__ = [
-    "choose_impl",
     "compress_block",
     "copy_blocks",
     "draw_kept_units",
@@ -47,27 +44,17 @@ def copy_blocks(model: nn.Module, blocks: Collection[int]) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
-def compress_block(model: nn.Module, block: int, kept: Sequence[int], impl: Impl = "auto") -> nn.Module:
+def compress_block(model: nn.Module, block: int, kept: Sequence[int]) -> nn.Module:
     """A copy of the model in which one block has no attention and only the hidden units `kept`."""
     student = copy.deepcopy(model)
     compressible(student).compress_block(block, kept)
-    choose_impl(student, impl)
     return student
 
 
-def prune_mlp(model: nn.Module, block: int, kept: Sequence[int], impl: Impl, *, keep_attention: bool) -> None:
+def prune_mlp(model: nn.Module, block: int, kept: Sequence[int], *, keep_attention: bool) -> None:
     """Remove from a block, in place, all hidden units but `kept`, and its attention unless that is kept."""
     view = compressible(model)
     (view.prune_block if keep_attention else view.compress_block)(block, kept)
-    choose_impl(model, impl)
-
-
-def choose_impl(model: nn.Module, impl: Impl) -> None:
-    """In place: the implementation of `dcvit.ops` that a model's blocks run, or will run when they are cut."""
-    for module in model.modules():
-        if hasattr(module, "mlp"):
-            block: Any = module
-            block.impl = impl
 
 
 def drop_block(model: nn.Module, block: int) -> nn.Module:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
-from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView, OutputLayer
-from dcvit.models.blocks import CompressedBlock, mlp_sublayer_cost
-from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule, keep_hidden_units
-from dcvit.models.modeling.swin import ARCHITECTURE, build, create, swin_places
+from dcvit.models.blocks import compressed, mlp_sublayer_cost
+from dcvit.models.modeling.shared import ACTIVATIONS, CompressedBlock, DroppedBlock, TimmModule, keep_hidden_units
+from dcvit.models.modeling.swin import ARCHITECTURE, build, swin_places
 from dcvit.models.rebuild import (
     ANOTHER_MODEL,
     layer_settings,
@@ -32,6 +31,7 @@ from dcvit.models.rebuild import (
     require_class,
     require_same,
     saved_config,
+    timm_type,
 )
 
 __all__ = ["SwinView"]
@@ -164,7 +164,7 @@ class SwinView(ModelView):
         blocks, index = swin_places(self.model)[block]
         module = blocks[index]
         keep_hidden_units(module.mlp, torch.as_tensor(kept, dtype=torch.int64))
-        blocks[index] = module if isinstance(module, CompressedBlock) else CompressedBlock(module)
+        blocks[index] = module if isinstance(module, CompressedBlock) else compressed(module)
 
     def prune_block(self, block: int, kept: Sequence[int]) -> None:
         blocks, index = swin_places(self.model)[block]
@@ -181,9 +181,6 @@ class SwinView(ModelView):
         module: TimmModule = self.block(block)
         return module.mlp.fc2
 
-    def fuse(self) -> None:
-        """Leave the model as it is: dcvit has no op for attention in windows."""
-
     def drop_block(self, block: int) -> None:
         blocks, index = swin_places(self.model)[block]
         blocks[index] = DroppedBlock()
@@ -197,7 +194,7 @@ class SwinView(ModelView):
         module: TimmModule = self.block(block)
         if not isinstance(module, SwinTransformerBlock):
             return None
-        return lambda state: state + module.drop_path1(module._attn(module.norm1(state))), CompressedBlock(module)
+        return lambda state: state + module.drop_path1(module._attn(module.norm1(state))), compressed(module)
 
     def output_layer(self, block: int) -> OutputLayer | None:
         """The last layer of a block's MLP; `None` in version 2, whose norm lies behind it."""
@@ -241,7 +238,7 @@ class SwinView(ModelView):
         """
         args = _read_model_args(self.model)
         with torch.device("meta"):
-            twin = build(**args, compressed_block=CompressedBlock)
+            twin = build(**args)
         require_same(self.model, twin, "Swin")
         return args
 
@@ -255,7 +252,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         )
     blocks = [blocks[index] for blocks, index in swin_places(model)]
     for i, block in enumerate(blocks):
-        if type(block) not in (*_WHOLE, CompressedBlock, DroppedBlock):
+        if timm_type(block) not in (*_WHOLE, CompressedBlock, DroppedBlock):
             raise UnsupportedModelError(
                 f"Block {i} is a {type(block).__qualname__}; supported are timm's SwinTransformerBlock and "
                 f"SwinTransformerV2Block. {ANOTHER_MODEL}"
@@ -357,9 +354,3 @@ def _block_cost(block: TimmModule, grid: tuple[int, int]) -> BlockCost:
         macs += sum(offsets * layer.weight.numel() for layer in attn.cpb_mlp if isinstance(layer, nn.Linear))
     params = num_params(block.norm1) + num_params(attn)
     return BlockCost(Cost(macs, 2 * windows * area * area * inner, params), mlp, unit, hidden)
-
-
-@register_model
-def dcvit_swin_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's entry point for Swins that dcvit compressed; the arguments come from `config.json`."""
-    return create(pretrained, compressed_block=CompressedBlock, **kwargs)

@@ -1,4 +1,4 @@
-"""The original as teacher: frozen, checked, its MLPs computed by the ops."""
+"""The original as teacher: frozen and checked."""
 
 import copy
 from collections.abc import Iterator
@@ -6,20 +6,18 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from dcvit.models import compressible, require_supported
-from dcvit.models.surgery import choose_impl, copy_blocks
-from dcvit.ops import Impl
+from dcvit.models import require_supported, unfuse
 
-__all__ = ["evaluating", "freeze", "fuse"]
+__all__ = ["evaluating", "freeze"]
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """A copy of a model as teacher: evaluation mode, no gradients, nothing shared with the caller's.
+    """A copy of a model as teacher: evaluation mode, no gradients, nothing fused, nothing shared with the caller's.
 
     Raises:
         UnsupportedModelError: If the model cannot be compressed.
     """
-    teacher: nn.Module = copy.deepcopy(require_supported(model).model)
+    teacher: nn.Module = unfuse(copy.deepcopy(require_supported(model).model))
     return teacher.eval().requires_grad_(False)
 
 
@@ -33,17 +31,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def fuse(teacher: nn.Module, impl: Impl) -> nn.Module:
-    """The teacher with its blocks' MLPs computed by `dcvit.ops`; students cut from it inherit that.
-
-    With `impl="eager"` it is the teacher itself, and on a GPU, where whole blocks have not been measured with it.
-    """
-    if impl == "eager" or next(teacher.parameters()).device.type != "cpu":
-        choose_impl(teacher, impl)
-        return teacher
-    fused = copy_blocks(teacher, ())
-    compressible(fused).fuse()
-    choose_impl(fused, impl)
-    return fused

@@ -18,16 +18,15 @@ from timm.layers import (
     SwiGLU,
 )
 from timm.layers.attention import Attention
-from timm.models import register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from dcvit.costs import BlockCost, Cost, linear_cost
 from dcvit.errors import UnsupportedModelError
-from dcvit.models.blocks import CompressedBlock, MlpSublayer, WholeBlock, attention_sublayer, mlp_sublayer_cost
+from dcvit.models.blocks import attention_sublayer, compressed, mlp_sublayer_cost
 from dcvit.models.isotropic import IsotropicView, has_post_norm, require_one_answer
-from dcvit.models.modeling.shared import ACTIVATIONS, DroppedBlock, TimmModule
+from dcvit.models.modeling.shared import ACTIVATIONS, CompressedBlock, DroppedBlock, TimmModule
 from dcvit.models.modeling.variations import (
     ConvolutionalAttention,
     FusingBlock,
@@ -35,7 +34,7 @@ from dcvit.models.modeling.variations import (
     keep_heads,
     share_weights,
 )
-from dcvit.models.modeling.vision_transformer import ARCHITECTURE, BLOCKS, build, create
+from dcvit.models.modeling.vision_transformer import ARCHITECTURE, BLOCKS, build
 from dcvit.models.rebuild import (
     ANOTHER_MODEL,
     layer_settings,
@@ -117,16 +116,11 @@ class VisionTransformerView(IsotropicView):
             blocks.append(_block_cost(block, before, tokens))
         return blocks, tokens
 
-    def fuse(self) -> None:
-        for i, block in enumerate(self.model.blocks):
-            if type(block) is Block and not block._forward_hooks and not block._forward_pre_hooks:
-                self.model.blocks[i] = WholeBlock(block)
-
     def sublayers(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
         module = self.model.blocks[block]
-        if not isinstance(module, (Block, WholeBlock)):
+        if not isinstance(module, Block):
             return None
-        return partial(attention_sublayer, module), CompressedBlock(module)
+        return partial(attention_sublayer, module), compressed(module)
 
     def _model_args(self) -> dict[str, Any]:
         """The constructor arguments of a model, read off its modules, as values for JSON.
@@ -136,7 +130,7 @@ class VisionTransformerView(IsotropicView):
         """
         args = _read_model_args(self.model)
         with torch.device("meta"):
-            twin = build(**args, compressed_block=CompressedBlock)
+            twin = build(**args)
         require_same(self.model, twin, "VisionTransformer")
         return args
 
@@ -152,7 +146,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     if embed.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
     for i, block in enumerate(model.blocks):
-        if not isinstance(block, (*BLOCKS.values(), MlpSublayer, DroppedBlock, *MADE_OF_BLOCKS)):
+        if not isinstance(block, (*BLOCKS.values(), CompressedBlock, DroppedBlock, *MADE_OF_BLOCKS)):
             raise UnsupportedModelError(
                 f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock, whose MLP "
                 f"follows the attention. {ANOTHER_MODEL}"
@@ -240,12 +234,6 @@ def _attention_args(model: TimmModule) -> dict[str, Any]:
         "qk_norm": not convolved and not isinstance(attention.q_norm, nn.Identity),
         "scale_attn_norm": not isinstance(attention.norm, nn.Identity),
     }
-
-
-@register_model
-def dcvit_vision_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's entry point for vision transformers that dcvit compressed; the arguments come from `config.json`."""
-    return create(pretrained, compressed_block=CompressedBlock, **kwargs)
 
 
 def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> nn.Module:

@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dcvit.errors import DcvitError
 
@@ -119,6 +120,21 @@ def refuse_double_backward(op: OpOverload) -> None:
         )
 
     register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)
+
+
+def count_flops(op: OpOverload, formula: Callable[..., int]) -> None:
+    """Tell torch's `FlopCounterMode` what `op` computes.
+
+    Args:
+        op: The op.
+        formula: The operations of its products, from its arguments, of tensors their shapes.
+    """
+
+    def counted(*args: Any, out_shape: object = None, **kwargs: Any) -> int:
+        return formula(*args, **kwargs)
+
+    if op.overloadpacket not in flop_registry:  # an op's formula is that of all of its overloads
+        register_flop_formula(op.overloadpacket)(counted)
 
 
 def launcher(op: str, function: str) -> Callable[..., Any]:

@@ -106,7 +106,14 @@ def define_overload(overload: str, forward: Any, backward: Any) -> OpOverload:
     )
     _dispatch.register_autograd(op, functools.partial(_autograd, op_backward), _setup_context)
     _dispatch.refuse_double_backward(op_backward)
+    _dispatch.count_flops(op, lambda qkv, _save: 2 * _product_flops(qkv))
+    _dispatch.count_flops(op_backward, lambda _grad, qkv, _probabilities: 4 * _product_flops(qkv))
     return op
+
+
+def _product_flops(qkv: list[int]) -> int:
+    images, tokens, _, heads, size = qkv
+    return 2 * images * heads * tokens * tokens * size
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

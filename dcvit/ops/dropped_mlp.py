@@ -305,6 +305,8 @@ def define_overload(overload: str, forward: Any, backward: Any) -> OpOverload:
     )
     _dispatch.register_autograd(op, functools.partial(_autograd, op_backward), _setup_context)
     _dispatch.refuse_double_backward(op_backward)
+    _dispatch.count_flops(op, _flops)
+    _dispatch.count_flops(op_backward, _backward_flops)
     return op
 
 
@@ -332,6 +334,26 @@ def _autograd(op_backward: OpOverload, ctx: Any, grad: Tensor | None, *_: None) 
         of["x"], of["w1"], of["b1"], of["w2"], of["b2"], None,
         of["norm_weight"], of["norm_bias"], None, of["scale"], None, None,
     )  # fmt: skip
+
+
+# What torch's FlopCounterMode counts where the op itself is called; it knows products alone, as of torch's own ops.
+
+
+def _flops(x: list[int], w1: list[int], _b1: object, w2: list[int], _b2: object, idx: list[int] | None, *_: Any) -> int:
+    kept = w1[0] if idx is None else idx[0]
+    return 2 * x[0] * kept * (w1[1] + w2[0])
+
+
+def _backward_flops(
+    _grad: object, x: list[int], w1: list[int], w2: list[int], _b2: object, idx: list[int] | None, *others: Any
+) -> int:
+    output_mask = others[-1]
+    kept, width, out = w1[0] if idx is None else idx[0], w1[1], w2[0]
+    needs = {name: bool(output_mask >> i & 1) for i, name in enumerate(_INPUTS)}
+    before = any(needs[name] for name in ("x", "w1", "b1", "norm_weight", "norm_bias"))
+    into_norm = any(needs[name] for name in ("x", "norm_weight", "norm_bias"))
+    products = out * (before + needs["w2"] + needs["scale"]) + width * (into_norm + needs["w1"])
+    return 2 * x[0] * kept * products
 
 
 # Implementations, in order of preference.

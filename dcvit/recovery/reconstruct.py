@@ -361,7 +361,7 @@ class _PrunedBlock:
         if kept is None:
             kept = choose_units(student, block, spec.hidden_features, problem.rows, config, context)
         self.kept = tuple(sorted(kept))
-        prune_mlp(student, block, self.kept, context.impl, keep_attention=spec.attention)
+        prune_mlp(student, block, self.kept, keep_attention=spec.attention)
         self.output = compressible(student).output_layer(block)
         units = torch.tensor(self.kept, dtype=torch.int64)
         self._inputs = units if self.output is None else _inputs_of(units, self.output)

@@ -104,7 +104,7 @@ def rank(
     kept = {block: draw_kept_units(teacher, block, plan.hidden_features, context.seed) for block in plan.candidates}
 
     def pruned(block: int) -> nn.Module:
-        return compress_block(teacher, block, kept[block], context.impl)
+        return compress_block(teacher, block, kept[block])
 
     best: list[nn.Module] = []
 

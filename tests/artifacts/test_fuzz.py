@@ -239,7 +239,8 @@ def test_indices_of_families(
     points = [point, *({**point, "kind": "dcvit", "name": f"{n}", "macs": n, "agreement": n / 9} for n in (8, 7, 6))]
     index = {
         "format": 1, "original": figures, "members": [{"folder": "macs-8"}, {"folder": "macs-7"}], "points": points,
-        "model": "demo", "num_images": 4, "evaluated_on": "images", "settings": {"a": {"b": [1]}}, "versions": {"a": "1"},
+        "model": "demo", "num_images": 4, "evaluated_on": "images", "settings": {"a": {"b": [1]}},
+        "versions": {"a": "1"},
     }  # fmt: skip
     (place / "family.json").write_text(json.dumps(changed(index, data)))
     assert not refused_or_done(lambda: load_family(place))  # there is no member

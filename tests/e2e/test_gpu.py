@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import dcvit
 from dcvit.errors import MemoryWarning
 from dcvit.methods import METHODS
-from dcvit.models import compressible
-from dcvit.models.surgery import choose_impl
+from dcvit.models import compressible, unfuse
 from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, REFINED, quick
 from tests.models import test_cnn, test_swin
 from tests.variants import EVA_VARIANTS
@@ -132,6 +131,6 @@ def test_a_student_in_half_precision(dtype: torch.dtype, model: nn.Module, image
     student = dcvit.compress(model, images, BUDGET, CUT).model.to(dtype)
     with torch.no_grad():
         fused = student(images.to(dtype))
-        choose_impl(student, "eager")
+        unfuse(student)
         eager = student(images.to(dtype))
     torch.testing.assert_close(fused, eager, rtol=5e-2, atol=5e-2)

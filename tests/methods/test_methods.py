@@ -120,10 +120,10 @@ def test_budgets_out_of_range_are_refused(name: str, model: nn.Module, images: T
 # All of them.
 
 
-@pytest.mark.parametrize("unit", slow_but(["macs", "params", "file_size"], "params"))
+@pytest.mark.parametrize("metric", slow_but(["macs", "params", "file_size"], "params"))
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("evit", "mini_deit")])
 def test_budgets_are_met_from_below(name: str, metric: str, deep: nn.Module, images: Tensor) -> None:
-    budget = dcvit.Budget(**{group: 0.8})
+    budget = dcvit.Budget(**{metric: 0.8})
     result = dcvit.compress(deep, images, budget, quick(name))
     original, used = spent(deep, budget), spent(result.model, budget)
     assert used <= 0.8 * original

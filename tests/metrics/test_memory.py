@@ -17,7 +17,8 @@ from dcvit.methods.dcvit import method, reconstructed
 from dcvit.metrics.agreement import top1
 from dcvit.metrics.latency import example_images
 from dcvit.metrics.memory import measure_peak_memory, trace_activation_memory
-from dcvit.models.surgery import choose_impl, pruned_skeleton
+from dcvit.models import fuse
+from dcvit.models.surgery import pruned_skeleton
 from tests.conftest import PUBLISHED, QUICK, REFINED, slow_but
 from tests.variants import VARIANTS, Variant
 
@@ -49,9 +50,8 @@ def test_one_whole_block_sets_the_peak() -> None:
 
 def test_compressed_blocks_take_what_the_plain_implementation_does() -> None:
     structure = pruned_skeleton(VARIANTS["plain"].create(), dict.fromkeys(range(4), 150))
-    choose_impl(structure, "eager")
     assert trace_activation_memory(structure, BATCH) == measured(structure)
-    choose_impl(structure, "auto")
+    fuse(structure)
     assert trace_activation_memory(structure, BATCH) >= measured(structure)
 
 

@@ -257,10 +257,10 @@ def test_synchronised_and_frozen_norms_are_taken(kind: str, change: str) -> None
     images = torch.randn(2, 3, 32, 32)
     view, expected = require_supported(model), require_supported(plain)
     assert view.cost() == expected.cost()
-    for view in (view, expected):
-        block = next(block for block, of in enumerate(view.cost().blocks) if of.compressible)
-        view.model = copy.deepcopy(view.model)
-        view.compress_block(block, range(3))
+    for each in (view, expected):
+        block = next(block for block, of in enumerate(each.cost().blocks) if of.compressible)
+        each.model = copy.deepcopy(each.model)
+        each.compress_block(block, range(3))
     student = view.rebuild()
     torch.testing.assert_close(student(images), expected.rebuild()(images))
     assert any(isinstance(module, nn.BatchNorm2d) for module in student.modules())

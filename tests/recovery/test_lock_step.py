@@ -17,9 +17,9 @@ from dcvit.context import RunContext
 from dcvit.data.images import load_images
 from dcvit.history import Probe
 from dcvit.methods.baselines.practise import Practise, block_dropping
-from dcvit.models import compressible
+from dcvit.models import compressible, fuse
 from dcvit.models.surgery import compress_block, draw_kept_units, share_parameters
-from dcvit.models.teacher import freeze, fuse
+from dcvit.models.teacher import freeze
 from dcvit.recovery import distill as recovery_module
 from dcvit.recovery.distill import (
     Candidate,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks import export
+from benchmarks import export, fuse
 from benchmarks.compress import median_interval, verdict
-from dcvit.models import load_model
+from dcvit.models import compressible, load_model
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, None), (5, None), (6, (1, 6)), (9, (2, 8)), (20, (6, 15))])
@@ -38,3 +38,10 @@ def test_export_takes_ratios_within_a_round() -> None:
     lines = export.table(seconds, models).splitlines()
     assert lines[-1] == "| PyTorch | 4.00 | 3.00 | 0.750 | 0.750 to 0.750 |"
     assert float(lines[0].rpartition("ratio ")[2]) == pytest.approx(0.75, abs=0.005)
+
+
+def test_fuse_takes_ratios_within_a_round() -> None:
+    slow = [1, 1, 10, 1, 10, 1]
+    line = fuse.row("a model | 8", "all", [0.004 * factor for factor in slow], [0.003 * factor for factor in slow])
+    assert line == "| a model | 8 | 4.0 | all | 0.750 | 0.750 to 0.750 | 0.750 to 0.750 |"
+    assert any(block.compressible for block in compressible(fuse.student_of(load_model("demo"))).cost().blocks)

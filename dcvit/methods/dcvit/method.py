@@ -28,7 +28,8 @@ from dcvit.history import Plan
 from dcvit.methods.dcvit.published import published
 from dcvit.methods.dcvit.reconstructed import reconstructed
 from dcvit.methods.registry import Method, Outcome, Task, register
-from dcvit.models.teacher import fuse
+from dcvit.models import fuse
+from dcvit.models.surgery import copy_blocks
 from dcvit.runtime.checkpoint import Entry
 from dcvit.search.latency import plan_latency, require_planned
 from dcvit.serialization import from_plain
@@ -50,7 +51,7 @@ def dcvit(task: Task[DCViT]) -> Outcome:
     context = task.context
     with context.timer("prepare"):
         planned = _planned(task)
-        task = replace(task, teacher=fuse(task.teacher, context.impl))
+        task = replace(task, teacher=fuse(copy_blocks(task.teacher, ()), context.impl))
     with context.timer("proxy set"):
         proxy_set = task.proxy_set
         if proxy_set is None:

@@ -34,7 +34,7 @@ def _resolve_learning_rate(
     def find() -> float:
         block = chosen_plan.candidates[len(chosen_plan.candidates) // 2]
         kept = draw_kept_units(teacher, block, chosen_plan.hidden_features, context.seed)
-        student = compress_block(teacher, block, kept, context.impl)
+        student = compress_block(teacher, block, kept)
         return find_learning_rate(
             student, teacher, images, [block], config.distillation, context.derived("learning rate")
         )
@@ -78,7 +78,7 @@ def compress_blocks(
     done = len(steps)
     for count in counts:
         for block in blocks[done:count]:
-            student = compress_block(student, block, chosen_plan.kept_units[block], context.impl)
+            student = compress_block(student, block, chosen_plan.kept_units[block])
         done = count
         steps.append(_recovered(student, teacher, images, blocks, count, recovery, context))
     return student, tuple(steps)

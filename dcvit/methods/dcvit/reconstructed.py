@@ -317,7 +317,7 @@ class _Student:
 
     def _restore(self, block: int, entry: Entry) -> None:
         keep_attention = self._specs[block].attention
-        prune_mlp(self.model, block, entry.values["kept"], self._context.impl, keep_attention=keep_attention)
+        prune_mlp(self.model, block, entry.values["kept"], keep_attention=keep_attention)
         compressible(self.model).block(block).load_state_dict(dict(entry.tensors))
 
     def _check(self, block: int, entry: Entry) -> None:
@@ -328,7 +328,7 @@ class _Student:
         if len(found.kept) != spec.hidden_features or (units is not None and found.kept != tuple(sorted(units))):
             raise ValueError("it keeps other hidden units than expected")
         expected = copy_blocks(self.model, [block])
-        prune_mlp(expected, block, found.kept, self._context.impl, keep_attention=spec.attention)
+        prune_mlp(expected, block, found.kept, keep_attention=spec.attention)
         require_alike(entry.tensors, compressible(expected).block(block).state_dict())
 
 

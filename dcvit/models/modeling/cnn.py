@@ -53,9 +53,6 @@ class Pointwise(nn.Conv2d):
 
     bias: nn.Parameter
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[B, C, H, W]` to `[B, K, H, W]`."""
         if self.out_channels == 0:
@@ -89,13 +86,15 @@ class PointwiseBlock(nn.Module):
             shift = norm.bias - norm.running_mean * scale
             if conv.bias is not None:
                 shift = shift + conv.bias * scale
-            self.conv1 = Pointwise(conv.in_channels, conv.out_channels).to(weight)
+            self.conv1 = Pointwise(conv.in_channels, conv.out_channels, 1).to(weight)
             self.conv1.weight.copy_(weight.sum(dim=(2, 3), keepdim=True) * scale.view(-1, 1, 1, 1))
             self.conv1.bias.copy_(shift)
-            self.conv2 = Pointwise(conv.out_channels, conv.in_channels).to(weight)
+            self.conv2 = Pointwise(conv.out_channels, conv.in_channels, 1).to(weight)
             self.conv2.weight.zero_()
             self.conv2.bias.zero_()
         self.act1 = copy.deepcopy(act)
+        if hasattr(self.act1, "inplace"):
+            self.act1.inplace = False  # what a backward hook on `conv1` hands on may not be changed in place
         name = last_activation(block)
         self.act2 = nn.Identity() if name is None else copy.deepcopy(getattr(block, name))
         self.requires_grad_(weight.requires_grad).train(block.training)
@@ -308,6 +307,6 @@ def dcvit_residual_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return create(pretrained, **kwargs)
 
 
-# As a module of dcvit, or where dcvit is imported, dcvit registers the architecture, with its own blocks.
-if not __package__ and not timm.is_model(ARCHITECTURE):
+# A module of dcvit registers it whatever a saved folder's file registered before, which need not know all of its parts.
+if __package__ or not timm.is_model(ARCHITECTURE):
     register_model(dcvit_residual_cnn)

@@ -11,7 +11,7 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dcvit.models.modeling.shared import CompressedBlock, TimmModule, compress_blocks, create_base
+from dcvit.models.modeling.shared import TimmModule, compress_blocks, create_base
 
 __all__ = ["ARCHITECTURE", "FILES", "PrunedBeit", "build", "create", "dcvit_eva"]
 
@@ -47,7 +47,6 @@ def build(
     in_chans: int,
     global_pool: str,
     per_layer_config: Mapping[str, Mapping[str, Any]],
-    compressed_block: type[nn.Module] = CompressedBlock,
     **kwargs: Any,
 ) -> nn.Module:
     """The Eva or Beit that the `model_args` of a `config.json` describe, freshly initialised.
@@ -61,7 +60,6 @@ def build(
         global_pool: The pooling.
         per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
             units.
-        compressed_block: Made of each block whose attention is skipped.
         kwargs: Drop rates, which timm's scripts pass.
     """
     size = img_size if isinstance(img_size, int) else tuple(img_size)
@@ -77,7 +75,7 @@ def build(
     )
     if isinstance(model, Beit):
         model.__class__ = PrunedBeit
-    compress_blocks([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config, compressed_block)
+    compress_blocks([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config)
     return model
 
 
@@ -123,6 +121,6 @@ def dcvit_eva(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return create(pretrained, **kwargs)
 
 
-# As a module of dcvit, or where dcvit is imported, dcvit registers the architecture, with its own blocks.
-if not __package__ and not timm.is_model(ARCHITECTURE):
+# A module of dcvit registers it whatever a saved folder's file registered before, which need not know all of its parts.
+if __package__ or not timm.is_model(ARCHITECTURE):
     register_model(dcvit_eva)

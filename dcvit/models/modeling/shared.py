@@ -37,7 +37,6 @@ __all__ = [
     "POST_NORM",
     "CompressedBlock",
     "DroppedBlock",
-    "MlpSublayer",
     "TimmModule",
     "compress_blocks",
     "create_base",
@@ -87,8 +86,8 @@ POST_NORM = (ResPostBlock, SwinTransformerV2Block, EvaBlockPostNorm)
 """Blocks whose norms lie behind attention and MLP."""
 
 
-class MlpSublayer(nn.Module):
-    """The second half of a transformer block, x + ls2(mlp(norm2(x))), under the parameter names of timm's `Block`.
+class CompressedBlock(nn.Module):
+    """What is left of a transformer block without attention, x + ls2(mlp(norm2(x))), under timm's parameter names.
 
     Args:
         block: A timm `Block`, `ResPostBlock`, or block of a Swin, an Eva or a Beit; its MLP branch is taken over, not
@@ -108,8 +107,8 @@ class MlpSublayer(nn.Module):
         self.ls2 = layer_scale(block)
         self.drop_path2 = block.drop_path2
 
-    def mlp_sublayer(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, D]` or `[B, H, W, D]`, to the same shape."""
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        """Tokens to tokens of the same shape; the attention arguments of timm's blocks have nothing to act on."""
         branch: Tensor = self.norm2(self.mlp(x)) if self.post_norm else self.ls2(self.mlp(self.norm2(x)))
         return x + self.drop_path2(branch)
 
@@ -125,14 +124,6 @@ def layer_scale(block: TimmModule) -> nn.Module:
     scale = LayerScale(len(gamma))
     scale.gamma = gamma
     return scale
-
-
-class CompressedBlock(MlpSublayer):
-    """A transformer block without attention and with fewer hidden units."""
-
-    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
-        """Tokens to tokens; the attention arguments of timm's blocks have nothing to act on."""
-        return self.mlp_sublayer(x)
 
 
 class DroppedBlock(nn.Module):
@@ -235,7 +226,6 @@ def create_base(
 def compress_blocks(
     places: Sequence[tuple[TimmModule, int]],
     per_layer_config: Mapping[str, Mapping[str, Any]],
-    compressed_block: type[nn.Module],
 ) -> None:
     """In place: transformer blocks become what `per_layer_config` says of them.
 
@@ -243,7 +233,6 @@ def compress_blocks(
         places: By the number of a block, the list that holds it and its index there.
         per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
             units.
-        compressed_block: Made of each block whose attention is skipped.
     """
     for number, settings in per_layer_config.items():
         blocks, index = places[int(number)]
@@ -252,7 +241,7 @@ def compress_blocks(
             continue
         keep_hidden_units(blocks[index].mlp, torch.arange(settings["intermediate_size"]))
         if "attention" in settings["skip"]:
-            blocks[index] = compressed_block(blocks[index])
+            blocks[index] = CompressedBlock(blocks[index])
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from dcvit.models.modeling.shared import ACTIVATIONS, CompressedBlock, TimmModule, compress_blocks, norm_from
+from dcvit.models.modeling.shared import ACTIVATIONS, TimmModule, compress_blocks, norm_from
 
 __all__ = ["ARCHITECTURE", "build", "create", "dcvit_swin_transformer", "swin_places"]
 
@@ -27,7 +27,6 @@ def build(
     norm_layer: Mapping[str, Any],
     per_layer_config: Mapping[str, Mapping[str, Any]],
     act_layer: str | None = None,
-    compressed_block: type[nn.Module] = CompressedBlock,
     **kwargs: Any,
 ) -> nn.Module:
     """The Swin that the `model_args` of a `config.json` describe, freshly initialised.
@@ -41,7 +40,6 @@ def build(
         per_layer_config: By the number of a block, through all stages: `skip`, the parts that it lacks;
             `intermediate_size`, its hidden units.
         act_layer: Of version 2, key into `ACTIVATIONS`.
-        compressed_block: Made of each block whose attention is skipped.
         kwargs: More arguments of timm's `SwinTransformer` or `SwinTransformerV2`.
     """
     if act_layer is not None:
@@ -53,7 +51,7 @@ def build(
         norm_layer=norm_from(norm_layer),
         **kwargs,
     )
-    compress_blocks(swin_places(model), per_layer_config, compressed_block)
+    compress_blocks(swin_places(model), per_layer_config)
     return model
 
 
@@ -93,6 +91,6 @@ def dcvit_swin_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module
     return create(pretrained, **kwargs)
 
 
-# As a module of dcvit, or where dcvit is imported, dcvit registers the architecture, with its own blocks.
-if not __package__ and not timm.is_model(ARCHITECTURE):
+# A module of dcvit registers it whatever a saved folder's file registered before, which need not know all of its parts.
+if __package__ or not timm.is_model(ARCHITECTURE):
     register_model(dcvit_swin_transformer)

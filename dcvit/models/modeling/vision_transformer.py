@@ -11,7 +11,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from dcvit.models.modeling.shared import ACTIVATIONS, CompressedBlock, TimmModule, compress_blocks, norm_from
+from dcvit.models.modeling.shared import ACTIVATIONS, TimmModule, compress_blocks, norm_from
 from dcvit.models.modeling.variations import VARIATIONS
 
 __all__ = ["ARCHITECTURE", "BLOCKS", "MLPS", "build", "create", "dcvit_vision_transformer"]
@@ -36,7 +36,6 @@ def build(
     mlp_layer: str,
     distilled: bool,
     per_layer_config: Mapping[str, Mapping[str, Any]],
-    compressed_block: type[nn.Module] = CompressedBlock,
     **kwargs: Any,
 ) -> nn.Module:
     """The model that the `model_args` of a `config.json` describe, freshly initialised.
@@ -55,7 +54,6 @@ def build(
             units; `num_attention_heads`, if it lost heads; `token_mixer`, "convolution" if one takes the attention's
             place; `token_keep_rate`, if tokens end there; `attention_of` and `mlp_of`, the blocks whose weights it has,
             if it shares them, which may be itself.
-        compressed_block: Made of each block whose attention is skipped.
         kwargs: More arguments of timm's `VisionTransformer`.
 
     Raises:
@@ -75,7 +73,7 @@ def build(
         mlp_layer=MLPS[mlp_layer],
         **kwargs,
     )
-    compress_blocks([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config, compressed_block)
+    compress_blocks([(model.blocks, index) for index in range(len(model.blocks))], per_layer_config)
     known = {"skip", "intermediate_size", *(key for keys in VARIATIONS for key in keys)}
     for number, settings in per_layer_config.items():
         if unknown := settings.keys() - known:
@@ -106,6 +104,6 @@ def dcvit_vision_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Modu
     return create(pretrained, **kwargs)
 
 
-# As a module of dcvit, or where dcvit is imported, dcvit registers the architecture, with its own blocks.
-if not __package__ and not timm.is_model(ARCHITECTURE):
+# A module of dcvit registers it whatever a saved folder's file registered before, which need not know all of its parts.
+if __package__ or not timm.is_model(ARCHITECTURE):
     register_model(dcvit_vision_transformer)
