@@ -31,7 +31,7 @@ QUICK = dcvit.DCViT(
     ),
     synthesis=SYNTHESIS,
 )
-"""Block reconstruction, as by default but for the amounts and the refinement, in half a second."""
+"""Block reconstruction with the defaults, but smaller amounts and no refinement; it takes half a second."""
 
 REFINED = QUICK.with_(
     recovery=replace(QUICK.reconstruction, refinement_views=60, refinement_steps=200, refinement_batch=4)
@@ -40,7 +40,7 @@ REFINED = QUICK.with_(
 
 CUT = QUICK.with_(structure="fewest")
 CUT_REFINED = REFINED.with_(structure="fewest")
-"""Both where every cut block loses its attention, as published; a search finds that here only nodes need go."""
+"""Both remove the attention of every compressed block, as published; a search would only prune hidden units here."""
 
 PUBLISHED = dcvit.DCViT.paper(
     recovery=dcvit.config.DistillationConfig(epochs=2, learning_rate=1e-4, warmup_epochs=1, batch_size=4),

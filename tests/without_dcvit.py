@@ -45,7 +45,7 @@ for line in sys.stdin:
             os._exit(status)  # an ordinary end takes a second to free what was imported
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-"""Starts a process for each script that it is told, from one that has imported what takes seconds to import."""
+"""Starts a process for each script that it receives, from a process that has already imported the slow packages."""
 
 
 OUTPUT = """\

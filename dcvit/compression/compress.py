@@ -21,7 +21,7 @@ from dcvit.data.synthesis import ProxySet
 from dcvit.errors import DcvitError
 from dcvit.methods import METHODS, Method, Task, method_of
 from dcvit.metrics.latency import Stopwatch, time_forward
-from dcvit.models import compressible, hub_repository, load_model, require_modules_alone
+from dcvit.models import compressible, hub_repository, load_model, require_plain_behaviour
 from dcvit.models.teacher import freeze
 from dcvit.recovery.distill import require_tokens
 from dcvit.runtime.checkpoint import MemoryStore, Store, digest_images, digest_model
@@ -208,13 +208,13 @@ def checked_images(
     Raises:
         ImagesError: If the images do not fit the model.
         NonFiniteError: If a weight, or the output of a block of the original, is NaN or infinite.
-        UnsupportedModelError: If the original computes something else than its modules do, see `require_modules_alone`.
+        UnsupportedModelError: If the output does not come only from its modules, see `require_plain_behaviour`.
     """
     few_shot = load_images(images, original, progress)
     if proxy_set is not None:
         check_images(proxy_set.images, original, "The proxy set's images")
     require_finite(original, few_shot)
-    require_modules_alone(original, first_images(few_shot))
+    require_plain_behaviour(original, first_images(few_shot))
     return few_shot
 
 

@@ -1,11 +1,12 @@
 """The only part of dcvit that knows timm: one adapter per model family.
 
-The algorithm sees a model through `ModelView`. `require_supported` refuses what cannot be compressed,
-by name and before any work; `compressible` then finds the adapter wherever one is needed.
+The algorithm sees a model through `ModelView`. `require_supported` refuses a model that cannot be compressed, names
+the part that is in the way, and does so before any work. `compressible` then returns the adapter wherever one is
+needed.
 """
 
 from dcvit.models.base import ModelView, OutputLayer
-from dcvit.models.behaviour import require_modules_alone
+from dcvit.models.behaviour import require_plain_behaviour
 from dcvit.models.blocks import fuse, unfuse
 from dcvit.models.cnn import CnnView
 from dcvit.models.eva import EvaView
@@ -43,7 +44,7 @@ __all__ = [
     "input_size",
     "load_model",
     "preprocessing",
-    "require_modules_alone",
+    "require_plain_behaviour",
     "require_supported",
     "standalone_source",
     "unfuse",

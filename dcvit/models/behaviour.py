@@ -1,8 +1,8 @@
-"""Whether a model computes what its modules say, which is all that is compressed and saved.
+"""A check that a model's output comes only from its modules, because only these are compressed and saved.
 
-A hook that changes what it is shown, a `forward` replaced on a module, or a subclass under the name of timm's class is
-in no weight and no `config.json`: a student could not have it. So the model is called once as its user calls it, and
-compared with a twin that was rebuilt from what will be saved.
+A hook that changes values, a `forward` replaced on a module, or a subclass with the name of timm's class is neither in
+the weights nor in `config.json`, so a student could not have it. The model is therefore called once as its user calls
+it, and its output is compared with that of a twin rebuilt from what will be saved.
 """
 
 import inspect
@@ -18,14 +18,14 @@ from dcvit.errors import HooksWarning, UnsupportedModelError
 from dcvit.models.rebuild import timm_type
 from dcvit.models.registry import compressible
 
-__all__ = ["TOLERANCE", "require_modules_alone"]
+__all__ = ["TOLERANCE", "require_plain_behaviour"]
 
 TOLERANCE = 1000.0
-"""The largest difference in epsilons of the dtype, relative to the largest output.
+"""The largest difference that is accepted, in epsilons of the dtype and relative to the largest output.
 
-Twin and model run the same layers with the same weights, so that they agree bit for bit. Only the order of sums may be
-another, where the caller chose another memory format, attention that is not fused, or a compiler: that is 1e-6 at most
-in float32 on the models tried, eight epsilons. What a hook is there to change is far above a thousand.
+Twin and model run the same layers with the same weights, so they normally agree bit for bit. Only the order of sums can
+differ, if the caller chose another memory format, unfused attention or a compiler. On the models tried this made at
+most 1e-6 in float32, eight epsilons. A hook that is meant to change the output causes far more than a thousand.
 """
 
 _HOOKS = {
@@ -34,40 +34,40 @@ _HOOKS = {
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
 }
-"""By the attribute in which torch keeps them, of a module or, with "_global" in front, of the process."""
+"""The kind of hook by the attribute that holds it: of a module or, with the prefix "_global", of the process."""
 
 MOST_NAMED = 5
-"""Of what was found, in a message."""
+"""The largest number of findings that a message lists."""
 
 
 @torch.no_grad()
-def require_modules_alone(model: nn.Module, images: Tensor) -> None:
-    """Refuse a model whose output is not that of its modules alone; warn of hooks that leave the output as it is.
+def require_plain_behaviour(model: nn.Module, images: Tensor) -> None:
+    """Refuse a model whose output does not come only from its modules; warn of hooks that do not change the output.
 
     Args:
         model: The model, in evaluation mode.
         images: A few images `[B, C, H, W]`.
 
     Raises:
-        UnsupportedModelError: Naming the hooks, replaced methods and foreign classes that were found.
+        UnsupportedModelError: If the output differs; the message names the hooks, replaced methods and foreign classes.
     """
     twin = compressible(model).rebuild()
     for module in twin.modules():
-        module._compiled_call_impl = module.forward  # called in place of hooks, of the process's too
+        module._compiled_call_impl = module.forward  # called instead of all hooks, including those of the process
     expected: Tensor = twin(images)
     found = model(images)
     hooks = list(_hooks(model))
     if (difference := _difference(found, expected)) is not None:
         extras = _listed([*hooks, *_replaced(model), *_foreign(model, twin)])
         raise UnsupportedModelError(
-            f"model(images) {difference} what its modules compute alone, and a compressed model keeps nothing else. "
+            f"model(images) {difference} what its modules compute, and a compressed model keeps only the modules. "
             f"Found: {extras or 'no hook and no replaced method'}. Remove what changes the output (handle.remove(), "
-            "del module.forward), or compress the model that you had before."
+            "del module.forward), or compress the unchanged model."
         )
     if hooks:
         warnings.warn(
-            f"The model has hooks that only watch: {_listed(hooks)}. They will also fire while it is compressed, and "
-            "the compressed model will not have them.",
+            f"The model has hooks that do not change its output: {_listed(hooks)}. They will also fire "
+            "during compression, and the compressed model will not have them.",
             HooksWarning,
             stacklevel=2,
         )
@@ -79,20 +79,20 @@ def _listed(found: Sequence[str]) -> str:
 
 
 def _difference(found: Any, expected: Tensor) -> str | None:
-    """How an output differs from the expected one, as words before "what"; `None` if it does not."""
+    """Return how an output differs from the expected one, as text before "what"; `None` if it does not."""
     if not isinstance(found, Tensor):
         return f"is a {type(found).__name__}, not"
     if found.shape != expected.shape:
         return f"is {list(found.shape)} and not {list(expected.shape)},"
     largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     error = float((found - expected).abs().max() / largest)
-    if error <= TOLERANCE * torch.finfo(expected.dtype).eps:  # which NaN is not
+    if error <= TOLERANCE * torch.finfo(expected.dtype).eps:  # false for NaN
         return None
     return f"differs by {error:.2g} of the largest output from"
 
 
 def _hooks(model: nn.Module) -> Iterator[str]:
-    """The hooks of a model's modules, and those that the process has for all modules."""
+    """Yield the hooks of a model's modules, and the global hooks of the process."""
     for attribute, kind in _HOOKS.items():
         for hook in getattr(torch_module, f"_global{attribute}").values():
             yield f"{kind} {_name(hook)} of all modules"
@@ -103,7 +103,7 @@ def _hooks(model: nn.Module) -> Iterator[str]:
 
 
 def _replaced(model: nn.Module) -> Iterator[str]:
-    """The methods that modules have of their own in place of their class's."""
+    """Yield the methods that were replaced on single modules."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if callable(value) and inspect.isfunction(getattr(type(module), attribute, None)):
@@ -111,7 +111,7 @@ def _replaced(model: nn.Module) -> Iterator[str]:
 
 
 def _foreign(model: nn.Module, twin: nn.Module) -> Iterator[str]:
-    """The classes of modules that the twin has not."""
+    """Yield the module classes that differ from the twin's."""
     expected = {name: timm_type(module) for name, module in twin.named_modules()}
     for name, module in model.named_modules():
         kind = timm_type(module)

@@ -1,7 +1,7 @@
-"""Transformer blocks that compute with `dcvit.ops`: what `dcvit.fuse` makes of timm's and of dcvit's own.
+"""Transformer blocks that compute with the ops of `dcvit.ops`; `dcvit.fuse` turns plain blocks into them.
 
-A fused block is the plain one under another class: modules, parameters, hooks and names stay. It takes the parameters
-of its layers and does not call the layers, so it does that only where they are ordinary and nobody watches them.
+A fused block is the plain block with another class: modules, parameters, hooks and names stay. It reads the parameters
+of its layers and does not call the layers. It therefore does so only if the layers are standard ones without hooks.
 """
 
 from collections.abc import Iterable
@@ -32,43 +32,43 @@ __all__ = [
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-_INSIDE_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
-"""Parts of timm's `Attention` that `dcvit.ops.attention` leaves out, because they do nothing."""
+_SKIPPED_IN_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
+"""Parts of timm's `Attention` that `dcvit.ops.attention` does not run; it is used only where they do nothing."""
 
 
 class FusedCompressedBlock(CompressedBlock):
-    """A compressed block whose MLP is one call of `dcvit.ops.dropped_mlp`, with norm, LayerScale and residual.
+    """A compressed block that computes norm, MLP, LayerScale and residual in one call of `dcvit.ops.dropped_mlp`.
 
     Attributes:
-        impl: The implementation that runs.
+        impl: The implementation of the op.
     """
 
     impl: Impl
 
     def forward(self, x: Tensor, **arguments: Any) -> Tensor:
-        """Tokens to tokens of the same shape, as of a `CompressedBlock`."""
-        return _fused_mlp_half(self, x) if _fusible_mlp(self, x) else super().forward(x, **arguments)
+        """Map tokens to tokens of the same shape, as `CompressedBlock` does."""
+        return _fused_mlp_sublayer(self, x) if _fusible_mlp(self, x) else super().forward(x, **arguments)
 
 
 class FusedBlock(Block):  # type: ignore[misc]
-    """timm's `Block` whose attention is one call of `dcvit.ops.attention`, and its MLP one of `dropped_mlp`.
+    """A timm `Block` that computes attention with `dcvit.ops.attention` and its MLP sublayer with `dropped_mlp`.
 
-    On a GPU it computes as timm's, because whole blocks have not been measured with the ops there.
+    On a GPU it runs timm's own code, because whole blocks with the ops have not been measured there.
 
     Attributes:
-        impl: The implementation that runs.
+        impl: The implementation of the MLP op.
     """
 
     impl: Impl
 
     def forward(self, x: Tensor, **masks: Any) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`; what timm's `Attention` takes goes to it."""
+        """Map tokens `[B, N, D]` to `[B, N, D]`; `masks` are passed to timm's `Attention`."""
         if _traced(x) or not x.is_cpu:
             whole: Tensor = super().forward(x, **masks)
             return whole
         x = attention_sublayer(self, x, **masks)
         if _fusible_mlp(self, x):
-            return _fused_mlp_half(self, x)
+            return _fused_mlp_sublayer(self, x)
         added: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x + added
 
@@ -76,35 +76,37 @@ class FusedBlock(Block):  # type: ignore[misc]
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {Block: FusedBlock, CompressedBlock: FusedCompressedBlock}
 
 PLAIN = {fused: plain for plain, fused in _FUSED.items()}
-"""By class of a fused block, that of the block that it was."""
+"""The plain block's class by the class of the fused one."""
 
 
 def fuse(model: _Model, impl: Impl = "auto") -> _Model:
-    """Let a model's transformer blocks compute with dcvit's fused ops, in place, and return it.
+    """Make a model's transformer blocks compute with dcvit's fused ops, in place, and return the model.
 
-    One call then computes a plain MLP with its norm, LayerScale and residual, and on a CPU another one the attention of
-    few tokens. Outputs change by rounding. Parameters, their names, `state_dict` and hooks stay; a pickle of the model,
-    and a program compiled from it, needs dcvit. The modules run one by one, as without this, where they have hooks or
-    a replaced `forward`, under autocast, on the meta device, for tensors of other types (quantised, fake, distributed),
-    and wherever torch traces, compiles, exports or watches operations. Blocks of other kinds stay as they are.
+    One op then computes the MLP with its norm, LayerScale and residual. On a CPU, another op computes the attention of
+    short sequences. Outputs change only by rounding. Parameters, their names, `state_dict` and hooks stay. A pickle of
+    the fused model, or a program compiled from it, needs dcvit.
+
+    The modules run one by one, as without this call, if they have hooks or a replaced `forward`, under autocast, on the
+    meta device, for tensor subclasses (quantised, fake, distributed), and while torch traces, compiles, exports or
+    intercepts operations. Blocks of other types are not changed.
 
     Args:
-        model: Any model; those of timm's `VisionTransformer`, and compressed ones, have something to fuse.
-        impl: The implementation, see `dcvit.ops`; "eager" is the modules themselves, so that it fuses nothing.
+        model: Any model; only blocks of timm's `VisionTransformer` and compressed blocks are fused.
+        impl: The implementation, see `dcvit.ops`; "eager" calls the modules themselves, so it fuses nothing.
     """
     if impl == "eager":
         return unfuse(model)
     for module in model.modules():
         if hasattr(module, "mlp"):
             block: Any = module
-            block.impl = impl  # also of blocks of other kinds, for what becomes of them when they are compressed
+            block.impl = impl  # also on blocks of other types: they are fused when they are compressed
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
     return model
 
 
 def unfuse(model: _Model) -> _Model:
-    """Undo `fuse`, in place: the modules of each block run one by one. Return the model."""
+    """Undo `fuse`, in place, so that the modules of each block run one by one, and return the model."""
     for module in model.modules():
         module.__dict__.pop("impl", None)
         if type(module) in PLAIN:
@@ -113,13 +115,13 @@ def unfuse(model: _Model) -> _Model:
 
 
 def compressed(block: TimmModule) -> CompressedBlock:
-    """What is left of a block without its attention, not copied; fused where the block was said to be."""
+    """Return a block without its attention, which shares the block's modules and is fused if the block was."""
     made = CompressedBlock(block)
     return fuse(made, block.impl) if hasattr(block, "impl") else made
 
 
 def attention_sublayer(block: TimmModule, x: Tensor, **masks: Any) -> Tensor:
-    """The first half of timm's `Block`, fused or not, x + ls1(attn(norm1(x))): tokens `[B, N, D]` to `[B, N, D]`."""
+    """Run the attention sublayer of timm's `Block`, fused or not, x + ls1(attn(norm1(x))), on tokens `[B, N, D]`."""
     attn: TimmModule = block.attn
     normed = block.norm1(x)
     if (
@@ -129,7 +131,7 @@ def attention_sublayer(block: TimmModule, x: Tensor, **masks: Any) -> Tensor:
         and _fusible_attention(attn, normed)
     ):
         qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-        # An explicit choice is of the MLPs: which heads the attention takes depends on the model.
+        # `impl` applies only to the MLPs: which heads the attention op supports depends on the model.
         mixed = attn.proj(attention(qkv))
     else:
         mixed = attn(normed, **masks)
@@ -137,8 +139,8 @@ def attention_sublayer(block: TimmModule, x: Tensor, **masks: Any) -> Tensor:
     return x + added
 
 
-def _fused_mlp_half(block: TimmModule, x: Tensor) -> Tensor:
-    # Not by attribute, which nn.Module resolves in Python: that took as long as the op saves on small models.
+def _fused_mlp_sublayer(block: TimmModule, x: Tensor) -> Tensor:
+    # Attribute access of nn.Module runs in Python; on small models it took as long as the op saves.
     parts: dict[str, TimmModule] = block._modules
     norm, layers, scale = parts["norm2"], parts["mlp"]._modules, parts["ls2"]
     fc1, fc2, norm_weights = layers["fc1"]._parameters, layers["fc2"]._parameters, norm._parameters
@@ -158,7 +160,7 @@ def _fused_mlp_half(block: TimmModule, x: Tensor) -> Tensor:
 
 
 def _fusible_mlp(block: TimmModule, x: Tensor) -> bool:
-    """Whether the fused op computes what the modules would: plain types, nothing random active, nobody who listens."""
+    """Return whether the fused op equals the modules: standard types, no active dropout, no hooks."""
     parts: dict[str, TimmModule] = block._modules
     norm, mlp, scale, drop_path = parts["norm2"], parts["mlp"], parts["ls2"], parts["drop_path2"]
     if _traced(x) or type(mlp) is not Mlp or getattr(block, "post_norm", False):
@@ -175,13 +177,13 @@ def _fusible_mlp(block: TimmModule, x: Tensor) -> bool:
         and type(scale) in (LayerScale, nn.Identity)
         and type(drop_path) in (DropPath, nn.Identity)
         and not (block.training and (layers["drop1"].p > 0 or layers["drop2"].p > 0 or type(drop_path) is DropPath))
-        and _unwatched((norm, mlp, scale, drop_path, *layers.values()))
+        and _all_plain((norm, mlp, scale, drop_path, *layers.values()))
         and norm._parameters["weight"] is not None
     )
 
 
 def _fusible_attention(attn: TimmModule, x: Tensor) -> bool:
-    """Whether attention is no more than qkv, softmax and proj, likewise."""
+    """Return whether the attention consists only of qkv, softmax and proj, without active dropout or hooks."""
     parts: dict[str, TimmModule] = attn._modules
     return (
         type(attn) is Attention
@@ -189,12 +191,12 @@ def _fusible_attention(attn: TimmModule, x: Tensor) -> bool:
         and type(parts["q_norm"]) is type(parts["k_norm"]) is type(parts["norm"]) is nn.Identity
         and parts.get("gate") is None
         and not (attn.training and (parts["attn_drop"].p > 0 or parts["proj_drop"].p > 0))
-        and _unwatched((attn, *(parts[name] for name in _INSIDE_ATTENTION)))
+        and _all_plain((attn, *(parts[name] for name in _SKIPPED_IN_ATTENTION)))
     )
 
 
 def _traced(x: Tensor) -> bool:
-    """Whether a tracer, a mode or a global hook would miss the modules, or autocast would choose for each of them."""
+    """Return whether the modules must be called: under a tracer, a mode, a global hook or autocast."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
@@ -206,8 +208,8 @@ def _traced(x: Tensor) -> bool:
     )
 
 
-def _unwatched(modules: Iterable[TimmModule]) -> bool:
-    """Whether calling each module is calling its class's `forward` on ordinary parameters, and no more."""
+def _all_plain(modules: Iterable[TimmModule]) -> bool:
+    """Return whether each module has no hooks, its class's `forward` and ordinary parameters."""
     for module in modules:
         state = module.__dict__
         if (
@@ -225,7 +227,7 @@ def _unwatched(modules: Iterable[TimmModule]) -> bool:
 
 
 def mlp_sublayer_cost(block: TimmModule, tokens: int) -> tuple[Cost, Cost]:
-    """What the second half of a block costs, and one hidden unit of it, for so many tokens."""
+    """Return the cost of a block's MLP sublayer, and of one of its hidden units, for a number of tokens."""
     mlp = block.mlp
     hidden, width = mlp.fc2.in_features, mlp.fc2.out_features
     first_layers = [mlp.fc1_g, mlp.fc1_x] if type(mlp) is SwiGLU else [mlp.fc1]
@@ -237,5 +239,5 @@ def mlp_sublayer_cost(block: TimmModule, tokens: int) -> tuple[Cost, Cost]:
     per_unit = len(first_layers) if type(mlp) is SwiGLU else 2 if type(mlp) is GluMlp else 1
     unit = linear_cost(width, per_unit, tokens, bias=first_layers[0].bias is not None)
     unit += linear_cost(1, width, tokens, bias=False)
-    unit += Cost(params=len(list(mlp.norm.parameters())))  # one weight, perhaps one bias, for each unit
+    unit += Cost(params=len(list(mlp.norm.parameters())))  # one weight, and a bias if there is one, per unit
     return fc1 + fc2 + Cost(params=rest), unit

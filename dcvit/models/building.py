@@ -1,4 +1,4 @@
-"""Building a model that a file describes: within bounds, and without a trace in the caller's random state."""
+"""Building of a model that a file describes, within limits and without changing the caller's random state."""
 
 import math
 from typing import Any
@@ -10,24 +10,24 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Building", "TooLargeError"]
 
 MOST_OPERATIONS = 15_000
-"""Of torch, to build a model. The largest models of timm take 7,000."""
+"""The largest number of torch operations to build a model. timm's largest models take 7,000."""
 
 _WITH_GENERATOR = {"default": "generator", "low": "low_generator"}
-"""By the name of an overload that draws from torch's own generator, that of the one which takes a generator."""
+"""The overload that takes a generator, by the overload that draws from torch's own generator."""
 
 
 class TooLargeError(ValueError):
-    """A description asks for a larger model than is built."""
+    """Raised if a description asks for a model above the limits."""
 
 
 class Building(TorchDispatchMode):
-    """The operations of this thread while a model is built.
+    """A mode that counts and limits the torch operations of this thread while a model is built.
 
-    On the meta device they take no memory, and so tell what the model would take before anything is built. Random
-    numbers come from a generator of this object, so that neither the caller's state nor another thread's changes.
+    On the meta device the operations take no memory, so they show what a model would take before it is built. Random
+    numbers come from this object's generator, so that neither the caller's random state nor another thread's changes.
 
     Args:
-        most_bytes: Of all tensors that the operations make, temporary ones and buffers included.
+        most_bytes: The limit for all tensors that the operations make, including temporary ones and buffers.
     """
 
     def __init__(self, most_bytes: float = math.inf) -> None:

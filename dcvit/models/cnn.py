@@ -1,14 +1,14 @@
 """timm's `ResNet`, `EfficientNet` and `RegNet`: CNNs of residual blocks.
 
-Numbered are the blocks that add to their input, so that they can be left out; stems, and blocks that change the shape,
-go with the numbered block behind them. DC-ViT drops such blocks whole (arXiv 2403.18708). Here they are compressed as
-densely as a transformer's: the spatial convolution goes, as attention does there, and what stays looks at each position
-alone, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden units as the budget leaves (`PointwiseBlock`). A block that is
-pruned keeps all its layers: its hidden units are filters, which go with their channels in all layers up to the one that
-takes them (`filter_path`).
+Only blocks that add to their input are numbered, because only they can be removed. The stem and blocks that change the
+shape belong to the numbered block after them. DC-ViT drops residual blocks whole (arXiv 2403.18708). Here they are
+compressed as densely as a transformer's blocks: the spatial convolution is removed, like attention there, and the rest
+treats each position separately, x + W₂ act(W₁ x + b₁) + b₂, with as many hidden units as the budget allows
+(`PointwiseBlock`). A pruned block keeps all its layers. Its hidden units are filters, which are removed together with
+their channels in all layers up to the one that takes them as inputs (`filter_path`).
 
-Where an activation follows the sum, as in a ResNet, a state is the sum before it: what a block adds is then linear in
-its last layer, and the activation belongs to what lies between two blocks.
+If an activation follows the sum, as in a ResNet, a state is the sum before the activation. What a block adds is then
+linear in its last layer, and the activation is counted as lying between two blocks.
 """
 
 import copy
@@ -81,9 +81,9 @@ class CnnView(ModelView):
 
     Modifications:
         - a compressed block becomes a `PointwiseBlock`;
-        - a pruned block loses filters, with their channels up to the layer that takes them;
+        - a pruned block loses filters, with their channels up to the layer that takes them as inputs;
         - a dropped block becomes a `DroppedBlock`;
-        - everything else, and every BatchNorm's statistics, stays.
+        - everything else stays, including the statistics of every BatchNorm.
     """
 
     family = "cnn"
@@ -108,13 +108,13 @@ class CnnView(ModelView):
             norms = sorted({type(found[1]).__qualname__ for block in blocks if (found := first_layers(block))})
             raise UnsupportedModelError(
                 f"None of the model's blocks ({', '.join(kinds)}) is a residual block with BatchNorm2d, which is what "
-                f"dcvit compresses; their norms are {', '.join(norms) or 'not looked at'}. Put a BatchNorm2d with the "
+                f"dcvit compresses; their norms are {', '.join(norms) or 'unknown'}. Put a BatchNorm2d with the "
                 f"same weights and statistics there if the norm computes the same. {ANOTHER_MODEL}"
             )
         self._model_args()
 
     def input_size(self) -> tuple[int, int, int]:
-        """The size in `model.pretrained_cfg`, for no module knows it."""
+        """Return the size in `model.pretrained_cfg`; no module stores it."""
         channels, height, width = self.model.pretrained_cfg["input_size"]
         return int(channels), int(height), int(width)
 
@@ -128,7 +128,7 @@ class CnnView(ModelView):
         return _through(_stem(self.model), images)
 
     def prepare(self, state: Tensor, block: int) -> Tensor:
-        """Apply the activation of the block before, and the blocks that change the shape."""
+        """Apply the previous block's activation, and the blocks between that change the shape."""
         return _through(_between(self.model)[block], state)
 
     def run_blocks(self, state: Tensor, first: int, stop: int) -> Tensor:
@@ -150,7 +150,7 @@ class CnnView(ModelView):
         return [(block,) for block in range(self.num_blocks())]
 
     def final_norm(self, state: Tensor) -> Tensor:
-        """Apply what follows the last numbered block, up to the pooling."""
+        """Apply all layers from the last numbered block to the pooling."""
         behind = _between(self.model)[-1]
         if isinstance(self.model, EfficientNet):
             behind += [self.model.conv_head, self.model.bn2]
@@ -159,7 +159,7 @@ class CnnView(ModelView):
         return self.as_tokens(_through(behind, state))
 
     def logits(self, tokens: Tensor) -> Tensor:
-        # Pooling does not ask where a token was.
+        # The pooling does not depend on the order of the tokens.
         return self.model.forward_head(self.from_tokens(tokens))
 
     def has_class_token(self) -> bool:
@@ -169,11 +169,11 @@ class CnnView(ModelView):
         return self.model.forward_head(self.from_tokens(tokens), pre_logits=True)
 
     def hidden_features(self, block: int) -> int:
-        """Hidden filters of a block, as many as its first convolution has channels."""
+        """Return the number of hidden filters of a block, which is that of its first convolution's channels."""
         return _hidden_features(_at(self.model, block))
 
     def cost(self) -> ModelCost:
-        # torch counts in a pass of shapes alone: no weight is copied, and nothing is computed.
+        # The MACs are counted in a pass on the meta device: no weight is copied and nothing is computed.
         memo: dict[int, Any] = {id(t): t.detach().to("meta") for t in self.model.buffers()}
         memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in self.model.parameters()}
         twin = copy.deepcopy(self.model, memo).eval()
@@ -208,7 +208,7 @@ class CnnView(ModelView):
         setattr(stage, name, module)
 
     def prune_block(self, block: int, kept: Sequence[int]) -> None:
-        """In place: remove all hidden filters of a block but `kept`, see `filter_path`."""
+        """Remove from a block, in place, all hidden filters but `kept`; see `filter_path`."""
         self.model.dcvit_base = _base(self.model)
         keep_filters(_at(self.model, block), torch.as_tensor(kept, dtype=torch.int64))
 
@@ -228,23 +228,23 @@ class CnnView(ModelView):
         setattr(stage, name, DroppedBlock())
 
     def block(self, block: int) -> nn.Module:
-        """A block without the activation behind its sum, which shares its parameters with the model's."""
+        """Return a block without the activation after its sum; it shares its parameters with the model's."""
         return _without_activation(_at(self.model, block))
 
     def sublayers(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
-        """All up to the layer that takes the hidden filters, and that layer with its BatchNorm.
+        """Return the block up to its last layer, and that layer with its BatchNorm.
 
-        `None` where filters cannot go alone, or change what others give.
+        Return `None` if single filters cannot be removed, or if a filter changes the outputs of others.
         """
         module, layer = _at(self.model, block), self.output_layer(block)
         if layer is None or isinstance(module, PointwiseBlock) or _prune_obstacle(module) is not None:
             return None
-        if any(isinstance(part, SqueezeExcite) for part in module.children()):  # which weighs each filter by all
+        if any(isinstance(part, SqueezeExcite) for part in module.children()):  # it weights each filter by all
             return None
         return partial(_with_patches, self.block(block), self.hidden_layer(block)), _LastLayer(layer)
 
     def output_layer(self, block: int) -> OutputLayer | None:
-        """The last layer of a block; `None` where more than a BatchNorm lies behind it."""
+        """Return the last layer of a block; `None` if more than a BatchNorm follows it."""
         module = _at(self.model, block)
         if isinstance(module, PointwiseBlock):
             return OutputLayer(module.conv2)
@@ -254,7 +254,7 @@ class CnnView(ModelView):
         return OutputLayer(self.hidden_layer(block), norm=norm) if plain and behind is None else None
 
     def absorbing_layers(self, block: int) -> tuple[nn.Conv2d | None, nn.Conv2d | None]:
-        """The convolutions of the nearest blocks on both sides that are still there."""
+        """Return the convolutions of the nearest remaining blocks before and after a block."""
         modules = [module for stage in cnn_stages(self.model) for module in stage.children()]
         gap = next(i for i, module in enumerate(modules) if module is _at(self.model, block))
         before, behind = (
@@ -266,7 +266,7 @@ class CnnView(ModelView):
         return last, first[0] if first is not None and isinstance(first[0], nn.Conv2d) else None
 
     def parameters(self, first_block: int, last_block: int) -> list[nn.Parameter]:
-        # Blocks that change the shape go with the one behind them.
+        # Blocks that change the shape belong to the block after them.
         found: list[nn.Parameter] = []
         if first_block == 0:
             found += [p for module in _stem(self.model) for p in module.parameters()]
@@ -290,10 +290,10 @@ class CnnView(ModelView):
         )  # fmt: skip
 
     def _model_args(self) -> dict[str, Any]:
-        """The arguments of `modeling.cnn.build` for a model, as values for JSON.
+        """Return the arguments of `modeling.cnn.build` that describe the model, as JSON values.
 
         Raises:
-            UnsupportedModelError: Naming the first part that they would not reproduce.
+            UnsupportedModelError: If they do not reproduce the model; the message names the first part that differs.
         """
         args = {
             **_base(self.model),
@@ -308,8 +308,8 @@ class CnnView(ModelView):
                 change_stem(twin, stem)
             args["per_layer_config"] = {
                 str(i): settings
-                for i, places in enumerate(zip(cnn_places(self.model), cnn_places(twin), strict=False))
-                if (settings := _layer_settings(*(getattr(stage, name) for stage, name in places))) is not None
+                for i, pair in enumerate(zip(cnn_places(self.model), cnn_places(twin), strict=False))
+                if (settings := _layer_settings(*(getattr(stage, name) for stage, name in pair))) is not None
             }
             prune_cnn(twin, args["per_layer_config"])
         require_same(self.model, twin, f"{args['base']} of timm")
@@ -317,10 +317,10 @@ class CnnView(ModelView):
 
 
 class _MacCounter(TorchDispatchMode):
-    """The multiply-accumulates of this thread; torch's `FlopCounterMode` hooks the modules of all threads.
+    """A counter of this thread's multiply-accumulates; torch's `FlopCounterMode` hooks the modules of all threads.
 
     Attributes:
-        macs: So far.
+        macs: The multiply-accumulates so far.
     """
 
     def __init__(self) -> None:
@@ -336,7 +336,7 @@ class _MacCounter(TorchDispatchMode):
 
 
 def _base(model: TimmModule) -> dict[str, Any]:
-    """The timm architecture that was or will be cut, and its arguments: of a ResNet, blocks and width of each stage."""
+    """Return the timm architecture that the model is built from, and its arguments: a ResNet's blocks and widths."""
     if hasattr(model, "dcvit_base"):
         known: dict[str, Any] = model.dcvit_base
         return known
@@ -354,16 +354,16 @@ def _base(model: TimmModule) -> dict[str, Any]:
 
 
 def _at(model: TimmModule, block: int) -> TimmModule:
-    """A block as it stands in the model."""
+    """Return a block's module in the model."""
     stage, name = cnn_places(model)[block]
     return getattr(stage, name)
 
 
 def _stem_settings(model: TimmModule, whole: TimmModule) -> dict[str, Any]:
-    """What differs in a model's stem from timm's, see `modeling.cnn.change_stem`."""
+    """Return the settings of a model's stem that differ from timm's, see `modeling.cnn.change_stem`."""
     convolutions = [getattr(holder, name) for holder, name, _ in (stem_layers(model), stem_layers(whole))]
-    told = [_convolution_settings(one) if type(one) is nn.Conv2d else {} for one in convolutions]
-    found: dict[str, Any] = told[0] if told[0] != told[1] else {}
+    settings = [_convolution_settings(one) if type(one) is nn.Conv2d else {} for one in convolutions]
+    found: dict[str, Any] = settings[0] if settings[0] != settings[1] else {}
     gone = isinstance(getattr(model, "maxpool", None), nn.Identity)
     return {**found, "pool": False} if gone and not isinstance(whole.maxpool, nn.Identity) else found
 
@@ -384,14 +384,14 @@ def _through(modules: Sequence[TimmModule], state: Tensor) -> Tensor:
 
 
 def _stem(model: TimmModule) -> list[TimmModule]:
-    """What lies in front of the first stage."""
+    """Return the layers before the first stage."""
     if isinstance(model, ResNet):
         return [model.conv1, model.bn1, model.act1, model.maxpool]
     return [model.conv_stem, model.bn1] if isinstance(model, EfficientNet) else [model.stem]
 
 
 def _between(model: TimmModule) -> list[list[TimmModule]]:
-    """What lies in front of each numbered block, since the one before, and behind the last."""
+    """Return the layers between numbered blocks: a list before each block, and one after the last."""
     numbered = {(id(stage), name) for stage, name in cnn_places(model)}
     found: list[list[TimmModule]] = [[]]
     for stage in cnn_stages(model):
@@ -405,7 +405,7 @@ def _between(model: TimmModule) -> list[list[TimmModule]]:
 
 
 def _out_of_place(activation: TimmModule) -> TimmModule:
-    """An activation that leaves what it takes alone: a state is still needed behind it."""
+    """Return the activation without in-place computation, because the state before it is still needed."""
     twin = copy.copy(activation)
     if getattr(twin, "inplace", False):
         twin.inplace = False
@@ -413,7 +413,7 @@ def _out_of_place(activation: TimmModule) -> TimmModule:
 
 
 def _without_activation(block: TimmModule) -> TimmModule:
-    """A block that shares all with another but for the activation behind its sum."""
+    """Return a block without the activation after its sum; everything else is shared with the block."""
     name = last_activation(block)
     if name is None:
         return block
@@ -423,9 +423,9 @@ def _without_activation(block: TimmModule) -> TimmModule:
 
 
 def _with_patches(block: TimmModule, layer: nn.Conv2d, state: Tensor) -> Tensor:
-    """What a block takes and, behind it, what its last layer takes for each position: `[B, D + K, H, W]`."""
+    """Return a block's input followed by the inputs of its last layer at each position, `[B, D + K, H, W]`."""
     taken: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    handle = layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
     try:
         block(state)
     finally:
@@ -439,10 +439,12 @@ def _with_patches(block: TimmModule, layer: nn.Conv2d, state: Tensor) -> Tensor:
 
 
 class _LastLayer(nn.Module):
-    """The end of a block: its input and what its last layer is given `[B, D + K, H, W]`, to its output `[B, D, H, W]`.
+    """The last layer of a block with the residual sum.
+
+    It maps the block's input and the last layer's inputs, `[B, D + K, H, W]`, to the block's output `[B, D, H, W]`.
 
     Args:
-        output: The block's own, with the BatchNorm behind it.
+        output: The block's last layer, with the BatchNorm after it.
     """
 
     def __init__(self, output: OutputLayer) -> None:
@@ -462,12 +464,12 @@ def _hidden_features(block: TimmModule) -> int:
         return block.conv1.out_channels
     if isinstance(block, DroppedBlock):
         return 0
-    filters, first = filter_path(block)[0][0], expansion(block)[0]  # two layers in a bottleneck
+    filters, first = filter_path(block)[0][0], expansion(block)[0]  # these are two layers in a bottleneck
     return int(min(filters.out_channels, first.out_channels))
 
 
 def _block_cost(block: TimmModule, macs: int, positions: int) -> BlockCost:
-    """What a block costs, from all its MACs and the positions of its output."""
+    """Return the cost of a block from its MACs and the number of positions of its output."""
     if isinstance(block, DroppedBlock):
         return BlockCost(Cost(), Cost(), Cost(), 0)
     hidden = _hidden_features(block)
@@ -481,7 +483,7 @@ def _block_cost(block: TimmModule, macs: int, positions: int) -> BlockCost:
 
 
 def _filter_cost(block: TimmModule, positions: int) -> Cost:
-    """What one hidden filter of a block costs, with its channel in the layers behind it."""
+    """Return the cost of one hidden filter of a block, including its channel in the layers after it."""
     macs = params = 0
     for layer, dim in filter_path(block):
         macs += positions * _of_one(layer.weight, dim) if isinstance(layer, nn.Conv2d) else 0
@@ -494,7 +496,7 @@ def _of_one(parameter: Tensor, dim: int) -> int:
 
 
 def _prune_obstacle(block: TimmModule) -> str | None:
-    """What keeps single hidden filters in a block, such as groups of channels that would have to go together."""
+    """Return why single hidden filters cannot be removed, such as groups of channels; `None` if they can."""
     if isinstance(block, DroppedBlock):
         return "has no hidden units"
     names = {layer: name for name, layer in block.named_modules()}
@@ -514,7 +516,7 @@ def _prune_obstacle(block: TimmModule) -> str | None:
 
 
 def _layer_settings(block: TimmModule, whole: TimmModule) -> dict[str, Any] | None:
-    """What differs in a block from timm's, in transformers' `per_layer_config` keys."""
+    """Return the settings of a block that differ from timm's, with the keys of transformers' `per_layer_config`."""
     if isinstance(block, DroppedBlock):
         return {"skip": ["block"]}
     hidden = _hidden_features(block)

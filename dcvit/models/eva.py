@@ -1,11 +1,11 @@
 """timm's `Eva` and `Beit`: EVA, EVA-02, DINOv3, Perception Encoder, ViTs with rotary positions, BEiT.
 
-Attention is told where tokens are: by a rotation of queries and keys (`rope`), or by a bias of each pair of positions.
-Timm's model hands what all blocks share to each of them; an adapter's blocks take a state alone, so here they have it
-with them (`PlacedBlock`).
+Attention knows the position of tokens by a rotation of queries and keys (`rope`), or by a bias for each pair of
+positions. timm's model computes these once and passes them to each block. An adapter's blocks take only a state, so
+here each block holds its position arguments (`PositionedBlock`).
 
-A model is rebuilt as the timm architecture that it was made as, with the arguments that timm recorded, and compared
-with it part by part, so that what would be lost is refused by name before any work.
+A model is rebuilt from the timm architecture and the arguments that timm recorded, and compared with the result part
+by part. A part that would be lost is thus refused by name before any work.
 """
 
 import json
@@ -32,28 +32,28 @@ from dcvit.models.modeling.eva import ARCHITECTURE, FILES, build
 from dcvit.models.modeling.shared import CompressedBlock, DroppedBlock, TimmModule
 from dcvit.models.rebuild import ANOTHER_MODEL, base_of, layer_settings, num_params, require_class, require_same
 
-__all__ = ["EvaView", "PlacedBlock"]
+__all__ = ["EvaView", "PositionedBlock"]
 
-Places = dict[str, Any]
-"""What timm's model hands to a block beside its tokens."""
+PositionArguments = dict[str, Any]
+"""The arguments that timm's model passes to a block besides its tokens."""
 
 
-class PlacedBlock(nn.Module):
-    """A block that knows where tokens are.
+class PositionedBlock(nn.Module):
+    """A block together with its position arguments.
 
     Args:
-        block: The block, not copied.
-        places: What it is handed beside them.
+        block: The block, which is not copied.
+        positions: The arguments that it takes besides tokens.
     """
 
-    def __init__(self, block: nn.Module, places: Places) -> None:
+    def __init__(self, block: nn.Module, positions: PositionArguments) -> None:
         super().__init__()
         self.block = block
-        self._places = places
+        self._position_arguments = positions
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`."""
-        moved: Tensor = self.block(x, **self._places)
+        """Map tokens `[B, N, D]` to `[B, N, D]`."""
+        moved: Tensor = self.block(x, **self._position_arguments)
         return moved
 
 
@@ -62,9 +62,9 @@ class EvaView(IsotropicView):
 
     Modifications:
         - a compressed block (`CompressedBlock`) loses `norm1`, `attn` with its position biases, `gamma_1` and
-          `drop_path1`, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden units that are dropped; of a
-          SwiGLU both gate and value; its `gamma_2` is called `ls2.gamma`;
-        - a pruned block loses those rows and columns alone;
+          `drop_path1`, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the removed hidden units (of a SwiGLU,
+          both gate and value); its `gamma_2` is called `ls2.gamma`;
+        - a pruned block loses only those rows and columns;
         - a dropped block becomes a `DroppedBlock`;
         - everything else, parameter names included, stays.
     """
@@ -109,21 +109,21 @@ class EvaView(IsotropicView):
         return self.model.pos_drop(tokens if self.model.pos_embed is None else tokens + self.model.pos_embed)
 
     def run_blocks(self, state: Tensor, first: int, stop: int) -> Tensor:
-        places = _places(self.model)
+        positions = _position_arguments(self.model)
         for block in range(first, stop):
-            state = self.model.blocks[block](state, **places[block])
+            state = self.model.blocks[block](state, **positions[block])
         return state
 
     def block(self, block: int) -> nn.Module:
         with torch.no_grad():
-            return PlacedBlock(self.model.blocks[block], _places(self.model)[block])
+            return PositionedBlock(self.model.blocks[block], _position_arguments(self.model)[block])
 
     def sublayers(self, block: int) -> tuple[Callable[[Tensor], Tensor], nn.Module] | None:
         module = self.model.blocks[block]
-        if type(module) not in (EvaBlock, BeitBlock):  # in others the norms lie behind attention and MLP
+        if type(module) not in (EvaBlock, BeitBlock):  # in other blocks the norms follow attention and MLP
             return None
         with torch.no_grad():
-            return partial(_attention_sublayer, module, _places(self.model)[block]), compressed(module)
+            return partial(_attention_sublayer, module, _position_arguments(self.model)[block]), compressed(module)
 
     def _block_costs(self) -> tuple[list[BlockCost], int]:
         tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
@@ -131,14 +131,14 @@ class EvaView(IsotropicView):
 
     def _stem_parameters(self) -> list[nn.Parameter]:
         shared = (getattr(self.model, name, None) for name in ("rope", "rel_pos_bias"))
-        positions = [parameter for module in shared if module is not None for parameter in module.parameters()]
-        return super()._stem_parameters() + positions
+        shared_parameters = [parameter for module in shared if module is not None for parameter in module.parameters()]
+        return super()._stem_parameters() + shared_parameters
 
     def _model_args(self) -> dict[str, Any]:
-        """The arguments of `modeling.eva.build` for a model, as values for JSON.
+        """Return the arguments of `modeling.eva.build` that describe the model, as JSON values.
 
         Raises:
-            UnsupportedModelError: Naming the first part that they would not reproduce.
+            UnsupportedModelError: If they do not reproduce the model; the message names the first part that differs.
         """
         args: dict[str, Any] = {
             **_base(self.model),
@@ -160,20 +160,20 @@ class EvaView(IsotropicView):
 
 
 def _base(model: TimmModule) -> dict[str, Any]:
-    """The timm architecture that was or will be cut, and its arguments but for those that are read off the model.
+    """Return the timm architecture that the model is built from, and its arguments that are not read off the model.
 
     Raises:
-        UnsupportedModelError: If the model does not tell, or an argument is no value of JSON's.
+        UnsupportedModelError: If the model does not record them, or an argument is not a JSON value.
     """
     recorded = get_model_args(model)
     if hasattr(model, "dcvit_base"):
-        # What timm records when the pooling or the patches of a finished model are changed.
+        # timm records these two when the pooling or the patches of an existing model are changed.
         changed = {name: recorded[name] for name in ("use_fc_norm", "patch_size") if name in recorded}
         return {"base": model.dcvit_base["base"], "base_args": model.dcvit_base["base_args"] | changed}
     base = getattr(model, "pretrained_cfg", {}).get("architecture")
     if base is None or not timm.is_model(base) or not hasattr(model, "_model_args"):
         raise UnsupportedModelError(
-            "The model does not tell as which of timm's architectures, and with what arguments, it is to be rebuilt: "
+            "The model does not record the timm architecture and the arguments from which it could be rebuilt: "
             "create it with timm.create_model, which records both, and load yours.state_dict() into it."
         )
     read = ("img_size", "num_classes", "in_chans", "global_pool")
@@ -188,8 +188,8 @@ def _base(model: TimmModule) -> dict[str, Any]:
     return base_of(base, args, FILES)
 
 
-def _places(model: TimmModule) -> list[Places]:
-    """What the model hands to each of its blocks, for images of its own size."""
+def _position_arguments(model: TimmModule) -> list[PositionArguments]:
+    """Return the position arguments of each block, for images of the model's own size."""
     if isinstance(model, Beit):
         bias = None if model.rel_pos_bias is None else model.rel_pos_bias()
         return [{"shared_rel_pos_bias": bias}] * len(model.blocks)
@@ -201,9 +201,9 @@ def _places(model: TimmModule) -> list[Places]:
     return [{"rope": rope[block] if model.rope_mixed else rope} for block in range(len(model.blocks))]
 
 
-def _attention_sublayer(block: TimmModule, places: Places, x: Tensor) -> Tensor:
-    """The first half of a block, x + gamma_1 ⊙ attn(norm1(x))."""
-    mixed: Tensor = block.attn(block.norm1(x), **places)
+def _attention_sublayer(block: TimmModule, positions: PositionArguments, x: Tensor) -> Tensor:
+    """Run the attention sublayer of a block, x + gamma_1 ⊙ attn(norm1(x))."""
+    mixed: Tensor = block.attn(block.norm1(x), **positions)
     return x + block.drop_path1(mixed if block.gamma_1 is None else block.gamma_1 * mixed)
 
 

@@ -1,4 +1,4 @@
-"""Models that other tools have wrapped or changed: each is refused with what to pass instead, or made plain again."""
+"""Models that other tools have wrapped or changed: each is refused with a next step, or converted to a plain model."""
 
 import copy
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.modeling.shared import TimmModule
 
-__all__ = ["require_plain_parts", "what_to_pass", "with_plain_norms"]
+__all__ = ["require_plain_parts", "supported_alternative", "with_plain_norms"]
 
 _MERGE = "merge the adapters into the weights first, model = model.merge_and_unload()"
-_PLAIN_WEIGHTS = "pass the model as it was before, with its weights as plain tensors, and treat the compressed one so"
+_PLAIN_WEIGHTS = "pass the model as it was before, with its weights as plain tensors, and convert the compressed model"
 _GATHER = (
     "gather the weights first, torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, "
     "and load them into a model of timm.create_model"
@@ -37,56 +37,57 @@ _TOOLS = {
     "torch.jit": "create the model with timm.create_model, load the script's state_dict() into it, and pass that",
     "torch.fx": "pass the model that the graph was made of",
 }
-"""By the package of a module's or a tensor's class, what to do about it."""
+"""The user's next step by the package of a module's or tensor's class."""
 
-_HOOKS: dict[type, str] = {
+_REMOVERS: dict[type, str] = {
     prune.BasePruningMethod: "torch.nn.utils.prune.remove",
     WeightNorm: "torch.nn.utils.remove_weight_norm",
     SpectralNorm: "torch.nn.utils.remove_spectral_norm",
 }
-"""By the class of a hook that computes a weight, what makes it a plain one again."""
+"""The function that makes a weight plain again, by the class of the hook that computes it."""
 
-_LIKE_BATCH_NORM = (nn.SyncBatchNorm, SyncBatchNormAct, FrozenBatchNorm2d, FrozenBatchNormAct2d)
-"""What computes in evaluation mode as `BatchNorm2d` does."""
+_BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+"""Norms that compute the same as `BatchNorm2d` in evaluation mode."""
 
 
-def what_to_pass(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | None:
-    """The next step for a model that is of none of some classes, as a clause; `None` where none is known.
+def supported_alternative(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | None:
+    """Return the user's next step for a model of an unsupported class, as a clause; `None` if none is known.
 
     Args:
         model: The model, which may be a wrapper.
-        classes: Those that are supported.
+        classes: The supported classes.
     """
     if (step := _tool_step(type(model))) is not None:
         return step
-    held = [f"{_path(name)} (a {type(part).__qualname__})" for name, part in _outermost(model, classes)]
-    if held:
-        one = held[0] if len(held) == 1 else f"one of {', '.join(held)}"
-        return f"pass the model that it holds, {one}; what is around it can hold the compressed one afterwards"
+    inner = [f"{_attribute_path(name)} (a {type(part).__qualname__})" for name, part in _outermost(model, classes)]
+    if inner:
+        one = inner[0] if len(inner) == 1 else f"one of {', '.join(inner)}"
+        return f"pass the model inside of it, {one}; the wrapper can hold the compressed model afterwards"
     return None
 
 
 def require_plain_parts(model: nn.Module) -> None:
-    """Refuse a model some of whose weights are not plain tensors of timm's own modules.
+    """Refuse a model in which not every weight is a plain tensor of one of timm's own modules.
 
     Raises:
-        UnsupportedModelError: Naming the first part, and what makes it plain again.
+        UnsupportedModelError: If a part is not plain; the message names the first one and how to make it plain.
     """
     for name, module in model.named_modules():
-        if (step := _tool_step(type(module)) or _weight_step(name, module)) is not None:
-            raise UnsupportedModelError(f"The model's part {name or '(root)'} is a {_kind(module)}: {step}.")
+        if (step := _tool_step(type(module)) or _reparametrisation_step(name, module)) is not None:
+            raise UnsupportedModelError(f"The model's part {name or '(root)'} is a {_class_name(module)}: {step}.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             step = _tool_step(type(tensor)) or _PLAIN_WEIGHTS
-            raise UnsupportedModelError(f"The model's {name} is a {_kind(tensor)}: {step}.")
+            raise UnsupportedModelError(f"The model's {name} is a {_class_name(tensor)}: {step}.")
 
 
 def with_plain_norms(model: nn.Module) -> nn.Module:
-    """The model, or one that shares its weights and has `BatchNorm2d`s where it has synchronised or frozen ones.
+    """Return the model with a `BatchNorm2d` in place of each synchronised or frozen one; the weights are shared.
 
-    In evaluation mode they compute the same; the others cannot be told from a saved form, which timm's own has not.
+    In evaluation mode they compute the same. timm's saved form cannot hold the others. A model without such norms is
+    returned itself.
     """
-    found = [name for name, module in model.named_modules() if isinstance(module, _LIKE_BATCH_NORM)]
+    found = [name for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)]
     if not found:
         return model
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
@@ -96,7 +97,7 @@ def with_plain_norms(model: nn.Module) -> nn.Module:
 
 
 def _batch_norm(norm: TimmModule) -> nn.BatchNorm2d:
-    """A `BatchNorm2d` with the weights and statistics of a norm that computes the same in evaluation mode."""
+    """Return a `BatchNorm2d` with the weights and statistics of another kind of batch norm."""
     fused = hasattr(norm, "act")
     momentum = getattr(norm, "momentum", 0.1)
     made = (BatchNormAct2d if fused else nn.BatchNorm2d)(len(norm.weight), norm.eps, momentum)
@@ -113,26 +114,26 @@ def _batch_norm(norm: TimmModule) -> nn.BatchNorm2d:
 
 
 def _tool_step(kind: type) -> str | None:
-    """What to do about a class of another tool, told by its package."""
+    """Return the next step for a class of another tool, which its package identifies; `None` for other classes."""
     package = f"{kind.__module__}."
     return next((step for tool, step in _TOOLS.items() if package.startswith(f"{tool}.")), None)
 
 
-def _weight_step(name: str, module: nn.Module) -> str | None:
-    """What to do about a module some of whose weights are computed from others in each pass."""
+def _reparametrisation_step(name: str, module: nn.Module) -> str | None:
+    """Return the next step for a module that computes a weight from others in each pass; `None` for other modules."""
     if is_parametrized(module):
         weight = next(iter(module.parametrizations))  # type: ignore[arg-type]
-        return f"call torch.nn.utils.parametrize.remove_parametrizations({_path(name)}, {weight!r})"
+        return f"call torch.nn.utils.parametrize.remove_parametrizations({_attribute_path(name)}, {weight!r})"
     for hook in module._forward_pre_hooks.values():
-        for kind, call in _HOOKS.items():
+        for kind, call in _REMOVERS.items():
             if isinstance(hook, kind):
                 weight = getattr(hook, "_tensor_name", None) or getattr(hook, "name", "weight")
-                return f"call {call}({_path(name)}, {weight!r})"
+                return f"call {call}({_attribute_path(name)}, {weight!r})"
     return None
 
 
 def _outermost(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of some classes that a model holds, but for those within one another."""
+    """Yield the outermost modules of given classes in a model."""
     inside: str | None = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(f"{inside}."):
@@ -142,11 +143,11 @@ def _outermost(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterat
             yield name, module
 
 
-def _path(name: str) -> str:
-    """A module's name as the user writes it."""
+def _attribute_path(name: str) -> str:
+    """Return a module's name as a Python expression."""
     parts = name.split(".") if name else []
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
 
 
-def _kind(value: object) -> str:
+def _class_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"

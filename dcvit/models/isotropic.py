@@ -1,6 +1,6 @@
-"""What the adapters of isotropic vision transformers share: from first to last as many tokens, of one width.
+"""The shared part of the adapters of isotropic vision transformers, in which all blocks have the same width.
 
-Their blocks are in `blocks`, one behind the other, and each has an attention and an MLP.
+Their blocks are in `model.blocks`, in order, and each has an attention and an MLP.
 """
 
 from abc import abstractmethod
@@ -29,7 +29,7 @@ __all__ = ["IsotropicView", "has_post_norm", "require_one_answer"]
 
 
 class IsotropicView(ModelView):
-    """The part of `ModelView` that needs only `patch_embed`, `blocks` and the names of a block's MLP.
+    """The methods of `ModelView` that need only `patch_embed`, `blocks` and the names of a block's MLP.
 
     Attributes:
         architecture: The name under which timm's registry knows compressed models.
@@ -76,7 +76,7 @@ class IsotropicView(ModelView):
         return self.model.cls_token is not None
 
     def features(self, tokens: Tensor) -> Tensor:
-        # Without pooling (`global_pool=""`) they are the mean over the tokens.
+        # Without pooling (`global_pool=""`) the features are the mean over the tokens.
         features = self.model.forward_head(tokens, pre_logits=True)
         return features if features.ndim == 2 else features.mean(dim=1)
 
@@ -105,7 +105,7 @@ class IsotropicView(ModelView):
 
     @abstractmethod
     def _block_costs(self) -> tuple[list[BlockCost], int]:
-        """What each block costs, and how many tokens leave the last."""
+        """Return the cost of each block, and the number of tokens after the last block."""
 
     def compress_block(self, block: int, kept: Sequence[int]) -> None:
         module = self.model.blocks[block]
@@ -119,7 +119,7 @@ class IsotropicView(ModelView):
         return None if self.hidden_features(block) else "has no hidden units"
 
     def hidden_filters(self, block: int) -> Tensor:
-        # A SwiGLU makes a hidden unit of gate and value.
+        # A hidden unit of a SwiGLU has a gate and a value.
         mlp = self.model.blocks[block].mlp
         if type(mlp) is SwiGLU:
             return torch.cat([mlp.fc1_g.weight, mlp.fc1_x.weight], dim=1)
@@ -135,7 +135,7 @@ class IsotropicView(ModelView):
         return self.model.blocks[block]
 
     def output_layer(self, block: int) -> OutputLayer | None:
-        """The last layer of a block's MLP; `None` where a norm lies behind it."""
+        """Return the last layer of a block's MLP; `None` if a norm follows it."""
         module = self.model.blocks[block]
         if isinstance(module, DroppedBlock) or has_post_norm(module):
             return None
@@ -170,15 +170,15 @@ class IsotropicView(ModelView):
 
     @abstractmethod
     def _model_args(self) -> dict[str, Any]:
-        """The arguments of the architecture's builder for a model, as values for JSON.
+        """Return the arguments of the architecture's builder that describe the model, as JSON values.
 
         Raises:
-            UnsupportedModelError: Naming the first part that they would not reproduce.
+            UnsupportedModelError: If they do not reproduce the model; the message names the first part that differs.
         """
 
 
 def has_post_norm(block: TimmModule) -> bool:
-    """Whether a block, compressed or not, has its norms behind attention and MLP."""
+    """Return whether the norms of a block, compressed or not, follow attention and MLP."""
     return isinstance(block, POST_NORM) or getattr(block, "post_norm", False)
 
 
@@ -196,7 +196,7 @@ def require_one_answer(model: TimmModule) -> None:
 
 
 def _latent_pool_cost(pool: TimmModule, tokens: int) -> Cost:
-    """MACs of attention pooling with latent queries (SigLIP's head); its parameters are counted with the model's."""
+    """Return the MACs of attention pooling with latent queries (SigLIP's head); parameters are counted elsewhere."""
     if type(pool) is not AttentionPoolLatent:
         raise UnsupportedModelError(
             f"attn_pool is a {type(pool).__qualname__}; only AttentionPoolLatent is supported, whose cost is known. "

@@ -1,4 +1,4 @@
-"""From a model's name to the model, and from a model to its preprocessing."""
+"""Loading of models by name, and the preprocessing of a model's images."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -45,32 +45,34 @@ DEMO_MODEL = "demo"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 LARGEST_NUMBER = 1 << 16
-"""In a model's config, unless its weights have larger sizes."""
+"""The largest number accepted in a model's config, unless its weights have larger sizes."""
 
-LARGEST = 3.6
-"""Times the model's input that an image's shorter side need have: a crop of 8 % of its area is then no smaller."""
+LARGEST_RESIZE = 3.6
+"""The factor, times the input size, to which an image's shorter side is reduced: a crop of 8 % then fills the input."""
 
 MOST_CONFIG_BYTES = 4 << 20
-"""Of a model's config. The names of 21,841 classes take 2 MB."""
+"""The size limit of a model's config. The names of 21,841 classes take 2 MB."""
 
 MOST_HEADER_BYTES = 4 << 20
-"""Of the names and sizes in a file of weights. Those of timm's largest models take 0.5 MB."""
+"""The size limit of a weight file's header. Those of timm's largest models take 0.5 MB."""
 
 MOST_WEIGHT_BYTES = 64 << 30
-"""Of a file of weights. Those of timm's largest model, of 7 billion values, take 27 GB."""
+"""The size limit of a weight file. timm's largest model, with 7 billion values, takes 27 GB."""
 
-SMALL_BYTES = 256 << 20
-"""A model of so many bytes is built whatever its file holds: what was dropped or is computed is not stored."""
+ALWAYS_ALLOWED_BYTES = 256 << 20
+"""The size up to which a model may exceed its file: dropped or computed tensors are not stored."""
 
-MOST_TIMES = 16
-"""A larger one may make so many times the values that its file holds, as float32."""
+MOST_VALUES_PER_STORED_VALUE = 16
+"""The largest number of values, as float32, that a larger model may create per value in its file."""
 
 LARGEST_SIDE = 512
-"""Of the images of a model of a family that dcvit does not know, unless timm's own takes larger ones: some of them loop
-over all pairs of patches in Python."""
+"""The largest image side for families that dcvit does not support, unless timm's default is larger.
+
+Some of these models loop over all pairs of patches in Python.
+"""
 
 _RATES = {"drop_path_rate", "drop_rate"}
-"""Arguments that do not shape a model, and that any of timm's takes."""
+"""Arguments of any timm model that do not change its shape."""
 
 _ARGUMENTS = {
     vision_transformer.ARCHITECTURE: parameter_names([vision_transformer.build, VisionTransformer]),
@@ -78,37 +80,37 @@ _ARGUMENTS = {
     swin.ARCHITECTURE: parameter_names([swin.build, SwinTransformer, SwinTransformerV2]),
     cnn.ARCHITECTURE: parameter_names([cnn.build]) | _RATES,
 }
-"""Those that the models take which dcvit saves, by the name of their architecture."""
+"""The arguments of the models that dcvit saves, by architecture."""
 
-_ARGUMENTS_OF_ALL = {"global_pool", "img_size", "in_chans", "num_classes"} | _RATES
-"""Those that a model of a family that dcvit does not know may be stored with."""
+_COMMON_ARGUMENTS = {"global_pool", "img_size", "in_chans", "num_classes"} | _RATES
+"""The arguments accepted for a stored model of a family that dcvit does not support."""
 
-_TABLES = ("base_args", "embed_norm_layer", "norm_layer", "per_layer_config", "stem")
-"""Of these arguments, those that are tables. Who takes them looks at their entries."""
+_TABLE_ARGUMENTS = ("base_args", "embed_norm_layer", "norm_layer", "per_layer_config", "stem")
+"""The arguments that are tables; the functions that take them check their entries."""
 
 _FILES = (
     *eva.FILES,
     *cnn.FILES,
     *(f"timm.models.{name}" for name in ("deit", "swin_transformer", "swin_transformer_v2", "vision_transformer")),
 )
-"""Where timm has the families that dcvit knows."""
+"""timm's modules of the supported families."""
 
-_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
-"""What a `pretrained_cfg` says of where weights lie. A folder's own lie in the folder."""
+_WEIGHT_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
+"""The keys of `pretrained_cfg` that say where weights are stored. A folder's weights are in the folder itself."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a model wants its images.
+    """The preprocessing of a model's images.
 
     Attributes:
         input_size: Channels, height, width.
-        mean: Per channel, in [0, 1] pixels.
-        std: Per channel.
-        resized: Height and width that the transform resizes an image to cover before it crops.
-        convert: From a PIL image to one of 8 bits in the model's channels. It refuses images of more than 8 bits.
-        shrink: From a PIL image to the same, or to one of `LARGEST` times the model's size if it is larger.
-        crop: timm's evaluation transform up to the normalisation, from a PIL image to levels of 8 bits `[C, H, W]`.
+        mean: The mean of each channel, for pixels in [0, 1].
+        std: The standard deviation of each channel.
+        resized: The height and width that the resized image covers before the crop.
+        convert: A function that converts a PIL image to 8 bits and the model's channels. It refuses deeper images.
+        shrink: A function that reduces a PIL image to `LARGEST_RESIZE` times the model's size if it is larger.
+        crop: timm's evaluation transform without normalisation, from a PIL image to 8-bit levels `[C, H, W]`.
     """
 
     input_size: tuple[int, int, int]
@@ -120,21 +122,21 @@ class Preprocessing:
     crop: Callable[[Image.Image], Tensor]
 
     def transform(self, image: Image.Image) -> Tensor:
-        """A PIL image as the model takes it, `[C, H, W]`, as timm's evaluation transform makes it."""
+        """Return a PIL image as a model input `[C, H, W]`, like timm's evaluation transform."""
         return self.normalised(self.crop(image).float() / 255)
 
     @property
     def pixel_range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest normalised value of each channel, two tensors `[C]`."""
+        """The lowest and the highest normalised value of each channel, two tensors `[C]`."""
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (self.mean, self.std))
         return (0 - mean) / std, (1 - mean) / std
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Images `[N, C, H, W]` as the model takes them, from pixels in [0, 1]."""
+        """Return model inputs `[N, C, H, W]` from pixels in [0, 1]."""
         return (pixels - self._per_channel(self.mean, pixels)) / self._per_channel(self.std, pixels)
 
     def pixels(self, normalised: Tensor) -> Tensor:
-        """The inverse of `normalised`."""
+        """Return pixels in [0, 1] from model inputs, the inverse of `normalised`."""
         return normalised * self._per_channel(self.std, normalised) + self._per_channel(self.mean, normalised)
 
     @staticmethod
@@ -143,15 +145,15 @@ class Preprocessing:
 
 
 def load_model(model: str | nn.Module, *, pretrained: bool = True) -> nn.Module:
-    """A model in evaluation mode, from a name or as it is.
+    """Load a model by name, in evaluation mode; a model object is returned unchanged.
 
     Args:
         model: A timm model, or a name: `demo`, or one that `timm.create_model` takes (`vit_tiny_patch16_224`,
             `local-dir:FOLDER`, `hf-hub:OWNER/NAME`).
-        pretrained: Load the weights that belong to the name; `False` initialises them at random.
+        pretrained: Whether to load the pretrained weights; otherwise they are random.
 
     Raises:
-        UnsupportedModelError: If the name is unknown, its weights cannot be had, or a folder holds no model.
+        UnsupportedModelError: If the name is unknown, its weights cannot be loaded, or a folder holds no model.
     """
     if isinstance(model, nn.Module):
         return model
@@ -171,7 +173,7 @@ def load_model(model: str | nn.Module, *, pretrained: bool = True) -> nn.Module:
 
 
 def hub_repository(name: str) -> str | None:
-    """The hub repository of the weights that `load_model` loads for a name, `None` if they come from elsewhere."""
+    """Return the hub repository from which `load_model` loads a model's weights; `None` for other sources."""
     if name.startswith("hf-hub:"):
         return name.removeprefix("hf-hub:").partition("@")[0]
     if name == DEMO_MODEL or name.startswith("local-dir:"):
@@ -185,10 +187,10 @@ def _demo_folder() -> Path:
 
 
 def _load_folder(folder: Path, *, pretrained: bool) -> nn.Module:
-    """The model of a folder, which a stranger may have made.
+    """Load the model of a folder, whose files are not trusted.
 
-    Its two files are read here, and timm gets only what was found harmless: it builds a model, and has nothing to
-    read, download or cache. What building takes is found out on the meta device first.
+    Its two files are read here, and timm gets only checked values: it builds a model and does not read, download or
+    cache anything. The memory that building takes is first measured on the meta device.
     """
     try:
         config = read_table(own_file(folder, CONFIG_FILE), most=MOST_CONFIG_BYTES)
@@ -217,7 +219,7 @@ def _load_folder(folder: Path, *, pretrained: bool) -> nn.Module:
 
 
 def _stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file, by name."""
+    """Return the shapes of the tensors in a safetensors file, by name."""
     with open_regular(file, most=MOST_WEIGHT_BYTES) as opened:
         header = int.from_bytes(opened.read(8), "little")
     if header > MOST_HEADER_BYTES:
@@ -227,19 +229,19 @@ def _stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _require_numbers(folder: Path, config: dict[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a config with a number that is no size of a model whose weights these are."""
-    sizes = [size for shape in stored.values() if 0 not in shape for size in shape]  # an empty tensor has any sizes
+    """Refuse a config with a number that is too large for a model with these weights."""
+    sizes = [size for shape in stored.values() if 0 not in shape for size in shape]  # empty ones may claim any size
     most = max(LARGEST_NUMBER, *sizes, 0)
     too_large = next((number for number in _integers(config) if abs(number) > most), None)
     if too_large is not None:
         raise UnsupportedModelError(
             f"local-dir:{folder}: {CONFIG_FILE} holds the number {too_large}, and no size of the weights is above "
-            f"{most}: the two are not of one model; save or download it again."
+            f"{most}: they belong to different models; save or download it again."
         )
 
 
 def _builder(folder: Path, config: dict[str, Any]) -> Callable[[], nn.Module]:
-    """What builds the model of a config, as timm reads it, from values that can lead to nothing else."""
+    """Return a function that builds the model of a config as timm does, after all its values have been checked."""
     cfg, architecture, args = _parse_model_cfg(config, {})
     if not (isinstance(architecture, str) and architecture.isidentifier() and timm.is_model(architecture)):
         raise UnsupportedModelError(
@@ -250,21 +252,21 @@ def _builder(folder: Path, config: dict[str, Any]) -> Callable[[], nn.Module]:
     names: Collection[str]
     if architecture in _ARGUMENTS:
         names = _ARGUMENTS[architecture]
-        values = {name: value for name, value in args.items() if name not in _TABLES}
+        values = {name: value for name, value in args.items() if name not in _TABLE_ARGUMENTS}
     elif timm.model_entrypoint(architecture).__module__ in _FILES:
         names = shape_arguments(architecture)
     else:
-        names = _ARGUMENTS_OF_ALL
+        names = _COMMON_ARGUMENTS
         _require_small_images(folder, architecture, [args.get("img_size"), cfg.get("input_size")])
     require_arguments("model_args", values, names)
-    own = {"source": "local-dir", "file": str(folder)}  # as timm has it, and pretrained_model_args likewise
-    cfg = {name: value for name, value in cfg.items() if name not in _SOURCES} | own
+    own = {"source": "local-dir", "file": str(folder)}  # as timm records it; so with pretrained_model_args
+    cfg = {name: value for name, value in cfg.items() if name not in _WEIGHT_SOURCES} | own
     recorded = {"pretrained_model_args": dict(args)} if args else {}
     return lambda: timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **args, **recorded)
 
 
 def _require_small_images(folder: Path, architecture: str, sizes: list[Any]) -> None:
-    """Refuse images of which a model could be built only in a very long time."""
+    """Refuse an image size for which building the model would take very long."""
     own = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     most = max(LARGEST_SIDE, *(own.input_size if own is not None else ()))
     side = next((number for number in _integers(sizes) if number > most), None)
@@ -276,22 +278,22 @@ def _require_small_images(folder: Path, architecture: str, sizes: list[Any]) -> 
 
 
 def _require_one_model(folder: Path, build: Callable[[], nn.Module], stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a model that is larger than the weights let expect, or has others."""
+    """Refuse a model that is much larger than its stored weights, or whose weights have other names or shapes."""
     values = sum(map(math.prod, stored.values()))
     try:
-        with torch.device("meta"), Building(max(SMALL_BYTES, MOST_TIMES * 4 * values)):
+        with torch.device("meta"), Building(max(ALWAYS_ALLOWED_BYTES, MOST_VALUES_PER_STORED_VALUE * 4 * values)):
             described = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
     except TooLargeError as error:
         raise UnsupportedModelError(
             f"local-dir:{folder}: {CONFIG_FILE} describes a model whose building takes {error}, and {WEIGHTS_FILE} "
-            f"holds {values:,} values: the two are not of one model; save or download it again."
+            f"holds {values:,} values: they belong to different models; save or download it again."
         ) from error
     for name in sorted(described.keys() | stored.keys()):
         if described.get(name) != stored.get(name):
             raise UnsupportedModelError(
                 f"local-dir:{folder}: {name} is {_shape(stored.get(name))} in {WEIGHTS_FILE} and "
-                f"{_shape(described.get(name))} in the model of {CONFIG_FILE}: the two are not of one model; save or "
-                "download it again."
+                f"{_shape(described.get(name))} in the model of {CONFIG_FILE}: they belong to different models; save "
+                "or download it again."
             )
 
 
@@ -300,7 +302,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _integers(values: Any) -> Iterator[int]:
-    """The integers in nested tables and lists."""
+    """Yield the integers in nested tables and lists."""
     if isinstance(values, dict):
         values = values.values()
     elif not isinstance(values, list):
@@ -331,7 +333,7 @@ def _why_not_loaded(name: str, error: Exception) -> str:
 
 
 def _at_most(image: Image.Image, side: int) -> Image.Image:
-    """An image whose shorter side is at most so long."""
+    """Return an image whose shorter side is at most `side` pixels."""
     shorter = min(image.size)
     if shorter <= side:
         return image
@@ -340,15 +342,15 @@ def _at_most(image: Image.Image, side: int) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether an image is grey of 16 or 32 bits per pixel."""
+    """Return whether an image is greyscale with 16 or 32 bits per pixel."""
     return image.mode.startswith(("I", "F"))
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model takes, of any family of timm's.
+    """Return channels, height and width of the images that a timm model takes, also of an unsupported family.
 
     Raises:
-        UnsupportedModelError: If that cannot be told.
+        UnsupportedModelError: If the size is unknown.
     """
     try:
         return compressible(model).input_size()
@@ -361,17 +363,17 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """Timm's own evaluation preprocessing for a model.
+    """Return timm's evaluation preprocessing for a model.
 
     Raises:
-        UnsupportedModelError: If its configuration does not say what that is.
+        UnsupportedModelError: If the model's `pretrained_cfg` does not define it.
     """
     try:
         return _preprocessing(model)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UnsupportedModelError(
-            f"The model's pretrained_cfg does not tell how its images are prepared ({type(error).__name__}: {error}): "
-            "expected input_size, interpolation, crop_pct, mean and std as timm's models have them."
+            f"The model's pretrained_cfg does not define the preprocessing ({type(error).__name__}: {error}): "
+            "expected input_size, interpolation, crop_pct, mean and std as in timm's models."
         ) from error
 
 
@@ -390,13 +392,13 @@ def _preprocessing(model: nn.Module) -> Preprocessing:
             raise UnsupportedModelError(
                 f"The model takes {channels} channels, but an image file has 1 or 3. Pass the images as a tensor."
             )
-        if is_deep(image):  # Pillow would make all that is above 255 white
+        if is_deep(image):  # Pillow would turn all values above 255 white
             raise ImagesError(
                 f"The image has mode {image.mode!r}, more than 8 bits per pixel: scale its values to 0 to 255 and "
                 "convert it to mode 'L'."
             )
         if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # without this step Pillow warns
+            image = image.convert("RGBA")  # otherwise Pillow warns
         return image if image.mode == mode else image.convert(mode)
 
     crop_share = config["crop_pct"] or DEFAULT_CROP_PCT
@@ -408,7 +410,7 @@ def _preprocessing(model: nn.Module) -> Preprocessing:
         interpolation=config["interpolation"],
         crop_pct=crop_share,
         crop_mode=config["crop_mode"],
-        normalize=False,  # it would divide in torch's default dtype, whatever that is
+        normalize=False,  # timm would divide in torch's default dtype, which the caller may have changed
     )
     return Preprocessing(
         input_size=(channels, height, width),
@@ -416,6 +418,6 @@ def _preprocessing(model: nn.Module) -> Preprocessing:
         std=std,
         resized=(math.ceil(height / crop_share), math.ceil(width / crop_share)),
         convert=convert,
-        shrink=lambda image: _at_most(image, math.ceil(LARGEST * max(height, width))),
+        shrink=lambda image: _at_most(image, math.ceil(LARGEST_RESIZE * max(height, width))),
         crop=lambda image: evaluate(convert(image)),
     )

@@ -1,15 +1,15 @@
-"""Class distributions, also of a model that has no classes.
+"""Class distributions of any model, including one without classes.
 
 Blocks are ranked by the cross-entropy between two class distributions, and the proxy set is made for target classes.
-A backbone (`num_classes=0`, or a single output, whose softmax is constant) has neither. It gets a fixed random head:
+A backbone (`num_classes=0`, or a single output, whose softmax is constant) has no classes. It gets a fixed random head:
 
     logits = √d · Q · f / ‖f‖,      Q ∈ R^{d×d} orthogonal, drawn once
 
-on its pooled features f ∈ R^d. This is sound for ranking because a downstream head is a linear map of the same f: a
-rotation keeps every distance and angle between features, favours no direction and loses none, so two students are as
-far apart through it as their features are, and any candidate that changes f changes the distribution. For f spread
-over all directions the factor √d gives each logit unit variance, the scale at which a softmax is neither flat nor
-saturated. The same head serves synthesis and ranking; it needs no data.
+on its pooled features f ∈ R^d. A rotation is sound for ranking, because a downstream head is also a linear map of f. It
+keeps all distances and angles between features and prefers no direction, so two students differ through the head as
+much as their features do. Any candidate that changes f changes the distribution. If f is spread over all directions,
+the factor √d gives each logit unit variance, at which a softmax is neither flat nor saturated. Synthesis and ranking
+use the same head, and it needs no data.
 """
 
 from functools import lru_cache
@@ -25,7 +25,7 @@ __all__ = ["class_logits", "num_classes"]
 
 
 def num_classes(model: nn.Module) -> int:
-    """Classes that a model tells apart: its head's, or those of the random head, one for each feature."""
+    """Return the number of classes: those of the model's head, or of the random head, which has one per feature."""
     view = compressible(model)
     classes = view.num_classes()
     if classes > 1:
@@ -37,7 +37,7 @@ def num_classes(model: nn.Module) -> int:
 
 
 def class_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Class logits `[B, K]` from output tokens `[B, N, D]`, through the model's head or the random one."""
+    """Return class logits `[B, K]` from output tokens `[B, N, D]`, through the model's head or the random one."""
     view = compressible(model)
     if view.num_classes() > 1:
         return view.logits(tokens)
@@ -49,9 +49,9 @@ def class_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _rotation(width: int) -> Tensor:
-    """The orthogonal matrix Q of that width, the same in every process."""
+    """Return the orthogonal matrix Q of a width, which is the same in every process."""
     drawing = generator(0, "random head", width)
-    with torch.inference_mode(False):  # it outlives the call
+    with torch.inference_mode(False):  # the cached tensor outlives the caller's inference mode
         square = torch.randn(width, width, generator=drawing, dtype=torch.float64, device="cpu")
         rotation: Tensor = torch.linalg.qr(square).Q
     return rotation

@@ -1,4 +1,4 @@
-"""What adapters share to rebuild a model from its saved form, and to refuse what that would lose."""
+"""Helpers of the adapters that rebuild a model from its saved form, and refuse a model that would lose a part."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -30,17 +30,17 @@ __all__ = [
 ]
 
 ANOTHER_MODEL = "Choose another model: `dcvit families` lists what dcvit compresses."
-"""The next step where a part of an architecture is not supported."""
+"""The user's next step if a part of an architecture is not supported."""
 
 _STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
-"""Modules that do nothing at inference; drop rates are training choices, which timm's exports leave out too."""
+"""Modules that do nothing at inference. Drop rates are training settings, which timm's exports leave out too."""
 
 
 def require_class(model: TimmModule, classes: Collection[type[nn.Module]]) -> None:
-    """Refuse a subclass of timm's classes, of which nobody knows what it does otherwise.
+    """Refuse a model of a subclass of timm's classes, because its behaviour is unknown.
 
     Raises:
-        UnsupportedModelError: If the model is of one.
+        UnsupportedModelError: If the model's type is not one of `classes`.
     """
     if timm_type(model) not in classes:
         raise UnsupportedModelError(
@@ -51,27 +51,27 @@ def require_class(model: TimmModule, classes: Collection[type[nn.Module]]) -> No
 
 
 def num_classes(model: TimmModule) -> int:
-    """Classes of a model's head, 0 for a backbone; they are read off the head, which may have been replaced."""
+    """Return the number of classes, 0 for a backbone. It is read off the head, which may have been replaced."""
     head = _head(model)
     return 0 if isinstance(head, nn.Identity) else int(getattr(head, "out_features", model.num_classes))
 
 
 def _head(model: TimmModule) -> TimmModule:
-    """The last layer of a model; of DeiT's two, that of the class token."""
+    """Return the last layer of a model; of DeiT's two heads, that of the class token."""
     head = model.get_classifier()
     return head[0] if isinstance(head, tuple) else head
 
 
 def require_same(model: nn.Module, twin: nn.Module, family: str) -> None:
-    """Refuse a model that differs from what its saved form would become.
+    """Refuse a model that differs from the model rebuilt from its saved form.
 
     Args:
         model: The model.
-        twin: Built from what was read off it, on the meta device.
-        family: What the twin is, for the message.
+        twin: The rebuilt model, on the meta device.
+        family: The name of the twin's architecture, for the message.
 
     Raises:
-        UnsupportedModelError: Naming the first part that differs.
+        UnsupportedModelError: If they differ; the message names the first part that does.
     """
     original, found = _signature(model), _signature(twin)
     for name in sorted(original.keys() | found.keys()):
@@ -84,17 +84,17 @@ def require_same(model: nn.Module, twin: nn.Module, family: str) -> None:
 
 
 def _next_step(twin: TimmModule, name: str) -> str:
-    """What the user can do about a part that could not be rebuilt."""
+    """Return the user's next step for a part that could not be rebuilt."""
     head = next((path for path, module in twin.named_modules() if module is _head(twin)), None)
     if head is not None and f"{name}.".startswith(f"{head}."):
         return (
-            "For a head, dcvit takes one nn.Linear with a bias; compress the model without yours, "
-            f"head, model.{head} = model.{head}, torch.nn.Identity(), and give it back: result.model.{head} = head."
+            "For a head, dcvit takes one nn.Linear with a bias; compress the model without yours, head, "
+            f"model.{head} = model.{head}, torch.nn.Identity(), and set it afterwards: result.model.{head} = head."
         )
     added = name.partition(".")[0]
     if not hasattr(twin, added):
-        return f"Take it off before, with del model.{added}, and put it on result.model."
-    return "Put timm's own part there, or pass a model of timm.create_model that is made with such a part."
+        return f"Remove it before, with del model.{added}, and set it on result.model afterwards."
+    return "Replace it by timm's own part, or pass a model that timm.create_model created with such a part."
 
 
 def saved_config(
@@ -107,16 +107,16 @@ def saved_config(
     classifier: str | list[str] | None,
     **of_input: Any,
 ) -> Mapping[str, Any]:
-    """A model's `config.json`, as timm reads it.
+    """Return a model's `config.json`, as timm reads it.
 
     Args:
         model: The model.
-        architecture: The name in timm's registry that builds it.
-        args: What that takes, with `num_classes` and `global_pool`.
+        architecture: The name of its builder in timm's registry.
+        args: The builder's arguments, including `num_classes` and `global_pool`.
         input_size: Channels, height and width of its images.
         first_conv: The name of the layer that takes the images.
-        classifier: That of the head, or of several.
-        **of_input: What else timm records of the input.
+        classifier: The name of the head, or the names of several heads.
+        **of_input: More settings of the input that timm records.
     """
     return {
         "architecture": architecture,
@@ -136,10 +136,10 @@ def saved_config(
 
 
 def base_of(base: Any, args: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
-    """What `config.json` says of the timm architecture that was or will be cut, and its arguments.
+    """Return the entries of `config.json` for the timm architecture that a model is built from, and its arguments.
 
     Raises:
-        UnsupportedModelError: If they could not be read from there again.
+        UnsupportedModelError: If a saved file with these entries would be refused.
     """
     try:
         require_base(base, args, files)
@@ -152,33 +152,33 @@ def base_of(base: Any, args: Mapping[str, Any], files: Collection[str]) -> dict[
 
 
 def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> nn.Module:
-    """A new timm model of an architecture with the weights of another.
+    """Return a new timm model of an architecture, with the weights of an existing model.
 
     Args:
-        model: Whose weights, device, dtype and mode it gets.
+        model: The model whose weights, device, dtype and mode the new one gets.
         architecture: A name in timm's registry.
         config: The model's `config.json`.
     """
     weight = next(model.parameters())
     pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
-    with torch.device("meta"):  # what is initialised there draws no random numbers
+    with torch.device("meta"):  # initialisation there draws no random numbers
         new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
     new.to(weight.dtype).to_empty(device=weight.device).load_state_dict(model.state_dict())
     buffers = dict(model.named_buffers())
-    for name, buffer in new.named_buffers():  # `state_dict` leaves out those that are not saved
+    for name, buffer in new.named_buffers():  # `state_dict` leaves out non-persistent buffers
         buffer.copy_(buffers[name])
     return new.train(model.training)
 
 
 def _preprocessing_cfg(model: TimmModule) -> dict[str, Any]:
-    """Of a model's `pretrained_cfg`: preprocessing, licence and labels, not where its own weights came from."""
+    """Return preprocessing, licence and labels from a model's `pretrained_cfg`, but not the source of its weights."""
     source = getattr(model, "pretrained_cfg", {})
     keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "license", "label_names", "label_descriptions")
     return {key: source[key] for key in keep if source.get(key) is not None}
 
 
 def _signature(model: TimmModule) -> dict[str, str]:
-    """Each module's type and settings, each parameter's and buffer's shape, by name."""
+    """Return the type and settings of each module, and the shape of each parameter and buffer, by name."""
     parts = {
         name: f"{timm_type(module).__qualname__}({module.extra_repr()})"
         for name, module in model.named_modules()
@@ -194,13 +194,16 @@ def _signature(model: TimmModule) -> dict[str, str]:
 
 
 def timm_type(module: nn.Module) -> type[nn.Module]:
-    """A module's type, as timm has it."""
+    """Return a module's type; for dcvit's own subclasses of timm's blocks, timm's type."""
     ours: dict[type[nn.Module], type[nn.Module]] = {**PLAIN, PrunedBeit: Beit}
     return ours.get(type(module), type(module))
 
 
 def layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
-    """What differs in a block from a whole one of so many hidden units, in transformers' `per_layer_config` keys."""
+    """Return a compressed or pruned block's settings, with the keys of transformers' `per_layer_config`.
+
+    Return `None` for a whole block of `widest` hidden units.
+    """
     if isinstance(block, DroppedBlock):
         return {"skip": ["attention", "mlp"]}
     hidden = int(block.mlp.fc2.in_features)
@@ -210,10 +213,10 @@ def layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:
 
 
 def named_key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Module]) -> str:
-    """The key of a type in a table of the modelling files.
+    """Return the key of a type in a table of the modelling files.
 
     Raises:
-        UnsupportedModelError: If it is not there, naming the part.
+        UnsupportedModelError: If the type is not in the table; the message names the part.
     """
     for key, value in table.items():
         if value is kind:
@@ -225,10 +228,10 @@ def named_key(table: Mapping[str, type[nn.Module]], part: str, kind: type[nn.Mod
 
 
 def norm_spec(part: str, norm: TimmModule) -> dict[str, Any]:
-    """What `config.json` says of a norm."""
+    """Return the entry of `config.json` for a norm."""
     return {"type": named_key(NORMS, part, type(norm)), "eps": norm.eps}
 
 
 def num_params(module: TimmModule) -> int:
-    """Parameters of a module."""
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,17 +1,17 @@
-"""From a model to the view of its family."""
+"""The lookup of a model's adapter."""
 
 import torch
 from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView
-from dcvit.models.foreign import require_plain_parts, what_to_pass, with_plain_norms
+from dcvit.models.foreign import require_plain_parts, supported_alternative, with_plain_norms
 
 __all__ = ["compressible", "families", "require_supported"]
 
 
 def families() -> tuple[type[ModelView], ...]:
-    """One adapter for each family."""
+    """Return the adapter class of each family."""
     from dcvit.models.cnn import CnnView
     from dcvit.models.eva import EvaView
     from dcvit.models.swin import SwinView
@@ -21,7 +21,7 @@ def families() -> tuple[type[ModelView], ...]:
 
 
 def compressible(model: nn.Module) -> ModelView:
-    """The adapter of a model's family. Cheap; it does not look inside the model.
+    """Return the adapter of a model's family. The call is cheap and does not look inside the model.
 
     Raises:
         UnsupportedModelError: If no family fits.
@@ -35,7 +35,7 @@ def compressible(model: nn.Module) -> ModelView:
             return family(model)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     classes = tuple(one for family in families() for one in family.classes)
-    if (step := what_to_pass(model, classes)) is not None:
+    if (step := supported_alternative(model, classes)) is not None:
         raise UnsupportedModelError(f"The model is a {kind}, and not one of timm's models: {step}.")
     raise UnsupportedModelError(
         f"Models of type {kind} are not supported; timm's {', '.join(one.__name__ for one in classes)} are (`dcvit "
@@ -45,27 +45,27 @@ def compressible(model: nn.Module) -> ModelView:
 
 
 def require_supported(model: nn.Module) -> ModelView:
-    """The adapter of a model, after looking for anything in it that cannot be handled.
+    """Return the adapter of a model after checking that all its parts are supported.
 
-    The adapter's own model is the given one, or one that shares its weights and has plain BatchNorms where the given
-    one has synchronised or frozen ones.
+    The adapter's model is usually `model` itself. If that has synchronised or frozen BatchNorms, it is a model that
+    shares its weights and has plain BatchNorms instead.
 
     Raises:
-        UnsupportedModelError: Naming the part: its type, a dtype other than float32 or float64, a device that is
-            neither CPU nor CUDA, or more than one of them.
+        UnsupportedModelError: If a part is not supported, and names it: its type, a dtype other than float32 or
+            float64, a device other than CPU or CUDA, or more than one dtype or device.
     """
     compressible(model)
     require_plain_parts(model)
     view = compressible(with_plain_norms(model))
     tensors = [*model.parameters(), *model.buffers()]
-    places = {(tensor.dtype, tensor.device) for tensor in tensors if tensor.is_floating_point()}
-    if len(places) != 1:
-        listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
+    placements = {(tensor.dtype, tensor.device) for tensor in tensors if tensor.is_floating_point()}
+    if len(placements) != 1:
+        listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in placements))
         raise UnsupportedModelError(
             f"The model's parameters are {listed or 'no floats'}: expected all of one dtype, on one device; move them "
             "there, model.to(torch.float32), model.to('cpu')."
         )
-    ((dtype, device),) = places
+    ((dtype, device),) = placements
     if device.type == "meta":
         raise UnsupportedModelError("The model is on the meta device, without weights: load it on a CPU or a GPU.")
     if device.type not in ("cpu", "cuda"):

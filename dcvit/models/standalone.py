@@ -1,4 +1,4 @@
-"""The file `modeling_dcvit.py` of a saved folder, which builds the model beside it where dcvit is not installed."""
+"""The file `modeling_dcvit.py` of a saved folder, with which the model loads where dcvit is not installed."""
 
 import ast
 import sys
@@ -20,10 +20,10 @@ _FAMILIES: dict[str, tuple[ModuleType, ...]] = {
     swin.ARCHITECTURE: (shared, swin),
     cnn.ARCHITECTURE: (shared, cnn),
 }
-"""By architecture, the modules that build its models, each behind those that it imports."""
+"""The modules that build the models of an architecture, each after those that it imports."""
 
 _LINE = 120
-"""Longer import statements are broken, as ruff does."""
+"""The line length above which import statements are broken, as ruff does."""
 
 _HEADER = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -37,8 +37,8 @@ installed:
     import modeling_dcvit  # makes the architecture known to timm
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
 
-It holds what that model needs. The file of another folder may hold something else: where dcvit is not installed, a
-process loads models with one of them.
+It holds only what that model needs, and the file of another folder may differ. Where dcvit is not installed, a process
+can therefore load models with only one of these files.
 """
 '''
 
@@ -48,9 +48,9 @@ class _Statement:
     """A statement of a module's top level.
 
     Attributes:
-        name: What it defines; nothing if it only acts.
-        uses: All names in it.
-        text: Its lines, with the comment above it and the docstring below.
+        name: The name that it defines, `None` if it defines none.
+        uses: All names that it uses.
+        text: Its lines, including the comment above and the docstring below.
     """
 
     name: str | None
@@ -59,20 +59,20 @@ class _Statement:
 
     @property
     def is_block(self) -> bool:
-        """Whether it is a function or a class, around which two lines are blank."""
+        """Whether it is a function or a class, which two blank lines surround."""
         return self.text.startswith(("def ", "class ", "@"))
 
 
 def standalone_source(config: Mapping[str, Any]) -> str:
-    """Return the text of a model's modelling file: what building the model reaches of `dcvit.models.modeling`.
+    """Return the text of a model's modelling file: the parts of `dcvit.models.modeling` that build the model.
 
-    A name stands for the same thing in all modules of a family, so that their texts can follow one another.
+    A name means the same in all modules of a family, so that their texts can be concatenated.
 
     Args:
         config: The model's `config.json`.
 
     Raises:
-        UnsupportedModelError: If it is of none of dcvit's architectures.
+        UnsupportedModelError: If the architecture is not one of dcvit's.
     """
     if (modules := _FAMILIES.get(config["architecture"])) is None:
         raise UnsupportedModelError(
@@ -97,7 +97,7 @@ def _source(module: ModuleType) -> str:
 
 
 def _statements(tree: ast.Module, source: str) -> Iterator[_Statement]:
-    """Yield what follows a module's docstring, imports and `__all__`."""
+    """Yield the statements after a module's docstring, imports and `__all__`."""
     lines = source.splitlines()
     _, exports, *body = (node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom)))
     start = exports.end_lineno
@@ -121,7 +121,7 @@ def _defined(node: ast.stmt) -> str | None:
 
 
 def _reachable(statements: list[_Statement], roots: list[_Statement]) -> list[_Statement]:
-    """Return the roots and all that they use, directly or not, in the order of the sources."""
+    """Return the roots and all statements that they use, directly or indirectly, in source order."""
     by_name = {statement.name: statement for statement in statements if statement.name is not None}
     found, waiting = set(roots), list(roots)
     while waiting:
@@ -140,7 +140,7 @@ def _imports(trees: Iterable[ast.Module], used: set[str]) -> str:
             modules |= {alias.name for alias in node.names} & used
         elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("dcvit."):
             names.setdefault(node.module, set()).update({alias.name for alias in node.names} & used)
-    sections: list[list[str]] = [[], []]  # of Python's modules and of others
+    sections: list[list[str]] = [[], []]  # standard library, third party
     for module in sorted(modules):
         sections[not _is_standard(module)].append(f"import {module}")
     for module in sorted(module for module, found in names.items() if found):

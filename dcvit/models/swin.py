@@ -1,8 +1,8 @@
 """timm's `SwinTransformer` and `SwinTransformerV2`.
 
-Blocks are numbered through all stages. They work in pairs, on windows and on windows shifted by half, so that
-neighbours on both sides of a window's border meet; a pair loses its attention as a whole (DC-ViT, arXiv 2403.18708). As
-in `dcvit.models.vision_transformer` a model is rebuilt from what its modules show.
+Blocks are numbered through all stages. They form pairs: the first uses windows, the second windows shifted by half, so
+that tokens on both sides of a window's border attend to each other. The attention of a pair is removed as a whole
+(DC-ViT, arXiv 2403.18708). As in `dcvit.models.vision_transformer`, a model is rebuilt from the sizes of its modules.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,9 +44,9 @@ class SwinView(ModelView):
 
     Modifications:
         - a compressed block (`CompressedBlock`) loses its attention with `norm1`, so it has no windows, no shift and no
-          padding, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the hidden units that are dropped;
+          padding, and the rows of `mlp.fc1` and columns of `mlp.fc2` of the removed hidden units;
         - a dropped block becomes a `DroppedBlock`;
-        - a pruned block loses those rows and columns alone;
+        - a pruned block loses only those rows and columns;
         - everything else, patch merging and parameter names included, stays.
     """
 
@@ -61,7 +61,7 @@ class SwinView(ModelView):
 
     @property
     def tv_exponent(self) -> float:
-        """As published for Swin."""
+        """The exponent β as published for Swin."""
         return 1.0
 
     def check(self) -> None:
@@ -93,7 +93,7 @@ class SwinView(ModelView):
         return self.model.patch_embed(images)
 
     def prepare(self, state: Tensor, block: int) -> Tensor:
-        """Merge patches in front of a stage."""
+        """Merge patches before the first block of a stage."""
         blocks, index = swin_places(self.model)[block]
         stage = next(stage for stage in self.model.layers if stage.blocks is blocks)
         return state if index or isinstance(stage.downsample, nn.Identity) else stage.downsample(state)
@@ -113,7 +113,7 @@ class SwinView(ModelView):
         return sum(len(stage.blocks) for stage in self.model.layers)
 
     def groups(self) -> Sequence[tuple[int, ...]]:
-        """The pairs of each stage; a last block without a partner is alone."""
+        """Return the pairs of each stage; a last block without a partner forms its own group."""
         groups: list[tuple[int, ...]] = []
         first = 0
         for stage in self.model.layers:
@@ -126,14 +126,14 @@ class SwinView(ModelView):
         return self.as_tokens(self.model.norm(state))
 
     def logits(self, tokens: Tensor) -> Tensor:
-        # Pooling does not ask where a token was.
+        # The pooling does not depend on the order of the tokens.
         return self.model.forward_head(self.from_tokens(tokens))
 
     def has_class_token(self) -> bool:
         return False
 
     def features(self, tokens: Tensor) -> Tensor:
-        # Without pooling they are the mean over the tokens.
+        # Without pooling the features are the mean over the tokens.
         features = self.model.forward_head(self.from_tokens(tokens), pre_logits=True)
         return features if features.ndim == 2 else features.mean(dim=(1, 2))
 
@@ -197,7 +197,7 @@ class SwinView(ModelView):
         return lambda state: state + module.drop_path1(module._attn(module.norm1(state))), compressed(module)
 
     def output_layer(self, block: int) -> OutputLayer | None:
-        """The last layer of a block's MLP; `None` in version 2, whose norm lies behind it."""
+        """Return the last layer of a block's MLP; `None` in version 2, where a norm follows it."""
         module: TimmModule = self.block(block)
         if isinstance(module, (SwinTransformerV2Block, DroppedBlock)) or getattr(module, "post_norm", False):
             return None
@@ -207,7 +207,7 @@ class SwinView(ModelView):
         return None, None
 
     def parameters(self, first_block: int, last_block: int) -> list[nn.Parameter]:
-        # Patch merging goes with the block behind it.
+        # Patch merging belongs to the block after it.
         found = list(self.model.patch_embed.parameters()) if first_block == 0 else []
         number = 0
         for stage in self.model.layers:
@@ -231,10 +231,10 @@ class SwinView(ModelView):
         )  # fmt: skip
 
     def _model_args(self) -> dict[str, Any]:
-        """The constructor arguments of a model, read off its modules, as values for JSON.
+        """Return the constructor arguments of the model, read off its modules, as JSON values.
 
         Raises:
-            UnsupportedModelError: Naming the first part that the arguments would not reproduce.
+            UnsupportedModelError: If they do not reproduce the model; the message names the first part that differs.
         """
         args = _read_model_args(self.model)
         with torch.device("meta"):
@@ -244,7 +244,7 @@ class SwinView(ModelView):
 
 
 def _read_model_args(model: TimmModule) -> dict[str, Any]:
-    """Every constructor argument that shapes the model, and `per_layer_config`."""
+    """Return every constructor argument that shapes the model, and `per_layer_config`."""
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
         raise UnsupportedModelError(
@@ -264,7 +264,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     dims = [_width(stage) for stage in model.layers]
     first = isinstance(model, SwinTransformer)
     ratios = [_ratio(stage, dim if first else max(dims)) for stage, dim in zip(model.layers, dims, strict=True)]
-    if not first:  # one for all stages
+    if not first:  # version 2 has one ratio for all stages
         ratios = [max(ratios)] * len(ratios)
     made = [int(dim * r) for stage, dim, r in zip(model.layers, dims, ratios, strict=True) for _ in stage.blocks]
     args: dict[str, Any] = {
@@ -293,11 +293,11 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
 
 
 def _attention_args(model: TimmModule, blocks: Sequence[TimmModule], dims: Sequence[int]) -> dict[str, Any]:
-    """What attention tells of the constructor's arguments; where none is left, none is built that they would shape."""
+    """Return the constructor arguments of the attention; without any attention left, they are placeholders."""
     whole = next((block for block in blocks if isinstance(block, _WHOLE)), None)
     if whole is None:
-        return {"num_heads": [1] * len(dims), "window_size": [[7, 7]] * len(dims)}  # timm's own windows
-    # A stage without attention: these sizes are those of its neighbours, and nothing is made of them.
+        return {"num_heads": [1] * len(dims), "window_size": [[7, 7]] * len(dims)}  # timm's default windows
+    # A stage without attention gets another stage's sizes, which are then unused.
     of_stage = [next((block for block in stage.blocks if isinstance(block, _WHOLE)), whole) for stage in model.layers]
     heads = [block.attn.num_heads if block.dim == dim else 1 for block, dim in zip(of_stage, dims, strict=True)]
     args: dict[str, Any] = {
@@ -319,16 +319,16 @@ def _attention_args(model: TimmModule, blocks: Sequence[TimmModule], dims: Seque
 
 
 def _width(stage: TimmModule) -> int:
-    """Channels of a stage."""
+    """Return the number of channels of a stage."""
     if not isinstance(stage.downsample, nn.Identity):
         return int(stage.downsample.reduction.out_features)
     return int(stage.dim)
 
 
 def _ratio(stage: TimmModule, largest: int) -> float:
-    """The `mlp_ratio` of a stage's widest block.
+    """Return the `mlp_ratio` of a stage's widest block.
 
-    Half a unit of a stage with `largest` channels more, so that timm's int(dim * ratio) does not lose one to rounding.
+    Half a hidden unit (0.5 / `largest`) is added, so that timm's int(dim * ratio) does not lose a unit to rounding.
     """
     widths = [block.mlp.fc1.out_features for block in stage.blocks if not isinstance(block, DroppedBlock)]
     return max(widths, default=0) / _width(stage) + 0.5 / largest
@@ -349,7 +349,7 @@ def _block_cost(block: TimmModule, grid: tuple[int, int]) -> BlockCost:
     products = linear_cost(width, 3 * inner, windows * area, bias=False)
     products += linear_cost(inner, width, windows * area, bias=False)
     macs = products.weight_macs
-    if isinstance(block, SwinTransformerV2Block):  # the position bias: computed in every pass, for any number of images
+    if isinstance(block, SwinTransformerV2Block):  # position bias, computed once per pass for all images
         offsets = (2 * block.window_size[0] - 1) * (2 * block.window_size[1] - 1)
         macs += sum(offsets * layer.weight.numel() for layer in attn.cpb_mlp if isinstance(layer, nn.Linear))
     params = num_params(block.norm1) + num_params(attn)

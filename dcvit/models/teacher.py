@@ -1,4 +1,4 @@
-"""The original as teacher: frozen and checked."""
+"""The teacher: a checked and frozen copy of the original."""
 
 import copy
 from collections.abc import Iterator
@@ -12,7 +12,9 @@ __all__ = ["evaluating", "freeze"]
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """A copy of a model as teacher: evaluation mode, no gradients, nothing fused, nothing shared with the caller's.
+    """Return a copy of a model as teacher, in evaluation mode, without gradients and without fused blocks.
+
+    The copy shares nothing with the original.
 
     Raises:
         UnsupportedModelError: If the model cannot be compressed.
@@ -23,7 +25,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode for a block of code; afterwards each part of it as before."""
+    """Put a model into evaluation mode for a `with` statement, and restore the mode of each module afterwards."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,8 +1,8 @@
 """timm's `VisionTransformer`: ViT, DeiT, DINOv2, CLIP, SigLIP and the like.
 
-A model is rebuilt from what its modules show, not from its name: `_model_args` reads every constructor argument off
-the model, builds a twin on the meta device and compares the two module by module, so that a part which would be lost
-is refused by name before any work.
+A model is rebuilt from the sizes of its modules and not from its name. `_model_args` reads every constructor argument
+off the model, builds a twin on the meta device and compares the two module by module. A part that would be lost is
+thus refused by name before any work.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,8 +60,8 @@ __all__ = [
     "shareable",
 ]
 
-MADE_OF_BLOCKS = (FusingBlock, SharedBlock)
-"""What timm's `Block` may have become, other than by a cut."""
+DERIVED_BLOCKS = (FusingBlock, SharedBlock)
+"""Blocks that other methods make of timm's `Block`."""
 
 
 class VisionTransformerView(IsotropicView):
@@ -69,12 +69,12 @@ class VisionTransformerView(IsotropicView):
 
     Modifications:
         - a compressed block (`CompressedBlock`) loses `norm1`, `attn`, `ls1` and `drop_path1`, and the rows of
-          `mlp.fc1` and columns of `mlp.fc2` of the hidden units that are dropped; of a SwiGLU both gate and value;
-        - a pruned block loses those rows and columns alone;
+          `mlp.fc1` and columns of `mlp.fc2` of the removed hidden units (of a SwiGLU, both gate and value);
+        - a pruned block loses only those rows and columns;
         - a dropped block becomes a `DroppedBlock`;
-        - a block may lose heads, have a `ConvolutionalAttention` for its attention, and become a `FusingBlock` behind
-          whose attention tokens end;
-        - consecutive blocks may become `SharedBlock`s, of which one has the attention, the MLP or both of all;
+        - a block may lose heads, have a `ConvolutionalAttention` instead of its attention, or become a `FusingBlock`,
+          which drops tokens after its attention;
+        - consecutive blocks may become `SharedBlock`s, of which one owns the shared attention, MLP or both;
         - everything else, parameter names included, stays.
     """
 
@@ -86,7 +86,7 @@ class VisionTransformerView(IsotropicView):
 
     @property
     def tv_exponent(self) -> float:
-        """As published for ViT, or else for DeiT, which a distillation token tells, or timm's name of the model."""
+        """The exponent β as published: 1 for DeiT (by its distillation token or timm's name), 0.6 for ViT."""
         name = str(getattr(self.model, "pretrained_cfg", {}).get("architecture", ""))
         deit = isinstance(self.model, VisionTransformerDistilled) or name.startswith("deit")
         return 1.0 if deit else 0.6
@@ -98,7 +98,7 @@ class VisionTransformerView(IsotropicView):
         shared = [block for block, module in enumerate(self.model.blocks) if isinstance(module, SharedBlock)]
         if shared:
             raise UnsupportedModelError(
-                f"The blocks {', '.join(map(str, shared))} share weights, and a cut of one would cut the others: "
+                f"The blocks {', '.join(map(str, shared))} share weights, and compressing one would change the others: "
                 "compress the original, to a smaller budget."
             )
 
@@ -123,10 +123,10 @@ class VisionTransformerView(IsotropicView):
         return partial(attention_sublayer, module), compressed(module)
 
     def _model_args(self) -> dict[str, Any]:
-        """The constructor arguments of a model, read off its modules, as values for JSON.
+        """Return the constructor arguments of the model, read off its modules, as JSON values.
 
         Raises:
-            UnsupportedModelError: Naming the first part that the arguments would not reproduce.
+            UnsupportedModelError: If they do not reproduce the model; the message names the first part that differs.
         """
         args = _read_model_args(self.model)
         with torch.device("meta"):
@@ -136,7 +136,7 @@ class VisionTransformerView(IsotropicView):
 
 
 def _read_model_args(model: TimmModule) -> dict[str, Any]:
-    """Every constructor argument of `VisionTransformer` that shapes the model, and `per_layer_config`."""
+    """Return every constructor argument of `VisionTransformer` that shapes the model, and `per_layer_config`."""
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
         raise UnsupportedModelError(
@@ -146,19 +146,19 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     if embed.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: call model.set_input_size(img_size=...) first.")
     for i, block in enumerate(model.blocks):
-        if not isinstance(block, (*BLOCKS.values(), CompressedBlock, DroppedBlock, *MADE_OF_BLOCKS)):
+        if not isinstance(block, (*BLOCKS.values(), CompressedBlock, DroppedBlock, *DERIVED_BLOCKS)):
             raise UnsupportedModelError(
                 f"blocks.{i} is a {type(block).__qualname__}; supported are timm's Block and ResPostBlock, whose MLP "
                 f"follows the attention. {ANOTHER_MODEL}"
             )
     embed_dim = int(model.embed_dim)
     head_norm = model.norm if not isinstance(model.norm, nn.Identity) else model.fc_norm
-    block = _telling_block(model)
-    # Blocks are cut from the widest: what `build` makes loses units and gains none.
+    block = _representative_block(model)
+    # `build` creates all blocks as wide as the widest one, and then removes hidden units.
     mlps = [b.mlp for b in model.blocks if not isinstance(b, DroppedBlock)] or [block.mlp]
     mlp = max(mlps, key=lambda mlp: mlp.fc2.in_features)
-    intermediate_size = max(_fc1_features(mlp), 2)  # of an MLP without units timm would initialise nothing, and warn
-    if model.attn_pool is not None and model.attn_pool.mlp is not None:  # which is as wide as the uncut blocks
+    intermediate_size = max(_fc1_features(mlp), 2)  # timm warns if it initialises an MLP without units
+    if model.attn_pool is not None and model.attn_pool.mlp is not None:  # as wide as an uncompressed block
         intermediate_size = max(intermediate_size, model.attn_pool.mlp.fc1.out_features)
     widest = intermediate_size // (2 if type(mlp) is GluMlp else 1)
     per_layer = {
@@ -176,7 +176,7 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
         "depth": len(model.blocks),
         **_attention_args(model),
         "intermediate_size": intermediate_size,
-        "proj_bias": mlp.fc2.bias is not None,  # as of attention's last layer
+        "proj_bias": mlp.fc2.bias is not None,  # timm has one argument for this and for attention's last layer
         "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
         "layer_scale": isinstance(getattr(block, "ls2", None), LayerScale),
         "class_token": model.cls_token is not None,
@@ -200,12 +200,12 @@ def _read_model_args(model: TimmModule) -> dict[str, Any]:
     return args
 
 
-def _telling_block(model: TimmModule) -> TimmModule:
-    """A block that tells what all have in common: norms, LayerScale, their order. One with attention, if any has it."""
-    left = [block for block in model.blocks if not isinstance(block, DroppedBlock)]
-    if left:
-        return next((block for block in left if hasattr(block, "attn")), left[0])
-    # No block is left to tell, and none is built; the norms around the blocks are of the same type.
+def _representative_block(model: TimmModule) -> TimmModule:
+    """Return a block with the norms, LayerScale and order that all blocks share; preferably one with attention."""
+    remaining = [block for block in model.blocks if not isinstance(block, DroppedBlock)]
+    if remaining:
+        return next((block for block in remaining if hasattr(block, "attn")), remaining[0])
+    # All blocks were dropped, and none will be built. The norms around the blocks have the same type.
     norms = [norm for norm in (model.norm, model.fc_norm, model.norm_pre) if not isinstance(norm, nn.Identity)]
     with torch.device("meta"):
         block = Block(int(model.embed_dim), num_heads=1)
@@ -215,14 +215,12 @@ def _telling_block(model: TimmModule) -> TimmModule:
 
 
 def _attention_args(model: TimmModule) -> dict[str, Any]:
-    """What attention tells of the constructor's arguments; where none is left, nothing is made of those that are
-    missing.
-    """
-    left = [block.attn for block in model.blocks if hasattr(block, "attn")]
-    if not left:  # only a pooling of so many heads
+    """Return the constructor arguments of the attention; without any attention left, the missing ones are unused."""
+    remaining = [block.attn for block in model.blocks if hasattr(block, "attn")]
+    if not remaining:  # only attention pooling uses the number
         return {"num_heads": 1 if model.attn_pool is None else model.attn_pool.num_heads}
-    attention = next((one for one in left if not isinstance(one, ConvolutionalAttention)), left[0])
-    convolved = isinstance(attention, ConvolutionalAttention)  # as all are, then
+    attention = next((one for one in remaining if not isinstance(one, ConvolutionalAttention)), remaining[0])
+    convolved = isinstance(attention, ConvolutionalAttention)  # then all are
     if type(attention) is not Attention and not convolved:
         raise UnsupportedModelError(
             f"blocks.*.attn is a {type(attention).__qualname__}; only timm's Attention, whose cost is known, is "
@@ -237,11 +235,11 @@ def _attention_args(model: TimmModule) -> dict[str, Any]:
 
 
 def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> nn.Module:
-    """A plain, randomly initialised `VisionTransformer` that can be saved with its preprocessing.
+    """Create a randomly initialised `VisionTransformer` that can be saved with its preprocessing.
 
     Args:
         model_args: Arguments of timm's `VisionTransformer`.
-        pretrained_cfg: `mean`, `std` and the like, as timm's models have them.
+        pretrained_cfg: `mean`, `std` and other preprocessing settings, as in timm's models.
     """
     model = VisionTransformer(**model_args)
     model.pretrained_cfg = dict(pretrained_cfg)
@@ -249,69 +247,68 @@ def create_vision_transformer(model_args: Mapping[str, Any], pretrained_cfg: Map
 
 
 def num_heads(model: TimmModule, block: int) -> int:
-    """Heads of a block's attention; 0 where it has none."""
+    """Return the number of heads of a block's attention, 0 if it has none."""
     attn = getattr(model.blocks[block], "attn", None)
     return 0 if attn is None or isinstance(attn, ConvolutionalAttention) else int(attn.num_heads)
 
 
 def head_layer(model: TimmModule, block: int) -> nn.Module:
-    """The layer of a block that takes what its heads give, one head after the other."""
+    """Return the layer of a block that takes the concatenated outputs of its heads."""
     layer: nn.Module = model.blocks[block].attn.proj
     return layer
 
 
 def keep_block_heads(model: TimmModule, block: int, kept: Sequence[int]) -> None:
-    """In place: only some heads of a block's attention stay, at least one."""
+    """Remove from a block's attention, in place, all heads but `kept`, at least one."""
     keep_heads(model.blocks[block].attn, torch.as_tensor(kept, dtype=torch.int64))
 
 
 def convolution_of(model: TimmModule, block: int) -> ConvolutionalAttention:
-    """A convolution that may take the place of a block's attention, its mixing weights zero; the model stays.
+    """Return a convolution, with zero mixing weights, that can replace a block's attention; the model stays unchanged.
 
     Raises:
-        UnsupportedModelError: If tokens end in a block of the model: what goes on is no grid.
+        UnsupportedModelError: If a block of the model drops tokens, because the remaining ones form no grid.
     """
     for i, module in enumerate(model.blocks):
         if isinstance(module, FusingBlock):
             raise UnsupportedModelError(
-                f"Tokens end in blocks.{i}; those that go on are no grid, over which a convolution could run: use "
-                "another method."
+                f"blocks.{i} drops tokens, and a convolution needs the whole grid of patches: use another method."
             )
     return ConvolutionalAttention(model.blocks[block].attn, model.patch_embed.grid_size, model.num_prefix_tokens)
 
 
 def place_convolution(model: TimmModule, block: int, convolution: ConvolutionalAttention) -> None:
-    """In place: a convolution, not copied, takes the place of a block's attention."""
+    """Replace a block's attention, in place, by a convolution, which is not copied."""
     model.blocks[block].attn = convolution
 
 
 def fuse_tokens(model: TimmModule, block: int, keep_rate: float) -> None:
-    """In place: behind a block's attention only the share `keep_rate` of the patch tokens goes on, see `FusingBlock`.
+    """Make a block drop patch tokens after its attention, in place, and keep the share `keep_rate`; see `FusingBlock`.
 
     Raises:
-        UnsupportedModelError: If the model has no class token, its block is no plain one, or convolutions run over
-            the grid of patches.
+        UnsupportedModelError: If the model has no class token, the block is not timm's `Block`, or a convolution runs
+            over the grid of patches.
     """
     if model.cls_token is None:
         raise UnsupportedModelError(
-            "The model has no class token, whose attention says which tokens go on: use another method."
+            "The model has no class token, whose attention would select the tokens to keep: use another method."
         )
     if timm_type(model.blocks[block]) is not Block:
         raise UnsupportedModelError(
-            f"blocks.{block} is a {type(model.blocks[block]).__qualname__}; tokens can end only in timm's Block: use "
+            f"blocks.{block} is a {type(model.blocks[block]).__qualname__}; only timm's Block can drop tokens: use "
             "another method."
         )
     for i, module in enumerate(model.blocks):
         if isinstance(getattr(module, "attn", None), ConvolutionalAttention):
             raise UnsupportedModelError(
-                f"blocks.{i} has a convolution over the grid of patches for its attention; tokens cannot end in such a "
-                "model: use another method."
+                f"blocks.{i} has a convolution over the grid of patches, from which no tokens can be dropped: use "
+                "another method."
             )
     model.blocks[block] = FusingBlock(model.blocks[block], keep_rate, model.num_prefix_tokens)
 
 
 def shareable(model: TimmModule, first: int, second: int) -> bool:
-    """Whether two blocks could have the same weights: both timm's `Block`, their parts of the same kinds and sizes."""
+    """Return whether two blocks can share weights: both are timm's `Block`, with parts of the same types and sizes."""
     blocks = [model.blocks[first], model.blocks[second]]
     if any(timm_type(block) is not Block or type(block.attn) is not Attention for block in blocks):
         return False
@@ -320,20 +317,21 @@ def shareable(model: TimmModule, first: int, second: int) -> bool:
 
 
 def share_block_weights(model: TimmModule, attention_of: Mapping[int, int], mlp_of: Mapping[int, int]) -> None:
-    """In place: blocks get the weights of other blocks, see `SharedBlock`.
+    """Let blocks use the weights of other blocks, in place; see `SharedBlock`.
 
     Args:
-        model: Its blocks concerned are `shareable`.
-        attention_of: By the number of a block, that of the block whose attention it has; owners name themselves.
-        mlp_of: Likewise of the MLP.
+        model: The model. The blocks named below must be `shareable`.
+        attention_of: The block whose attention each block uses; an owner's entry is its own number.
+        mlp_of: The same for the MLP.
     """
     for block in sorted({*attention_of, *mlp_of}):
         share_weights(model, block, attention_of=attention_of.get(block), mlp_of=mlp_of.get(block))
 
 
 def _layer_settings(block: TimmModule, widest: int, embed_dim: int) -> dict[str, Any] | None:
-    """What differs in a block from a whole one of so many hidden units and so wide an attention, in the key names of
-    transformers' `per_layer_config`.
+    """Return the settings of a changed block, with the keys of transformers' `per_layer_config`.
+
+    Return `None` for a whole block with `widest` hidden units and an attention of width `embed_dim`.
     """
     settings = layer_settings(block, widest)
     if isinstance(block, (CompressedBlock, DroppedBlock)):
@@ -366,7 +364,7 @@ def _mlp_key(mlp: TimmModule) -> str:
 
 
 def _fc1_features(mlp: TimmModule) -> int:
-    """The `hidden_features` argument of an MLP's constructor; a packed SwiGLU counts gate and value."""
+    """Return the `hidden_features` argument of an MLP's constructor; a packed SwiGLU counts gate and value."""
     return int((mlp.fc1_x if type(mlp) is SwiGLU else mlp.fc1).out_features)
 
 
@@ -389,19 +387,20 @@ def _block_cost(block: TimmModule, tokens: int, tokens_after: int) -> BlockCost:
     params = sum(num_params(block.get_submodule(n)) for n in ("norm1", "attn", "ls1") if hasattr(block, n))
     cost = Cost(cost.weight_macs, cost.attention_macs, params)
     if isinstance(block, SharedBlock):
-        mixing, looking = _transformation_costs(block, tokens)
-        cost, mlp_cost = cost + mixing, mlp_cost + looking
+        attention_cost, local_cost = _transformation_costs(block, tokens)
+        cost, mlp_cost = cost + attention_cost, mlp_cost + local_cost
     return BlockCost(cost, mlp_cost, unit, hidden)
 
 
 def _transformation_costs(block: SharedBlock, tokens: int) -> tuple[Cost, Cost]:
-    """What a block's transformations of its attention and its MLP add, less the weights that another block has."""
+    """Return the added cost of a block's weight transformations, less the shared weights that another block owns."""
     own = dict(block.named_children())
-    mixing = looking = Cost()
+    attention_cost = local_cost = Cost()
     if block.attention_of is not None:
         params = 2 * block.mix_logits.numel()
-        mixing = Cost(weight_macs=params * tokens**2, params=params - (0 if "attn" in own else num_params(block.attn)))
+        owned_elsewhere = 0 if "attn" in own else num_params(block.attn)
+        attention_cost = Cost(weight_macs=params * tokens**2, params=params - owned_elsewhere)
     if block.mlp_of is not None:
         params, patches = block.local.numel(), tokens - block.num_prefix_tokens
-        looking = Cost(weight_macs=params * patches, params=params - (0 if "mlp" in own else num_params(block.mlp)))
-    return mixing, looking
+        local_cost = Cost(weight_macs=params * patches, params=params - (0 if "mlp" in own else num_params(block.mlp)))
+    return attention_cost, local_cost

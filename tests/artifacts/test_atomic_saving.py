@@ -567,7 +567,7 @@ def test_a_family_without_a_page_keeps_no_earlier_page(families: tuple[dcvit.Fam
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
-def test_an_export_replaces_exports_alone(format: Any, tmp_path: Path) -> None:
+def test_an_export_replaces_only_exports(format: Any, tmp_path: Path) -> None:
     if format == "onnx":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
@@ -584,7 +584,7 @@ def test_an_export_replaces_exports_alone(format: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, export.SINGLE_FILE_BYTES])
-def test_an_export_deletes_the_weights_of_the_one_it_replaces_alone(
+def test_an_export_deletes_only_the_weights_of_the_one_it_replaces(
     limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxscript")

@@ -229,7 +229,7 @@ def test_a_result_that_contradicts_itself_is_refused(name: str, folder: Path) ->
             call(folder)
 
 
-def test_kept_nodes_are_those_of_the_blocks(folder: Path) -> None:
+def test_kept_hidden_units_are_those_of_the_blocks(folder: Path) -> None:
     (block, *_) = json.loads((folder / "result.json").read_text())["plan"]["kept_units"]
     change(folder, "plan", "kept_units", block, to=lambda kept: kept[::-1])
     with pytest.raises(
@@ -255,7 +255,7 @@ def test_kept_nodes_are_those_of_the_blocks(folder: Path) -> None:
     ],
     ids=["flat", "float", "empty", "targets", "losses"],
 )
-def test_a_metric_set_holds_images(tensors: dict[str, torch.Tensor], told: str, folder: Path) -> None:
+def test_a_proxy_set_holds_images(tensors: dict[str, torch.Tensor], told: str, folder: Path) -> None:
     valid = {
         "pixels": torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
         "targets": torch.zeros(2, dtype=torch.int64),
@@ -267,7 +267,7 @@ def test_a_metric_set_holds_images(tensors: dict[str, torch.Tensor], told: str, 
             call(folder)
 
 
-def test_a_metric_set_of_another_model_is_refused(folder: Path) -> None:
+def test_a_proxy_set_of_another_model_is_refused(folder: Path) -> None:
     """Of a result without digests, as earlier versions saved it; else those tell before the shape does."""
     result = json.loads((folder / "result.json").read_text())
     del result["digests"]

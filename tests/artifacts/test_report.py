@@ -325,7 +325,7 @@ def test_texts_are_escaped(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "<script" not in family_page([point, replace(point, kind="dcvit")], title=name, evaluated_on=name).html()
 
 
-def test_a_report_is_made_again_from_the_folder_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_report_is_made_again_only_from_the_folder(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(runs["refined"], tmp_path / "run")
     before = (folder / "report.html").read_bytes()
     (folder / "model.safetensors").unlink()
@@ -372,7 +372,7 @@ def test_few_shot_images_are_never_saved(tmp_path: Path) -> None:
     assert "few-shot images, which are never saved" in write_report(tmp_path / "out").read_text()
 
 
-def test_the_metric_set_comes_back(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_proxy_set_is_loaded_again(runs: dict[str, Path], tmp_path: Path) -> None:
     model = VARIANTS["plain"].create()
     made = dcvit.data.synthesis.synthesize(model, QUICK.synthesis)
     result = replace(dcvit.load(runs["reconstructed"]), proxy_set=made)

@@ -283,7 +283,7 @@ class LocalHub(HfApi):  # type: ignore[misc]
             shutil.copy(folder_path / name, self.root / repo_id / name)
 
 
-def test_push_uploads_the_saved_files_alone(folder: Path, result: dcvit.CompressionResult, tmp_path: Path) -> None:
+def test_push_uploads_only_the_saved_files(folder: Path, result: dcvit.CompressionResult, tmp_path: Path) -> None:
     for name in ("notes.txt", "model.onnx", ".env", "sub/README.md", "sub/config.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("private")

@@ -75,7 +75,7 @@ def test_standard_output_that_ends_is_one_sentence(command: str, end: str) -> No
 
 
 @pytest.mark.parametrize("command", slow_but(["methods", "--help"], "methods"))
-def test_a_reader_that_has_enough_is_told_nothing(command: str) -> None:
+def test_a_reader_that_closes_the_pipe_sees_no_error(command: str) -> None:
     finished = shell(f"{DCVIT} {command} | head -c 0")  # it does not wait for the first byte
     assert (finished.returncode, finished.stderr) == (1, b"")
 

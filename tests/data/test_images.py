@@ -141,7 +141,7 @@ def test_files_that_cannot_be_read_are_named_and_left_out(model: nn.Module, tmp_
 
 
 @pytest.mark.parametrize("top", [1, 255])
-def test_pixels_that_nobody_normalised_are_told_of(model: nn.Module, top: int) -> None:
+def test_pixels_that_nobody_normalised_are_reported(model: nn.Module, top: int) -> None:
     pixels = torch.randint(256, (3, 3, 32, 32)) / 255
     with pytest.warns(ImagesWarning, match=f"like pixels from 0 to {top} that are not normalised"):
         load_images(pixels * top, model)

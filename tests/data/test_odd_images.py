@@ -144,7 +144,7 @@ def test_16_bit_colours_keep_their_upper_8_bits(model: nn.Module, tmp_path: Path
     assert torch.equal(found, torch.from_numpy(values).permute(2, 0, 1) / 255)
 
 
-def test_files_of_several_pictures_are_told_of(model: nn.Module, tmp_path: Path) -> None:
+def test_files_of_several_pictures_are_reported(model: nn.Module, tmp_path: Path) -> None:
     picture(0).save(tmp_path / "stack.tif", save_all=True, append_images=[picture(1), picture(2)])
     with pytest.warns(ImagesWarning, match=r"1 of 1 files hold several images, and only the first .*stack\.tif"):
         few_shot = load_images(tmp_path, model)
@@ -163,7 +163,7 @@ def test_images_that_are_all_alike_are_refused(model: nn.Module, tmp_path: Path)
     assert len(load_images([picture(0)], model)) == 1
 
 
-def test_copies_are_told_of(model: nn.Module, tmp_path: Path) -> None:
+def test_copies_are_reported(model: nn.Module, tmp_path: Path) -> None:
     for number in range(9):
         picture(number % 4).save(tmp_path / f"{number}.png")
     with pytest.warns(ImagesWarning, match=r"5 of 9 images are copies of others: '.*4\.png' \(of '.*0\.png'\), .*"):
@@ -174,7 +174,7 @@ def test_copies_are_told_of(model: nn.Module, tmp_path: Path) -> None:
         load_images(images, model)
 
 
-def test_images_of_nearly_one_colour_are_told_of(model: nn.Module, tmp_path: Path) -> None:
+def test_images_of_nearly_one_colour_are_reported(model: nn.Module, tmp_path: Path) -> None:
     save_pictures(tmp_path, "a.png", "b.png")
     nearly = np.full((40, 50, 3), 200, dtype=np.uint8) + noise(1) % 3
     Image.fromarray(nearly).save(tmp_path / "grey.jpg")
@@ -256,7 +256,7 @@ def test_pictures_in_tables_are_read(model: nn.Module) -> None:
         assert torch.equal(load_images(source, model).normalised, expected)
 
 
-def test_a_table_without_an_image_is_told_its_keys(model: nn.Module) -> None:
+def test_the_error_for_a_table_without_an_image_lists_its_keys(model: nn.Module) -> None:
     tables = [{"photo": torch.randn(3, 32, 32), "label": 1}]
     for source in (tables, DataLoader(Listed(tables))):
         with pytest.raises(ImagesError, match=r"keys 'photo', 'label': expected .* 'pixel_values', 'image'"):
@@ -271,7 +271,7 @@ def test_a_picture_that_cannot_be_read_is_named(model: nn.Module) -> None:
         load_images([picture(1), cut], model)
 
 
-def test_how_many_are_read_is_told(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_the_number_of_images_read_is_reported(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     save_pictures(tmp_path, "a.png", "b.png")
     for source, total in ((Listed(images), 6), (Stream(images), images_module.MOST_UNCOUNTED), (tmp_path, 2)):
         told: list[tuple[str, int, int, float | None]] = []
@@ -338,7 +338,7 @@ def test_lists_of_images_lose_none(model: nn.Module, images: Tensor) -> None:
         assert torch.equal(load_images(source, model).normalised, images), name
 
 
-def test_a_table_of_something_else_is_told_its_keys(model: nn.Module, images: Tensor) -> None:
+def test_the_error_for_a_table_of_something_else_lists_its_keys(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(ImagesError, match=r"keys 'train', 'test': expected .* 'pixel_values', 'image'"):
         load_images({"train": images, "test": images}, model)
 
@@ -416,7 +416,7 @@ def test_a_web_of_links_is_read_once(tmp_path: Path) -> None:
         assert len(image_files(tmp_path)) == 30
 
 
-def test_formats_that_are_not_read_are_told_of(model: nn.Module, tmp_path: Path) -> None:
+def test_formats_that_are_not_read_are_reported(model: nn.Module, tmp_path: Path) -> None:
     save_pictures(tmp_path, "a.png", "b.gif", "c.avif", "d.heic", "e.jfif", "f.dcm")
     (tmp_path / "README.md").touch()
     with pytest.warns(ImagesWarning, match=r"b\.gif', .*c\.avif', .*d\.heic', .*e\.jfif', .*f\.dcm' are of a format"):
@@ -426,7 +426,7 @@ def test_formats_that_are_not_read_are_told_of(model: nn.Module, tmp_path: Path)
         load_images(tmp_path, model)
 
 
-def test_a_subfolder_that_cannot_be_opened_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subfolder_that_cannot_be_opened_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pictures(tmp_path, "a/1.png", "locked/2.png")
     open_folder = os.scandir
 

@@ -312,5 +312,5 @@ def test_the_table_says_what_happens(tool: str, family: str, student: Student) -
 
 
 def test_the_models_have_compressed_blocks(family: str) -> None:
-    """So that the table is not of timm's blocks alone."""
+    """The table must not cover only timm's blocks."""
     assert any(isinstance(module, CompressedBlock | PointwiseBlock) for module in compressed(family).modules())

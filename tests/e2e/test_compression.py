@@ -237,7 +237,7 @@ def test_reconstruction_and_refinement_pay(model: nn.Module, images: Tensor) -> 
 
 @pytest.mark.parametrize("name", ["plain", "post_norm"])
 def test_one_image_is_enough(name: str) -> None:
-    """None to hold out: the defaults that need a judge are left out."""
+    """No image can be held out, so defaults that need validation are switched off."""
     model = VARIANTS[name].create()
     result = dcvit.compress(model, torch.randn(1, 3, 32, 32), dcvit.Budget(macs=0.8), REFINED)
     assert result.report.refinement is None
@@ -268,7 +268,7 @@ def test_recovery_pays(model: nn.Module, images: Tensor) -> None:
     assert set(result.report.seconds) == {"prepare", "proxy set", "learning rate", "ranking", "compression", "report"}
 
 
-def test_progressive_steps_start_from_the_best_trial(model: nn.Module, images: Tensor) -> None:
+def test_progressive_steps_start_from_the_best_probe(model: nn.Module, images: Tensor) -> None:
     config = PUBLISHED.with_(recovery=replace(PUBLISHED.distillation, epochs=1), candidates=(0, 1, 2, 3), num_blocks=3)
     seen: list[str] = []
 
@@ -291,7 +291,7 @@ def test_all_at_once_trains_as_long(model: nn.Module, images: Tensor) -> None:
 
 @pytest.mark.slow
 def test_progress_weighs_blocks_by_the_work_they_are(images: Tensor) -> None:
-    """Twice as much for a block that loses its attention as for a pruned one, and half of that to pass a whole one."""
+    """A block without attention counts twice as much as a pruned one; passing a whole block counts half as much."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=8, num_classes=10)
     seen: list[tuple[int, int]] = []
 
@@ -309,7 +309,7 @@ def test_progress_weighs_blocks_by_the_work_they_are(images: Tensor) -> None:
     assert seen == [(count, done[-1]) for count in done]
 
 
-def test_metric_set_can_be_swapped(model: nn.Module, images: Tensor) -> None:
+def test_the_proxy_set_can_be_swapped(model: nn.Module, images: Tensor) -> None:
     stages: set[str] = set()
     given = dcvit.data.synthesis.ProxySet(torch.randn(4, 3, 32, 32))
     dcvit.compress(
@@ -420,7 +420,7 @@ CHANGES = [
     *((base, f"ablation.{name}", change) for name, (base, change) in ABLATION.items()),
 ]
 YARDSTICK = ("synthesis.", "ablation.ranking_images", "ablation.metric", "ablation.halving")
-"""What changes the probes or what they are judged by; the blocks chosen may stay the same."""
+"""Settings that change the probes or their evaluation; the chosen blocks may stay the same."""
 
 BUDGETS = {"reconstruction": 0.62, "structure": 0.803}
 """Where few hidden units are left, gradient steps gain, and so do more blocks."""
@@ -468,7 +468,7 @@ def test_every_config_field_changes_the_outcome(base: dcvit.DCViT, name: str, ch
         assert not same(plain, changed)
 
 
-def test_reconstruction_passes_as_many_images_as_it_is_told(model: nn.Module, images: Tensor) -> None:
+def test_reconstruction_passes_the_configured_number_of_images(model: nn.Module, images: Tensor) -> None:
     passes: dict[int, set[int]] = {}
     for batch_size in (4, 64):
         seen = passes[batch_size] = set()
@@ -490,7 +490,7 @@ def test_reconstruction_passes_as_many_images_as_it_is_told(model: nn.Module, im
         (PUBLISHED, "reconstruction", r"recovery=DistillationConfig\(.*pass ReconstructionConfig\(\)"),
     ],
 )
-def test_the_kind_of_recovery_is_told_apart(config: dcvit.DCViT, accessor: str, message: str) -> None:
+def test_the_kinds_of_recovery_are_distinguished(config: dcvit.DCViT, accessor: str, message: str) -> None:
     with pytest.raises(dcvit.DcvitError, match=message):
         getattr(config, accessor)
     assert (QUICK.reconstruction, PUBLISHED.distillation) == (QUICK.recovery, PUBLISHED.recovery)
@@ -631,7 +631,9 @@ def result() -> dcvit.CompressionResult:
         ("unknown architecture", "broken model"),
     ],
 )
-def test_broken_folders_are_told_apart(result: dcvit.CompressionResult, tmp_path: Path, how: str, message: str) -> None:
+def test_broken_folders_are_distinguished(
+    result: dcvit.CompressionResult, tmp_path: Path, how: str, message: str
+) -> None:
     save_and_break(result, tmp_path / "out", how)
     with pytest.raises(dcvit.errors.SaveFolderError, match=message):
         dcvit.load(tmp_path / "out")

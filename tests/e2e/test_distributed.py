@@ -149,7 +149,7 @@ def test_what_a_process_refuses_the_caller_sees(model: nn.Module, images: Tensor
         dcvit.compress(model, images, dcvit.Budget(macs=0.01), QUICK, devices=["cpu", "cpu"])
 
 
-def test_what_the_first_process_alone_refuses_the_caller_sees(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_the_caller_sees_what_only_the_first_process_refuses(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     """While the others wait for it."""
     (tmp_path / "notes.txt").write_text("precious")
     with pytest.raises(dcvit.errors.RunStoreError, match=r"holds something else \(notes\.txt\)"):
@@ -157,7 +157,7 @@ def test_what_the_first_process_alone_refuses_the_caller_sees(model: nn.Module, 
 
 
 def other_settings(processes: ProcessGroup, device: str) -> str:
-    """Each rank has settings of its own; what the first is told."""
+    """Give each process its own settings, and return the error that the process gets."""
     try:
         processes.require_same({"seed": processes.rank})
     except DistributedError as error:
@@ -166,7 +166,7 @@ def other_settings(processes: ProcessGroup, device: str) -> str:
 
 
 @pytest.mark.slow
-def test_ranks_that_were_given_different_things_are_told() -> None:
+def test_processes_with_different_inputs_are_reported() -> None:
     assert on_devices(["cpu", "cpu"], other_settings) == (
         "rank 1 differs from rank 0: seed was 0 there and is 1 here. Start all processes with one command, on machines "
         "that hold the same files."

@@ -68,7 +68,7 @@ def tiny() -> nn.Module:
 
 
 def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paper's config as it is, but for the number of epochs and iterations, which are cut to a hundredth."""
+    """The paper's config, except that the numbers of epochs and iterations are reduced to a hundredth."""
     epochs, iterations = 24, 20
     config = PAPER.with_(
         recovery=replace(PAPER.distillation, epochs=epochs), synthesis=replace(PAPER.synthesis, iterations=iterations)
@@ -120,7 +120,7 @@ def test_the_published_procedure_step_by_step(tiny: nn.Module, monkeypatch: pyte
     # Step 3 first: 50 images, Adam's rate warmed up over 100 iterations (here all of them).
     assert synthesis_rates == [pytest.approx(0.25 * (i + 1) / iterations) for i in range(iterations)]
 
-    # Step 2: blocks 1 to 10 tried, each alone in its student; step 5: then the chosen ones are added best first.
+    # Step 2: a separate student probes each of blocks 1 to 10. Step 5: the chosen blocks are added, best first.
     order = list(plan.blocks)
     assert [blocks for blocks, _ in updated] == [[b] for b in range(1, 11)] + [order[:2], order[:3]]
     assert order == [probe.block for probe in result.report.probes[:3]]

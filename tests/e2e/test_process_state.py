@@ -257,7 +257,7 @@ def test_of_other_work_too(work: str, name: str) -> None:
 )
 @pytest.mark.parametrize("method", ["dcvit", "vtp"])
 def test_the_default_dtype_rounds_nothing(method: str, name: str) -> None:
-    """Neither in the refinement of a cut model nor in the gates of a pruned one."""
+    """The refinement of a compressed model and the gates of a pruned one keep full precision."""
     config = CUT_REFINED if method == "dcvit" else VTP(distillation=AUGMENTED.distillation)
     budget = dcvit.Budget(**{METHODS[method].metrics[0]: 0.75})
     expected = compressed(config, budget=budget)
@@ -332,7 +332,7 @@ def test_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("work", "count"), slow_but([("dcvit", 4), ("paper", 4), ("CNN", 2)], ("CNN", 2)))
 def test_several_threads_at_once(work: str, count: int) -> None:
-    """Each of another seed, and each as alone."""
+    """Each run has another seed and gives the same result as a separate run."""
     config, model = {
         "dcvit": (QUICK, vit()),
         "paper": (AUGMENTED, vit()),

@@ -116,7 +116,7 @@ def test_every_field_changes_the_outcome(name: str, of: type, field: str) -> Non
     assert outcome(name, **CHANGES[field]) != plain(name, field if field in AGAINST else None)
 
 
-def test_fields_that_change_speed_alone() -> None:
+def test_fields_that_change_only_speed() -> None:
     """As the test above takes them for it; those of dcvit's own method among them."""
     found = {
         field for name in METHODS for of, field in leaves(quick(name)) if re.search(UNCHANGED, documented(of, field))

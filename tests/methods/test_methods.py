@@ -127,7 +127,7 @@ def test_budgets_are_met_from_below(name: str, metric: str, deep: nn.Module, ima
     result = dcvit.compress(deep, images, budget, quick(name))
     original, used = spent(deep, budget), spent(result.model, budget)
     assert used <= 0.8 * original
-    # Nothing is wasted: less than the next size of that kind is left over, a block or a node in each of them.
+    # Nothing is wasted: less than the next size is left over, a block or a hidden unit in each block.
     step = original / DEPTH if result.plan.hidden_features == 0 else original * 2 / 192
     assert used > 0.8 * original - step
     assert result.plan.cost == compressible(result.model).cost().total
@@ -222,7 +222,7 @@ def test_layers_are_fitted_in_a_variant(name: str, representative: Variant) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("dcvit", "fskd", "cd", "evit")])
-def test_fewer_images_at_once_change_rounding_alone(
+def test_a_smaller_micro_batch_changes_only_rounding(
     name: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed: list[int] = []
@@ -286,8 +286,8 @@ with torch.no_grad():
         torch.testing.assert_close(output, expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_pruning_keeps_what_the_nodes_do(model: Any, images: Tensor) -> None:
-    """A node without outgoing weights can go, and it has the least of incoming ones if it has none."""
+def test_pruning_keeps_what_the_hidden_units_compute(model: Any, images: Tensor) -> None:
+    """A hidden unit without outgoing weights can be pruned; without incoming ones, its norm is the least."""
     view = compressible(model)
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[7] = 0
@@ -529,7 +529,7 @@ def test_results_of_earlier_versions_know_which_blocks_kept_their_attention(
     assert pruning_kind(record.values) == "pruned"
 
 
-# Heads and nodes as units.
+# Heads and hidden units as prunable groups.
 
 
 def test_closed_gates_are_missing_units(deep: nn.Module, images: Tensor) -> None:
@@ -567,7 +567,7 @@ def test_the_units_of_highest_score_are_kept(metric: str, deep: nn.Module) -> No
     assert all(structure.heads.values())
     lost = set(scores) - kept
     assert lost
-    # But for the last of its kind in a block, nothing that is kept has a smaller score than a node that is lost.
+    # But for the last of its kind in a block, no kept group has a smaller score than a pruned one.
     spare = [u for u in kept if sum(1 for v in kept if (v.kind, v.block) == (u.kind, u.block)) > 1]
     assert min(scores[u] for u in spare) > max(scores[u] for u in lost if u.kind == "unit") - 1e-9
 
@@ -743,7 +743,9 @@ def test_spvit_closes_the_gate_of_an_attention_that_a_convolution_replaces(deep:
 
 
 @pytest.mark.slow
-def test_spvit_goes_down_to_convolutions_and_single_nodes(deep: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_spvit_goes_down_to_convolutions_and_single_hidden_units(
+    deep: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
     space = Space(freeze(deep), None, ("attention", "unit"))
     smallest = space.without([group for group in space.groups() if group.number or group.kind == "attention"]).of(deep)
     least = spent(smallest, dcvit.Budget(macs=0.5))
@@ -816,7 +818,7 @@ def test_evit_attends_as_the_block_does(deep: nn.Module, images: Tensor) -> None
     torch.testing.assert_close(attention, first.softmax(-1)[..., 1:].mean(1), rtol=1e-5, atol=1e-6)
 
 
-def test_evit_changes_no_weight_and_saves_macs_alone(deep: nn.Module, images: Tensor) -> None:
+def test_evit_changes_no_weight_and_saves_only_macs(deep: nn.Module, images: Tensor) -> None:
     result = dcvit.compress(deep, images, dcvit.Budget(macs=0.8), quick("evit"))
     for name, weight in result.model.state_dict().items():
         assert torch.equal(weight, deep.state_dict()[name]), name
@@ -849,7 +851,7 @@ def test_fewer_heads_and_tokens_load_without_dcvit_and_export(deep: nn.Module, i
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_heads_and_nodes_go_in_every_variant(variant: str, tmp_path: Path) -> None:
+def test_heads_and_hidden_units_are_pruned_in_every_variant(variant: str, tmp_path: Path) -> None:
     model = VARIANTS[variant].create()
     images = torch.randn(6, *compressible(model).input_size())
     space = Space(freeze(model))

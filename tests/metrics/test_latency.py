@@ -42,7 +42,7 @@ HIDDEN = 192
 
 @dataclass
 class Clock:
-    """Times a module by its parts: 3 ms a stem, 2 ms an attention, 4 ms an MLP of 192 nodes, 0.1 ms of which stay.
+    """Times a module by its parts: 3 ms a stem, 2 ms an attention, 4 ms an MLP of 192 units, 0.1 ms of which stay.
 
     Attributes:
         inside: What hidden units take in a whole model, over what they take in a chain of blocks: a latency model
@@ -241,7 +241,7 @@ def test_calibration_measures_blocks() -> None:
         assert latency_model.predict(blocks, hidden) == pytest.approx(51 - blocks * (5.9 - 3.9 * hidden / HIDDEN))
 
 
-def test_more_nodes_never_take_less() -> None:
+def test_more_hidden_units_never_take_less_time() -> None:
     latency_model = LatencyModel(64, 8, 51.0, 6.0, ((0, 1.0), (96, 2.0), (192, 1.5)))
     assert latency_model.compressed(192) == latency_model.compressed(96) == 2.0
     assert latency_model.compressed(48) == 1.5
@@ -265,7 +265,7 @@ def test_a_latency_is_met(goal: float, clock: Clock, round_to: int) -> None:
 
 
 def test_structures_that_are_measured_correct_the_model() -> None:
-    """Where nodes cost more in the model than alone, the first proposal is off, and the next ones are not."""
+    """If hidden units cost more in the model than separately, the first proposal is off and the next ones are not."""
     plan = plan_latency(MODEL, dcvit.Budget(latency=0.7), stopwatch=Clock(inside=1.6))
     assert plan.latency is not None
     first, *_, last = plan.latency.timings
@@ -300,7 +300,7 @@ def test_milliseconds_are_of_the_batch() -> None:
         assert plan.target == pytest.approx(budget.value)
 
 
-def test_the_fewest_blocks_are_taken_unless_told() -> None:
+def test_the_fewest_blocks_are_taken_by_default() -> None:
     budget = dcvit.Budget(latency=0.75)
     fewest = plan_latency(MODEL, budget, stopwatch=Clock())
     assert fewest.num_blocks == math.ceil(0.25 * 51 / 5.9)
@@ -322,7 +322,7 @@ def test_a_latency_out_of_range_says_what_was_measured(budget: dict[str, float])
 
 
 def test_a_gap_between_structures_names_the_nearest() -> None:
-    config = dcvit.DCViT(round_to=192)  # all nodes or none
+    config = dcvit.DCViT(round_to=192)  # all hidden units or none
     with pytest.raises(dcvit.errors.BudgetError, match=r"Nearest is 0.76\d\d, 2 blocks with 0 hidden units each"):
         plan_latency(MODEL, dcvit.Budget(latency=0.8), config, stopwatch=Clock())
 

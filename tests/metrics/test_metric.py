@@ -79,7 +79,9 @@ def test_the_teacher_is_at_no_distance(representative: Variant) -> None:
 
 
 @pytest.mark.parametrize("kind", ["distillation", "cross_entropy"])
-def test_what_lies_before_the_first_cut_need_not_run(representative: Variant, kind: dcvit.config.MetricKind) -> None:
+def test_blocks_before_the_first_compressed_one_need_not_run(
+    representative: Variant, kind: dcvit.config.MetricKind
+) -> None:
     student, teacher = cut(representative.create())
     images = torch.randn(5, *compressible(teacher).input_size())
     metric = Metric(teacher, [images, images[:2] + 1], kind, batch_size=2)

@@ -1,4 +1,4 @@
-"""A model whose output is not that of its modules alone is refused by name, before any work."""
+"""A model whose output does not come only from its modules is refused by name, before any work."""
 
 import functools
 import types
@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import dcvit
 from dcvit.errors import HooksWarning, UnsupportedModelError
 from dcvit.metrics.agreement import closeness
-from dcvit.models import require_modules_alone
+from dcvit.models import require_plain_behaviour
 from dcvit.models.teacher import freeze
 from tests.conftest import QUICK
 from tests.variants import EVA_VARIANTS, VARIANTS
@@ -123,11 +123,11 @@ def test_reparametrised_layers_are_refused_by_name(wrap: str, model: nn.Module, 
 
 def test_an_output_of_another_kind_is_refused(model: nn.Module, images: Tensor) -> None:
     model.register_forward_hook(lambda _module, _args, output: {"logits": output})
-    with pytest.raises(UnsupportedModelError, match=r"model\(images\) is a dict, not what its modules compute alone"):
-        require_modules_alone(model, images)
+    with pytest.raises(UnsupportedModelError, match=r"model\(images\) is a dict, not what its modules compute,"):
+        require_plain_behaviour(model, images)
 
 
-def test_hooks_that_watch_are_accepted_and_said_to_fire(model: nn.Module, images: Tensor) -> None:
+def test_hooks_that_change_nothing_are_accepted_and_reported(model: nn.Module, images: Tensor) -> None:
     seen: list[int] = []
 
     def watch(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -137,7 +137,7 @@ def test_hooks_that_watch_are_accepted_and_said_to_fire(model: nn.Module, images
     model.blocks[1].register_forward_hook(watch)
     model.blocks[1].mlp.register_full_backward_hook(lambda *_: None)
     with pytest.warns(
-        HooksWarning, match=r"only watch: forward hook .*watch on blocks\.1; backward hook .* will also fi"
+        HooksWarning, match=r"not change its output: forward hook .*watch on blocks\.1; backward hook .* will also fi"
     ):
         found = dcvit.compress(model, images, dcvit.Budget(macs=0.8), QUICK)
     assert seen
@@ -181,11 +181,11 @@ def unfused_attention() -> nn.Module:
 def test_models_that_are_their_modules_pass(name: str) -> None:
     model = other_models()[name]()
     images = torch.randn(4, 3, 32, 32, dtype=next(model.parameters()).dtype)
-    require_modules_alone(freeze(model), images)
+    require_plain_behaviour(freeze(model), images)
     hooked = freeze(model)
     hooked.register_forward_hook(double)
     with pytest.raises(UnsupportedModelError, match="forward hook double on the model"):
-        require_modules_alone(hooked, images)
+        require_plain_behaviour(hooked, images)
 
 
 def test_agreement_is_of_what_the_models_give_when_called(model: nn.Module, images: Tensor) -> None:

@@ -282,11 +282,11 @@ def test_pruned_blocks_are_saved_and_loaded(kind: str, images: Tensor, tmp_path:
 
 
 SINGLE_PROCESS = ["basic", "bottleneck", "mobilenet", "edge"]
-"""Those whose filters dcvit's own method lets go alone: what is left of them gives what it gave."""
+"""CNNs from which dcvit's own method removes single filters; the remaining filters compute the same as before."""
 
 
 @pytest.mark.parametrize("kind", slow_but(SINGLE_PROCESS, "basic", "mobilenet"))
-def test_the_end_of_a_block_is_told_by_what_its_last_layer_takes(kind: str, images: Tensor) -> None:
+def test_the_end_of_a_block_follows_from_the_inputs_of_its_last_layer(kind: str, images: Tensor) -> None:
     model = create(kind)
     view = compressible(model)
     cost = view.cost()
@@ -314,7 +314,7 @@ def test_the_end_of_a_block_is_told_by_what_its_last_layer_takes(kind: str, imag
 
 
 @pytest.mark.parametrize("kind", ["resnext", "squeeze_excite", "efficientnet", "regnet"])
-def test_filters_that_others_depend_on_do_not_go_alone(kind: str) -> None:
+def test_filters_that_others_depend_on_are_not_removed_singly(kind: str) -> None:
     model = create(kind)
     assert not any(compressible(model).sublayers(block) for block in range(compressible(model).num_blocks()))
 
@@ -352,7 +352,7 @@ def test_an_output_layer_adds_what_it_is_set_to(bias: bool, norm: bool) -> None:
 @pytest.mark.parametrize("kind", slow_but(SINGLE_PROCESS, "basic", "mobilenet"))
 @pytest.mark.parametrize("keeps_all", [True, False])
 def test_a_pruned_block_is_fitted_to_the_whole_one(kind: str, keeps_all: bool) -> None:
-    """With all filters it is already right; with half of them, the fit is ridge regression on patches."""
+    """With all filters the block is already right. With half of them, the fit is ridge regression on patches."""
     teacher = freeze(create(kind).double())
     view, few = compressible(teacher), torch.randn(24, 3, SIZE, SIZE, dtype=torch.float64)
     config, block = ALL_ROWS.reconstruction, 1
@@ -492,7 +492,7 @@ def test_cd_fits_patches_by_least_squares(
 
 
 @pytest.mark.parametrize("kind", ["basic", "mnasnet"])
-def test_cd_leaves_a_model_alone_of_which_nothing_goes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cd_does_not_change_a_model_that_loses_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = create(kind).double()
     monkeypatch.setattr(
         "dcvit.methods.baselines.layerwise.widest_mlps",
@@ -610,7 +610,7 @@ def test_an_absorbed_adaptor_leaves_the_outputs_equal(kind: str) -> None:
     torch.testing.assert_close(dropped(images), expected, rtol=0, atol=1e-9)
 
 
-def test_only_adaptors_recover_in_a_trial() -> None:
+def test_only_adaptors_recover_in_a_probe() -> None:
     model = create("basic")
     recovery = dcvit.config.DistillationConfig(epochs=2, learning_rate=1e-2, batch_size=4)
     few = torch.randn(8, 3, SIZE, SIZE)

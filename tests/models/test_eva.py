@@ -36,7 +36,7 @@ def test_every_eva_and_beit_of_timm_is_supported(name: str) -> None:
 
 
 @each_variant
-def test_a_block_is_told_where_tokens_are(variant: Variant) -> None:
+def test_a_block_knows_the_position_of_tokens(variant: Variant) -> None:
     """With the patches in another order it does something else to each."""
     model: Any = variant.create()
     view, prefix = compressible(model), model.num_prefix_tokens
@@ -73,7 +73,7 @@ def test_what_positions_are_made_of_is_updated_with_the_stem(variant: Variant) -
 def test_another_image_size(
     variant: Variant, made_for: tuple[int, int], loaded_for: tuple[int, int], tmp_path: Path
 ) -> None:
-    """A model resized before it was cut, loaded for another size, is the one that is resized when it is finished."""
+    """A model resized before compression loads at another size as if the finished one had been resized."""
     model: Any = variant.create()
     patch = model.patch_embed.patch_size[0]
     made, wanted = (tuple(side * patch for side in grid) for grid in (made_for, loaded_for))

@@ -79,7 +79,7 @@ def test_fuse_changes_speed_and_unfuse_undoes_it() -> None:
             assert dcvit.fuse(model) is model
             found = model(images)
         assert called == ["attention", "mlp", "mlp", "attention", "mlp"]  # block 1 has no attention, block 2 nothing
-        # Float32, four layers: the order of sums alone may differ.
+        # Float32, four layers: only the order of sums may differ.
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert list(model.state_dict()) == names
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -215,17 +215,17 @@ def test_it_steps_aside_while_something_watches_all_modules(state: str) -> None:
     assert called
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated")
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of what it takes for constants
 def test_it_steps_aside_for_tracers() -> None:
-    images = torch.randn(2, 3, 32, 32)
+    images, model = torch.randn(2, 3, 32, 32), dcvit.fuse(student())
     with op_calls() as called, torch.no_grad():
-        traced = torch.jit.trace(dcvit.fuse(student()), images)
+        traced = torch.jit.trace(dcvit.fuse(student()), images, check_trace=False)  # which would run the model, too
         program = torch.export.export(dcvit.fuse(student()), (images,))
         dcvit.fuse(student()).to("meta")(images.to("meta"))
-        with FakeTensorMode() as fake:
-            dcvit.fuse(student()).to("meta").blocks(fake.from_tensor(TOKENS).to("meta"))
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            model.blocks(fake.from_tensor(TOKENS))
     assert not called
-    assert "dcvit" not in str(traced.inlined_graph)
+    assert "dcvit::" not in str(traced.inlined_graph)
     assert not [unit for unit in program.graph.units if "dcvit" in str(unit.target)]
 
 

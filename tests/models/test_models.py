@@ -1,4 +1,4 @@
-"""Every supported VisionTransformer: what it costs, how it is cut, saved and rebuilt; and what is refused."""
+"""Every supported VisionTransformer: its cost, how it is compressed, saved and rebuilt, and what is refused."""
 
 import copy
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_vit_base_costs_what_the_literature_says() -> None:
     assert cost.params == 86_567_656
 
 
-def test_a_cut_saves_what_the_block_cost_says(variant: Variant) -> None:
+def test_compressing_a_block_saves_its_block_cost(variant: Variant) -> None:
     model = variant.create()
     view = compressible(model)
     whole = view.cost()
@@ -123,7 +123,7 @@ def test_parts_run_one_by_one_are_the_whole(variant: Variant) -> None:
             assert torch.equal(view.final_norm(view.run_blocks(seen[2], 2, 4)), expected)
 
 
-def test_keeping_every_node_removes_the_attention_branch_alone(variant: Variant) -> None:
+def test_keeping_every_hidden_unit_removes_only_the_attention_branch(variant: Variant) -> None:
     model = variant.create()
     view = compressible(model)
     student = compress_block(model, 1, range(view.hidden_features(1)))
@@ -137,8 +137,8 @@ def test_keeping_every_node_removes_the_attention_branch_alone(variant: Variant)
         assert not torch.allclose(student(images), model(images), rtol=1e-3, atol=1e-3)
 
 
-def test_dropping_nodes_is_zeroing_them(variant: Variant) -> None:
-    """The kept nodes compute what they computed before: zeroing the others' outgoing weights changes nothing."""
+def test_dropping_hidden_units_is_zeroing_them(variant: Variant) -> None:
+    """The kept hidden units compute what they computed before: zeroing the others' outgoing weights changes nothing."""
     model = variant.create()
     if not isinstance(model.blocks[1].mlp.norm, nn.Identity):
         pytest.skip("a norm over the hidden units sees which are there")
@@ -288,7 +288,7 @@ def test_convolutions_are_rebuilt(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("convolved", [(0,), (0, 1, 2, 3)])
-def test_what_is_known_of_attention_is_read_where_it_is_left(convolved: tuple[int, ...]) -> None:
+def test_attention_arguments_are_read_from_the_blocks_that_have_one(convolved: tuple[int, ...]) -> None:
     model: Any = VARIANTS["plain"].create(qk_norm=True, qkv_bias=False)
     for block in convolved:
         place_convolution(model, block, convolution_of(model, block))
@@ -316,7 +316,7 @@ def test_convolutions_run_on_grids_of_other_sizes() -> None:
 def test_tokens_do_not_end_where_convolutions_run(model: nn.Module) -> None:
     fusing = copy.deepcopy(model)
     fuse_tokens(fusing, 2, 0.5)
-    with pytest.raises(dcvit.errors.UnsupportedModelError, match=r"Tokens end in blocks\.2; .* no grid"):
+    with pytest.raises(dcvit.errors.UnsupportedModelError, match=r"blocks\.2 drops tokens, .* whole grid"):
         convolution_of(fusing, 0)
     with pytest.raises(dcvit.errors.UnsupportedModelError, match=r"blocks\.0 has a convolution over the grid"):
         fuse_tokens(convolved(model), 2, 0.5)

@@ -90,19 +90,19 @@ def with_another_part(model: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "torch.compile": (lambda: torch.compile(vit()), "pass the model that it holds, model._orig_mod (a VisionTrans"),
-    "DataParallel": (lambda: nn.DataParallel(vit()), "pass the model that it holds, model.module (a VisionTrans"),
+    "torch.compile": (lambda: torch.compile(vit()), "pass the model inside of it, model._orig_mod (a VisionTrans"),
+    "DataParallel": (lambda: nn.DataParallel(vit()), "pass the model inside of it, model.module (a VisionTrans"),
     "average": (
         lambda: torch.optim.swa_utils.AveragedModel(cnn("basic")),
-        "pass the model that it holds, model.module (a ResNet)",
+        "pass the model inside of it, model.module (a ResNet)",
     ),
-    "EMA of timm": (lambda: timm.utils.ModelEmaV3(vit()), "pass the model that it holds, model.module (a VisionTrans"),
+    "EMA of timm": (lambda: timm.utils.ModelEmaV3(vit()), "pass the model inside of it, model.module (a VisionTrans"),
     "user's module": (lambda: Wrapper(backbone=vit(), head=nn.Linear(10, 2)), "model.backbone (a VisionTransformer)"),
     "two in one": (
         lambda: Wrapper(teacher=vit(), student=swin(1)),
         "one of model.teacher (a VisionTransformer), model.student (a SwinTransformer)",
     ),
-    "sequence": (lambda: nn.Sequential(nn.Identity(), vit()), "pass the model that it holds, model[1] (a VisionTra"),
+    "sequence": (lambda: nn.Sequential(nn.Identity(), vit()), "pass the model inside of it, model[1] (a VisionTra"),
     "compiled wrapper": (
         lambda: torch.compile(Wrapper(encoder=nn.DataParallel(vit()))),
         "model._orig_mod.encoder.module (a VisionTransformer)",
@@ -148,16 +148,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "head of layers": (
         lambda: with_part("head", lambda head: nn.Sequential(nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 5))),
-        "head, model.head = model.head, torch.nn.Identity(), and give it back: result.model.head = head.",
+        "head, model.head = model.head, torch.nn.Identity(), and set it afterwards: result.model.head = head.",
     ),
     "head without bias": (
         lambda: with_part("fc", lambda head: nn.Linear(head.in_features, 5, bias=False), cnn("basic")),
-        "head, model.fc = model.fc, torch.nn.Identity(), and give it back: result.model.fc = head.",
+        "head, model.fc = model.fc, torch.nn.Identity(), and set it afterwards: result.model.fc = head.",
     ),
-    "part beside": (lambda: with_another_part(vit()), "with del model.projector, and put it on result.model"),
+    "part beside": (lambda: with_another_part(vit()), "with del model.projector, and set it on result.model"),
     "changed part": (
         lambda: with_part("blocks.2.mlp.act", lambda part: nn.ReLU()),
-        "Put timm's own part there, or pass a model of timm.create_model that is made with such a part.",
+        "Replace it by timm's own part, or pass a model that timm.create_model created with such a part.",
     ),
     "group norms": (lambda: timm.create_model("resnet50_gn"), "their norms are GroupNorm. Put a BatchNorm2d"),
 }  # fmt: skip
@@ -329,7 +329,7 @@ def test_a_student_with_such_a_stem_is_saved_and_loads_with_dcvit_and_without(tm
 
 def test_a_stem_that_cannot_be_rebuilt_is_refused_by_name() -> None:
     model = with_part("conv1", lambda part: nn.Conv2d(3, 16, 3, 1, 2, dilation=2), cnn("basic"))
-    with pytest.raises(UnsupportedModelError, match=r"part conv1 is Conv2d\(.*dilation=\(2, 2\).*Put timm's own part"):
+    with pytest.raises(UnsupportedModelError, match=r"part conv1 is Conv2d\(.*dilation=\(2, 2\).*Replace it by timm"):
         require_supported(model)
 
 

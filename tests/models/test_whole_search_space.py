@@ -49,7 +49,7 @@ def drop(model: nn.Module) -> None:
 
 
 def mix(model: nn.Module) -> None:
-    """All that there is: blocks without attention, without nodes and without either."""
+    """The whole search space: blocks without attention, without hidden units and without either."""
     for block in range(compressible(model).num_blocks()):
         view = compressible(model)
         if block % 3 == 0:

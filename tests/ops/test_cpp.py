@@ -1,4 +1,4 @@
-"""What is special to the CPU kernels: threads, blocks of rows, and the range of kept nodes."""
+"""What is special to the CPU kernels: threads, blocks of rows, and the range of kept hidden units."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,7 +66,7 @@ def test_the_same_from_run_to_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["attention", "distillation_loss", "tv_prior", "synthesis_step"])
 def test_the_same_for_any_number_of_threads(name: str) -> None:
-    """The sums are over parts that depend on the shape alone; of matrix products that is the BLAS's business."""
+    """The sums are over parts that depend only on the shape; for matrix products the BLAS decides."""
     _, _, one = results(name, 1)
     _, _, three = results(name, 3)
     for key, value in one.items():
@@ -74,7 +74,7 @@ def test_the_same_for_any_number_of_threads(name: str) -> None:
 
 
 @pytest.mark.parametrize("unit", [-1, 40])
-def test_nodes_out_of_range_are_named(unit: int) -> None:
+def test_hidden_units_out_of_range_are_named(unit: int) -> None:
     inputs = test_dropped_mlp.make(3)
     inputs["idx"][2] = unit
     with pytest.raises(RuntimeError, match=rf"expected idx in \[0, 40\), got {unit} at 2"):

@@ -107,7 +107,7 @@ def test_a_built_kernel_is_found_in_the_dispatcher(monkeypatch: pytest.MonkeyPat
         assert _dispatch.cuda(found, torch.float32).missing() == "never built"
 
 
-def test_a_broken_extension_is_told_from_one_that_was_never_built(
+def test_a_broken_extension_is_distinguished_from_a_missing_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "ops").mkdir()

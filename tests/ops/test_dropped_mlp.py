@@ -74,7 +74,7 @@ class TestMatrix(matrix.DifferentiableMatrix):
     def call(cls, impl: str, inputs: matrix.Inputs) -> matrix.Results:
         return super().call(impl, {"b1": None, "b2": None} | inputs)
 
-    def test_dropped_nodes_get_no_gradient(self, impl: str) -> None:
+    def test_dropped_hidden_units_get_no_gradient(self, impl: str) -> None:
         inputs = self.inputs("small", torch.float32, impl)
         results = self.run(impl, inputs)
         dropped = torch.ones(inputs["w1"].shape[0], dtype=torch.bool, device=inputs["idx"].device)
@@ -85,7 +85,7 @@ class TestMatrix(matrix.DifferentiableMatrix):
         assert (results["gradient of w2"][:, dropped] == 0).all()
         assert (results["gradient of w2"][:, ~dropped] != 0).any(dim=0).all()
 
-    def test_a_node_that_does_not_exist_is_refused(self, kernel: str) -> None:
+    def test_a_hidden_unit_that_does_not_exist_is_refused(self, kernel: str) -> None:
         if kernel in matrix.GPU_NAMES:  # where it ends every use of the device
             run = subprocess.run([sys.executable, "-c", MISSING_NODE, kernel], capture_output=True, text=True)
             assert run.returncode
@@ -98,7 +98,7 @@ class TestMatrix(matrix.DifferentiableMatrix):
         ):
             self.call(kernel, inputs)
 
-    def test_order_of_kept_nodes(self, impl: str) -> None:
+    def test_order_of_kept_hidden_units(self, impl: str) -> None:
         inputs = self.inputs("small", torch.float32, impl)
         inputs["idx"] = inputs["idx"].flip(0)
         self.assert_within_budget(self.run(impl, inputs), inputs)
@@ -160,7 +160,7 @@ class OpBlock(Block):
         )  # fmt: skip
 
 
-def test_eager_is_the_block_without_the_dropped_nodes() -> None:
+def test_eager_is_the_block_without_the_dropped_hidden_units() -> None:
     torch.manual_seed(0)
     idx = torch.tensor([0, 3, 4, 9])
     whole = OpBlock(6, 10, idx).double()

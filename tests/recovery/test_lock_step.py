@@ -1,4 +1,4 @@
-"""Probes that mimic together: in lock step each learns what it would alone, and hopeless ones stop early."""
+"""Probes distilled in lock step: each learns the same as separately, and hopeless ones stop early."""
 
 import copy
 import json
@@ -75,7 +75,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
         (3, "around", "fixed"), (3, "around", "fresh"),
     ],
 )  # fmt: skip
-def test_in_lock_step_a_student_learns_what_it_would_alone(
+def test_in_lock_step_a_student_learns_the_same_as_separately(
     teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages, lock_step: int, updated: Any, views: str
 ) -> None:
     """To the last bit: same views, same order, and no sum runs over two students."""
@@ -159,7 +159,7 @@ def test_the_teacher_sees_a_view_once_for_all(
 def test_a_prefix_that_is_not_updated_is_the_teachers(
     teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages
 ) -> None:
-    """Where block 3 or 4 is cut, those from 2 and 3 on are trained; those before them run to judge a student only."""
+    """If block 3 or 4 is compressed, blocks from 2 or 3 on are trained; earlier blocks run only for validation."""
     students = {block: cut(teacher, block) for block in (3, 4)}
     ran: dict[int, list[int]] = {3: [0] * DEPTH, 4: [0] * DEPTH}
     for block, student in students.items():
@@ -175,7 +175,7 @@ def test_a_prefix_that_is_not_updated_is_the_teachers(
     assert ran == {block: [judged] * (block - 1) + [all_of_them] * (DEPTH - block + 1) for block in (3, 4)}
 
 
-def test_a_diverging_student_leaves_the_others_alone(
+def test_a_diverging_student_does_not_change_the_others(
     teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages
 ) -> None:
     config = replace(QUICK, lock_step=2)
@@ -193,7 +193,9 @@ def test_a_diverging_student_leaves_the_others_alone(
     assert seen[1:] == list(recoveries[1].losses[1:]), "the progress shows the one that is left"
 
 
-def test_learning_rates_are_compared_as_if_alone(teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages) -> None:
+def test_learning_rates_are_compared_as_if_separate(
+    teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages
+) -> None:
     config = replace(QUICK, learning_rates=(1e-6, 3e-3, 1e-3, 1e-2), augmentation=None)
     student = cut(teacher, 2)
     order = torch.randperm(len(few_shot), generator=generator(7, "held out")).tolist()
@@ -341,7 +343,7 @@ def test_a_run_of_one_epoch_has_no_rung(teacher: nn.Module, few_shot: dcvit.data
         assert [probe.epochs for probe in probes] == [epochs] * 5
 
 
-def test_halving_saves_the_steps_and_is_told(
+def test_halving_saves_the_steps_and_is_reported(
     teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages, tmp_path: Path
 ) -> None:
     steps: list[int] = []
@@ -358,7 +360,7 @@ def test_halving_saves_the_steps_and_is_told(
     result.save(tmp_path / "out")
     assert asdict(dcvit.load(tmp_path / "out").report) == asdict(result.report)
 
-    # A result saved before probes told their epochs.
+    # A result saved before probes recorded their epochs.
     file = tmp_path / "out" / "result.json"
     values = json.loads(file.read_text())
     for probe in values["report"]["probes"]:

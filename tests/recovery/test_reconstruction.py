@@ -1,4 +1,4 @@
-"""Block reconstruction: on what, what it minimises, that it never harms, and what it leaves alone."""
+"""Block reconstruction: its inputs, its objective, that it never harms, and what it does not change."""
 
 import copy
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ class Problem:
 
 
 def changed(student: nn.Module, teacher: nn.Module) -> set[str]:
-    """Parameters of a student that are not the teacher's; of a cut layer, all of it."""
+    """Parameters of a student that are not the teacher's; of a pruned layer, all parameters."""
     before = {name.replace("gamma_2", "ls2.gamma"): p for name, p in teacher.named_parameters()}
     after = {name.replace("gamma_2", "ls2.gamma"): p for name, p in student.named_parameters()}
     return {name for name, p in after.items() if not torch.equal(p, before[name])}
@@ -255,7 +255,7 @@ def test_gradient_steps_gain_on_the_closed_form(model: nn.Module) -> None:
 
 
 def test_steps_that_harm_are_undone(representative: Variant) -> None:
-    """With a step size that destroys the block, the closed form is kept, or without one the cut."""
+    """If the step size destroys the block, the closed form is kept, or without one the pruned block."""
     problem = Problem.of(representative.create())
     student, kept, report = problem.solve(step_size=100.0, refit=False)
     assert report.epochs == 0
@@ -360,10 +360,10 @@ def test_a_channel_that_is_switched_off_asks_for_nothing() -> None:
     assert report.error_after < report.error_before
 
 
-# Which nodes stay.
+# Which hidden units stay.
 
 
-def test_greedy_nodes_miss_less_than_random_ones(model: nn.Module) -> None:
+def test_greedy_hidden_units_miss_less_than_random_ones(model: nn.Module) -> None:
     problem = Problem.of(model)
     errors = {}
     for units in ("greedy", "random"):
@@ -377,14 +377,14 @@ def test_greedy_nodes_miss_less_than_random_ones(model: nn.Module) -> None:
     assert errors["greedy"] < 0.9 * errors["random"]
 
 
-def test_nodes_that_are_chosen_already_stay(model: nn.Module) -> None:
+def test_hidden_units_that_are_chosen_already_stay(model: nn.Module) -> None:
     problem = Problem.of(model)
     student, kept, _ = problem.solve(count=3, kept=[90, 2, 41], epochs=0)
     assert kept == (2, 41, 90)
     assert torch.equal(student.blocks[BLOCK].mlp.fc1.bias, problem.teacher.blocks[BLOCK].mlp.fc1.bias[[2, 41, 90]])
 
 
-def test_fewer_of_the_most_useful_nodes_are_the_first_ones(model: nn.Module) -> None:
+def test_fewer_of_the_most_useful_hidden_units_are_the_first_ones(model: nn.Module) -> None:
     problem = Problem.of(model)
     before = copy.deepcopy(problem.teacher.state_dict())
     most = choose_units(problem.teacher, BLOCK, 20, problem.rows, CONFIG)
@@ -397,7 +397,7 @@ def test_fewer_of_the_most_useful_nodes_are_the_first_ones(model: nn.Module) -> 
 # Little to go on.
 
 
-def test_no_hidden_node_at_all(representative: Variant) -> None:
+def test_no_hidden_unit_at_all(representative: Variant) -> None:
     """A constant is left, or nothing."""
     problem = Problem.of(representative.create())
     student, kept, _ = problem.solve(count=0)
@@ -414,7 +414,7 @@ def test_no_hidden_node_at_all(representative: Variant) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_one_image_alone(count: int, representative: Variant) -> None:
+def test_only_one_image(count: int, representative: Variant) -> None:
     """None can be held out: a fixed λ, no gradient steps, since none could tell which of them harm."""
     problem = Problem.of(representative.create(), count=1)
     student, kept, report = problem.solve(count=count)
@@ -430,7 +430,7 @@ def test_one_image_alone(count: int, representative: Variant) -> None:
 
 @pytest.mark.parametrize("images", [2, 6])
 @pytest.mark.parametrize("kept", [0, 1, 30])
-def test_few_images_and_few_nodes(model: nn.Module, images: int, kept: int) -> None:
+def test_few_images_and_few_hidden_units(model: nn.Module, images: int, kept: int) -> None:
     config = replace(CONFIG, augmentation=None)
     problem = Problem.of(model, count=images, config=config)
     student, units, _ = problem.solve(config, count=kept)
@@ -438,7 +438,7 @@ def test_few_images_and_few_nodes(model: nn.Module, images: int, kept: int) -> N
 
 
 def test_a_closed_form_that_harms_is_not_kept() -> None:
-    """Two images, one of them held out: too little for 40 nodes, at any λ."""
+    """Two images, one of them held out: too little for 40 hidden units, at any λ."""
     torch.manual_seed(1)
     config = dcvit.config.ReconstructionConfig(num_views=1, num_rows=360, batch_rows=32)
     problem = Problem.of(VARIANTS["swiglu_rmsnorm"].create(), count=2, config=config)

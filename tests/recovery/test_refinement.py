@@ -100,7 +100,7 @@ def test_the_best_student_seen_comes_out(model: nn.Module) -> None:
     assert report.error_after == told[-1] == pytest.approx(held_out_error(student, views, targets), rel=1e-3)
 
 
-def test_held_out_images_only_judge(model: nn.Module) -> None:
+def test_held_out_images_only_validate(model: nn.Module) -> None:
     """What the teacher makes of them changes what is chosen at most, not what is learnt."""
     student, _, views, targets = problem(model)
     states = []

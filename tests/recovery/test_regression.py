@@ -169,7 +169,7 @@ def test_selection_finds_what_the_targets_are_made_of() -> None:
 
 
 def test_selection_takes_no_input_twice_whatever_they_are() -> None:
-    """Copies, sums, constants and dead nodes: once a direction is taken, nothing is left of its copies."""
+    """Copies, sums, constants and dead hidden units: once a direction is chosen, nothing is left of its copies."""
     draw = np.random.default_rng(0)
     base = draw.normal(size=(50, 3))
     sums, constant, dead = base[:, :1] + base[:, 1:2], np.full((50, 1), 4.0), np.zeros((50, 1))

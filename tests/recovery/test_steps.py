@@ -212,7 +212,7 @@ def test_synthesis_lowers_the_loss_within_the_pixel_range(representative: Varian
     assert float(F.cross_entropy(logits, last.targets) + prior) == pytest.approx(last.loss, rel=1e-3)
 
 
-def test_synthesis_repeats_and_leaves_the_model_alone(model: nn.Module) -> None:
+def test_synthesis_repeats_and_does_not_change_the_model(model: nn.Module) -> None:
     teacher = freeze(model)
     before = copy.deepcopy(teacher.state_dict())
     config = dcvit.config.SynthesisConfig(num_images=2, iterations=4)
@@ -277,7 +277,7 @@ def test_blocks_sort_as_numbers() -> None:
     assert {type(block) for block in ranking.blocks} == {int}
 
 
-def test_kept_nodes_are_seeded_sorted_and_distinct(model: nn.Module) -> None:
+def test_kept_hidden_units_are_seeded_sorted_and_distinct(model: nn.Module) -> None:
     kept = draw_kept_units(model, 1, 50, seed=3)
     assert kept == draw_kept_units(model, 1, 50, seed=3)
     assert kept != draw_kept_units(model, 2, 50, seed=3)

@@ -48,7 +48,7 @@ def test_a_unit_is_computed_once_and_comes_back_as_it_was(tmp_path: Path) -> Non
     assert not list((tmp_path / "run" / "units").glob("*.part"))
 
 
-def test_of_several_units_those_that_are_finished_are_told_at_once_and_the_others_worked_out(tmp_path: Path) -> None:
+def test_finished_entries_are_reported_at_once_and_the_others_are_computed(tmp_path: Path) -> None:
     calls: list[str] = []
     told: list[tuple[int, bool]] = []
     works = {name: counted(calls, name) for name in ("a", "b", "c")}
@@ -142,7 +142,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
         ({"units/t.json": "{}"}, r"has entries but no run\.json"),
     ],
 )
-def test_a_foreign_or_broken_folder_is_refused_and_left_alone(
+def test_a_foreign_or_broken_folder_is_refused_and_not_changed(
     present: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     for name, text in present.items():

@@ -59,7 +59,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             buffer.append(other)
 
 
-def test_what_is_on_disk_takes_no_memory_and_goes_with_the_stack() -> None:
+def test_what_is_on_disk_takes_no_memory_and_goes_with_the_buffer() -> None:
     def files() -> int:
         return len(os.listdir("/proc/self/fd"))
 

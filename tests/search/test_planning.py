@@ -40,7 +40,7 @@ def build(model: nn.Module, plan: Plan) -> nn.Module:
     metric=st.sampled_from(["macs", "params"]),
     convention=st.sampled_from(MAC_CONVENTIONS),
 )
-def test_any_budget_in_range_is_met_within_a_node_per_block(
+def test_any_budget_in_range_is_met_within_a_hidden_unit_per_block(
     fraction: float, metric: str, convention: MacConvention
 ) -> None:
     budget = dcvit.Budget(**{metric: fraction}, convention=convention)
@@ -114,7 +114,7 @@ def test_activation_memory_needs_every_block() -> None:
     assert "Allow all 12 blocks" in str(caught.value)
 
     everything = dcvit.DCViT(candidates=tuple(range(12)))
-    # All nodes of the attention-free blocks take 10 of the original's 12 units, so this is a matter of nodes.
+    # The hidden units of the attention-free blocks take 10 of the original's 12 units, so hidden units decide.
     for budget in (
         dcvit.Budget(activation_memory=0.6, batch_size=16),
         dcvit.Budget(activation_memory=150_000, batch_size=16),
@@ -131,7 +131,7 @@ def test_activation_memory_needs_every_block() -> None:
 
 
 @pytest.mark.parametrize("budget", [dcvit.Budget(macs=0.78), dcvit.Budget(params=0.715), dcvit.Budget(file_size=0.75)])
-def test_kept_nodes_are_rounded_down_within_the_budget(budget: dcvit.Budget) -> None:
+def test_kept_hidden_units_are_rounded_down_within_the_budget(budget: dcvit.Budget) -> None:
     exact = make_plan(MODEL, budget)
     rounded = make_plan(MODEL, budget, dcvit.DCViT(round_to=8))
     assert exact.hidden_features % 8

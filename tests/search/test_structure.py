@@ -43,14 +43,14 @@ def test_losses_between_are_interpolated() -> None:
 
 
 @pytest.mark.parametrize("saving", [1000, 1001, 2222, 3000, 4321, 5600])
-def test_it_saves_enough_and_less_than_a_node_more(saving: int) -> None:
+def test_it_saves_enough_and_less_than_a_hidden_unit_more(saving: int) -> None:
     parts = attention_parts([profile(i) for i in range(4)])
     specs = search_structure(parts, saving)
     assert all(0 <= spec.hidden_features <= HIDDEN for spec in specs.values())
     assert saving <= saving_of(parts, specs) < saving + NODE
 
 
-def test_a_block_that_loses_nothing_gives_up_its_nodes_first() -> None:
+def test_a_block_that_loses_nothing_gives_up_its_hidden_units_first() -> None:
     units = (0, HIDDEN)
     parts = attention_parts([SensitivityCurve(units, (0.1, 0.1)), SensitivityCurve(units, (5.0, 0.1))])
     assert search_structure(parts, 2 * ATTENTION + HIDDEN * NODE, num_blocks=2) == {
@@ -66,8 +66,8 @@ def test_blocks_come_in_ascending_order_of_loss() -> None:
     assert losses == sorted(losses)
 
 
-def test_attention_goes_where_that_loses_less_than_nodes() -> None:
-    """One block has no use for its attention, the other has none for its nodes."""
+def test_attention_is_removed_if_that_loses_less_than_hidden_units() -> None:
+    """One block does not need its attention, another one does not need its hidden units."""
     units = (0, HIDDEN)
     idle_attention = (
         Way(False, ATTENTION, NODE, SensitivityCurve(units, (9.0, 0.1))),
@@ -82,7 +82,7 @@ def test_attention_goes_where_that_loses_less_than_nodes() -> None:
     assert found == {0: BlockSpec(HIDDEN), 1: BlockSpec(HIDDEN // 2, attention=True)}
 
 
-def test_a_pruned_block_keeps_a_node_and_loses_one() -> None:
+def test_a_pruned_block_keeps_a_hidden_unit_and_loses_one() -> None:
     units = (0, HIDDEN)
     parts = [Part((0,), (Way(True, 0, NODE, SensitivityCurve(units, (1.0, 0.0))),))]
     assert search_structure(parts, 1) == {0: BlockSpec(HIDDEN - 1, attention=True)}
@@ -140,7 +140,7 @@ def test_compress_keeps_what_the_search_found(model: nn.Module, images: Tensor) 
 
 
 def brute_force(parts: Sequence[Part], saving: int, num_blocks: int | None) -> float:
-    """The least loss over every structure of whole numbers of nodes that saves no node too much, if there is one."""
+    """The least loss over all structures that save no hidden unit too much, if there is one."""
     best: dict[bool, float] = {True: float("inf"), False: float("inf")}
     grain = max(way.unit_saving for part in parts for way in part.ways)
     for specs in product(*[[None, *part.specs(1)] for part in parts]):
@@ -185,7 +185,7 @@ def test_the_search_finds_the_least_loss(
     specs = search_structure(parts, saving, num_blocks=num_blocks)
     assert saving_of(parts, specs) >= saving
     if not fixed:
-        for part in parts:  # those of a part go together, to equal numbers of nodes
+        for part in parts:  # those of a part go together, to equal numbers of hidden units
             assert len({specs.get(block) for block in part.blocks}) == 1
     # Here a quantum is one unit, so nothing is rounded.
     assert loss_of(parts, specs) <= brute_force(parts, saving, num_blocks) * (1 + 1e-12) + 1e-12

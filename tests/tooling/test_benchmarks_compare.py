@@ -172,7 +172,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_imagenet_draws_from_train_and_judges_on_val(folder: Path) -> None:
+def test_imagenet_draws_from_train_and_evaluates_on_val(folder: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=3).eval()
     bed = imagenet(folder, 2021, 5, model=model, num_held_out=7)
     assert bed.images.shape == (5, 3, 32, 32)

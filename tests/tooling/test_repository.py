@@ -96,7 +96,7 @@ def test_tracked_files_name_no_machine() -> None:
             assert not any(mark in path.read_text() for mark in marks), name
 
 
-def test_make_alone_tells_what_there_is() -> None:
+def test_make_without_arguments_lists_the_targets() -> None:
     done = subprocess.run(["make", "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
     for target in ("demo", "test", "check", "install"):
         assert f'echo "{target} ' in done.stdout

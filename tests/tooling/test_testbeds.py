@@ -73,7 +73,7 @@ def test_the_teacher_has_no_error(bed: TestBed) -> None:
     assert measured.cosine_patch == pytest.approx(1, abs=1e-6)
 
 
-def test_a_cut_student_has_an_error(bed: TestBed) -> None:
+def test_a_compressed_student_has_an_error(bed: TestBed) -> None:
     one, all_but_one = (measure(bed, drop_blocks(bed.model, blocks)) for blocks in ([1], [0, 1, 2]))
     assert 0 < one.error < all_but_one.error
     assert 1 > one.cosine_class > all_but_one.cosine_class
@@ -188,7 +188,7 @@ def test_conversion_of_a_small_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         [],
         [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in stored.items()],
     )
-    # Position embeddings are the first input of their nodes, weights the second of theirs.
+    # Position embeddings are the first input of their graph nodes, weights the second input of theirs.
     for node in graph.node:
         if "embeddings" in node.name:
             node.input.reverse()
@@ -218,7 +218,7 @@ def test_conversion_against_onnxruntime() -> None:
 
 
 @pytest.mark.slow
-def test_a_student_with_fewer_tokens_is_judged_by_its_class_token() -> None:
+def test_a_student_with_fewer_tokens_is_evaluated_by_its_class_token() -> None:
     bed = digits(0)
     student = dcvit.compress(bed.model, bed.images, dcvit.Budget(macs=0.8), method="evit").model
     found = measure(bed, student)

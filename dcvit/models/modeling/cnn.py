@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CNNs of residual blocks that dcvit compressed, in torch and timm alone."""
+"""CNNs of residual blocks that dcvit compressed; this file needs only torch and timm."""
 
 import copy
 from collections.abc import Mapping
@@ -41,20 +41,20 @@ ARCHITECTURE = "dcvit_residual_cnn"
 
 
 FILES = ("timm.models.resnet", "timm.models.efficientnet", "timm.models.regnet")
-"""Where timm has the architectures that a compressed CNN may be of."""
+"""timm's modules that define the architectures of compressed CNNs."""
 
 
 STEM = ("kernel_size", "stride", "padding", "bias")
-"""What `config.json` says of a first convolution that is not the architecture's."""
+"""The settings in `config.json` of a first convolution that differs from the architecture's."""
 
 
 class Pointwise(nn.Conv2d):
-    """A 1×1 convolution with bias, which may have no channels to take or to give."""
+    """A 1×1 convolution with bias that may have zero input or output channels."""
 
     bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `[B, C, H, W]` to `[B, K, H, W]`."""
+        """Map `[B, C, H, W]` to `[B, K, H, W]`."""
         if self.out_channels == 0:
             return x.new_empty(len(x), 0, *x.shape[2:])
         if self.in_channels == 0:
@@ -63,13 +63,13 @@ class Pointwise(nn.Conv2d):
 
 
 class PointwiseBlock(nn.Module):
-    """A residual block that looks at each position alone: act2(x + conv2(act1(conv1(x)))), both convolutions 1×1.
+    """A residual block that treats each position separately: act2(x + conv2(act1(conv1(x)))), both convolutions 1×1.
 
-    `conv1` is the block's own first convolution, with the taps of each filter summed and its norm folded in; its
-    channels are the hidden units. `conv2` starts at zero and takes the place of all that followed.
+    `conv1` is the block's own first convolution, with the taps of each filter summed and its norm folded in. Its
+    channels are the hidden units. `conv2` starts at zero and replaces all layers after `conv1`.
 
     Args:
-        block: A residual block of timm's, see `expansion`; not changed.
+        block: A residual block of timm's, see `expansion`. It is not changed.
     """
 
     conv1: Pointwise
@@ -94,13 +94,13 @@ class PointwiseBlock(nn.Module):
             self.conv2.bias.zero_()
         self.act1 = copy.deepcopy(act)
         if hasattr(self.act1, "inplace"):
-            self.act1.inplace = False  # what a backward hook on `conv1` hands on may not be changed in place
+            self.act1.inplace = False  # torch forbids in-place changes of the output of a module with a backward hook
         name = last_activation(block)
         self.act2 = nn.Identity() if name is None else copy.deepcopy(getattr(block, name))
         self.requires_grad_(weight.requires_grad).train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `[B, D, H, W]` to the same shape."""
+        """Map `[B, D, H, W]` to the same shape."""
         return self.act2(x + self.conv2(self.act1(self.conv1(x))))
 
 
@@ -115,17 +115,17 @@ def build(
     stem: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The CNN that the `model_args` of a `config.json` describe, freshly initialised.
+    """Build the CNN that the `model_args` of a `config.json` describe, freshly initialised.
 
     Args:
         base: The timm architecture that was compressed.
-        base_args: More arguments of it.
+        base_args: More arguments of that architecture.
         num_classes: Classes of the head.
         in_chans: Channels of the images.
-        global_pool: The pooling.
-        per_layer_config: By the number of a residual block (see `cnn_places`): `skip` names `block` or `convolution`,
-            or nothing where only filters went; `intermediate_size` is how many are left.
-        stem: What differs there from the architecture, as for small images, see `change_stem`.
+        global_pool: The type of pooling.
+        per_layer_config: Settings by the number of a residual block (see `cnn_places`). `skip` lists `block`,
+            `convolution`, or nothing if only filters were removed. `intermediate_size` is the number of filters left.
+        stem: Settings of the stem that differ from the architecture, as for small images; see `change_stem`.
         kwargs: Drop rates, which timm's scripts pass.
     """
     model = create_base(
@@ -137,12 +137,12 @@ def build(
 
 
 def change_stem(model: nn.Module, stem: Mapping[str, Any]) -> None:
-    """In place: a CNN's first convolution becomes another, or the pooling behind it goes.
+    """Replace a CNN's first convolution, or remove the pooling after it, in place.
 
     Args:
         model: The CNN.
-        stem: `kernel_size`, `stride`, `padding` and `bias` of a convolution, or none of them; `pool`, if it is not
-            there.
+        stem: `kernel_size`, `stride`, `padding` and `bias` of the new convolution, or none of these; `pool`, which is
+            `False` if the pooling is removed.
     """
     require_arguments("stem", stem, {*STEM, "pool"})
     if not stem.get("pool", True):
@@ -155,17 +155,17 @@ def change_stem(model: nn.Module, stem: Mapping[str, Any]) -> None:
 
 
 def stem_layers(model: TimmModule) -> tuple[TimmModule, str, TimmModule]:
-    """The module that holds a CNN's first convolution, the name in it, and the norm behind it."""
+    """Return the module that holds a CNN's first convolution, the convolution's name in it, and the norm after it."""
     if isinstance(model, resnet.ResNet):
         return model, "conv1", model.bn1
     return (model, "conv_stem", model.bn1) if isinstance(model, EfficientNet) else (model.stem, "conv", model.stem.bn)
 
 
 def prune_cnn(model: nn.Module, per_layer_config: Mapping[str, Mapping[str, Any]]) -> None:
-    """In place: a CNN's blocks become what `per_layer_config` says of them, see `build`."""
-    places = cnn_places(model)
+    """Compress a CNN's blocks, in place, as `per_layer_config` describes; see `build`."""
+    locations = cnn_places(model)
     for number, settings in per_layer_config.items():
-        stage, name = places[int(number)]
+        stage, name = locations[int(number)]
         if "block" in settings["skip"]:
             setattr(stage, name, DroppedBlock())
             continue
@@ -175,7 +175,7 @@ def prune_cnn(model: nn.Module, per_layer_config: Mapping[str, Mapping[str, Any]
 
 
 def cnn_stages(model: TimmModule) -> list[TimmModule]:
-    """The sequences of blocks of a ResNet, EfficientNet or RegNet."""
+    """Return the stages, which are sequences of blocks, of a ResNet, EfficientNet or RegNet."""
     if isinstance(model, EfficientNet):
         return list(model.blocks)
     prefix = "layer" if isinstance(model, resnet.ResNet) else "s"
@@ -185,7 +185,7 @@ def cnn_stages(model: TimmModule) -> list[TimmModule]:
 
 
 def cnn_places(model: TimmModule) -> list[tuple[TimmModule, str]]:
-    """Where the residual blocks of a CNN are: a stage, and the name in it. Other blocks have no number."""
+    """Return the stage and the name in it of each residual block. Other blocks are not numbered."""
     return [
         (stage, name)
         for stage in cnn_stages(model)
@@ -195,9 +195,9 @@ def cnn_places(model: TimmModule) -> list[tuple[TimmModule, str]]:
 
 
 def expansion(block: TimmModule) -> Any:
-    """The first convolution of a residual block with the norm and the activation behind it.
+    """Return the first convolution of a residual block, with the norm and the activation after it.
 
-    `None` unless the block adds to its input, and that convolution is of all channels and has a plain BatchNorm.
+    Return `None` unless the block adds to its input, and the convolution has one group and a plain BatchNorm.
     """
     found = first_layers(block)
     if found is None:
@@ -214,7 +214,7 @@ def expansion(block: TimmModule) -> Any:
 
 
 def first_layers(block: TimmModule) -> tuple[TimmModule, TimmModule, TimmModule] | None:
-    """The first convolution of a block with the norm and the activation behind it; `None` of another kind of block."""
+    """Return a block's first convolution, and the norm and activation after it; `None` for other kinds of blocks."""
     if type(block) in (resnet.BasicBlock, resnet.Bottleneck):
         return block.conv1, block.bn1, block.act1
     if type(block) is InvertedResidual:
@@ -227,23 +227,24 @@ def first_layers(block: TimmModule) -> tuple[TimmModule, TimmModule, TimmModule]
 
 
 def last_activation(block: TimmModule) -> str | None:
-    """The name of the activation behind a residual block's sum; `None` where there is none."""
+    """Return the name of the activation after a residual block's sum; `None` if there is none."""
     if type(block) in (resnet.Bottleneck, regnet.Bottleneck):
         return "act3"
     return "act2" if type(block) in (resnet.BasicBlock, PointwiseBlock) else None
 
 
 def filter_path(block: TimmModule) -> list[tuple[TimmModule, int]]:
-    """The layers of a residual block that hold its hidden filters.
+    """Return the layers of a residual block that hold its hidden filters.
 
-    They are those of its first convolution, of a bottleneck those of the second, whose maps a 1×1 convolution takes.
+    The hidden filters are those of the first convolution. In a bottleneck they are those of the second convolution,
+    whose outputs a 1×1 convolution takes.
 
     Args:
-        block: A residual block, see `expansion`, or what a compressed one became.
+        block: A residual block, see `expansion`, or a `PointwiseBlock`.
 
     Returns:
-        From the convolution of the filters to the one that takes what they give, each with the dimension of its weight
-        along which they lie.
+        The layers from the convolution with the filters to the one that takes their outputs. Each comes with the
+        dimension of its weight that indexes the filters.
     """
     if isinstance(block, PointwiseBlock):
         return [(block.conv1, 0), (block.conv2, 1)]
@@ -267,15 +268,15 @@ def filter_path(block: TimmModule) -> list[tuple[TimmModule, int]]:
 
 @torch.no_grad()
 def keep_filters(block: TimmModule, kept: Tensor) -> None:
-    """In place: only some hidden filters of a block stay.
+    """Keep only some hidden filters of a block, in place.
 
     Args:
-        block: A block of whose `filter_path` every layer is a BatchNorm or a convolution, of all channels or depthwise.
-        kept: Their numbers `[K]`, in the order in which they stay.
+        block: The block. Each layer of its `filter_path` is a BatchNorm, or a convolution with one group or depthwise.
+        kept: The numbers `[K]` of the filters to keep, in their new order.
     """
     for layer, dim in filter_path(block):
         for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
-            if tensor.ndim <= dim:  # the bias of what takes the filters; the batches that a BatchNorm counted
+            if tensor.ndim <= dim:  # the bias of the last layer; a BatchNorm's batch count
                 continue
             values = tensor.index_select(dim, kept.to(tensor.device))
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -291,7 +292,7 @@ def keep_filters(block: TimmModule, kept: Tensor) -> None:
 
 
 def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a CNN the way timm builds its own, with its weights if `pretrained`; the arguments are `build`'s."""
+    """Build a CNN as timm builds its own models, with weights if `pretrained`; the other arguments are `build`'s."""
     return build_model_with_cfg(
         build,
         ARCHITECTURE,
@@ -303,10 +304,10 @@ def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def dcvit_residual_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's entry point for CNNs that dcvit compressed; the arguments come from `config.json`."""
+    """Create a compressed CNN: timm's entry point, whose arguments come from `config.json`."""
     return create(pretrained, **kwargs)
 
 
-# A module of dcvit registers it whatever a saved folder's file registered before, which need not know all of its parts.
+# dcvit's own module always registers it, because a saved folder's file may have registered a version with fewer parts.
 if __package__ or not timm.is_model(ARCHITECTURE):
     register_model(dcvit_residual_cnn)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evas and Beits that dcvit compressed, in torch and timm alone."""
+"""Evas and Beits that dcvit compressed; this file needs only torch and timm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,16 +20,16 @@ ARCHITECTURE = "dcvit_eva"
 
 
 FILES = ("timm.models.eva", "timm.models.beit")
-"""Where timm has the architectures that a compressed Eva or Beit may be of."""
+"""timm's modules that define the architectures of compressed Evas and Beits."""
 
 
 class PrunedBeit(Beit):  # type: ignore[misc]
-    """timm's `Beit`, some of whose blocks may have no attention that would have to be told another image size."""
+    """A timm `Beit` in which some blocks may have no attention."""
 
     blocks: nn.ModuleList
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """As of timm's."""
+        """Set the image size as timm's method does, but skip blocks without attention."""
         blocks = self.blocks
         self.blocks = nn.ModuleList(block for block in blocks if hasattr(block, "attn"))
         try:
@@ -49,17 +49,17 @@ def build(
     per_layer_config: Mapping[str, Mapping[str, Any]],
     **kwargs: Any,
 ) -> nn.Module:
-    """The Eva or Beit that the `model_args` of a `config.json` describe, freshly initialised.
+    """Build the Eva or Beit that the `model_args` of a `config.json` describe, freshly initialised.
 
     Args:
         base: The timm architecture that was compressed.
-        base_args: More arguments of it.
+        base_args: More arguments of that architecture.
         img_size: Height and width of the images, or both as one number.
         num_classes: Classes of the head.
         in_chans: Channels of the images.
-        global_pool: The pooling.
-        per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
-            units.
+        global_pool: The type of pooling.
+        per_layer_config: Settings by the number of a block: `skip` lists the parts that it lacks, and
+            `intermediate_size` is its number of hidden units.
         kwargs: Drop rates, which timm's scripts pass.
     """
     size = img_size if isinstance(img_size, int) else tuple(img_size)
@@ -80,7 +80,7 @@ def build(
 
 
 def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build an Eva or Beit the way timm builds its own, with its weights if `pretrained`; see `build`."""
+    """Build an Eva or Beit as timm builds its own models, with weights if `pretrained`; see `build`."""
     return build_model_with_cfg(
         build,
         ARCHITECTURE,
@@ -92,15 +92,15 @@ def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _fit_weights(state: dict[str, Tensor], model: TimmModule) -> dict[str, Tensor]:
-    """Saved weights for a model built at another image size: what they say of positions is resampled.
+    """Return saved weights for a model built at another image size, with the position weights resampled.
 
-    Timm's function for Beit tells the size that weights are of from their number, and so takes it for a square.
+    timm's function for Beit infers the old size from the number of weights, and so assumes a square.
     """
     if isinstance(model, Eva):
         fitted: dict[str, Tensor] = checkpoint_filter_fn(state, model)
         return fitted
     patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
-    height, width = model.pretrained_model_args["img_size"]  # of the weights
+    height, width = model.pretrained_model_args["img_size"]  # the image size of the weights
     old = height // patch[0], width // patch[1]
     if old == tuple(grid):
         return state
@@ -117,10 +117,10 @@ def _fit_weights(state: dict[str, Tensor], model: TimmModule) -> dict[str, Tenso
 
 
 def dcvit_eva(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's entry point for Evas and Beits that dcvit compressed; the arguments come from `config.json`."""
+    """Create a compressed Eva or Beit: timm's entry point, whose arguments come from `config.json`."""
     return create(pretrained, **kwargs)
 
 
-# A module of dcvit registers it whatever a saved folder's file registered before, which need not know all of its parts.
+# dcvit's own module always registers it, because a saved folder's file may have registered a version with fewer parts.
 if __package__ or not timm.is_model(ARCHITECTURE):
     register_model(dcvit_eva)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compressed models of several families are made of, and how a file may describe them.
+"""Parts of compressed models that several families share, and checks of the files that describe them.
 
-See `dcvit.models.standalone` for how this package becomes the one file of a saved folder.
+`dcvit.models.standalone` turns this package into the single file of a saved folder.
 """
 
 import copy
@@ -53,14 +53,14 @@ __all__ = [
 ]
 
 LARGEST_ARGUMENT = 1 << 16
-"""No size of timm's architectures is above it."""
+"""The largest number accepted as an argument; no size in timm's architectures is larger."""
 
 
 TimmModule: TypeAlias = Any
-"""A module of timm's, whose attributes its type does not tell."""
+"""A timm module, whose attributes have no static types."""
 
 
-# What `config.json` names.
+# Keys that `config.json` uses.
 NORMS: dict[str, type[nn.Module]] = {
     "layernorm": LayerNorm,
     "layernormfp32": LayerNormFp32,
@@ -83,14 +83,14 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 POST_NORM = (ResPostBlock, SwinTransformerV2Block, EvaBlockPostNorm)
-"""Blocks whose norms lie behind attention and MLP."""
+"""Blocks whose norms follow attention and MLP."""
 
 
 class CompressedBlock(nn.Module):
-    """What is left of a transformer block without attention, x + ls2(mlp(norm2(x))), under timm's parameter names.
+    """A transformer block without attention, x + ls2(mlp(norm2(x))), with timm's parameter names.
 
     Args:
-        block: A timm `Block`, `ResPostBlock`, or block of a Swin, an Eva or a Beit; its MLP branch is taken over, not
+        block: A timm `Block`, `ResPostBlock`, or block of a Swin, an Eva or a Beit. Its MLP branch is reused and not
             copied.
     """
 
@@ -108,16 +108,16 @@ class CompressedBlock(nn.Module):
         self.drop_path2 = block.drop_path2
 
     def forward(self, x: Tensor, **arguments: Any) -> Tensor:
-        """Tokens to tokens of the same shape; the attention arguments of timm's blocks have nothing to act on."""
+        """Map tokens to tokens of the same shape; the attention arguments of timm's blocks are ignored."""
         branch: Tensor = self.norm2(self.mlp(x)) if self.post_norm else self.ls2(self.mlp(self.norm2(x)))
         return x + self.drop_path2(branch)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """A Swin tells its blocks the image size; without windows it makes no difference."""
+        """Do nothing: a Swin sets its blocks' image size, which matters only for windows."""
 
 
 def layer_scale(block: TimmModule) -> nn.Module:
-    """The LayerScale behind a block's MLP, which in timm's Eva and Beit is a parameter alone."""
+    """Return the LayerScale after a block's MLP; timm's Eva and Beit have only a parameter instead."""
     if (gamma := getattr(block, "gamma_2", None)) is None:
         found: nn.Module = getattr(block, "ls2", nn.Identity())
         return found
@@ -127,29 +127,29 @@ def layer_scale(block: TimmModule) -> nn.Module:
 
 
 class DroppedBlock(nn.Module):
-    """What is left of a block that was dropped whole: its output is its input."""
+    """The replacement of a dropped block: its output is its input."""
 
     def forward(self, x: Tensor, **arguments: Any) -> Tensor:
-        """Tokens, unchanged."""
+        """Return the tokens unchanged."""
         return x
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """A Swin tells its blocks the image size; without windows it makes no difference."""
+        """Do nothing: a Swin sets its blocks' image size, which matters only for windows."""
 
 
 def require_base(base: Any, base_args: Any, files: Collection[str]) -> None:
-    """Refuse what a `config.json` says of a timm architecture, unless building it is all that this can lead to.
+    """Refuse a timm architecture from a `config.json`, unless the values can only build a model.
 
-    `timm.create_model` would also take a folder or a repository for a name, and arguments that read, download or
-    cache files.
+    `timm.create_model` also accepts a folder or a repository as a name, and arguments that read, download or cache
+    files.
 
     Args:
         base: The name of the architecture.
-        base_args: Arguments of it.
-        files: The modules of timm that it may be of.
+        base_args: Arguments of the architecture.
+        files: The timm modules that may define it.
 
     Raises:
-        ValueError: If it is not of these modules, or an argument does not shape a model.
+        ValueError: If these modules do not define it, or an argument does not shape a model.
     """
     name = base if isinstance(base, str) and base.isidentifier() and timm.is_model(base) else None
     if name is None or timm.model_entrypoint(name).__module__ not in files:
@@ -160,9 +160,9 @@ def require_base(base: Any, base_args: Any, files: Collection[str]) -> None:
 
 
 def shape_arguments(architecture: str) -> set[str]:
-    """The arguments of a timm architecture that shape it: those of the classes of modules in its file.
+    """Return the arguments of a timm architecture that shape it: those of the module classes in its file.
 
-    What `timm.create_model` itself takes, such as where to find weights and where to put them, is not among them.
+    Arguments of `timm.create_model` itself, such as the source of weights and the cache folder, are not included.
     """
     file = sys.modules[timm.model_entrypoint(architecture).__module__]
     classes = [value for value in vars(file).values() if isinstance(value, type) and issubclass(value, nn.Module)]
@@ -170,7 +170,7 @@ def shape_arguments(architecture: str) -> set[str]:
 
 
 def parameter_names(makers: Iterable[Callable[..., Any]]) -> set[str]:
-    """The names of the arguments that functions or classes take, but for where and how numbers are stored."""
+    """Return the names of the arguments of functions or classes, except `device` and `dtype`."""
     return {name for maker in makers for name in inspect.signature(maker).parameters} - {"device", "dtype"}
 
 
@@ -178,12 +178,13 @@ def require_arguments(where: str, args: Any, names: Collection[str]) -> None:
     """Refuse arguments from a file that could do more than shape a model.
 
     Args:
-        where: What the file calls them.
-        args: By name.
-        names: Those that may be there.
+        where: The name of the table in the file.
+        args: The arguments by name.
+        names: The names that are allowed.
 
     Raises:
-        ValueError: Naming the first that may not, or whose value is neither a number, a word nor a list of these.
+        ValueError: If a name is not allowed, or a value is not a number, a word or a list of these; the message names
+            the first such argument.
     """
     if not isinstance(args, Mapping):
         raise ValueError(f"{where}={args!r}: expected a table of arguments.")
@@ -201,21 +202,21 @@ def _is_plain(value: Any, nested: int = 2) -> bool:
     if isinstance(value, (list, tuple)):
         return nested > 0 and all(_is_plain(item, nested - 1) for item in value)
     if isinstance(value, (int, float)):
-        return abs(value) <= LARGEST_ARGUMENT  # which NaN is not
+        return abs(value) <= LARGEST_ARGUMENT  # false for NaN
     return value is None or value == "" or (isinstance(value, str) and value.isidentifier())
 
 
 def create_base(
     base: str, base_args: Mapping[str, Any], files: Collection[str], more: Mapping[str, Any], **read: Any
 ) -> TimmModule:
-    """A timm architecture, whole, that says of itself how it was made.
+    """Create an uncompressed timm model that records how it was created.
 
     Args:
-        base: Its name.
-        base_args: Arguments that a model does not tell.
-        files: The modules of timm that it may be of.
-        more: Arguments that are not its own, but of this use of it: drop rates.
-        read: Those that are read off it.
+        base: The name of its architecture.
+        base_args: Arguments that cannot be read off a model.
+        files: The timm modules that may define it.
+        more: Arguments that are not recorded: drop rates.
+        read: Arguments that can be read off a model.
     """
     require_base(base, {**base_args, **more}, files)
     model: TimmModule = timm.create_model(base, pretrained=False, **read, **base_args, **more)
@@ -224,18 +225,18 @@ def create_base(
 
 
 def compress_blocks(
-    places: Sequence[tuple[TimmModule, int]],
+    locations: Sequence[tuple[TimmModule, int]],
     per_layer_config: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """In place: transformer blocks become what `per_layer_config` says of them.
+    """Compress transformer blocks, in place, as `per_layer_config` describes.
 
     Args:
-        places: By the number of a block, the list that holds it and its index there.
-        per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
-            units.
+        locations: The list that holds each block, and the block's index in it, in the order of the blocks.
+        per_layer_config: Settings by the number of a block: `skip` lists the parts that it lacks, and
+            `intermediate_size` is its number of hidden units.
     """
     for number, settings in per_layer_config.items():
-        blocks, index = places[int(number)]
+        blocks, index = locations[int(number)]
         if "mlp" in settings["skip"]:
             blocks[index] = DroppedBlock()
             continue
@@ -246,11 +247,11 @@ def compress_blocks(
 
 @torch.no_grad()
 def keep_hidden_units(mlp: TimmModule, kept: Tensor) -> None:
-    """In place: only some hidden units of an MLP stay.
+    """Keep only some hidden units of an MLP, in place.
 
     Args:
-        mlp: One of `MLPS`.
-        kept: Their numbers `[K]`, in the order in which they stay.
+        mlp: An MLP of one of the types in `MLPS`.
+        kept: The numbers `[K]` of the hidden units to keep, in their new order.
     """
     hidden = mlp.fc2.in_features
     kept = kept.to(mlp.fc2.weight.device)
@@ -266,12 +267,12 @@ def keep_hidden_units(mlp: TimmModule, kept: Tensor) -> None:
 
 
 def norm_from(spec: Mapping[str, Any]) -> Any:
-    """The norm that a `config.json` describes, ready to be made for a width."""
+    """Return a constructor of the norm that a `config.json` describes, which takes the width."""
     return partial(NORMS[spec["type"]], eps=spec["eps"])
 
 
 def linear_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
-    """A copy of a linear layer with some of its outputs."""
+    """Return a copy of a linear layer with some of its outputs."""
     kept = copy.deepcopy(layer)
     kept.out_features = len(rows)
     kept.weight = nn.Parameter(layer.weight[rows], requires_grad=layer.weight.requires_grad)
@@ -281,7 +282,7 @@ def linear_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
 
 
 def linear_columns(layer: nn.Linear, columns: Tensor) -> nn.Linear:
-    """A copy of a linear layer with some of its inputs."""
+    """Return a copy of a linear layer with some of its inputs."""
     kept = copy.deepcopy(layer)
     kept.in_features = len(columns)
     kept.weight = nn.Parameter(layer.weight[:, columns].contiguous(), requires_grad=layer.weight.requires_grad)
@@ -289,7 +290,7 @@ def linear_columns(layer: nn.Linear, columns: Tensor) -> nn.Linear:
 
 
 def norm_channels(norm: TimmModule, channels: Tensor) -> nn.Module:
-    """A copy of a norm with some of its channels."""
+    """Return a copy of a norm with some of its channels."""
     if len(channels) == 0:
         return nn.Identity()
     kept: TimmModule = copy.deepcopy(norm)

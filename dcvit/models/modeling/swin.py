@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swins that dcvit compressed, in torch and timm alone."""
+"""Swins that dcvit compressed; this file needs only torch and timm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,17 +29,17 @@ def build(
     act_layer: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The Swin that the `model_args` of a `config.json` describe, freshly initialised.
+    """Build the Swin that the `model_args` of a `config.json` describe, freshly initialised.
 
     Args:
-        version: 1 or 2, of the architecture.
+        version: The version of the architecture, 1 or 2.
         img_size: Height and width of the images, or both as one number.
-        patch_size: Likewise of a patch.
-        window_size: Likewise of each stage's windows.
+        patch_size: Height and width of a patch.
+        window_size: Height and width of the windows of each stage.
         norm_layer: Key into `NORMS` and epsilon.
-        per_layer_config: By the number of a block, through all stages: `skip`, the parts that it lacks;
-            `intermediate_size`, its hidden units.
-        act_layer: Of version 2, key into `ACTIVATIONS`.
+        per_layer_config: Settings by the number of a block, through all stages: `skip` lists the parts that it lacks,
+            and `intermediate_size` is its number of hidden units.
+        act_layer: Key into `ACTIVATIONS`, only for version 2.
         kwargs: More arguments of timm's `SwinTransformer` or `SwinTransformerV2`.
     """
     if act_layer is not None:
@@ -56,13 +56,13 @@ def build(
 
 
 def swin_places(model: nn.Module) -> list[tuple[TimmModule, int]]:
-    """Where the blocks of a Swin are, numbered through all stages: a stage's blocks, and the number among them."""
+    """Return the list of blocks and the index in it of each block, through all stages."""
     layers: TimmModule = model.layers
     return [(stage.blocks, index) for stage in layers for index in range(len(stage.blocks))]
 
 
 def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a Swin the way timm builds its own, with its weights if `pretrained`; the arguments are `build`'s."""
+    """Build a Swin as timm builds its own models, with weights if `pretrained`; the other arguments are `build`'s."""
     return build_model_with_cfg(
         build,
         ARCHITECTURE,
@@ -75,10 +75,10 @@ def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _fit_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Saved weights for a Swin built at another image size, whose windows may be smaller.
+    """Return saved weights for a Swin built at another image size, whose windows may be smaller.
 
-    Timm resamples the position biases of version 1; where none differs in shape its function is left out, because it
-    takes a model for one of Microsoft's by its parameters' names.
+    timm resamples the position biases of version 1. If no shape differs, its function is not called, because it would
+    mistake the parameters' names for those of Microsoft's checkpoints.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if "relative_position" in name}
     if any(name in state and state[name].shape != shape for name, shape in shapes.items()):
@@ -87,10 +87,10 @@ def _fit_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 
 def dcvit_swin_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's entry point for Swins that dcvit compressed; the arguments come from `config.json`."""
+    """Create a compressed Swin: timm's entry point, whose arguments come from `config.json`."""
     return create(pretrained, **kwargs)
 
 
-# A module of dcvit registers it whatever a saved folder's file registered before, which need not know all of its parts.
+# dcvit's own module always registers it, because a saved folder's file may have registered a version with fewer parts.
 if __package__ or not timm.is_model(ARCHITECTURE):
     register_model(dcvit_swin_transformer)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods other than DC-ViT make of a vision transformer's blocks.
+"""Changed vision transformer blocks of methods other than DC-ViT.
 
-A saved folder's file holds those that the saved model has. A function here that makes one is marked with the key of
-`per_layer_config` that asks for it.
+A saved folder's file contains only the variations that the saved model has. A function that makes one is registered
+under the keys of `per_layer_config` that request it.
 """
 
 import math
@@ -33,39 +33,39 @@ __all__ = [
 ]
 
 PerLayerConfig: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""What `config.json` says of blocks, by their numbers."""
+"""The settings of blocks in `config.json`, by block number."""
 
 Variation: TypeAlias = Callable[[TimmModule, str, PerLayerConfig], None]
-"""A function that changes a block in place: it takes the model, the block's number and what the config says of all."""
+"""A function that changes a block in place. It takes the model, the block's number and the settings of all blocks."""
 
 VARIATIONS: dict[tuple[str, ...], Variation] = {}
-"""By the keys of `per_layer_config` that ask for it, each variation, in the order in which they are made."""
+"""The variations by the keys of `per_layer_config` that request them, in the order in which they are applied."""
 
 
 def variation(*keys: str) -> Callable[[Variation], Variation]:
-    """Enter a function in `VARIATIONS`."""
+    """Return a decorator that registers a function in `VARIATIONS`."""
 
-    def enter(change: Variation) -> Variation:
+    def register(change: Variation) -> Variation:
         VARIATIONS[keys] = change
         return change
 
-    return enter
+    return register
 
 
 KERNEL = 3
-"""Side of the convolutions in `SharedBlock` and `ConvolutionalAttention`."""
+"""The kernel size of the convolutions in `SharedBlock` and `ConvolutionalAttention`."""
 
 
 class FusingBlock(nn.Module):
-    """A transformer block behind whose attention only the tokens that the class token attends to go on.
+    """A transformer block that drops patch tokens with little attention from the class token, after its attention.
 
-    The share `keep_rate` of the patch tokens of most attention stays, in their order; one more token is the mean of the
-    others, weighted by that attention (EViT, arXiv 2202.07800).
+    The share `keep_rate` of the patch tokens with the most attention stays, in the original order. One more token is
+    the mean of the others, weighted by their attention (EViT, arXiv 2202.07800).
 
     Args:
-        block: A timm `Block` of a model with a class token; its parts are taken over, not copied.
-        keep_rate: Share of the patch tokens, in (0, 1); the number is rounded up.
-        num_prefix_tokens: Class token and registers, which always stay.
+        block: A timm `Block` of a model with a class token. Its parts are reused and not copied.
+        keep_rate: The share of patch tokens to keep, in (0, 1). Their number is rounded up.
+        num_prefix_tokens: The number of class and register tokens, which always stay.
     """
 
     def __init__(self, block: TimmModule, keep_rate: float, num_prefix_tokens: int = 1) -> None:
@@ -75,19 +75,19 @@ class FusingBlock(nn.Module):
         self.keep_rate, self.num_prefix_tokens = keep_rate, num_prefix_tokens
 
     def tokens_after(self, tokens: int) -> int:
-        """How many tokens leave the block if so many enter it."""
+        """Return the number of output tokens for a number of input tokens."""
         patches = tokens - self.num_prefix_tokens
         kept = self._num_kept(patches)
         return tokens if kept >= patches else self.num_prefix_tokens + kept + 1
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, M, D]`; there is nothing that a mask of all tokens could mean behind it."""
+        """Map tokens `[B, N, D]` to `[B, M, D]`; attention masks are ignored."""
         mixed, attention = self.attend(self.norm1(x))
         x = self.fuse_tokens(x + self.drop_path1(self.ls1(mixed)), attention)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention `[B, N, D]`, and how the class token attends to the patches `[B, P]`, the mean over the heads."""
+        """Return the attention's output `[B, N, D]`, and the class token's mean attention to the patches `[B, P]`."""
         logits, value = _logits_and_values(self.attn, x)
         weights = logits.softmax(dim=-1)
         return _projected(self.attn, weights, value), weights[:, :, 0, self.num_prefix_tokens :].mean(dim=1)
@@ -96,12 +96,12 @@ class FusingBlock(nn.Module):
         return math.ceil(self.keep_rate * patches)
 
     def fuse_tokens(self, x: Tensor, attention: Tensor) -> Tensor:
-        """Keep the tokens `[B, N, D]` of most attention `[B, P]`, and fuse the rest."""
+        """Keep the tokens of `[B, N, D]` with the most attention `[B, P]`, and fuse the rest into one."""
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         kept = self._num_kept(patches.shape[1])
         if kept >= patches.shape[1]:
             return x
-        order = attention.topk(patches.shape[1], dim=1).indices  # ONNX knows no stable sort
+        order = attention.topk(patches.shape[1], dim=1).indices  # ONNX has no stable sort
         first, rest = order[:, :kept].topk(kept, dim=1, largest=False).values, order[:, kept:]
         weight = attention.gather(1, rest)
         weight = weight / weight.sum(dim=1, keepdim=True)
@@ -110,7 +110,7 @@ class FusingBlock(nn.Module):
 
 
 def _logits_and_values(attn: TimmModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a timm `Attention` puts through the softmax `[B, H, N, N]`, and its values `[B, H, N, C]`."""
+    """Return the logits `[B, H, N, N]` of a timm `Attention`, and its values `[B, H, N, C]`."""
     qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
     query, key = attn.q_norm(query), attn.k_norm(key)
@@ -118,7 +118,7 @@ def _logits_and_values(attn: TimmModule, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _projected(attn: TimmModule, weights: Tensor, value: Tensor) -> Tensor:
-    """What a timm `Attention` gives `[B, N, D]`, of its weights `[B, H, N, N]` and values `[B, H, N, C]`."""
+    """Return a timm `Attention`'s output `[B, N, D]` from its weights `[B, H, N, N]` and values `[B, H, N, C]`."""
     mixed = attn.norm((weights @ value).transpose(1, 2).flatten(2))
     projected: Tensor = attn.proj_drop(attn.proj(mixed))
     return projected
@@ -129,24 +129,24 @@ def _taken(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 class SharedBlock(nn.Module):
-    """A transformer block that shares the weights of its attention, of its MLP or of both with blocks next to it.
+    """A transformer block that shares the weights of its attention, its MLP or both with neighbouring blocks.
 
-    A weight transformation of its own tells it from those: linear maps across the heads, before and behind the
-    softmax, and a depthwise 3×3 convolution of the patches, which is added to what the MLP takes (MiniViT, arXiv
-    2204.07154). They begin as nothing: identities and zeros. Attention that is mapped is computed in the open, `[H, N,
-    N]` values for each image, for fused kernels have no place for the maps.
+    Each block has its own weight transformations: linear maps across the heads, before and after the softmax, and a
+    depthwise 3×3 convolution of the patches, whose output is added to the MLP's input (MiniViT, arXiv 2204.07154).
+    They start as identities and zeros. Attention with these maps computes `[H, N, N]` values for each image
+    explicitly, because fused kernels do not support the maps.
 
-    What is shared belongs to one of the blocks alone. The others hold the same module without registering it, so that
-    parameters count once, a file has them once, and they are shared again wherever the model is built.
+    Only one of the blocks owns a shared module. The others hold it without registering it, so that its parameters are
+    counted once, stored once, and shared again in a rebuilt model.
 
     Args:
-        block: A timm `Block`; its parts are taken over, not copied.
-        attention: The attention that it shares, its own if it owns it; `None` where it shares none.
-        mlp: Likewise of the MLP.
+        block: A timm `Block`. Its parts are reused and not copied.
+        attention: The shared attention, which may be the block's own; `None` if it is not shared.
+        mlp: The shared MLP, which may be the block's own; `None` if it is not shared.
         attention_of: The number of the block that owns the attention.
-        mlp_of: Likewise of the MLP.
+        mlp_of: The number of the block that owns the MLP.
         grid: Rows and columns of patches.
-        num_prefix_tokens: Class token and the like, which pass the convolution by.
+        num_prefix_tokens: The number of class and other tokens before the patches, which are not convolved.
     """
 
     attn: TimmModule
@@ -186,17 +186,17 @@ class SharedBlock(nn.Module):
         if shared is None or shared is own:
             setattr(self, name, own)
         else:
-            self.__dict__[name] = shared  # past nn.Module, which would register it
+            self.__dict__[name] = shared  # bypasses nn.Module, which would register it
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]` to `[B, N, D]`; the masks are those of timm's `Attention`."""
+        """Map tokens `[B, N, D]` to `[B, N, D]`; the masks are those of timm's `Attention`."""
         attend = self.attn if self.attention_of is None else self.attend
         x = x + self.drop_path1(self.ls1(attend(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         normed = self.norm2(x)
         return x + self.drop_path2(self.ls2(self.mlp(normed if self.mlp_of is None else self.look_around(normed))))
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attention `[B, N, D]` with maps across the heads."""
+        """Return the attention's output `[B, N, D]`, computed with maps across the heads."""
         logits, value = _logits_and_values(self.attn, x)
         logits = _mixed(logits, self.mix_logits)
         logits = maybe_add_mask(logits, resolve_self_attn_mask(x.shape[1], logits, attn_mask, is_causal))
@@ -204,10 +204,10 @@ class SharedBlock(nn.Module):
         return _projected(self.attn, weights, value)
 
     def look_around(self, x: Tensor) -> Tensor:
-        """Add the convolution of the patches among the tokens `[B, N, D]` to them.
+        """Add the convolution of the patch tokens to the tokens `[B, N, D]`.
 
         Raises:
-            ValueError: If they are another number than the model was built for, and in no square.
+            ValueError: If the number of patches is neither that of the model's grid nor a square.
         """
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         maps = patches.mT.unflatten(2, _grid_of(patches.shape[1], self.grid))
@@ -215,20 +215,20 @@ class SharedBlock(nn.Module):
         return torch.cat([prefix, patches + around.flatten(2).mT], dim=1)
 
     def extra_repr(self) -> str:
-        """Whose weights it has."""
+        """Return the owners of its weights."""
         return f"attention_of={self.attention_of}, mlp_of={self.mlp_of}"
 
 
 def _mixed(attention: Tensor, across: Tensor) -> Tensor:
-    """Attention `[B, H, N, N]` with a linear map `[H, H]` across the heads."""
+    """Apply a linear map `[H, H]` across the heads to attention `[B, H, N, N]`."""
     return (across @ attention.flatten(2)).unflatten(2, attention.shape[2:])
 
 
 def _grid_of(patches: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of so many patches: those of a model's grid, or of a square.
+    """Return rows and columns for a number of patches: the model's grid, or a square.
 
     Raises:
-        ValueError: If they are neither.
+        ValueError: If the number fits neither.
     """
     side = math.isqrt(patches)
     if patches == math.prod(grid):
@@ -242,28 +242,28 @@ def _grid_of(patches: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 class ConvolutionalAttention(nn.Module):
-    """A convolution over the grid of patches that takes the place of an attention, with its values and its `proj`.
+    """A convolution over the grid of patches that replaces an attention and keeps its value and output projections.
 
-    Of the values v `[B, N, C]` each channel is mixed on its own, with the mean v̄ over all tokens:
+    Each channel of the values v `[B, N, C]` is mixed separately. v̄ is the mean over all tokens:
 
-        a patch gets                                    (k * v) + m v̄ + b,     k of 3×3, 0 beyond the grid
-        a prefix token t (class, distillation, registers)  s_t v_t + m_t v̄ + b_t
+        patch                                            (k * v) + m v̄ + b,     k is 3×3, padded with zeros
+        prefix token t (class, distillation, registers)  s_t v_t + m_t v̄ + b_t
 
-    No queries, keys or N² products are left (after SPViT, arXiv 2111.11802). All mixing weights start at zero.
+    There are no queries, keys or N² products (after SPViT, arXiv 2111.11802). All mixing weights start at zero.
 
     Args:
-        attn: A timm `Attention` without a gate; its `norm` and `proj` are taken over, its values' rows copied.
-        grid: Rows and columns of patches. Other numbers of patches are taken for a square.
-        num_prefix_tokens: Tokens before the patches.
+        attn: A timm `Attention` without a gate. Its `norm` and `proj` are reused, and its value rows are copied.
+        grid: Rows and columns of patches. Any other number of patches must be a square.
+        num_prefix_tokens: The number of tokens before the patches.
     """
 
     def __init__(self, attn: TimmModule, grid: tuple[int, int], num_prefix_tokens: int) -> None:
         super().__init__()
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
-        self.num_heads, self.head_dim = attn.num_heads, attn.head_dim  # of the attention that it was
+        self.num_heads, self.head_dim = attn.num_heads, attn.head_dim  # of the replaced attention
         weight, channels = attn.qkv.weight, attn.attn_dim
         self.v = linear_rows(attn.qkv, torch.arange(2 * channels, 3 * channels, device=weight.device))
-        # Nothing is drawn for weights that start at zero.
+        # `skip_init` draws no random numbers; the weights start at zero.
         self.conv: TimmModule = nn.utils.skip_init(
             nn.Conv2d, channels, channels, KERNEL, padding=KERNEL // 2, groups=channels, device=weight.device,
             dtype=weight.dtype,
@@ -278,15 +278,15 @@ class ConvolutionalAttention(nn.Module):
         self.train(attn.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens `[B, N, D]` to the same shape; the attention's arguments have nothing to act on."""
+        """Map tokens `[B, N, D]` to the same shape; the attention's arguments are ignored."""
         mixed: Tensor = self.proj_drop(self.proj(self.norm(self.mix(self.v(x)))))
         return mixed
 
     def mix(self, value: Tensor) -> Tensor:
-        """What the tokens get of values `[B, N, C]`.
+        """Mix the values `[B, N, C]` of the tokens.
 
         Raises:
-            ValueError: If the patches are no grid.
+            ValueError: If the patches do not form a grid.
         """
         prefix, patches = self.split(value)
         mean = value.mean(dim=1, keepdim=True)
@@ -295,10 +295,10 @@ class ConvolutionalAttention(nn.Module):
         return torch.cat([own * prefix + shared * mean + constant, mixed], dim=1)
 
     def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Values `[B, N, C]` as those of the prefix tokens `[B, T, C]` and of the grid `[B, C, H, W]`.
+        """Split values `[B, N, C]` into those of the prefix tokens `[B, T, C]` and of the grid `[B, C, H, W]`.
 
         Raises:
-            ValueError: If the patches are no grid.
+            ValueError: If the patches do not form a grid.
         """
         prefix, patches = value[:, : self.num_prefix_tokens], value[:, self.num_prefix_tokens :]
         return prefix, patches.mT.unflatten(2, _grid_of(patches.shape[1], self.grid))
@@ -307,13 +307,14 @@ class ConvolutionalAttention(nn.Module):
 def share_weights(
     model: TimmModule, number: int, *, attention_of: int | None = None, mlp_of: int | None = None
 ) -> None:
-    """In place: a block becomes a `SharedBlock`.
+    """Replace a block by a `SharedBlock`, in place.
 
     Args:
-        model: Whose blocks they are.
-        number: Of the block, a timm `Block`.
-        attention_of: The number of the block whose attention it has, its own if others have that; `None` leaves it.
-        mlp_of: Likewise of the MLP.
+        model: The model.
+        number: The number of the block, a timm `Block`.
+        attention_of: The number of the block that owns the shared attention, which may be `number`; `None` if the
+            attention is not shared.
+        mlp_of: The same for the MLP.
     """
     model.blocks[number] = SharedBlock(
         model.blocks[number],
@@ -328,11 +329,11 @@ def share_weights(
 
 @torch.no_grad()
 def keep_heads(attn: TimmModule, kept: Tensor) -> None:
-    """In place: only some heads of a timm `Attention` stay.
+    """Keep only some heads of a timm `Attention`, in place.
 
     Args:
         attn: The attention, without a gate.
-        kept: Their numbers `[H]`, at least one, in the order in which they stay.
+        kept: The numbers `[H]` of the heads to keep, at least one, in their new order.
     """
     kept = kept.to(attn.qkv.weight.device)
     channels = (kept[:, None] * attn.head_dim + torch.arange(attn.head_dim, device=kept.device)).flatten()
@@ -345,13 +346,13 @@ def keep_heads(attn: TimmModule, kept: Tensor) -> None:
 
 @variation("num_attention_heads")
 def lose_heads(model: TimmModule, number: str, per_layer_config: PerLayerConfig) -> None:
-    """In place: a block keeps only its first heads."""
+    """Keep only the first heads of a block, in place."""
     keep_heads(model.blocks[int(number)].attn, torch.arange(per_layer_config[number]["num_attention_heads"]))
 
 
 @variation("token_mixer")
 def convolve(model: TimmModule, number: str, per_layer_config: PerLayerConfig) -> None:
-    """In place: a convolution takes the place of a block's attention."""
+    """Replace a block's attention by a convolution, in place."""
     if (mixer := per_layer_config[number]["token_mixer"]) != "convolution":
         raise ValueError(f"per_layer_config: block {number} has token_mixer={mixer!r}; expected 'convolution'.")
     block = model.blocks[int(number)]
@@ -360,17 +361,17 @@ def convolve(model: TimmModule, number: str, per_layer_config: PerLayerConfig) -
 
 @variation("token_keep_rate")
 def end_tokens(model: TimmModule, number: str, per_layer_config: PerLayerConfig) -> None:
-    """In place: tokens end in a block."""
+    """Replace a block by a `FusingBlock`, which drops tokens, in place."""
     keep_rate = per_layer_config[number]["token_keep_rate"]
     model.blocks[int(number)] = FusingBlock(model.blocks[int(number)], keep_rate, model.num_prefix_tokens)
 
 
 @variation("attention_of", "mlp_of")
 def share(model: TimmModule, number: str, per_layer_config: PerLayerConfig) -> None:
-    """In place: a block gets the weights of other blocks, or shares its own with them.
+    """Let a block use the weights of other blocks, or share its own with them, in place.
 
     Raises:
-        ValueError: If the block that it names has none to share.
+        ValueError: If the named owner does not own shared weights.
     """
     settings = per_layer_config[number]
     owners = {name: settings[name] for name in ("attention_of", "mlp_of") if name in settings}

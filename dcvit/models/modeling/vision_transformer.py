@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision transformers that dcvit compressed, in torch and timm alone."""
+"""Vision transformers that dcvit compressed; this file needs only torch and timm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,34 +38,34 @@ def build(
     per_layer_config: Mapping[str, Mapping[str, Any]],
     **kwargs: Any,
 ) -> nn.Module:
-    """The model that the `model_args` of a `config.json` describe, freshly initialised.
+    """Build the model that the `model_args` of a `config.json` describe, freshly initialised.
 
     Args:
         img_size: Height and width of the images, or both as one number.
         intermediate_size: Hidden units of the widest MLP; a packed SwiGLU counts gate and value.
         layer_scale: Whether the blocks have LayerScale.
         norm_layer: Key into `NORMS` and epsilon of the blocks' norms.
-        embed_norm_layer: Likewise of the norm after the patch embedding.
+        embed_norm_layer: Key into `NORMS` and epsilon of the norm after the patch embedding.
         act_layer: Key into `ACTIVATIONS`.
         block_fn: Key into `BLOCKS`.
         mlp_layer: Key into `MLPS`.
-        distilled: Whether it has DeiT's distillation token.
-        per_layer_config: By the number of a block: `skip`, the parts that it lacks; `intermediate_size`, its hidden
-            units; `num_attention_heads`, if it lost heads; `token_mixer`, "convolution" if one takes the attention's
-            place; `token_keep_rate`, if tokens end there; `attention_of` and `mlp_of`, the blocks whose weights it has,
-            if it shares them, which may be itself.
+        distilled: Whether the model has DeiT's distillation token.
+        per_layer_config: Settings by the number of a block. `skip` lists the parts that it lacks, and
+            `intermediate_size` is its number of hidden units. Optional keys are `num_attention_heads` (the heads left),
+            `token_mixer` ("convolution" if one replaces the attention), `token_keep_rate` (if it drops tokens), and
+            `attention_of` and `mlp_of` (the owners of shared weights, which may be the block itself).
         kwargs: More arguments of timm's `VisionTransformer`.
 
     Raises:
-        ValueError: If a block asks for what this file does not hold.
+        ValueError: If a block has a setting that this file does not support.
     """
     embed_dim = kwargs["embed_dim"]
     model: TimmModule = (VisionTransformerDistilled if distilled else VisionTransformer)(
         img_size=img_size if isinstance(img_size, int) else tuple(img_size),
         patch_size=tuple(kwargs.pop("patch_size")),
-        # Half a unit up: int(embed_dim * ratio) inside timm must not lose a unit to rounding.
+        # Half a unit is added, so that int(embed_dim * ratio) in timm does not lose a unit to rounding.
         mlp_ratio=(intermediate_size + 0.5) / embed_dim,
-        init_values=1e-5 if layer_scale else None,  # any value: the saved one is loaded over it
+        init_values=1e-5 if layer_scale else None,  # any value: the saved weights replace it
         norm_layer=norm_from(norm_layer),
         embed_norm_layer=None if embed_norm_layer is None else norm_from(embed_norm_layer),
         act_layer=ACTIVATIONS[act_layer],
@@ -79,7 +79,7 @@ def build(
         if unknown := settings.keys() - known:
             raise ValueError(
                 f"per_layer_config: block {number} has {min(unknown)!r}, which is unknown here. A saved folder's "
-                "modeling_dcvit.py is for the model beside it: load each in a process of its own, or install dcvit."
+                "modeling_dcvit.py is for the model beside it: load each in a separate process, or install dcvit."
             )
         for keys, change in VARIATIONS.items():
             if settings.keys() & keys:
@@ -88,7 +88,7 @@ def build(
 
 
 def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a model the way timm builds its own, with its weights if `pretrained`; the arguments are `build`'s."""
+    """Build a model as timm builds its own, with weights if `pretrained`; the other arguments are `build`'s."""
     return build_model_with_cfg(
         build,
         ARCHITECTURE,
@@ -100,10 +100,10 @@ def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def dcvit_vision_transformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Timm's entry point for vision transformers that dcvit compressed; the arguments come from `config.json`."""
+    """Create a compressed vision transformer: timm's entry point, whose arguments come from `config.json`."""
     return create(pretrained, **kwargs)
 
 
-# A module of dcvit registers it whatever a saved folder's file registered before, which need not know all of its parts.
+# dcvit's own module always registers it, because a saved folder's file may have registered a version with fewer parts.
 if __package__ or not timm.is_model(ARCHITECTURE):
     register_model(dcvit_vision_transformer)
