@@ -68,7 +68,7 @@ test-slow: $(VENV)/.dev
 test-all: test test-slow
 
 fuzz: $(VENV)/.dev
-	DCVIT_FUZZ=30000 $(BIN)/python -m pytest -n auto --dist worksteal tests/artifacts/test_fuzz.py
+	DCVIT_FUZZ=$${DCVIT_FUZZ:-30000} $(BIN)/python -m pytest -n auto --dist worksteal tests/artifacts/test_fuzz.py
 
 test-gpu: $(VENV)/.dev
 	DCVIT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu

@@ -11,7 +11,7 @@ __all__ = ["COMMAND"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", help="a folder that compress or demo saved")
+    parser.add_argument("run_folder", metavar="RUN", help="a folder that compress, demo or sweep saved")
 
 
 def _run(arguments: argparse.Namespace, progress: TerminalProgress) -> dict[str, Any]:
@@ -27,7 +27,7 @@ COMMAND = Command(
     summary="write the report of a result again",
     description=(
         "Write RUN/report.html, one file that shows how the model was compressed, from the saved folder and without "
-        "running a model. `compress` and `demo` already write it."
+        "running a model. `compress`, `demo` and `sweep` already write it."
     ),
     run=_run,
     show=_show,

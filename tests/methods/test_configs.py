@@ -215,7 +215,7 @@ def test_the_settings_of_a_result_have_a_number() -> None:
 def test_the_root_exports_what_a_user_needs() -> None:
     assert sorted(dcvit.__all__) == sorted([
         "Budget", "CompressionResult", "DCViT", "DcvitError", "Family", "__version__", "compress", "export_model",
-        "load", "load_family", "load_images", "push_to_hub", "sweep", "write_report",
+        "fuse", "load", "load_family", "load_images", "push_to_hub", "sweep", "unfuse", "write_report",
     ])  # fmt: skip
 
 
