@@ -27,15 +27,22 @@ NAMES = {
 """Present names of fields, by their former names."""
 
 
-def in_present_words(values: Any) -> Any:
+DEPTH = 16
+"""Levels of tables and lists in which fields are renamed; those of results are fewer."""
+
+
+def in_present_words(values: Any, depth: int = DEPTH) -> Any:
     """Return plain values with each field under its present name.
 
     Args:
         values: Plain values of any kind.
+        depth: Levels in which fields are renamed. Deeper ones hold no fields of dcvit and stay as they are.
     """
+    if not depth:
+        return values
     if isinstance(values, dict):
-        return {NAMES.get(name, name): in_present_words(value) for name, value in values.items()}
-    return [in_present_words(value) for value in values] if isinstance(values, list) else values
+        return {NAMES.get(name, name): in_present_words(value, depth - 1) for name, value in values.items()}
+    return [in_present_words(value, depth - 1) for value in values] if isinstance(values, list) else values
 
 
 def entry_of_earlier_versions(table: Mapping[str, Any]) -> dict[str, Any]:

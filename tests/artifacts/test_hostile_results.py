@@ -185,7 +185,7 @@ CONTRADICTIONS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "losses cut": (
         ("report", "probes", 0, "sensitivity", "losses"),
         lambda losses: losses[1:],
-        "sensitivity of block . has .* nodes and .* losses",
+        "sensitivity of block . has .* units and .* losses",
     ),
     "nodes mixed": (
         ("report", "probes", 0, "sensitivity", "units"),

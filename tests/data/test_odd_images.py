@@ -422,7 +422,9 @@ def test_formats_that_are_not_read_are_reported(model: nn.Module, tmp_path: Path
     with pytest.warns(ImagesWarning, match=r"b\.gif', .*c\.avif', .*d\.heic', .*e\.jfif', .*f\.dcm' are of a format"):
         assert len(load_images(tmp_path, model)) == 1
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ImagesError, match=r"holds no image files \(.*\)\. Left out: .*b\.gif.* convert them to PNG"):
+    with pytest.raises(
+        ImagesError, match=r"holds no image files \(.*\): .*\. Left out: .*b\.gif.* convert them to PNG"
+    ):
         load_images(tmp_path, model)
 
 

@@ -91,7 +91,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         lambda at: at.compress(model=classifies_each_token()),
         (
             "The model classifies each token (global_pool=''): call model.reset_classifier(0) for a backbone, or give "
-            "it a pooling."
+            "it a pooling, model.reset_classifier(num_classes, global_pool='avg')."
         ),
     ),
     "stopwatch": (
@@ -517,7 +517,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
                 "config.json", (at.small / "config.json").read_bytes().replace(b'"depth": 8', b'"depth": 99999999')
             )
         ),
-        "config.json holds the number 99999999, and no size of the weights is above 65536: the two are not of",
+        "config.json holds the number 99999999, and no size of the weights is above 65536: they belong to",
     ),
     "load another model's config": (
         lambda at: dcvit.load(
@@ -525,7 +525,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         ),
         (
             "config.json describes a model whose building takes more than 15,000 operations, and model.safetensors"
-            " holds 304,217 values: the two are not of one"
+            " holds 304,217 values: they belong to one"
         ),
     ),
     "load broken config": (

@@ -134,7 +134,7 @@ def _(student: Student) -> None:
 @check("`torch.export`")
 def _(student: Student) -> None:
     program, file = torch.export.export(student.model, (student.images,)), io.BytesIO()
-    assert not [unit for unit in program.graph.units if "dcvit" in str(unit.target)]
+    assert not [node for node in program.graph.nodes if "dcvit" in str(node.target)]
     torch.export.save(program, file)
     file.seek(0)
     student.require_close(torch.export.load(file).module()(student.images))

@@ -274,7 +274,7 @@ def test_exactly_one_target(family: dcvit.Family, given: dict[str, float]) -> No
         ((0.8, 0.8), "leave one of them out"),
         ((0.8, 1.2), "between 0 and 1"),
         ((0.8, 0.01), "can meet"),
-        ((0.8, dcvit.Budget(params=0.9)), "one unit"),
+        ((0.8, dcvit.Budget(params=0.9)), "one metric"),
     ],
 )
 def test_bad_budgets(budgets: Any, message: str, model: nn.Module, images: Tensor) -> None:

@@ -93,7 +93,7 @@ def plain(name: str, field: str | None = None) -> tuple[Any, ...]:
     return outcome(name, **({} if field is None else AGAINST[field]))
 
 
-UNCHANGED = r"Changes\s+speed|changes\s+nothing"
+UNCHANGED = r"[Cc]hanges\s+speed|has\s+no\s+effect"
 CASES = [(name, of, field) for name in OTHERS for of, field in leaves(quick(name))]
 FIRST = {(of, field): name for name, of, field in reversed(CASES)}
 """The first method with a field of a part that several methods have: of the others, it is slow."""

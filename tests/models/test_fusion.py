@@ -226,7 +226,7 @@ def test_it_steps_aside_for_tracers() -> None:
             model.blocks(fake.from_tensor(TOKENS))
     assert not called
     assert "dcvit::" not in str(traced.inlined_graph)
-    assert not [unit for unit in program.graph.units if "dcvit" in str(unit.target)]
+    assert not [node for node in program.graph.nodes if "dcvit" in str(node.target)]
 
 
 def test_flops_are_those_of_the_modules() -> None:

@@ -92,7 +92,7 @@ def test_attention_is_the_mean_of_values_by_softmax(impl: Any) -> None:
     ("shape", "message"),
     [
         ((2, 49, 3, 2, 16), r"49 tokens .* takes up to 48"),
-        ((2, 5, 3, 2, 24), r"a multiple of 16, and they are 24 wide"),
+        ((2, 5, 3, 2, 24), r"multiples of 16, and the size is 24"),
     ],
 )
 def test_what_the_kernel_leaves_to_eager(shape: tuple[int, ...], message: str) -> None:

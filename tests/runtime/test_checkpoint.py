@@ -325,7 +325,7 @@ def test_changed_input_is_refused(
 
 
 def test_a_method_that_keeps_nothing_refuses(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(dcvit.DcvitError, match=r"run_dir with method='practise': only dcvit goes on"):
+    with pytest.raises(dcvit.DcvitError, match=r"run_dir with method='practise': only dcvit can resume"):
         dcvit.compress(model, images, dcvit.Budget(macs=0.7), method="practise", run_dir=tmp_path)
 
 

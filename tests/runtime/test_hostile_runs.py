@@ -326,7 +326,7 @@ def forge(entry: Path, values: Any, tensors: dict[str, Tensor] | None) -> None:
         save_file(tensors, entry.with_suffix(".safetensors"))
         of_tensors = hashlib.sha256(entry.with_suffix(".safetensors").read_bytes()).hexdigest()
     kept = {"name": entry.name.removesuffix(".json"), "values": values, "tensors": of_tensors}
-    entry.write_text(json.dumps({"unit": kept, "sha256": digest(kept)}))
+    entry.write_text(json.dumps({"entry": kept, "sha256": digest(kept)}))
 
 
 Place = tuple[Any, ...]
@@ -427,7 +427,7 @@ def forgeries(entries: Path) -> Iterator[Forgery]:
     """Forgeries of a unit of each kind of a finished run."""
     kinds = {re.sub("[0-9]+", "N", path.stem): path for path in sorted(entries.glob("*.json"), reverse=True)}
     for path in kinds.values():
-        values = json.loads(path.read_text())["unit"]["values"]
+        values = json.loads(path.read_text())["entry"]["values"]
         tensors = load_file(path.with_suffix(".safetensors")) if path.with_suffix(".safetensors").exists() else None
         for at, shown, forged in forged_values(values):
             yield Forgery(path.stem, at, shown, forged, tensors)
