@@ -525,7 +525,7 @@ CASES: dict[str, tuple[Callable[[Place], object], str]] = {
         ),
         (
             "config.json describes a model whose building takes more than 15,000 operations, and model.safetensors"
-            " holds 304,217 values: they belong to one"
+            " holds 304,217 values: they belong to different models"
         ),
     ),
     "load broken config": (
