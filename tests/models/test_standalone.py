@@ -165,7 +165,10 @@ def test_a_file_refuses_a_model_that_needs_more(name: str) -> None:
     """Token fusing has no weights: a file that ignored it would load them all, into another model."""
     module = run_source(source_of(FAMILIES["dcvit_vision_transformer"]()))
     args = compressible(varied(name)).config()["model_args"]
-    with torch.device("meta"), pytest.raises(ValueError, match="for the model beside it: load each in a separate process"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="for the model beside it: load each in a separate process"),
+    ):
         module["build"](**args)
 
 
