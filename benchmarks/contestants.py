@@ -36,7 +36,7 @@ def _ablated(**changes: object) -> Change:
 ABLATIONS: dict[str, Change] = {
     PUBLISHED: lambda config: config,
     "few-shot images as proxy set": _ablated(ranking_images="few-shot"),
-    "class token alone mimicked": _distillation(tokens="class"),
+    "class token only": _distillation(tokens="class"),
     "all blocks updated": _distillation(updated="all"),
     "blocks around updated": _distillation(updated="around"),
     "all blocks at once": _ablated(progressive=False),

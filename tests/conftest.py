@@ -90,9 +90,9 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[*VARIANTS, *EVA_VARIANTS])
+@pytest.fixture(params=slow_but([*VARIANTS, *EVA_VARIANTS], *REPRESENTATIVES))
 def variant(request: pytest.FixtureRequest) -> Variant:
-    """Each variant of an isotropic vision transformer in turn."""
+    """Each variant of an isotropic vision transformer in turn; those that are not representative are slow."""
     return (VARIANTS | EVA_VARIANTS)[request.param]
 
 

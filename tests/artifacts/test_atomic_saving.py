@@ -248,6 +248,7 @@ def test_a_report_is_all_or_nothing(results: tuple[dcvit.CompressionResult, ...]
     assert always_old_or_new(saver, tmp_path) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(["torch-export", "onnx", "onnx and weights"], "torch-export"))
 def test_an_export_is_all_or_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     format: Any = kind.split()[0]
@@ -656,6 +657,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_was_computed_is_saved_elsewhere_when_its_place_is_gone(
     results: tuple[dcvit.CompressionResult, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -686,6 +688,7 @@ def test_what_was_computed_is_saved_elsewhere_when_its_place_is_gone(
 # A full disk, and one of its own.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", slow_but([errno.ENOSPC, errno.EROFS, errno.EIO], errno.ENOSPC))
 @pytest.mark.parametrize("command", ["report", "torch-export", "timm"])
 def test_a_disk_that_fails_is_no_bad_input(
@@ -715,6 +718,7 @@ def test_weights_that_do_not_fit_are_no_bad_input(
     assert not (tmp_path / "out" / "model.pt2").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["report", "report of a family", "onnx", "push"])
 def test_every_writer_says_in_one_sentence_that_the_disk_is_full(
     command: str, results: tuple[dcvit.CompressionResult, ...], families: tuple[dcvit.Family, ...], tmp_path: Path,

@@ -95,6 +95,7 @@ for name in ("plain", "backbone"):
                 assert relative_error(outputs[count], student(images)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "dtype"),
     [
@@ -147,6 +148,7 @@ def off_by_a_little(trace: Callable[[nn.Module], Any]) -> Callable[[nn.Module], 
     return traced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_that_differs_is_refused(format: ExportFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = cut("plain")

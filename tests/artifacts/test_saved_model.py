@@ -63,6 +63,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_importing_dcvit_makes_saved_models_known_to_timm(tmp_path: Path) -> None:
     """Each is loaded in a process that has seen no model of a family."""

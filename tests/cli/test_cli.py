@@ -52,6 +52,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recovery", "stage"),
     [([], "reconstruction: loss"), pytest.param(DISTILLATION, "probes: loss", marks=pytest.mark.slow)],
@@ -188,6 +189,7 @@ def test_demo_writes_what_it_prints(
     assert dcvit.load(out).model(dcvit.demo.load_digits().test_images[:2]).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_latency_of_a_compressed_model_and_its_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, file = str(tmp_path / "small"), tmp_path / "figures" / "latency.json"
     result = dcvit.compress(
@@ -256,6 +258,7 @@ def test_options_of_the_budget(
     assert config.structure == "fewest"
 
 
+@pytest.mark.slow
 def test_a_latency_budget_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +312,7 @@ def digits_by_label(folder: Path, count: int) -> None:
         Image.fromarray(np.round(pixels).astype(np.uint8)).save(folder / str(label) / f"{i}.png")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the command line shows them
 @pytest.mark.parametrize("num_images", slow_but([[], ["--num-images", "101"]], []), ids=["all", "some"])
 def test_a_broken_file_among_labelled_ones(
@@ -338,6 +342,7 @@ def test_as_many_images_as_there_are(count: str, photographs: Path, capsys: pyte
     assert f"--num-images {count}: expected 1 to 5" in error
 
 
+@pytest.mark.slow
 def test_a_method_that_keeps_nothing_leaves_the_run_of_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +357,7 @@ def test_a_method_that_keeps_nothing_leaves_the_run_of_another(
     assert (run_folder / "run.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_refused_budget_does_not_stop_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,6 +371,7 @@ def test_a_refused_budget_does_not_stop_the_next(
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_reads_labels_from_subfolders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits_by_label(tmp_path, 100)
     code, text, _ = run(capsys, "evaluate", "demo", "--data", str(tmp_path), "--teacher", "demo", "--json")

@@ -64,6 +64,7 @@ def test_every_command_speaks_to_every_terminal(environment: dict[str, str]) -> 
     assert b"such\\u03b2folder' is not a folder" in finished.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize(("command", "end"), [("methods", ">/dev/full"), ("--help", ">&-")])
 def test_standard_output_that_ends_is_one_sentence(command: str, end: str) -> None:
@@ -80,6 +81,7 @@ def test_a_reader_that_closes_the_pipe_sees_no_error(command: str) -> None:
     assert (finished.returncode, finished.stderr) == (1, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("end", slow_but(["2>&-", "2>/dev/full"], "2>&-"))
 def test_a_run_needs_no_standard_error(end: str) -> None:
@@ -145,6 +147,7 @@ def test_without_descriptors_the_sentence_says_what_to_allow(monkeypatch: pytest
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+@pytest.mark.slow
 def test_what_the_system_refuses_is_a_sentence_on_the_command_line(tmp_path: Path) -> None:
     finished = shell(f"{DCVIT} evaluate demo --data {'a' * 5000}")
     assert finished.returncode in (1, 2)
@@ -167,6 +170,7 @@ def ends_within(group: int, seconds: float) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", slow_but(["all", "first"], "first"))
 def test_an_interrupt_stops_all_devices_and_leaves_nothing(whom: str, tmp_path: Path) -> None:
     """A terminal interrupts all processes of the command, `kill` the first alone."""

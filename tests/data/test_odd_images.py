@@ -491,6 +491,7 @@ def png(width: int, height: int, content: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+@pytest.mark.slow
 def test_image_bombs_are_left_out_and_take_no_memory(tmp_path: Path) -> None:
     save_pictures(tmp_path, *(f"{number}.png" for number in range(5)))
     for name, size in {

@@ -43,6 +43,7 @@ def same(a: dcvit.CompressionResult, b: dcvit.CompressionResult) -> bool:
     )
 
 
+@pytest.mark.slow
 @both_procedures
 def test_the_callers_precision_does_not_count(model: nn.Module, config: dcvit.DCViT) -> None:
     images, budget = torch.rand(5, 3, 32, 32), dcvit.Budget(macs=0.8)
@@ -167,6 +168,7 @@ def test_the_callers_model_and_random_state_are_untouched(
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @both_procedures
 def test_without_gradients_all_the_same(model: nn.Module, images: Tensor, config: dcvit.DCViT) -> None:
     with torch.no_grad():
@@ -319,6 +321,7 @@ def test_the_proxy_set_can_be_swapped(model: nn.Module, images: Tensor) -> None:
     assert "synthesis" not in stages
 
 
+@pytest.mark.slow
 @both_procedures
 def test_blocks_are_ranked_by_the_metric_that_is_asked_for(
     model: nn.Module, images: Tensor, config: dcvit.DCViT, monkeypatch: pytest.MonkeyPatch
@@ -369,7 +372,7 @@ RECONSTRUCTION: dict[str, Change] = {
     "refinement_batch": recovery_with(refinement_batch=3),
     "augmentation": recovery_with(augmentation=dcvit.config.AugmentationConfig(flip=0.0)),
 }
-MIMICKING: dict[str, Change] = {
+DISTILLATION: dict[str, Change] = {
     "epochs": recovery_with(epochs=3),
     "learning_rate": recovery_with(learning_rate=2e-4),
     "learning_rates": recovery_with(learning_rate="auto", learning_rates=(3e-4,)),
@@ -414,7 +417,7 @@ ABLATION: dict[str, tuple[dcvit.DCViT, Change]] = {
 CHANGES = [
     *((CUT_REFINED, f"reconstruction.{name}", change) for name, change in RECONSTRUCTION.items()),
     *((QUICK, f"reconstruction.{name}", change) for name, change in WITHOUT_REFINEMENT.items()),
-    *((PUBLISHED, f"mimicking.{name}", change) for name, change in MIMICKING.items()),
+    *((PUBLISHED, f"distillation.{name}", change) for name, change in DISTILLATION.items()),
     *((QUICK, f"synthesis.{name}", change) for name, change in SYNTHESIS.items()),
     *((QUICK, name, change) for name, change in REST.items()),
     *((base, name, change) for name, (base, change) in OF_ONE_PROCEDURE.items()),
@@ -439,7 +442,7 @@ def test_every_config_field_is_covered() -> None:
     is of CNNs, see tests/models/test_cnn.py.
     """
     assert field_names(QUICK.recovery) == RECONSTRUCTION.keys() | WITHOUT_REFINEMENT.keys() | {"batch_size"}
-    assert field_names(PUBLISHED.recovery) == MIMICKING.keys() | {"lock_step", "micro_batch"}
+    assert field_names(PUBLISHED.recovery) == DISTILLATION.keys() | {"lock_step", "micro_batch"}
     assert field_names(QUICK.synthesis) == SYNTHESIS.keys() | {"bn_weight", "micro_batch"}
     assert field_names(QUICK) == REST.keys() | OF_ONE_PROCEDURE.keys() | {"synthesis", "ablation", "impl"}
     assert field_names(QUICK.ablation) == ABLATION.keys()
@@ -452,10 +455,11 @@ def outcome(config: dcvit.DCViT, budget: dcvit.Budget) -> dcvit.CompressionResul
     return dcvit.compress(VARIANTS["plain"].create(), images, budget, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "name", "change"),
     # tests/methods/test_configs.py has the fields of distillation, in another method.
-    [pytest.param(*case, marks=[pytest.mark.slow] if case[1].startswith("mimicking.") else []) for case in CHANGES],
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[1].startswith("distillation.") else []) for case in CHANGES],
     ids=[f"{'published' if base is PUBLISHED else 'default'}-{name}" for base, name, _ in CHANGES],
 )
 def test_every_config_field_changes_the_outcome(base: dcvit.DCViT, name: str, change: Change) -> None:

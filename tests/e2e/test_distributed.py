@@ -109,6 +109,7 @@ def test_a_queue_gives_a_fast_rank_more(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "units").glob("*.json"))) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", slow_but([QUICK, CUT_REFINED, PUBLISHED], QUICK), ids=["searched", "refined", "published"]
 )
@@ -173,6 +174,7 @@ def test_processes_with_different_inputs_are_reported() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named() -> None:
     with pytest.raises(DistributedError, match=r"The process on cpu died \(exit code -9"):
         on_devices(["cpu", "cpu"], die)

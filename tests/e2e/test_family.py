@@ -46,6 +46,7 @@ def test_members_come_largest_first_and_meet_their_budgets(family: dcvit.Family,
     assert family.original.macs == original
 
 
+@pytest.mark.slow
 def test_a_member_is_what_compress_gives(model: nn.Module, images: Tensor) -> None:
     """With one budget nothing is shared that a single compression does otherwise."""
     alone = dcvit.compress(model, images, dcvit.Budget(macs=0.8), QUICK)
@@ -54,6 +55,7 @@ def test_a_member_is_what_compress_gives(model: nn.Module, images: Tensor) -> No
     assert all(torch.equal(a, b) for a, b in zip(member.model.parameters(), alone.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "mobilenetv2_100", "resnet18"])
 def test_sizes_of_models_whose_stages_differ(name: str) -> None:
     """Fewer MACs may come with more parameters there."""
@@ -282,6 +284,6 @@ def test_bad_budgets(budgets: Any, message: str, model: nn.Module, images: Tenso
         dcvit.sweep(model, images, budgets, QUICK)
 
 
-def test_mimicking_is_refused(model: nn.Module, images: Tensor) -> None:
+def test_distillation_is_refused(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(DcvitError, match="ReconstructionConfig"):
         dcvit.sweep(model, images, SHARES, dcvit.DCViT.paper())

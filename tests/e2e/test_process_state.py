@@ -239,6 +239,7 @@ def test_the_callers_state_changes_nothing_and_is_not_changed(work: str, name: s
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_but(["default dtype float64", "inference mode", "all of torch's"], "all of torch's")
 )
@@ -252,6 +253,7 @@ def test_of_other_work_too(work: str, name: str) -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_but([name for name in STATES if name.startswith("default dtype")], "default dtype bfloat16")
 )
@@ -286,6 +288,7 @@ def test_the_default_dtype_rounds_no_picture(name: str) -> None:
         assert all(torch.equal(*pair) for pair in zip(found.pixels, expected.pixels, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(METHODS, "dcvit", "practise", "fskd", "evit"))
 def test_no_method_touches_the_random_state(method: str) -> None:
     """Nor is it touched by it: whatever it is, one seed gives one result."""
@@ -313,6 +316,7 @@ def test_a_model_and_images_made_in_inference_mode() -> None:
     result.model.requires_grad_()(images()).sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_number_of_threads_stays(threads: int) -> None:
     """Sums may be rounded in another order by more of them, so the weights are compared with those of as many."""
@@ -330,6 +334,7 @@ def test_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("work", "count"), slow_but([("dcvit", 4), ("paper", 4), ("CNN", 2)], ("CNN", 2)))
 def test_several_threads_at_once(work: str, count: int) -> None:
     """Each run has another seed and gives the same result as a separate run."""
@@ -352,6 +357,7 @@ def test_several_threads_at_once(work: str, count: int) -> None:
     assert not all(torch.equal(alone[0][name], alone[1][name]) for name in alone[0] if name in alone[1])
 
 
+@pytest.mark.slow
 def test_several_threads_in_a_lower_precision() -> None:
     """In which each is timed: it waits until the others do not compute in full precision, and they go on afterwards."""
     expected = [compressed(QUICK.with_(seed=seed)) for seed in range(3)]

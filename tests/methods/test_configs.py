@@ -105,6 +105,7 @@ def _short_evolution(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoformer, "GENERATIONS", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "of", "field"),
     slow_but(CASES, *((name, *field) for field, name in FIRST.items())),
@@ -199,6 +200,7 @@ def test_the_prior_follows_the_family(name: str, monkeypatch: pytest.MonkeyPatch
     assert given == [published, 0.8]
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_result_have_a_number() -> None:
     deit = VARIANTS["distilled"].create()
     for config in (QUICK, PUBLISHED):
@@ -219,6 +221,7 @@ def test_the_root_exports_what_a_user_needs() -> None:
     ])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_submodules_are_there_after_one_import() -> None:
     names = (
         "methods.FSKD", "config.SynthesisConfig", "errors.BudgetError", "metrics.latency.measure_latency",

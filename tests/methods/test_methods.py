@@ -337,7 +337,7 @@ def test_mir_keeps_the_head_and_changes_all_before_it(deep: Any, images: Tensor)
     assert outcome.steps[0].loss_after < outcome.steps[0].loss_before
 
 
-def test_only_features_are_mimicked(model: Any, images: Tensor) -> None:
+def test_only_features_are_distilled(model: Any, images: Tensor) -> None:
     """A student with other tokens but the same class token has nothing to learn."""
     teacher = freeze(model)
     student = copy.deepcopy(teacher)
@@ -464,6 +464,7 @@ def test_the_mix_weighs_both_terms() -> None:
 # The command line.
 
 
+@pytest.mark.slow
 def test_methods_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dcvit.cli import main
 
@@ -837,6 +838,7 @@ def test_evit_changes_no_weight_and_saves_only_macs(deep: nn.Module, images: Ten
         dcvit.compress(pooled, inputs, dcvit.Budget(macs=0.8), quick("evit"))
 
 
+@pytest.mark.slow
 def test_fewer_heads_and_tokens_load_without_dcvit_and_export(deep: nn.Module, images: Tensor, tmp_path: Path) -> None:
     space = Space(freeze(deep))
     student = copy.deepcopy(

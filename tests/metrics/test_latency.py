@@ -352,6 +352,7 @@ class Noting:
         return Clock()(module, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "devices", [[], pytest.param(["cpu", "cpu"], marks=pytest.mark.slow)], ids=["here", "in other processes"]
 )

@@ -91,6 +91,7 @@ def test_out_of_memory_halves_what_passes_at_once(
     assert found.report.distillation_loss == pytest.approx(wanted.report.distillation_loss, rel=0.1)
 
 
+@pytest.mark.slow
 def test_what_was_finished_before_memory_ran_out_is_kept(
     model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_sweep_goes_on_with_fewer_images_at_once(
         family.at(macs=0.85)
 
 
+@pytest.mark.slow
 def test_where_a_sweep_needed_fewer_images_its_end_does_not_take_more(
     model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ def relative_error(student: nn.Module, teacher: nn.Module, images: Tensor) -> fl
     return float((s - t).square().sum() / (t - t.mean(dim=(0, 1))).square().sum())
 
 
-def test_relative_mimicking_error(variant: Variant) -> None:
+def test_relative_distillation_error(variant: Variant) -> None:
     student, teacher = cut(variant.create())
     images = torch.randn(5, *compressible(teacher).input_size())
     expected = relative_error(student, teacher, images)

@@ -399,6 +399,7 @@ def test_a_cnn_meets_a_budget_that_no_whole_convolution_meets(images: Tensor, tm
     assert "keep their spatial convolution" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(["basic", "bottleneck", "mobilenet", "mnasnet"], "basic"))
 @pytest.mark.parametrize("method", ["fskd", "cd"])
 def test_methods_that_prune_filters_take_a_cnn(method: str, kind: str, images: Tensor, tmp_path: Path) -> None:
@@ -464,6 +465,7 @@ def rows(maps: Tensor) -> Tensor:
     return maps.movedim(1, 3).flatten(0, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["basic", "bottleneck", "mobilenet"])
 def test_fskd_aligns_feature_maps_by_least_squares(kind: str) -> None:
     fitted, (hidden, given, wanted), _ = layers_of(create(kind), torch.randn(40, 3, SIZE, SIZE), fskd, 1)
@@ -565,6 +567,7 @@ def test_blocks_whose_filters_are_tied_stay_whole() -> None:
     assert 1 not in fskd(given).plan.blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(["basic", "mobilenet", "regnet"], "basic"))
 @pytest.mark.parametrize("method", ["practise", "mir"])
 def test_methods_that_drop_blocks_take_a_cnn(method: str, kind: str, images: Tensor, tmp_path: Path) -> None:

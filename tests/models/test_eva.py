@@ -24,6 +24,7 @@ each_variant = pytest.mark.parametrize("variant", EVA_VARIANTS.values(), ids=EVA
 TIMM = [name for module in ("eva", "beit") for name in timm.list_models(module=module) if not name.startswith("dcvit")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_every_eva_and_beit_of_timm_is_supported(name: str) -> None:
     with torch.device("meta"):

@@ -266,6 +266,7 @@ def test_synchronised_and_frozen_norms_are_taken(kind: str, change: str) -> None
     assert any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["synchronised", "frozen"])
 def test_a_compression_of_them_gives_the_weights_that_plain_norms_give(change: str, tmp_path: Path) -> None:
     """What is saved has plain norms, which compute the same; the caller's model stays as it is."""
@@ -318,6 +319,7 @@ def test_a_stem_for_small_images_is_rebuilt(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(rebuilt(images), model(images))
 
 
+@pytest.mark.slow
 def test_a_student_with_such_a_stem_is_saved_and_loads_with_dcvit_and_without(tmp_path: Path) -> None:
     images = torch.randn(6, 3, 32, 32)
     result = dcvit.compress(STEMS["CIFAR"](), images, dcvit.Budget(macs=0.9), MIR)
@@ -333,6 +335,7 @@ def test_a_stem_that_cannot_be_rebuilt_is_refused_by_name() -> None:
         require_supported(model)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_in_place_is_taken() -> None:
     model, images = vit(), torch.randn(6, 3, 32, 32)
     expected = dcvit.compress(model, images, dcvit.Budget(macs=0.9), QUICK).model(images)

@@ -243,7 +243,7 @@ def test_what_loses_least_for_what_it_saves_is_shared(images: Tensor) -> None:
     assert result.report.student.params == num_params(result.model) == result.plan.cost.params
 
 
-def test_mimicking_changes_weights_and_transformations(images: Tensor) -> None:
+def test_distillation_changes_weights_and_transformations(images: Tensor) -> None:
     model = VARIANTS["plain"].create()
     result = dcvit.compress(model, images, dcvit.Budget(params=0.75), quick("mini_deit"))
     block: Any = next(b for b in cast(Any, result.model).blocks if isinstance(b, SharedBlock) and b.mlp_of is not None)

@@ -213,6 +213,7 @@ def test_what_cannot_be_done_is_refused_by_name(swin: Any) -> None:
     assert isinstance(DroppedBlock()(images), Tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(["practise", "mir", "fskd", "cd"], "practise", "cd"))
 def test_every_method_takes_a_swin(method: str, swin: Any, tmp_path: Path) -> None:
     training = {"epochs": 1, "learning_rate": 1e-3, "warmup_epochs": 5} if method in ("practise", "mir") else {}
@@ -227,6 +228,7 @@ def test_every_method_takes_a_swin(method: str, swin: Any, tmp_path: Path) -> No
     torch.testing.assert_close(dcvit.load(tmp_path / "small").model(images), result.model(images))
 
 
+@pytest.mark.slow
 def test_layerwise_fits_bring_a_swin_nearer() -> None:
     model, images = create(1), torch.randn(12, 3, 32, 32)
     losses = {

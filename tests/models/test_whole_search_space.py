@@ -14,10 +14,10 @@ from dcvit.artifacts.result import save_model
 from dcvit.errors import DcvitError
 from dcvit.methods import METHODS
 from dcvit.models import compressible, load_model, require_supported
-from tests.conftest import QUICK, quick
+from tests.conftest import QUICK, quick, slow_but
 from tests.models.test_cnn import create as cnn
 from tests.models.test_swin import create as swin
-from tests.variants import EVA_VARIANTS, VARIANTS
+from tests.variants import EVA_VARIANTS, REPRESENTATIVES, VARIANTS
 from tests.without_dcvit import output_without_dcvit
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -68,7 +68,7 @@ STRUCTURES: dict[str, Callable[[nn.Module], None]] = {
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_but(MODELS, *REPRESENTATIVES, "swin", "basic"))
 def test_it_is_saved_and_loaded(kind: str, structure: str, tmp_path: Path) -> None:
     model = MODELS[kind]()
     STRUCTURES[structure](model)
@@ -102,6 +102,7 @@ def test_a_budget_of_memory_may_take_all_attention(kind: str, tmp_path: Path) ->
     torch.testing.assert_close(dcvit.load(tmp_path / "small").model(images), result.model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["plain", "swin"])
 def test_a_student_without_attention_is_compressed_again_or_refused(kind: str, method: str) -> None:

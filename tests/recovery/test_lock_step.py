@@ -96,7 +96,7 @@ def test_in_lock_step_a_student_learns_the_same_as_separately(
 
 @pytest.mark.parametrize("updated", ["front", "around", "all"])
 @pytest.mark.parametrize("same_prefix", [True, False])
-def test_training_is_plain_adamw_on_the_mimicking_loss(
+def test_training_is_plain_adamw_on_the_distillation_loss(
     teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages, updated: Any, same_prefix: bool
 ) -> None:
     """Whether or not what lies before the updated blocks is the teacher's, and so need not be computed again."""

@@ -33,7 +33,7 @@ def probe(model: nn.Module, block: int = 1, kept: int = 60) -> tuple[nn.Module, 
     return compress_block(teacher, block, draw_kept_units(teacher, block, kept, seed=0)), teacher
 
 
-def test_recovery_reduces_the_mimicking_loss_and_reports_it(model: nn.Module, images: Tensor) -> None:
+def test_recovery_reduces_the_distillation_loss_and_reports_it(model: nn.Module, images: Tensor) -> None:
     student, teacher = probe(model)
     few_shot = dcvit.load_images(images, teacher)
 

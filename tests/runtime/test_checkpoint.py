@@ -270,6 +270,7 @@ def test_a_run_that_stops_after_each_unit_ends_with_the_same_weights(
     assert result.report.distillation_loss == expected.report.distillation_loss
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_too(model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = dcvit.sweep(model, images, (0.9, 0.8, 0.7), SEARCHED)
     write = run_store.RunStore.keep
@@ -373,6 +374,7 @@ def on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dcvit.cli.compress.compress", quickly)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", slow_but([False, True], False))
 def test_the_folder_is_deleted_in_the_end_unless_it_was_named(
     named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,7 @@ def test_file_size_out_of_range_is_said_in_bytes() -> None:
         make_plan(MODEL, dcvit.Budget(file_size=0.01))
 
 
+@pytest.mark.slow
 def test_activation_memory_needs_every_block() -> None:
     original = trace_activation_memory(MODEL, 16)
     with pytest.raises(

@@ -96,7 +96,7 @@ def test_budgets_are_of_macs_or_of_parameters() -> None:
 
 
 def test_ablations_have_a_table_of_their_own() -> None:
-    name = "class token alone mimicked"
+    name = "class token only"
     text = compare.report([record(), record(ablation=name, agreement=0.5), record("cd", agreement=0.4)])
     whole, ablated = text.split("### digits, ablations of the published procedure")
     assert [row[2] for row in rows(whole)[2:]] == ["dcvit", "cd"]

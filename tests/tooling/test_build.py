@@ -95,6 +95,7 @@ def test_without_torch(project: Path) -> None:
     assert "pip install --no-build-isolation" in str(note(wheel)["cpu"])
 
 
+@pytest.mark.slow
 def test_without_a_compiler(project: Path) -> None:
     wheel, printed = build(project, CXX="no-such-compiler")
     assert not [name for name in wheel.namelist() if name.endswith(".so")]
