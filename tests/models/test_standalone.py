@@ -144,7 +144,8 @@ def test_a_saved_model_loads_without_dcvit(name: str, tmp_path: Path) -> None:
     images = torch.randn(2, *compressible(model).input_size())
     with torch.no_grad():
         expected: Tensor = compressible(model).rebuild().eval()(images)
-    assert torch.equal(output_without_dcvit(tmp_path / "model", images), expected)
+    # Another process may sum in another order, for its threads and the alignment of its memory are its own.
+    torch.testing.assert_close(output_without_dcvit(tmp_path / "model", images), expected)
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
