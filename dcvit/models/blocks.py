@@ -14,6 +14,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from dcvit.costs import Cost, linear_cost
 from dcvit.models.modeling.shared import CompressedBlock, TimmModule, layer_scale
@@ -169,6 +170,7 @@ def _fusible_mlp(block: TimmModule, x: Tensor) -> bool:
     act = layers["act"]
     return (
         type(norm) in (LayerNorm, LayerNormFp32, nn.LayerNorm)
+        and len(norm.normalized_shape) == 1
         and type(layers["fc1"]) is type(layers["fc2"]) is nn.Linear
         and type(act) in (nn.GELU, GELU)
         and getattr(act, "approximate", "none") == "none"
@@ -176,9 +178,10 @@ def _fusible_mlp(block: TimmModule, x: Tensor) -> bool:
         and type(layers["drop1"]) is type(layers["drop2"]) is nn.Dropout
         and type(scale) in (LayerScale, nn.Identity)
         and type(drop_path) in (DropPath, nn.Identity)
-        and not (block.training and (layers["drop1"].p > 0 or layers["drop2"].p > 0 or type(drop_path) is DropPath))
+        and not (_drops(layers["drop1"]) or _drops(layers["drop2"]))
+        and not (drop_path.training and type(drop_path) is DropPath)
         and _all_plain((norm, mlp, scale, drop_path, *layers.values()))
-        and norm._parameters["weight"] is not None
+        and all(layer._parameters.get("weight") is not None for layer in (norm, layers["fc1"], layers["fc2"]))
     )
 
 
@@ -190,19 +193,33 @@ def _fusible_attention(attn: TimmModule, x: Tensor) -> bool:
         and not _traced(x)
         and type(parts["q_norm"]) is type(parts["k_norm"]) is type(parts["norm"]) is nn.Identity
         and parts.get("gate") is None
-        and not (attn.training and (parts["attn_drop"].p > 0 or parts["proj_drop"].p > 0))
+        and type(parts["attn_drop"]) is type(parts["proj_drop"]) is nn.Dropout
+        # torch's fused attention drops by the flag of the whole module.
+        and not (
+            _drops(parts["attn_drop"]) or _drops(parts["proj_drop"]) or (attn.training and parts["attn_drop"].p > 0)
+        )
         and _all_plain((attn, *(parts[name] for name in _SKIPPED_IN_ATTENTION)))
     )
 
 
+def _drops(dropout: TimmModule) -> bool:
+    """Return whether a dropout is active; its own flag decides, which may differ from that of its block."""
+    return bool(dropout.training and dropout.p > 0)
+
+
 def _traced(x: Tensor) -> bool:
-    """Return whether the modules must be called: under a tracer, a mode, a global hook or autocast."""
+    """Return whether the modules must be called: under a tracer, a mode, a transform, a global hook or autocast."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or x.is_meta
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(
+            type(torch._C._get_function_stack_at(i)) is not DeviceContext  # which names only the device of new tensors
+            for i in range(torch._C._len_torch_function_stack())
+        )
         or bool(_has_any_global_hook())
         or torch.is_autocast_enabled(x.device.type)
     )

@@ -87,7 +87,7 @@ def with_plain_norms(model: nn.Module) -> nn.Module:
     In evaluation mode they compute the same. timm's saved form cannot hold the others. A model without such norms is
     returned itself.
     """
-    found = [name for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)]
+    found = [name for name, module in model.named_modules() if type(module) in _BATCH_NORMS]
     if not found:
         return model
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
@@ -110,6 +110,8 @@ def _batch_norm(norm: TimmModule) -> nn.BatchNorm2d:
         made.num_batches_tracked = norm.num_batches_tracked
     if fused:
         made.act, made.drop = norm.act, norm.drop
+    # Hooks and a replaced `forward` go along, so that whoever compares outputs sees what they change.
+    made.__dict__.update({name: value for name, value in vars(norm).items() if name == "forward" or "_hooks" in name})
     return made
 
 

@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
     register_module_full_backward_hook,
 )
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -160,6 +161,13 @@ def wrap_weight(model: Any) -> None:
     fc1.weight = nn.Parameter(fc1.weight.detach().as_subclass(Wrapped))
 
 
+def buffer_weight(model: Any) -> None:
+    fc1 = model.blocks[1].mlp.fc1
+    weight = fc1.weight.detach()
+    del fc1.weight
+    fc1.register_buffer("weight", weight)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "parametrization": lambda m: nn.utils.parametrize.register_parametrization(
         m.blocks[1].mlp.fc1, "weight", Doubled()
@@ -167,6 +175,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "pruning": lambda m: prune.random_unstructured(m.blocks[1].mlp.fc2, "weight", 0.5),
     "weights of another type": wrap_weight,
     "another layer": lambda m: setattr(m.blocks[1].mlp, "fc1", type("Low", (nn.Linear,), {})(48, 20)),
+    "a weight that is a buffer": buffer_weight,
 }
 
 
@@ -180,8 +189,31 @@ def test_it_steps_aside_for_layers_that_are_not_ordinary(name: str) -> None:
     assert torch.equal(found, dcvit.unfuse(model).blocks[1](TOKENS))
 
 
+@pytest.mark.parametrize("part", ["mlp.drop1", "mlp.drop2", "attn.attn_drop", "attn.proj_drop"])
+def test_dropout_that_is_switched_on_by_itself_drops(part: str) -> None:
+    """As for uncertainties: the model is in evaluation mode, and only its dropouts are not."""
+    block = dcvit.fuse(VARIANTS["plain"].create()).blocks[0]  # type: ignore[index]
+    dropout = block.get_submodule(part)
+    dropout.p, block.attn.fused_attn = 0.5, False
+    dropout.train()
+    assert not torch.equal(block(TOKENS), block(TOKENS))
+
+
+def test_a_replaced_dropout_is_called() -> None:
+    block = dcvit.fuse(VARIANTS["plain"].create()).blocks[0]  # type: ignore[index]
+    block.attn.proj_drop = nn.Tanh()
+    with op_calls() as called:
+        block(TOKENS)
+    assert called == ["mlp"]
+
+
 class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Intercepting(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
@@ -197,6 +229,7 @@ def global_hook(register: Callable[..., Any]) -> Iterator[None]:
 STATES: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "dispatch mode": Watching,
+    "function mode": Intercepting,
     "global forward hook": lambda: global_hook(register_module_forward_hook),
     "global forward pre-hook": lambda: global_hook(register_module_forward_pre_hook),
     "global backward hook": lambda: global_hook(register_module_full_backward_hook),

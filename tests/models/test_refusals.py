@@ -248,6 +248,20 @@ def with_norms(kind: str, change: str) -> tuple[Any, Any]:
     return changed.eval().requires_grad_(False), plain
 
 
+@pytest.mark.parametrize("change", ["synchronised", "frozen"])
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_what_changes_the_output_of_such_a_norm_is_refused(change: str, how: str) -> None:
+    model, _ = with_norms("basic", change)
+    norm = next(module for module in model.modules() if "BatchNorm" in type(module).__name__)
+    if how == "hook":
+        norm.register_forward_hook(lambda _module, _args, output: 3 * output + 1)
+    else:
+        norm.forward = lambda x: 3 * x + 1
+    images = torch.randn(4, *compressible(require_supported(model).model).input_size())
+    with pytest.raises(UnsupportedModelError, match=r"hook|replaced forward"):
+        dcvit.compress(model, images, dcvit.Budget(macs=0.9))
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [("basic", "synchronised"), ("basic", "frozen"), ("efficientnet", "timm's synchronised"), ("regnet", "frozen")],
