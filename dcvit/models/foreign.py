@@ -46,6 +46,9 @@ _REMOVERS: dict[type, str] = {
 }
 """The function that makes a weight plain again, by the class of the hook that computes it."""
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""The attribute in which `torch.compile`, and activation checkpointing, keep the module that they wrap."""
+
 _BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 """Norms that compute the same as `BatchNorm2d` in evaluation mode."""
 
@@ -73,7 +76,8 @@ def require_plain_parts(model: nn.Module) -> None:
         UnsupportedModelError: If a part is not plain; the message names the first one and how to make it plain.
     """
     for name, module in model.named_modules():
-        if (step := _tool_step(type(module)) or _reparametrisation_step(name, module)) is not None:
+        step = _wrapper_step(name, module) or _tool_step(type(module)) or _reparametrisation_step(name, module)
+        if step is not None:
             raise UnsupportedModelError(f"The model's part {name or '(root)'} is a {_class_name(module)}: {step}.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
@@ -119,6 +123,15 @@ def _tool_step(kind: type) -> str | None:
     """Return the next step for a class of another tool, which its package identifies; `None` for other classes."""
     package = f"{kind.__module__}."
     return next((step for tool, step in _TOOLS.items() if package.startswith(f"{tool}.")), None)
+
+
+def _wrapper_step(name: str, module: nn.Module) -> str | None:
+    """Return the next step for a part that only wraps another module; `None` for other modules."""
+    for attribute in _WRAPPED:
+        if name and isinstance(module._modules.get(attribute), nn.Module):
+            path = _attribute_path(name)
+            return f"put the module that it wraps in its place, {path} = {path}.{attribute}"
+    return None
 
 
 def _reparametrisation_step(name: str, module: nn.Module) -> str | None:

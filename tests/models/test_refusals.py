@@ -11,6 +11,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 
 import dcvit
@@ -361,3 +362,17 @@ def test_every_class_of_timms_is_named_to_a_stranger() -> None:
     with pytest.raises(UnsupportedModelError) as refused:
         require_supported(nn.Linear(2, 2))
     assert all(one.__name__ in str(refused.value) for family in families() for one in family.classes)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+@pytest.mark.parametrize("kind", ["ViT", "CNN"])
+def test_a_wrapped_block_is_refused_by_the_module_inside(kind: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model: Any = VARIANTS["plain"].create() if kind == "ViT" else cnn("basic")
+    blocks, name = (model.blocks, "blocks") if kind == "ViT" else (model.layer2, "layer2")
+    blocks[1] = wrap(blocks[1])
+    with pytest.raises(UnsupportedModelError, match=r"in its place, (.*)\.$") as caught:
+        require_supported(model)
+    step = str(caught.value).split("in its place, ")[1].removesuffix(".")
+    assert step.startswith(f"model.{name}[1] = ")
+    exec(step, {"model": model})  # as the user would
+    require_supported(model)
