@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from dcvit.errors import HooksWarning, UnsupportedModelError
+from dcvit.models.foreign import class_name
 from dcvit.models.rebuild import timm_type
 from dcvit.models.registry import compressible
 
@@ -116,7 +117,7 @@ def _foreign(model: nn.Module, twin: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         kind = timm_type(module)
         if name in expected and kind is not expected[name]:
-            yield f"class {kind.__module__}.{kind.__qualname__} of {name or 'the model'}"
+            yield f"class {class_name(kind)} of {name or 'the model'}"
 
 
 def _name(hook: Callable[..., Any]) -> str:

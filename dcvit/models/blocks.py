@@ -64,7 +64,7 @@ class FusedBlock(Block):  # type: ignore[misc]
 
     def forward(self, x: Tensor, **masks: Any) -> Tensor:
         """Map tokens `[B, N, D]` to `[B, N, D]`; `masks` are passed to timm's `Attention`."""
-        if _traced(x) or not x.is_cpu:
+        if not x.is_cpu:
             whole: Tensor = super().forward(x, **masks)
             return whole
         x = attention_sublayer(self, x, **masks)

@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.modeling.shared import TimmModule
 
-__all__ = ["require_plain_parts", "supported_alternative", "with_plain_norms"]
+__all__ = ["class_name", "require_plain_parts", "supported_alternative", "with_plain_norms"]
 
 _MERGE = "merge the adapters into the weights first, model = model.merge_and_unload()"
 _PLAIN_WEIGHTS = "pass the model as it was before, with its weights as plain tensors, and convert the compressed model"
@@ -78,11 +78,11 @@ def require_plain_parts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         step = _wrapper_step(name, module) or _tool_step(type(module)) or _reparametrisation_step(name, module)
         if step is not None:
-            raise UnsupportedModelError(f"The model's part {name or '(root)'} is a {_class_name(module)}: {step}.")
+            raise UnsupportedModelError(f"The model's part {name or '(root)'} is a {class_name(type(module))}: {step}.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
             step = _tool_step(type(tensor)) or _PLAIN_WEIGHTS
-            raise UnsupportedModelError(f"The model's {name} is a {_class_name(tensor)}: {step}.")
+            raise UnsupportedModelError(f"The model's {name} is a {class_name(type(tensor))}: {step}.")
 
 
 def with_plain_norms(model: nn.Module) -> nn.Module:
@@ -164,5 +164,6 @@ def _attribute_path(name: str) -> str:
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
 
 
-def _class_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def class_name(kind: type) -> str:
+    """Return the full name of a class, for messages."""
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -35,6 +35,9 @@ ANOTHER_MODEL = "Choose another model: `dcvit families` lists what dcvit compres
 _STATELESS = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
 """Modules that do nothing at inference. Drop rates are training settings, which timm's exports leave out too."""
 
+_TIMM_TYPES: dict[type[nn.Module], type[nn.Module]] = {**PLAIN, PrunedBeit: Beit}
+"""The type that stands in for dcvit's own subclass of a timm type."""
+
 
 def require_class(model: TimmModule, classes: Collection[type[nn.Module]]) -> None:
     """Refuse a model of a subclass of timm's classes, because its behaviour is unknown.
@@ -195,8 +198,7 @@ def _signature(model: TimmModule) -> dict[str, str]:
 
 def timm_type(module: nn.Module) -> type[nn.Module]:
     """Return a module's type; for dcvit's own subclasses of timm's blocks, timm's type."""
-    ours: dict[type[nn.Module], type[nn.Module]] = {**PLAIN, PrunedBeit: Beit}
-    return ours.get(type(module), type(module))
+    return _TIMM_TYPES.get(type(module), type(module))
 
 
 def layer_settings(block: TimmModule, widest: int) -> dict[str, Any] | None:

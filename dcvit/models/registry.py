@@ -5,7 +5,7 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView
-from dcvit.models.foreign import require_plain_parts, supported_alternative, with_plain_norms
+from dcvit.models.foreign import class_name, require_plain_parts, supported_alternative, with_plain_norms
 
 __all__ = ["compressible", "families", "require_supported"]
 
@@ -33,7 +33,7 @@ def compressible(model: nn.Module) -> ModelView:
     for family in families():
         if isinstance(model, family.classes):
             return family(model)
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    kind = class_name(type(model))
     classes = tuple(one for family in families() for one in family.classes)
     if (step := supported_alternative(model, classes)) is not None:
         raise UnsupportedModelError(f"The model is a {kind}, and not one of timm's models: {step}.")

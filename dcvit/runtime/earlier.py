@@ -26,7 +26,6 @@ NAMES = {
 }
 """Present names of fields, by their former names."""
 
-
 DEPTH = 16
 """Levels of tables and lists in which fields are renamed; those of results are fewer."""
 
