@@ -548,14 +548,14 @@ def test_hostile_folders(
         (outside / "secret").write_bytes(valid_folders[kind]["config.json"])
     folder = outside / "evil"
     lay_out(folder, kind, valid_folders[kind], outside, draw)
-    start = time.perf_counter()
+    start = time.process_time()  # on a busy machine, the wall clock would measure the other processes
     with watch(folder) as seen:
         try:
             load_model(f"local-dir:{folder}")
             figures["loaded"] += 1
         except DcvitError:
             pass
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert not seen
     assert seconds < SECONDS
     assert peak_bytes() - figures["bytes"] < BYTES
