@@ -1,6 +1,6 @@
 """Helpers of the adapters that rebuild a model from its saved form, and refuse a model that would lose a part."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import timm
@@ -166,11 +166,19 @@ def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> 
     pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
     with torch.device("meta"):  # initialisation there draws no random numbers
         new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
-    new.to(weight.dtype).to_empty(device=weight.device).load_state_dict(model.state_dict())
-    buffers = dict(model.named_buffers())
-    for name, buffer in new.named_buffers():  # `state_dict` leaves out non-persistent buffers
-        buffer.copy_(buffers[name])
+    new.to(weight.dtype).to_empty(device=weight.device)
+    # Hooks may change what `state_dict` returns, and it leaves out non-persistent buffers.
+    tensors = dict(_named_tensors(model))
+    with torch.no_grad():
+        for name, tensor in _named_tensors(new):
+            tensor.copy_(tensors[name])
     return new.train(model.training)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters and buffers of a model; shared ones under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _preprocessing_cfg(model: TimmModule) -> dict[str, Any]:
