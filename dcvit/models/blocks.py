@@ -46,9 +46,9 @@ class FusedCompressedBlock(CompressedBlock):
 
     impl: Impl
 
-    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, x: Tensor, *ignored: Any, **arguments: Any) -> Tensor:
         """Map tokens to tokens of the same shape, as `CompressedBlock` does."""
-        return _fused_mlp_sublayer(self, x) if _fusible_mlp(self, x) else super().forward(x, **arguments)
+        return _fused_mlp_sublayer(self, x) if _fusible_mlp(self, x) else super().forward(x)
 
 
 class FusedBlock(Block):  # type: ignore[misc]
