@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from dcvit.costs import Cost, linear_cost
+from dcvit.models.foreign import require_module
 from dcvit.models.modeling.shared import CompressedBlock, TimmModule, layer_scale
 from dcvit.ops import Impl, attention, dropped_mlp
 
@@ -94,7 +95,11 @@ def fuse(model: _Model, impl: Impl = "auto") -> _Model:
     Args:
         model: Any model; only blocks of timm's `VisionTransformer` and compressed blocks are fused.
         impl: The implementation, see `dcvit.ops`; "eager" calls the modules themselves, so it fuses nothing.
+
+    Raises:
+        UnsupportedModelError: If `model` is not a module.
     """
+    require_module(model, "a model")
     if impl == "eager":
         return unfuse(model)
     for module in model.modules():
@@ -107,7 +112,12 @@ def fuse(model: _Model, impl: Impl = "auto") -> _Model:
 
 
 def unfuse(model: _Model) -> _Model:
-    """Undo `fuse`, in place, so that the modules of each block run one by one, and return the model."""
+    """Undo `fuse`, in place, so that the modules of each block run one by one, and return the model.
+
+    Raises:
+        UnsupportedModelError: If `model` is not a module.
+    """
+    require_module(model, "a model")
     for module in model.modules():
         module.__dict__.pop("impl", None)
         if type(module) in PLAIN:

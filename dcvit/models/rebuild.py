@@ -11,6 +11,7 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import PLAIN
+from dcvit.models.foreign import attribute_path
 from dcvit.models.modeling.eva import PrunedBeit
 from dcvit.models.modeling.shared import NORMS, CompressedBlock, DroppedBlock, TimmModule, require_base
 
@@ -79,11 +80,23 @@ def require_same(model: nn.Module, twin: nn.Module, family: str) -> None:
     original, found = _signature(model), _signature(twin)
     for name in sorted(original.keys() | found.keys()):
         if original.get(name) != found.get(name):
+            if (first := _first_name(model, name)) != name:
+                path = attribute_path(name)
+                raise UnsupportedModelError(
+                    f"The model's part {name} is shared with {first}: it could not be rebuilt from its saved form, in "
+                    f"which each has its own. Copy it: {path} = copy.deepcopy({path})."
+                )
             raise UnsupportedModelError(
                 f"The model's part {name or '(root)'} is {original.get(name, 'absent')}, where a "
                 f"{family} built from its sizes has {found.get(name, 'nothing')}: it could not be rebuilt from its "
                 f"saved form. {_next_step(twin, name)}"
             )
+
+
+def _first_name(model: nn.Module, name: str) -> str:
+    """Return the first of the names that a model has for a module or a tensor; `name` itself if it has no such part."""
+    parts = dict([*model.named_modules(remove_duplicate=False), *_named_tensors(model)])
+    return next((first for first, part in parts.items() if name in parts and part is parts[name]), name)
 
 
 def _next_step(twin: TimmModule, name: str) -> str:
