@@ -77,7 +77,7 @@ class DamagedEntryWarning(DcvitWarning):
 
 
 class HooksWarning(DcvitWarning):
-    """The model has hooks that leave its output as it is; they fire during the work."""
+    """The model has hooks that leave its output as it is and fire during the work, or hooks of its `state_dict`."""
 
 
 class ImagesWarning(DcvitWarning):

@@ -6,7 +6,7 @@ needed.
 """
 
 from dcvit.models.base import ModelView, OutputLayer
-from dcvit.models.behaviour import require_plain_behaviour
+from dcvit.models.behaviour import remove_state_hooks, require_plain_behaviour
 from dcvit.models.blocks import fuse, unfuse
 from dcvit.models.cnn import CnnView
 from dcvit.models.eva import EvaView
@@ -44,6 +44,7 @@ __all__ = [
     "input_size",
     "load_model",
     "preprocessing",
+    "remove_state_hooks",
     "require_plain_behaviour",
     "require_supported",
     "standalone_source",

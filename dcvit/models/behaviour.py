@@ -7,7 +7,7 @@ it, and its output is compared with that of a twin rebuilt from what will be sav
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dcvit.models.foreign import class_name
 from dcvit.models.rebuild import timm_type
 from dcvit.models.registry import compressible
 
-__all__ = ["TOLERANCE", "require_plain_behaviour"]
+__all__ = ["TOLERANCE", "remove_state_hooks", "require_plain_behaviour"]
 
 TOLERANCE = 1000.0
 """The largest difference that is accepted, in epsilons of the dtype and relative to the largest output.
@@ -36,6 +36,14 @@ _HOOKS = {
     "_backward_hooks": "backward hook",
 }
 """The kind of hook by the attribute that holds it: of a module or, with the prefix "_global", of the process."""
+
+_STATE_HOOKS = {
+    "_state_dict_pre_hooks": "state_dict pre-hook",
+    "_state_dict_hooks": "state_dict hook",
+    "_load_state_dict_pre_hooks": "load_state_dict pre-hook",
+    "_load_state_dict_post_hooks": "load_state_dict post-hook",
+}
+"""The kind of hook of saving and loading by the attribute of a module that holds it; timm's models have none."""
 
 MOST_NAMED = 5
 """The largest number of findings that a message lists."""
@@ -74,6 +82,24 @@ def require_plain_behaviour(model: nn.Module, images: Tensor) -> None:
         )
 
 
+def remove_state_hooks(model: nn.Module) -> None:
+    """Remove the hooks of `state_dict` and `load_state_dict` from a model, in place, and warn of them.
+
+    During the work parts of students are saved and loaded, of which such hooks know nothing.
+    """
+    found = list(_hooks_of_modules(model, _STATE_HOOKS))
+    for module in model.modules():
+        for attribute in _STATE_HOOKS:
+            getattr(module, attribute).clear()
+    if found:
+        warnings.warn(
+            f"The model has hooks that change how it is saved or loaded: {_listed(found)}. Compression does without "
+            "them, and the compressed model will not have them.",
+            HooksWarning,
+            stacklevel=2,
+        )
+
+
 def _listed(found: Sequence[str]) -> str:
     more = len(found) - MOST_NAMED
     return "; ".join([*found[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])])
@@ -97,8 +123,13 @@ def _hooks(model: nn.Module) -> Iterator[str]:
     for attribute, kind in _HOOKS.items():
         for hook in getattr(torch_module, f"_global{attribute}").values():
             yield f"{kind} {_name(hook)} of all modules"
+    yield from _hooks_of_modules(model, _HOOKS)
+
+
+def _hooks_of_modules(model: nn.Module, kinds: Mapping[str, str]) -> Iterator[str]:
+    """Yield the hooks of some kinds, given as `_HOOKS` is, of a model's modules."""
     for name, module in model.named_modules():
-        for attribute, kind in _HOOKS.items():
+        for attribute, kind in kinds.items():
             for hook in getattr(module, attribute).values():
                 yield f"{kind} {_name(hook)} on {name or 'the model'}"
 
@@ -121,4 +152,5 @@ def _foreign(model: nn.Module, twin: nn.Module) -> Iterator[str]:
 
 
 def _name(hook: Callable[..., Any]) -> str:
+    hook = getattr(hook, "hook", hook)  # torch wraps hooks of load_state_dict
     return str(getattr(hook, "__qualname__", type(hook).__qualname__)).replace("<locals>.", "")

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from dcvit.costs import Cost, linear_cost
+from dcvit.models.foreign import require_module
 from dcvit.models.modeling.shared import CompressedBlock, TimmModule, layer_scale
 from dcvit.ops import Impl, attention, dropped_mlp
 
@@ -33,6 +34,15 @@ __all__ = [
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
+_BYPASSED = {
+    kind: (kind.forward, kind.__call__)
+    for kind in (
+        Block, CompressedBlock, Attention, Mlp, LayerNorm, LayerNormFp32, nn.LayerNorm, nn.Linear, nn.GELU, GELU,
+        LayerScale, DropPath, nn.Dropout, nn.Identity,
+    )
+}  # fmt: skip
+"""The methods that a fused block does not call, by class, as they were when dcvit was imported."""
+
 _SKIPPED_IN_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop")
 """Parts of timm's `Attention` that `dcvit.ops.attention` does not run; it is used only where they do nothing."""
 
@@ -46,9 +56,11 @@ class FusedCompressedBlock(CompressedBlock):
 
     impl: Impl
 
-    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, x: Tensor, *ignored: Any, **arguments: Any) -> Tensor:
         """Map tokens to tokens of the same shape, as `CompressedBlock` does."""
-        return _fused_mlp_sublayer(self, x) if _fusible_mlp(self, x) else super().forward(x, **arguments)
+        if _fusible_mlp(self, x) and not _is_patched(CompressedBlock):
+            return _fused_mlp_sublayer(self, x)
+        return super().forward(x)
 
 
 class FusedBlock(Block):  # type: ignore[misc]
@@ -64,7 +76,7 @@ class FusedBlock(Block):  # type: ignore[misc]
 
     def forward(self, x: Tensor, **masks: Any) -> Tensor:
         """Map tokens `[B, N, D]` to `[B, N, D]`; `masks` are passed to timm's `Attention`."""
-        if not x.is_cpu:
+        if not x.is_cpu or _is_patched(Block):
             whole: Tensor = super().forward(x, **masks)
             return whole
         x = attention_sublayer(self, x, **masks)
@@ -87,14 +99,19 @@ def fuse(model: _Model, impl: Impl = "auto") -> _Model:
     short sequences. Outputs change only by rounding. Parameters, their names, `state_dict` and hooks stay. A pickle of
     the fused model, or a program compiled from it, needs dcvit.
 
-    The modules run one by one, as without this call, if they have hooks or a replaced `forward`, under autocast, on the
-    meta device, for tensor subclasses (quantised, fake, distributed), and while torch traces, compiles, exports or
-    intercepts operations. Blocks of other types are not changed.
+    The modules run one by one, as without this call, if they have hooks or a replaced `forward`, if a method of their
+    class was replaced after dcvit was imported, under autocast, on the meta device, for tensor subclasses (quantised,
+    fake, distributed), in forward-mode differentiation, and while torch traces, compiles, exports or intercepts
+    operations. Blocks of other types are not changed.
 
     Args:
         model: Any model; only blocks of timm's `VisionTransformer` and compressed blocks are fused.
         impl: The implementation, see `dcvit.ops`; "eager" calls the modules themselves, so it fuses nothing.
+
+    Raises:
+        UnsupportedModelError: If `model` is not a module.
     """
+    require_module(model, "a model")
     if impl == "eager":
         return unfuse(model)
     for module in model.modules():
@@ -107,7 +124,12 @@ def fuse(model: _Model, impl: Impl = "auto") -> _Model:
 
 
 def unfuse(model: _Model) -> _Model:
-    """Undo `fuse`, in place, so that the modules of each block run one by one, and return the model."""
+    """Undo `fuse`, in place, so that the modules of each block run one by one, and return the model.
+
+    Raises:
+        UnsupportedModelError: If `model` is not a module.
+    """
+    require_module(model, "a model")
     for module in model.modules():
         module.__dict__.pop("impl", None)
         if type(module) in PLAIN:
@@ -216,6 +238,7 @@ def _traced(x: Tensor) -> bool:
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
         or any(
             type(torch._C._get_function_stack_at(i)) is not DeviceContext  # which names only the device of new tensors
             for i in range(torch._C._len_torch_function_stack())
@@ -226,7 +249,7 @@ def _traced(x: Tensor) -> bool:
 
 
 def _all_plain(modules: Iterable[TimmModule]) -> bool:
-    """Return whether each module has no hooks, its class's `forward` and ordinary parameters."""
+    """Return whether each module has no hooks, its class's own methods and ordinary parameters."""
     for module in modules:
         state = module.__dict__
         if (
@@ -235,12 +258,18 @@ def _all_plain(modules: Iterable[TimmModule]) -> bool:
             or state["_forward_pre_hooks"]
             or state["_backward_hooks"]
             or state["_backward_pre_hooks"]
+            or _is_patched(type(module))
         ):
             return False
         for parameter in state["_parameters"].values():
             if parameter is not None and type(parameter) is not nn.Parameter:
                 return False
     return True
+
+
+def _is_patched(kind: TimmModule) -> bool:
+    """Return whether the methods of a class are not those with which it was imported."""
+    return (kind.forward, kind.__call__) != _BYPASSED.get(kind)
 
 
 def mlp_sublayer_cost(block: TimmModule, tokens: int) -> tuple[Cost, Cost]:

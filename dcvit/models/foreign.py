@@ -1,6 +1,7 @@
 """Models that other tools have wrapped or changed: each is refused with a next step, or converted to a plain model."""
 
 import copy
+import reprlib
 from collections.abc import Iterator
 
 import torch
@@ -16,9 +17,20 @@ from torchvision.ops import FrozenBatchNorm2d
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.modeling.shared import TimmModule
 
-__all__ = ["class_name", "require_plain_parts", "supported_alternative", "with_plain_norms"]
+__all__ = [
+    "attribute_path",
+    "class_name",
+    "require_module",
+    "require_plain_parts",
+    "supported_alternative",
+    "with_plain_norms",
+]
 
 _MERGE = "merge the adapters into the weights first, model = model.merge_and_unload()"
+_MERGE_AROUND = (
+    "merge the adapters into the weights first, with the model that get_peft_model returned: "
+    "model = peft_model.merge_and_unload()"
+)
 _PLAIN_WEIGHTS = "pass the model as it was before, with its weights as plain tensors, and convert the compressed model"
 _GATHER = (
     "gather the weights first, torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, "
@@ -26,7 +38,8 @@ _GATHER = (
 )
 
 _TOOLS = {
-    "peft": _MERGE,
+    "peft.peft_model": _MERGE,
+    "peft": _MERGE_AROUND,
     "torch.distributed.fsdp": _GATHER,
     "torch.distributed.tensor": _GATHER,
     "torch.ao": _PLAIN_WEIGHTS,
@@ -37,7 +50,7 @@ _TOOLS = {
     "torch.jit": "create the model with timm.create_model, load the script's state_dict() into it, and pass that",
     "torch.fx": "pass the model that the graph was made of",
 }
-"""The user's next step by the package of a module's or tensor's class."""
+"""The user's next step by the package of a module's or tensor's class; the first package that fits counts."""
 
 _REMOVERS: dict[type, str] = {
     prune.BasePruningMethod: "torch.nn.utils.prune.remove",
@@ -53,6 +66,28 @@ _BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNormAct, FrozenBatchNorm2d, FrozenBat
 """Norms that compute the same as `BatchNorm2d` in evaluation mode."""
 
 
+def require_module(model: object, expected: str = "a timm model") -> None:
+    """Refuse what is not a module, such as a result in place of its model.
+
+    Args:
+        model: The caller's argument `model`.
+        expected: What it may be, for the message.
+
+    Raises:
+        UnsupportedModelError: If it is not a module.
+    """
+    if isinstance(model, nn.Module):
+        return
+    kind = type(model).__name__
+    if isinstance(getattr(model, "model", None), nn.Module):
+        raise UnsupportedModelError(
+            f"model is a {kind}: expected {expected}; pass the one that it holds, result.model."
+        )
+    raise UnsupportedModelError(
+        f"model={reprlib.repr(model)} is a {kind}: expected {expected}. Create one with timm.create_model."
+    )
+
+
 def supported_alternative(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> str | None:
     """Return the user's next step for a model of an unsupported class, as a clause; `None` if none is known.
 
@@ -62,7 +97,7 @@ def supported_alternative(model: nn.Module, classes: tuple[type[nn.Module], ...]
     """
     if (step := _tool_step(type(model))) is not None:
         return step
-    inner = [f"{_attribute_path(name)} (a {type(part).__qualname__})" for name, part in _outermost(model, classes)]
+    inner = [f"{attribute_path(name)} (a {type(part).__qualname__})" for name, part in _outermost(model, classes)]
     if inner:
         one = inner[0] if len(inner) == 1 else f"one of {', '.join(inner)}"
         return f"pass the model inside of it, {one}; the wrapper can hold the compressed model afterwards"
@@ -76,7 +111,12 @@ def require_plain_parts(model: nn.Module) -> None:
         UnsupportedModelError: If a part is not plain; the message names the first one and how to make it plain.
     """
     for name, module in model.named_modules():
-        step = _wrapper_step(name, module) or _tool_step(type(module)) or _reparametrisation_step(name, module)
+        step = (
+            _wrapper_step(name, module)
+            or _tool_step(type(module))
+            or _reparametrisation_step(name, module)
+            or _offload_step(module)
+        )
         if step is not None:
             raise UnsupportedModelError(f"The model's part {name or '(root)'} is a {class_name(type(module))}: {step}.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -129,7 +169,7 @@ def _wrapper_step(name: str, module: nn.Module) -> str | None:
     """Return the next step for a part that only wraps another module; `None` for other modules."""
     for attribute in _WRAPPED:
         if name and isinstance(module._modules.get(attribute), nn.Module):
-            path = _attribute_path(name)
+            path = attribute_path(name)
             return f"put the module that it wraps in its place, {path} = {path}.{attribute}"
     return None
 
@@ -138,12 +178,22 @@ def _reparametrisation_step(name: str, module: nn.Module) -> str | None:
     """Return the next step for a module that computes a weight from others in each pass; `None` for other modules."""
     if is_parametrized(module):
         weight = next(iter(module.parametrizations))  # type: ignore[arg-type]
-        return f"call torch.nn.utils.parametrize.remove_parametrizations({_attribute_path(name)}, {weight!r})"
+        return f"call torch.nn.utils.parametrize.remove_parametrizations({attribute_path(name)}, {weight!r})"
     for hook in module._forward_pre_hooks.values():
         for kind, call in _REMOVERS.items():
             if isinstance(hook, kind):
                 weight = getattr(hook, "_tensor_name", None) or getattr(hook, "name", "weight")
-                return f"call {call}({_attribute_path(name)}, {weight!r})"
+                return f"call {call}({attribute_path(name)}, {weight!r})"
+    return None
+
+
+def _offload_step(module: nn.Module) -> str | None:
+    """Return the next step for a module whose weights accelerate loads in each pass; `None` for other modules."""
+    if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return (
+            "bring its weights back from where accelerate keeps them: "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
     return None
 
 
@@ -158,7 +208,7 @@ def _outermost(model: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterat
             yield name, module
 
 
-def _attribute_path(name: str) -> str:
+def attribute_path(name: str) -> str:
     """Return a module's name as a Python expression."""
     parts = name.split(".") if name else []
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dcvit.errors import ImagesError, UnsupportedModelError
 from dcvit.models.building import Building, TooLargeError
+from dcvit.models.foreign import require_module
 from dcvit.models.modeling import cnn, eva, swin, vision_transformer
 from dcvit.models.modeling.shared import parameter_names, require_arguments, shape_arguments
 from dcvit.models.registry import compressible
@@ -155,10 +156,9 @@ def load_model(model: str | nn.Module, *, pretrained: bool = True) -> nn.Module:
     Raises:
         UnsupportedModelError: If the name is unknown, its weights cannot be loaded, or a folder holds no model.
     """
-    if isinstance(model, nn.Module):
-        return model
     if not isinstance(model, str):
-        raise UnsupportedModelError(f"model={model!r}: expected a timm model or a name, got {type(model).__name__}.")
+        require_module(model, "a timm model or a name")
+        return model
     name = f"local-dir:{_demo_folder()}" if model == DEMO_MODEL else model
     try:
         if name.startswith("local-dir:"):

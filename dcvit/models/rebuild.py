@@ -1,6 +1,6 @@
 """Helpers of the adapters that rebuild a model from its saved form, and refuse a model that would lose a part."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import timm
@@ -11,6 +11,7 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import PLAIN
+from dcvit.models.foreign import attribute_path
 from dcvit.models.modeling.eva import PrunedBeit
 from dcvit.models.modeling.shared import NORMS, CompressedBlock, DroppedBlock, TimmModule, require_base
 
@@ -79,11 +80,23 @@ def require_same(model: nn.Module, twin: nn.Module, family: str) -> None:
     original, found = _signature(model), _signature(twin)
     for name in sorted(original.keys() | found.keys()):
         if original.get(name) != found.get(name):
+            if (first := _first_name(model, name)) != name:
+                path = attribute_path(name)
+                raise UnsupportedModelError(
+                    f"The model's part {name} is shared with {first}: it could not be rebuilt from its saved form, in "
+                    f"which each has its own. Copy it: {path} = copy.deepcopy({path})."
+                )
             raise UnsupportedModelError(
                 f"The model's part {name or '(root)'} is {original.get(name, 'absent')}, where a "
                 f"{family} built from its sizes has {found.get(name, 'nothing')}: it could not be rebuilt from its "
                 f"saved form. {_next_step(twin, name)}"
             )
+
+
+def _first_name(model: nn.Module, name: str) -> str:
+    """Return the first of the names that a model has for a module or a tensor; `name` itself if it has no such part."""
+    parts = dict([*model.named_modules(remove_duplicate=False), *_named_tensors(model)])
+    return next((first for first, part in parts.items() if name in parts and part is parts[name]), name)
 
 
 def _next_step(twin: TimmModule, name: str) -> str:
@@ -166,11 +179,19 @@ def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> 
     pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
     with torch.device("meta"):  # initialisation there draws no random numbers
         new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
-    new.to(weight.dtype).to_empty(device=weight.device).load_state_dict(model.state_dict())
-    buffers = dict(model.named_buffers())
-    for name, buffer in new.named_buffers():  # `state_dict` leaves out non-persistent buffers
-        buffer.copy_(buffers[name])
+    new.to(weight.dtype).to_empty(device=weight.device)
+    # Hooks may change what `state_dict` returns, and it leaves out non-persistent buffers.
+    tensors = dict(_named_tensors(model))
+    with torch.no_grad():
+        for name, tensor in _named_tensors(new):
+            tensor.copy_(tensors[name])
     return new.train(model.training)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters and buffers of a model; shared ones under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _preprocessing_cfg(model: TimmModule) -> dict[str, Any]:

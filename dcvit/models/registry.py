@@ -5,7 +5,13 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView
-from dcvit.models.foreign import class_name, require_plain_parts, supported_alternative, with_plain_norms
+from dcvit.models.foreign import (
+    class_name,
+    require_module,
+    require_plain_parts,
+    supported_alternative,
+    with_plain_norms,
+)
 
 __all__ = ["compressible", "families", "require_supported"]
 
@@ -26,10 +32,7 @@ def compressible(model: nn.Module) -> ModelView:
     Raises:
         UnsupportedModelError: If no family fits.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"model={model!r} is a {type(model).__name__}: expected a timm model, or a name that timm knows."
-        )
+    require_module(model)
     for family in families():
         if isinstance(model, family.classes):
             return family(model)

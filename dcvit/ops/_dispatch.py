@@ -116,7 +116,7 @@ def refuse_double_backward(op: OpOverload) -> None:
     def backward(_ctx: Any, *_grads: Tensor) -> None:
         raise RuntimeError(
             f"{op.name()} has no second derivative: only the eager implementation can be differentiated twice. "
-            "Pass impl='eager'."
+            "Pass impl='eager', or, if the model is fused, call dcvit.unfuse(model) first."
         )
 
     register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)

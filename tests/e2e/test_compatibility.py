@@ -16,12 +16,19 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcvit.models import CompressedBlock, compressible
+from dcvit.models import CompressedBlock, DroppedBlock, compressible
 from dcvit.models.modeling.cnn import PointwiseBlock
+from dcvit.models.modeling.shared import parameter_names
+from tests.models.test_cnn import create as create_cnn
 from tests.variants import EVA_VARIANTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -145,6 +152,11 @@ def _(student: Student) -> None:
     traced = torch.jit.trace(student.model, student.images)
     assert "dcvit::" not in str(traced.inlined_graph)
     student.require_close(traced(student.images))
+
+
+@check("`torch.jit.script`")
+def _(student: Student) -> None:
+    student.require_close(torch.jit.script(student.model)(student.images))
 
 
 @check("`torch.fx.symbolic_trace`")
@@ -309,6 +321,33 @@ def test_the_table_says_what_happens(tool: str, family: str, student: Student) -
             pytest.fail(f"{tool} fails with {family} for another reason than {PAGE.name} gives: {error}")
     else:
         assert row[family] == "works", f"{tool} works with {family}: say so in {PAGE.name}"
+
+
+BLOCKS = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm, BeitBlock, SwinTransformerBlock, SwinTransformerV2Block)
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "Beit": EVA_VARIANTS["beit"].create,
+    "Eva with norms last": EVA_VARIANTS["eva_post_norm"].create,
+    "EfficientNet": lambda: create_cnn("efficientnet"),
+    "RegNet": lambda: create_cnn("regnet"),
+}
+
+
+@pytest.mark.parametrize("units", [0, 3])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_blocks_script_too(kind: str, units: int) -> None:
+    """Also with no hidden unit left."""
+    view = compressible(OTHERS[kind]())
+    view.compress_block(next(block for block, of in enumerate(view.cost().blocks) if of.compressible), range(units))
+    student, images = view.rebuild(), torch.randn(2, *view.input_size())
+    torch.testing.assert_close(torch.jit.script(student)(images), student(images))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_compressed_block_takes_what_timm_gives_to_its_blocks(kind: type[nn.Module]) -> None:
+    """By name, because a scripted function names its arguments."""
+    for made in (CompressedBlock, DroppedBlock):
+        assert parameter_names([kind.forward]) <= parameter_names([made.forward])
 
 
 def test_the_models_have_compressed_blocks(family: str) -> None:

@@ -19,13 +19,15 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcvit
 from dcvit.data.images import load_images
 from dcvit.methods import METHODS, VTP, Practise
 from dcvit.recovery.finetune import token_weight
 from dcvit.runtime.precision import Precision
-from tests.conftest import CUT_REFINED, PUBLISHED, QUICK, SYNTHESIS, quick, slow_but
+from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, SYNTHESIS, quick, slow_but
 from tests.variants import EVA_VARIANTS, VARIANTS
 
 AUGMENTED = PUBLISHED.with_(
@@ -250,6 +252,22 @@ def test_of_other_work_too(work: str, name: str) -> None:
         before = state()
         found = WORK[work]()
         assert state() == before
+    assert_same(found, expected)
+
+
+class Watching(TorchDispatchMode):
+    """Sees each operation and changes none, as a logger does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_the_callers_change_only_who_rounds() -> None:
+    """Under them fused blocks run as modules, which is how they always run with the eager implementation."""
+    eager = replace(CUT, impl="eager")
+    expected = compressed(eager)
+    with Watching(), BaseTorchFunctionMode():
+        found = compressed(eager)
     assert_same(found, expected)
 
 

@@ -1,6 +1,7 @@
 """A model whose output does not come only from its modules is refused by name, before any work."""
 
 import functools
+import itertools
 import types
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import dcvit
 from dcvit.errors import HooksWarning, UnsupportedModelError
 from dcvit.metrics.agreement import closeness
-from dcvit.models import require_plain_behaviour
+from dcvit.models import compressible, require_plain_behaviour
 from dcvit.models.teacher import freeze
 from tests.conftest import QUICK
 from tests.variants import EVA_VARIANTS, VARIANTS
@@ -143,6 +144,71 @@ def test_hooks_that_change_nothing_are_accepted_and_reported(model: nn.Module, i
     assert seen
     assert found.report.agreement == expected.report.agreement
     assert not any(module._forward_hooks for module in found.model.modules())
+
+
+def rename(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """Change what is saved, as for a program that knows other names."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"renamed.{name}"] = state.pop(name)
+
+
+def round_weights(_module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """Change what is saved, as for a smaller file."""
+    state.update({name: tensor.half() for name, tensor in state.items()})
+
+
+def fail(*_: Any) -> None:
+    raise AssertionError("the hook is called for what dcvit saves and loads during its work")
+
+
+STATE_HOOKS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "_register_state_dict_hook": (lambda m: m._register_state_dict_hook(rename), "state_dict hook rename"),
+    "register_state_dict_post_hook": (
+        lambda m: m.register_state_dict_post_hook(round_weights),
+        "state_dict hook round_weights",
+    ),
+    "register_state_dict_pre_hook": (lambda m: m.register_state_dict_pre_hook(fail), "state_dict pre-hook fail"),
+    "_register_load_state_dict_pre_hook": (
+        lambda m: m._register_load_state_dict_pre_hook(fail),
+        "load_state_dict pre-hook fail",
+    ),
+    "register_load_state_dict_pre_hook": (
+        lambda m: m.register_load_state_dict_pre_hook(fail),
+        "load_state_dict pre-hook fail",
+    ),
+    "register_load_state_dict_post_hook": (
+        lambda m: m.register_load_state_dict_post_hook(fail),
+        "load_state_dict post-hook fail",
+    ),
+}
+"""How a hook of what is saved or loaded is registered, and what the warning says of it."""
+
+
+@pytest.mark.parametrize("name", STATE_HOOKS)
+def test_hooks_of_the_state_are_named(name: str) -> None:
+    model, (register, found) = VARIANTS["plain"].create(), STATE_HOOKS[name]
+    register(model.get_submodule("blocks.1.mlp"))
+    with pytest.warns(HooksWarning, match=rf": {found} on blocks\.1\.mlp\. .*will not have them"):
+        freeze(model)
+
+
+def test_hooks_of_the_state_do_not_reach_the_weights(model: Any, images: Tensor) -> None:
+    expected = dcvit.compress(model, images, dcvit.Budget(macs=0.8), QUICK)
+    for (register, _), where in itertools.product(STATE_HOOKS.values(), ("", "blocks.1", "blocks.1.mlp.fc1")):
+        register(model.get_submodule(where))
+    with pytest.warns(HooksWarning, match="and 13 more"):
+        found = dcvit.compress(model, images, dcvit.Budget(macs=0.8), QUICK)
+    assert found.report.teacher.file_size == expected.report.teacher.file_size
+    torch.testing.assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
+    assert len(model.blocks[1]._state_dict_hooks) == 2, "the caller's model keeps its hooks"
+
+
+@pytest.mark.parametrize("create", [VARIANTS["plain"].create, EVA_VARIANTS["dinov3"].create])
+def test_a_model_is_rebuilt_from_its_tensors_and_not_from_what_it_would_save(create: Callable[[], Any]) -> None:
+    model, images = create(), torch.randn(2, 3, 32, 32)
+    for register, _ in STATE_HOOKS.values():
+        register(model.blocks[1])
+    assert torch.equal(compressible(model).rebuild()(images), model(images))
 
 
 def test_the_check_is_one_pass_of_the_first_images(model: nn.Module) -> None:

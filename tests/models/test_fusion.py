@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import LayerNorm, Mlp
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -25,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcvit
-from dcvit.models import blocks, compressible
+from dcvit.models import CompressedBlock, blocks, compressible
 from dcvit.models.surgery import compress_block, drop_block
 from dcvit.ops import attention, dropped_mlp
 from tests.conftest import CUT
@@ -207,6 +211,42 @@ def test_a_replaced_dropout_is_called() -> None:
     assert called == ["mlp"]
 
 
+PATCHED: dict[str, tuple[type[nn.Module], list[str]]] = {
+    "block": (Block, ["mlp"]),
+    "compressed block": (CompressedBlock, ["attention", "mlp", "attention", "mlp"]),
+    "attention": (Attention, ["mlp", "mlp", "mlp"]),
+    "MLP": (Mlp, ["attention", "attention"]),
+    "linear layer": (nn.Linear, ["attention", "attention"]),
+    "activation": (nn.GELU, ["attention", "attention"]),
+    "norm": (LayerNorm, ["attention", "attention"]),
+    "identity": (nn.Identity, []),
+    "dropout": (nn.Dropout, []),
+}
+"""A class whose `forward` is replaced, and the ops that are still called."""
+
+
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+@pytest.mark.parametrize("name", PATCHED)
+def test_it_steps_aside_for_methods_that_are_replaced_on_classes(name: str, method: str) -> None:
+    """Each call reaches the method, as without fusing."""
+    kind, still_called = PATCHED[name]
+    model, images, original = dcvit.fuse(student()), torch.randn(2, 3, 32, 32), getattr(kind, method)
+    calls: list[str] = []
+
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, op_calls() as ops, torch.no_grad():
+        patch.setattr(kind, method, counting)
+        model(images)
+        fused = len(calls)
+        dcvit.unfuse(model)(images)
+    assert len(calls) == 2 * fused > 0
+    # A block is called in any case.
+    assert method == "__call__" or ops == still_called
+
+
 class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -234,6 +274,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "global forward pre-hook": lambda: global_hook(register_module_forward_pre_hook),
     "global backward hook": lambda: global_hook(register_module_full_backward_hook),
     "flop counter": lambda: FlopCounterMode(display=False),
+    "forward-mode differentiation": forward_ad.dual_level,
 }
 
 
@@ -246,6 +287,29 @@ def test_it_steps_aside_while_something_watches_all_modules(state: str) -> None:
     with op_calls() as called:
         model(images)
     assert called
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch scripts its own formulas
+def test_forward_derivatives_are_those_of_the_modules() -> None:
+    """The kernels have none; an implementation that is asked for by name would refuse the call."""
+    plain, images, tangent = student(), torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    derivatives = []
+    for model in (plain, dcvit.fuse(copy.deepcopy(plain), impl="cpp")):
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            derivatives.append(forward_ad.unpack_dual(model(forward_ad.make_dual(images, tangent))).tangent)
+    torch.testing.assert_close(derivatives[1], derivatives[0])
+
+
+@pytest.mark.parametrize("block", [0, 1], ids=["whole", "compressed"])
+def test_a_second_derivative_is_refused_with_the_next_step(block: int) -> None:
+    fused = dcvit.fuse(student()).blocks[block]  # type: ignore[index]
+    tokens = TOKENS.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(fused(tokens).square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*impl='eager'.*dcvit\.unfuse\(model\)"):
+        gradient.sum().backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        (gradient,) = torch.autograd.grad(dcvit.unfuse(fused)(tokens).square().sum(), tokens, create_graph=True)
+        gradient.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of what it takes for constants

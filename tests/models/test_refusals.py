@@ -1,6 +1,8 @@
 """Models that other tools have wrapped or changed: each is taken, or refused with what the user passes instead."""
 
+import argparse
 import copy
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +185,78 @@ def test_what_a_refusal_says_to_pass_is_taken(name: str) -> None:
     path = re.search(r"(model[\w.\[\]]+) \(a", str(refused.value))
     assert path is not None
     require_supported(eval(path[1], {"model": model}))
+
+
+def follow(model: Any, **names: Any) -> None:
+    """Run the code that a refusal ends with, as the user would, until the model is taken."""
+    for _ in range(10):
+        try:
+            require_supported(model)
+        except UnsupportedModelError as refused:
+            step = str(refused).rsplit(": ", 1)[1].removesuffix(".")
+            exec(step, {"model": model, "copy": copy, **names})
+        else:
+            return
+    pytest.fail("the model is refused after ten steps")
+
+
+def test_adapters_are_merged_as_the_refusal_says() -> None:
+    """The caller may have kept the PEFT model, or have only its inner model at hand."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(vit(), peft.LoraConfig(target_modules=["fc1", "qkv"], init_lora_weights=False))
+    images = torch.randn(2, 3, 32, 32)
+    expected = adapted(images)
+    inner = adapted.base_model.model
+    with pytest.raises(UnsupportedModelError, match=r"part blocks\.0\.attn\.qkv is a peft\.tuners.*peft_model\.merge"):
+        require_supported(inner)
+    follow(inner, peft_model=adapted)
+    torch.testing.assert_close(inner(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["", "blocks.1"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_are_brought_back_as_the_refusal_says(where: str, part: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, images = vit(), torch.randn(2, 3, 32, 32)
+    expected, offloaded = model(images), model.get_submodule(part)
+    if where == "cpu":
+        accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(offloaded, tmp_path, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match=r"accelerate .*remove_hook_from_module\(model, recurse=True\)"):
+        require_supported(model)
+    follow(model, accelerate=accelerate)
+    assert torch.equal(model(images), expected)
+
+
+SHARED: dict[str, tuple[Callable[[], Any], tuple[str, ...], str]] = {
+    "MLP": (vit, ("blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"), "model.blocks[1].mlp"),
+    "attention": (vit, ("blocks.1.attn", "blocks.3.attn"), "model.blocks[3].attn"),
+    "layer": (vit, ("blocks.0.mlp.fc1", "blocks.1.mlp.fc1"), "model.blocks[1].mlp.fc1"),
+    "weight": (vit, ("blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"), "model.blocks[1].mlp.fc1.weight"),
+    "block": (vit, ("blocks.0", "blocks.1"), "model.blocks[1]"),
+    "EVA": (EVA_VARIANTS["dinov3"].create, ("blocks.0.attn", "blocks.1.attn"), "model.blocks[1].attn"),
+    "Swin": (lambda: swin(1), ("layers.0.blocks.0.mlp", "layers.0.blocks.1.mlp"), "model.layers[0].blocks[1].mlp"),
+    "CNN": (lambda: cnn("basic"), ("layer2.1.conv1", "layer2.1.conv2"), "model.layer2[1].conv2"),
+}
+"""A model, the parts of it that become one, and the part that a refusal names."""
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_parts_are_copied_as_the_refusal_says(name: str) -> None:
+    make, (first, *others), named = SHARED[name]
+    model = make()
+    shared = functools.reduce(getattr, first.split("."), model)
+    for other in others:
+        holder, _, attribute = other.rpartition(".")
+        setattr(model.get_submodule(holder), attribute, shared)
+    images = torch.randn(2, *compressible(model).input_size())
+    expected = model(images)
+    with pytest.raises(UnsupportedModelError, match=re.escape(f"is shared with {first}: ")) as refused:
+        require_supported(model)
+    assert f" {named} = copy.deepcopy({named})" in str(refused.value)
+    follow(model)
+    assert torch.equal(model(images), expected)
 
 
 def test_a_head_can_be_taken_off_and_put_back_as_the_refusal_says() -> None:
@@ -376,3 +450,19 @@ def test_a_wrapped_block_is_refused_by_the_module_inside(kind: str, wrap: Callab
     assert step.startswith(f"model.{name}[1] = ")
     exec(step, {"model": model})  # as the user would
     require_supported(model)
+
+
+@pytest.mark.parametrize("call", [dcvit.fuse, dcvit.unfuse, load_model, compressible, require_supported])
+def test_what_is_no_model_is_refused_with_the_next_step(call: Callable[[Any], object]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"a Namespace: expected .* pass the one that it holds, result\.mo"):
+        call(argparse.Namespace(model=vit()))  # as a result has it
+    with pytest.raises(UnsupportedModelError, match=r"^model=7 is a int: expected .*timm\.create_model\.$"):
+        call(7)
+
+
+@pytest.mark.parametrize("call", [dcvit.fuse, dcvit.unfuse])
+def test_a_name_cannot_be_fused(call: Callable[[Any], object]) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"model='vit_tiny' is a str: expected a model\. Create one with tim"
+    ):
+        call("vit_tiny")

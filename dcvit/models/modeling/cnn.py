@@ -55,11 +55,12 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, C, H, W]` to `[B, K, H, W]`."""
+        batch, _, height, width = x.shape
         if self.out_channels == 0:
-            return x.new_empty(len(x), 0, *x.shape[2:])
+            return x.new_empty((batch, 0, height, width))
         if self.in_channels == 0:
-            return self.bias.view(-1, 1, 1).expand(len(x), -1, *x.shape[2:])
-        return super().forward(x)
+            return self.bias.view(-1, 1, 1).expand(batch, -1, height, width)
+        return nn.functional.conv2d(x, self.weight, self.bias)
 
 
 class PointwiseBlock(nn.Module):
@@ -71,11 +72,6 @@ class PointwiseBlock(nn.Module):
     Args:
         block: A residual block of timm's, see `expansion`. It is not changed.
     """
-
-    conv1: Pointwise
-    conv2: Pointwise
-    act1: TimmModule
-    act2: TimmModule
 
     def __init__(self, block: TimmModule) -> None:
         super().__init__()

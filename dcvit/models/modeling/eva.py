@@ -26,11 +26,9 @@ FILES = ("timm.models.eva", "timm.models.beit")
 class PrunedBeit(Beit):  # type: ignore[misc]
     """A timm `Beit` in which some blocks may have no attention."""
 
-    blocks: nn.ModuleList
-
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """Set the image size as timm's method does, but skip blocks without attention."""
-        blocks = self.blocks
+        blocks: TimmModule = self.get_submodule("blocks")  # TorchScript takes no annotation of the class
         self.blocks = nn.ModuleList(block for block in blocks if hasattr(block, "attn"))
         try:
             super().set_input_size(*args, **kwargs)

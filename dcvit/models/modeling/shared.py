@@ -94,11 +94,6 @@ class CompressedBlock(nn.Module):
             copied.
     """
 
-    norm2: TimmModule
-    mlp: TimmModule
-    ls2: TimmModule
-    drop_path2: TimmModule
-
     def __init__(self, block: TimmModule) -> None:
         super().__init__()
         self.post_norm = isinstance(block, POST_NORM)
@@ -107,8 +102,18 @@ class CompressedBlock(nn.Module):
         self.ls2 = layer_scale(block)
         self.drop_path2 = block.drop_path2
 
-    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
-        """Map tokens to tokens of the same shape; the attention arguments of timm's blocks are ignored."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Map tokens to tokens of the same shape; the attention arguments of timm's blocks are ignored.
+
+        They are listed, because TorchScript does not know `**arguments`.
+        """
         branch: Tensor = self.norm2(self.mlp(x)) if self.post_norm else self.ls2(self.mlp(self.norm2(x)))
         return x + self.drop_path2(branch)
 
@@ -129,8 +134,15 @@ def layer_scale(block: TimmModule) -> nn.Module:
 class DroppedBlock(nn.Module):
     """The replacement of a dropped block: its output is its input."""
 
-    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
-        """Return the tokens unchanged."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Return the tokens unchanged; the attention arguments of timm's blocks are ignored."""
         return x
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
