@@ -4,13 +4,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import timm
-import torch
 from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
 from timm.models.beit import Beit
 from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import PLAIN
+from dcvit.models.building import without_values
 from dcvit.models.modeling.eva import PrunedBeit
 from dcvit.models.modeling.shared import NORMS, CompressedBlock, DroppedBlock, TimmModule, require_base
 
@@ -164,7 +164,7 @@ def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> 
     """
     weight = next(model.parameters())
     pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
-    with torch.device("meta"):  # initialisation there draws no random numbers
+    with without_values():
         new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
     new.to(weight.dtype).to_empty(device=weight.device).load_state_dict(model.state_dict())
     buffers = dict(model.named_buffers())
