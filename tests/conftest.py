@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dcvit
+from dcvit.compression.finish import finish
 from dcvit.methods import METHODS
+from dcvit.metrics.latency import Timing
 from tests.variants import EVA_VARIANTS, REPRESENTATIVES, VARIANTS, Variant
 
 SYNTHESIS = dcvit.config.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1)
@@ -88,6 +91,12 @@ torch.set_num_threads(int(os.environ.get("DCVIT_TEST_THREADS", "1")))
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _rough_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time few passes for the report of a result, whose latency is a rough figure anyway."""
+    monkeypatch.setattr("dcvit.compression.compress.finish", partial(finish, timing=Timing(runs=5, warmup=1)))
 
 
 @pytest.fixture(params=slow_but([*VARIANTS, *EVA_VARIANTS], *REPRESENTATIVES))

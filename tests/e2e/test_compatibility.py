@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcvit.models import CompressedBlock, compressible
 from dcvit.models.modeling.cnn import PointwiseBlock
+from tests.conftest import slow_but
 from tests.variants import EVA_VARIANTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -279,9 +280,9 @@ def test_the_table_has_a_row_for_each_tool() -> None:
         assert ("no" in (row[family] for family in FAMILIES)) == bool(row["why not"])
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=slow_but(FAMILIES, "ViT"))
 def family(request: pytest.FixtureRequest) -> str:
-    """Each family in turn."""
+    """Each family in turn; all but one are slow."""
     return str(request.param)
 
 

@@ -26,8 +26,8 @@ from dcvit.recovery.calibration import TeacherStates, draw_views
 from dcvit.recovery.distill import output_tokens
 from dcvit.recovery.reconstruct import BlockProblem, reconstruct_block
 from dcvit.recovery.ridge import RIDGES
-from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, REFINED
-from tests.variants import VARIANTS, Variant
+from tests.conftest import CUT, CUT_REFINED, PUBLISHED, QUICK, REFINED, slow_but
+from tests.variants import EVA_VARIANTS, REPRESENTATIVES, VARIANTS, Variant
 
 both_procedures = pytest.mark.parametrize("config", [REFINED, PUBLISHED], ids=["default", "published"])
 
@@ -60,9 +60,17 @@ def test_the_callers_precision_does_not_count(model: nn.Module, config: dcvit.DC
     assert same(found, expected)
 
 
-@both_procedures
-def test_a_variant_end_to_end(representative: Variant, config: dcvit.DCViT, tmp_path: Path) -> None:
-    model = representative.create()
+@pytest.mark.parametrize(
+    ("name", "config"),
+    slow_but(
+        [(name, config) for config in (REFINED, PUBLISHED) for name in REPRESENTATIVES],
+        *((name, REFINED) for name in REPRESENTATIVES),
+        ("plain", PUBLISHED),
+    ),
+    ids=[f"{name}-{procedure}" for procedure in ("default", "published") for name in REPRESENTATIVES],
+)
+def test_a_variant_end_to_end(name: str, config: dcvit.DCViT, tmp_path: Path) -> None:
+    model = (VARIANTS | EVA_VARIANTS)[name].create()
     before = copy.deepcopy(model.state_dict())
     images = torch.randn(5, *compressible(model).input_size())
     result = dcvit.compress(model, images, dcvit.Budget(macs=0.8), config)
