@@ -162,6 +162,9 @@ def test_demo_writes_what_it_prints(
     monkeypatch.setattr("dcvit.cli.demo.DEMO_CONFIG", replace(DEMO_CONFIG, recovery=fewer, synthesis=SYNTHESIS))
     monkeypatch.setattr("dcvit.cli.demo.PUBLISHED_DEMO_CONFIG", replace(PUBLISHED_DEMO_CONFIG, synthesis=SYNTHESIS))
     monkeypatch.setattr("dcvit.demo.comparison.QUICK_TIMING", Timing(runs=5))
+    digits = dcvit.demo.load_digits()
+    smaller = replace(digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100])
+    monkeypatch.setattr("dcvit.cli.demo.load_digits", lambda: smaller)
     out = tmp_path / "demo"
     code, text, _ = run(capsys, "demo", "--seeds", "2", "--epochs", "1", "--num-images", "8", "--out", str(out))
     assert code == 0

@@ -151,6 +151,7 @@ def test_what_a_process_refuses_the_caller_sees(model: nn.Module, images: Tensor
         dcvit.compress(model, images, dcvit.Budget(macs=0.01), QUICK, devices=["cpu", "cpu"])
 
 
+@pytest.mark.slow
 def test_the_caller_sees_what_only_the_first_process_refuses(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     """While the others wait for it."""
     (tmp_path / "notes.txt").write_text("precious")
