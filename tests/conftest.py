@@ -95,8 +95,11 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _rough_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time few passes for the report of a result, whose latency is a rough figure anyway."""
-    monkeypatch.setattr("dcvit.compression.compress.finish", partial(finish, timing=Timing(runs=5, warmup=1)))
+    """Time few passes where the latency is a rough figure anyway."""
+    few = Timing(runs=5, warmup=1)
+    monkeypatch.setattr("dcvit.compression.compress.finish", partial(finish, timing=few))
+    for module in ("cli.evaluate", "cli.sweep", "demo.comparison"):
+        monkeypatch.setattr(f"dcvit.{module}.QUICK_TIMING", few)
 
 
 @pytest.fixture(params=slow_but([*VARIANTS, *EVA_VARIANTS], *REPRESENTATIVES))

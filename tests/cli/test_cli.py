@@ -17,7 +17,6 @@ from dcvit.cli import main
 from dcvit.cli.compress import COMMAND
 from dcvit.demo.comparison import DEMO_CONFIG, PUBLISHED_DEMO_CONFIG
 from dcvit.methods import METHODS
-from dcvit.metrics.latency import Timing
 from dcvit.runtime.progress import TerminalProgress
 from dcvit.search.plan import plan as make_plan
 from tests.conftest import QUICK, SYNTHESIS, slow_but
@@ -161,7 +160,6 @@ def test_demo_writes_what_it_prints(
     )
     monkeypatch.setattr("dcvit.cli.demo.DEMO_CONFIG", replace(DEMO_CONFIG, recovery=fewer, synthesis=SYNTHESIS))
     monkeypatch.setattr("dcvit.cli.demo.PUBLISHED_DEMO_CONFIG", replace(PUBLISHED_DEMO_CONFIG, synthesis=SYNTHESIS))
-    monkeypatch.setattr("dcvit.demo.comparison.QUICK_TIMING", Timing(runs=5))
     digits = dcvit.demo.load_digits()
     smaller = replace(digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100])
     monkeypatch.setattr("dcvit.cli.demo.load_digits", lambda: smaller)

@@ -4,7 +4,7 @@ import copy
 import json
 import re
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,9 +55,12 @@ def deep() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _short_evolution(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the methods evolve and learn gates for a few steps only."""
     monkeypatch.setattr(autoformer, "POPULATION", 5)
     monkeypatch.setattr(autoformer, "GENERATIONS", 2)
+    for method in ("spvit", "vtp"):
+        monkeypatch.setattr(f"dcvit.methods.baselines.{method}.learn_gates", partial(learn_gates, steps=20))
 
 
 @cache
