@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import dcvit
+from dcvit.compression.finish import finish
 from dcvit.methods import METHODS
+from dcvit.metrics.latency import Timing
 from tests.variants import EVA_VARIANTS, REPRESENTATIVES, VARIANTS, Variant
 
 SYNTHESIS = dcvit.config.SynthesisConfig(num_images=3, iterations=3, warmup_iterations=1)
@@ -88,6 +91,15 @@ torch.set_num_threads(int(os.environ.get("DCVIT_TEST_THREADS", "1")))
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _rough_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time few passes where the latency is a rough figure anyway."""
+    few = Timing(runs=5, warmup=1)
+    monkeypatch.setattr("dcvit.compression.compress.finish", partial(finish, timing=few))
+    for module in ("cli.evaluate", "cli.sweep", "demo.comparison"):
+        monkeypatch.setattr(f"dcvit.{module}.QUICK_TIMING", few)
 
 
 @pytest.fixture(params=slow_but([*VARIANTS, *EVA_VARIANTS], *REPRESENTATIVES))

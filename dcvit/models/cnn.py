@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView, OutputLayer
+from dcvit.models.building import without_values
 from dcvit.models.modeling.cnn import (
     ARCHITECTURE,
     FILES,
@@ -301,7 +302,7 @@ class CnnView(ModelView):
             "in_chans": int(next(m for m in self.model.modules() if isinstance(m, nn.Conv2d)).in_channels),
             "global_pool": _pool_type(self.model),
         }
-        with torch.device("meta"):
+        with without_values():
             twin = build(**args, per_layer_config={})
             if stem := _stem_settings(self.model, twin):
                 args["stem"] = stem

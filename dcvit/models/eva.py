@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dcvit.costs import BlockCost, Cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import compressed, mlp_sublayer_cost
+from dcvit.models.building import without_values
 from dcvit.models.isotropic import IsotropicView, require_one_answer
 from dcvit.models.modeling.eva import ARCHITECTURE, FILES, build
 from dcvit.models.modeling.shared import CompressedBlock, DroppedBlock, TimmModule
@@ -147,7 +148,7 @@ class EvaView(IsotropicView):
             "in_chans": self.model.patch_embed.proj.in_channels,
             "global_pool": self.model.global_pool,
         }
-        with torch.device("meta"):
+        with without_values():
             whole: TimmModule = build(**args, per_layer_config={})
             args["per_layer_config"] = {
                 str(i): settings

@@ -11,6 +11,7 @@ from torch import nn
 
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import PLAIN
+from dcvit.models.building import without_values
 from dcvit.models.foreign import attribute_path
 from dcvit.models.modeling.eva import PrunedBeit
 from dcvit.models.modeling.shared import NORMS, CompressedBlock, DroppedBlock, TimmModule, require_base
@@ -177,7 +178,7 @@ def rebuilt(model: TimmModule, architecture: str, config: Mapping[str, Any]) -> 
     """
     weight = next(model.parameters())
     pretrained_cfg = {**config["pretrained_cfg"], "architecture": architecture}
-    with torch.device("meta"):  # initialisation there draws no random numbers
+    with without_values():
         new: nn.Module = timm.create_model(architecture, pretrained_cfg=pretrained_cfg, **config["model_args"])
     new.to(weight.dtype).to_empty(device=weight.device)
     # Hooks may change what `state_dict` returns, and it leaves out non-persistent buffers.

@@ -18,6 +18,7 @@ from dcvit.costs import BlockCost, Cost, ModelCost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.base import ModelView, OutputLayer
 from dcvit.models.blocks import compressed, mlp_sublayer_cost
+from dcvit.models.building import without_values
 from dcvit.models.modeling.shared import ACTIVATIONS, CompressedBlock, DroppedBlock, TimmModule, keep_hidden_units
 from dcvit.models.modeling.swin import ARCHITECTURE, build, swin_places
 from dcvit.models.rebuild import (
@@ -237,7 +238,7 @@ class SwinView(ModelView):
             UnsupportedModelError: If they do not reproduce the model; the message names the first part that differs.
         """
         args = _read_model_args(self.model)
-        with torch.device("meta"):
+        with without_values():
             twin = build(**args)
         require_same(self.model, twin, "Swin")
         return args

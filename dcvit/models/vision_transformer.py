@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dcvit.costs import BlockCost, Cost, linear_cost
 from dcvit.errors import UnsupportedModelError
 from dcvit.models.blocks import attention_sublayer, compressed, mlp_sublayer_cost
+from dcvit.models.building import without_values
 from dcvit.models.isotropic import IsotropicView, has_post_norm, require_one_answer
 from dcvit.models.modeling.shared import ACTIVATIONS, CompressedBlock, DroppedBlock, TimmModule
 from dcvit.models.modeling.variations import (
@@ -129,7 +130,7 @@ class VisionTransformerView(IsotropicView):
             UnsupportedModelError: If they do not reproduce the model; the message names the first part that differs.
         """
         args = _read_model_args(self.model)
-        with torch.device("meta"):
+        with without_values():
             twin = build(**args)
         require_same(self.model, twin, "VisionTransformer")
         return args
@@ -207,7 +208,7 @@ def _representative_block(model: TimmModule) -> TimmModule:
         return next((block for block in remaining if hasattr(block, "attn")), remaining[0])
     # All blocks were dropped, and none will be built. The norms around the blocks have the same type.
     norms = [norm for norm in (model.norm, model.fc_norm, model.norm_pre) if not isinstance(norm, nn.Identity)]
-    with torch.device("meta"):
+    with without_values():
         block = Block(int(model.embed_dim), num_heads=1)
     block.norm2 = norms[0] if norms else block.norm2
     block.mlp = getattr(model.attn_pool, "mlp", None) or block.mlp

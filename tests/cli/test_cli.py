@@ -15,11 +15,11 @@ from PIL import Image
 import dcvit
 from dcvit.cli import main
 from dcvit.cli.compress import COMMAND
-from dcvit.demo.comparison import DEMO_CONFIG
+from dcvit.demo.comparison import DEMO_CONFIG, PUBLISHED_DEMO_CONFIG
 from dcvit.methods import METHODS
 from dcvit.runtime.progress import TerminalProgress
 from dcvit.search.plan import plan as make_plan
-from tests.conftest import QUICK, slow_but
+from tests.conftest import QUICK, SYNTHESIS, slow_but
 
 FEW = ["--synthesis-iterations", "2", "--synthesis-images", "2", "--tv-exponent", "1"]
 PAPER = dcvit.DCViT.paper()
@@ -158,7 +158,11 @@ def test_demo_writes_what_it_prints(
     fewer = replace(
         DEMO_CONFIG.reconstruction, num_views=20, num_rows=1000, epochs=2, step_sizes=(0.03,), refinement_steps=0
     )
-    monkeypatch.setattr("dcvit.cli.demo.DEMO_CONFIG", replace(DEMO_CONFIG, recovery=fewer))
+    monkeypatch.setattr("dcvit.cli.demo.DEMO_CONFIG", replace(DEMO_CONFIG, recovery=fewer, synthesis=SYNTHESIS))
+    monkeypatch.setattr("dcvit.cli.demo.PUBLISHED_DEMO_CONFIG", replace(PUBLISHED_DEMO_CONFIG, synthesis=SYNTHESIS))
+    digits = dcvit.demo.load_digits()
+    smaller = replace(digits, test_images=digits.test_images[:100], test_labels=digits.test_labels[:100])
+    monkeypatch.setattr("dcvit.cli.demo.load_digits", lambda: smaller)
     out = tmp_path / "demo"
     code, text, _ = run(capsys, "demo", "--seeds", "2", "--epochs", "1", "--num-images", "8", "--out", str(out))
     assert code == 0
@@ -509,6 +513,7 @@ def test_interrupt_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert "interrupted" in error
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_program(tmp_path: Path) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "dcvit", "--version"], capture_output=True, text=True, check=True, cwd=Path.cwd()

@@ -1,5 +1,6 @@
 """What is printed never ends a run, and an interrupt leaves nothing behind: processes as a shell starts them."""
 
+import io
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import dcvit
-from dcvit.cli import COMMANDS
+from dcvit.cli import COMMANDS, main
 from dcvit.runtime import spill as stacks
 from dcvit.runtime.distributed import on_devices
 from dcvit.runtime.output import Lenient
@@ -24,7 +25,6 @@ DCVIT = f"{sys.executable} -m dcvit"
 EVERY_COMMAND = """
 import contextlib, sys
 from dcvit.cli import COMMANDS, main
-from tests.conftest import slow_but
 
 for name in ("--help", "--version", *(f"{one.name} --help" for one in COMMANDS)):
     with contextlib.suppress(SystemExit):
@@ -44,12 +44,23 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
     )  # fmt: skip
 
 
+def test_every_command_speaks_to_streams_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    exec(EVERY_COMMAND)
+    printed, error = (stream.buffer.getvalue() for stream in streams.values())
+    assert printed.count(b"usage:") == len(COMMANDS) + 1
+    assert b"such\\u03b2folder' is not a folder" in error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [
         {"PYTHONIOENCODING": "ascii"},
-        pytest.param({"PYTHONIOENCODING": "latin-1"}, marks=pytest.mark.slow),
-        pytest.param({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, marks=pytest.mark.slow),
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
     ],
     ids=["ascii", "latin-1", "C"],
 )
@@ -91,14 +102,19 @@ def test_a_run_needs_no_standard_error(end: str) -> None:
     assert shell(f"{DCVIT} report nowhere {end}").returncode == 2
 
 
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_closed_descriptors_are_not_given_to_files(tmp_path: Path) -> None:
     """What a library prints would go to a file of the run's."""
-    code = (
-        "import os; from dcvit.cli import main; main(['methods']); "
-        "print(os.open('file', os.O_CREAT), file=open('n', 'w'))"
-    )
-    finished = shell(f'cd {tmp_path} && {sys.executable} -c "{code}" <&- >&- 2>&-', PYTHONPATH=str(Path.cwd()))
-    assert finished.returncode == 0
+    process = os.fork()
+    if not process:
+        try:
+            os.closerange(0, 3)
+            sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
+            main(["methods"])
+            (tmp_path / "n").write_text(str(os.open(tmp_path / "file", os.O_CREAT)))
+        finally:
+            os._exit(0)
+    os.waitpid(process, 0)
     assert int((tmp_path / "n").read_text()) > 2
 
 

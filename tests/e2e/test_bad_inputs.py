@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,15 @@ class Place:
     Attributes:
         tmp: A folder; in the sentences it is TMP. In it `empty` is an empty folder.
         small: A saved result in it.
-        demo: The embedded model.
     """
 
     tmp: Path
     small: Path
-    demo: nn.Module
+
+    @cached_property
+    def demo(self) -> nn.Module:
+        """The embedded model."""
+        return load_model("demo")
 
     def compress(self, images: Any = IMAGES, model: Any = None, **options: Any) -> object:
         options = {"budget": Budget(macs=0.75), **options}
@@ -66,7 +70,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(saved: Path, tmp_path: Path) -> Place:
     shutil.copytree(saved, tmp_path / "small")
     (tmp_path / "empty").mkdir()
-    return Place(tmp_path, tmp_path / "small", load_model("demo"))
+    return Place(tmp_path, tmp_path / "small")
 
 
 def refusing(model: nn.Module, images: torch.Tensor) -> float:

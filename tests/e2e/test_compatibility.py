@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcvit.models import CompressedBlock, DroppedBlock, compressible
 from dcvit.models.modeling.cnn import PointwiseBlock
 from dcvit.models.modeling.shared import parameter_names
+from tests.conftest import slow_but
 from tests.models.test_cnn import create as create_cnn
 from tests.variants import EVA_VARIANTS
 
@@ -291,9 +292,9 @@ def test_the_table_has_a_row_for_each_tool() -> None:
         assert ("no" in (row[family] for family in FAMILIES)) == bool(row["why not"])
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=slow_but(FAMILIES, "ViT"))
 def family(request: pytest.FixtureRequest) -> str:
-    """Each family in turn."""
+    """Each family in turn; all but one are slow."""
     return str(request.param)
 
 

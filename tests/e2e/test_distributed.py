@@ -56,10 +56,11 @@ def collectives(processes: ProcessGroup, device: str) -> dict[str, object]:
     }
 
 
-def test_what_ranks_tell_each_other() -> None:
-    assert on_devices(["cpu"] * 3, collectives) == {
-        "gathered": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]],
-        "total": [6.0],
+@pytest.mark.parametrize("size", slow_but([2, 3], 2))
+def test_what_ranks_tell_each_other(size: int) -> None:
+    assert on_devices(["cpu"] * size, collectives) == {
+        "gathered": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]][: sum(range(size))],
+        "total": [sum(range(size + 1))],
         "sent": ({"of": 1, "pair": [1, 2]}, [1.0, 1.0]),
         "first": 0,
     }
@@ -150,6 +151,7 @@ def test_what_a_process_refuses_the_caller_sees(model: nn.Module, images: Tensor
         dcvit.compress(model, images, dcvit.Budget(macs=0.01), QUICK, devices=["cpu", "cpu"])
 
 
+@pytest.mark.slow
 def test_the_caller_sees_what_only_the_first_process_refuses(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     """While the others wait for it."""
     (tmp_path / "notes.txt").write_text("precious")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dcvit.compression import sweep as family_module
 from dcvit.errors import BudgetError, DcvitError, SaveFolderError
 from dcvit.models import compressible
 from dcvit.report import write_report
+from tests.variants import VARIANTS
 
 RECOVERY = dcvit.config.ReconstructionConfig(
     num_views=10, num_rows=80, epochs=1, step_sizes=(0.01,), refinement_steps=0
@@ -23,9 +25,16 @@ QUICK = dcvit.DCViT(recovery=RECOVERY, ablation=dcvit.config.Ablation(ranking_im
 SHARES = (0.7, 0.9, 0.8)
 
 
+@cache
+def swept() -> dcvit.Family:
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return dcvit.sweep(VARIANTS["plain"].create(), images, SHARES, QUICK)
+
+
 @pytest.fixture
-def family(model: nn.Module, images: Tensor) -> dcvit.Family:
-    return dcvit.sweep(model, images, SHARES, QUICK)
+def family() -> dcvit.Family:
+    """Three members, in a list of its own."""
+    return replace(swept(), members=list(swept().members))
 
 
 def with_latencies(family: dcvit.Family, *latencies: float) -> dcvit.Family:

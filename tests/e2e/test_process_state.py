@@ -216,6 +216,12 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         torch.inference_mode(),
         reseeded(),
     ),
+    "all else": lambda: several(
+        as_set(torch.use_deterministic_algorithms, True, False),
+        as_set(torch.set_float32_matmul_precision, "medium", "highest"),
+        warnings_are_errors(),
+        np.errstate(all="raise"),
+    ),
 }
 
 
@@ -227,7 +233,9 @@ def assert_same(found: Weights, expected: Weights) -> None:
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize(
+    "name", slow_but(STATES, "default dtype bfloat16", "locale", "another thread draws", "all of torch's", "all else")
+)
 @pytest.mark.parametrize("work", slow_but(["dcvit", "paper"], "dcvit"))
 def test_the_callers_state_changes_nothing_and_is_not_changed(work: str, name: str) -> None:
     expected = plain(work)

@@ -66,7 +66,7 @@ def create(kind: str, **changes: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(params=CNNS)
+@pytest.fixture(params=slow_but(CNNS, "basic", "bottleneck", "squeeze_excite", "mobilenet", "regnet"))
 def cnn(request: pytest.FixtureRequest) -> Any:
     return create(request.param)
 
@@ -285,7 +285,7 @@ SINGLE_PROCESS = ["basic", "bottleneck", "mobilenet", "edge"]
 """CNNs from which dcvit's own method removes single filters; the remaining filters compute the same as before."""
 
 
-@pytest.mark.parametrize("kind", slow_but(SINGLE_PROCESS, "basic", "mobilenet"))
+@pytest.mark.parametrize("kind", slow_but(SINGLE_PROCESS, "basic"))
 def test_the_end_of_a_block_follows_from_the_inputs_of_its_last_layer(kind: str, images: Tensor) -> None:
     model = create(kind)
     view = compressible(model)
@@ -583,7 +583,7 @@ def test_methods_that_drop_blocks_take_a_cnn(method: str, kind: str, images: Ten
     torch.testing.assert_close(dcvit.load(tmp_path / "small").model(images), result.model(images))
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck", "mobilenet", "edge", "regnet"])
+@pytest.mark.parametrize("kind", slow_but(["basic", "bottleneck", "mobilenet", "edge", "regnet"], "basic", "mobilenet"))
 def test_an_absorbed_adaptor_leaves_the_outputs_equal(kind: str) -> None:
     """The convolutions next to the gap, each with a 1×1 convolution of its own, against the absorbed ones."""
     model = create(kind).double()

@@ -68,7 +68,8 @@ def test_what_positions_are_made_of_is_updated_with_the_stem(variant: Variant) -
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple")  # timm's, resizing position biases
 @pytest.mark.parametrize(
-    ("made_for", "loaded_for"), [((3, 5), (3, 5)), ((2, 2), (3, 3)), ((3, 5), (5, 3)), ((2, 8), (4, 4))]
+    ("made_for", "loaded_for"),
+    slow_but([((3, 5), (3, 5)), ((2, 2), (3, 3)), ((3, 5), (5, 3)), ((2, 8), (4, 4))], ((3, 5), (5, 3))),
 )
 @each_variant
 def test_another_image_size(
@@ -132,6 +133,7 @@ def test_methods_that_drop_blocks(method: str, tmp_path: Path) -> None:
         assert torch.equal(dcvit.load(tmp_path / "small").model(images), result.model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["dinov3", "eva02", "beit"], "eva02"))
 def test_students_compile_and_export(name: str, tmp_path: Path) -> None:
     student = compressible(cut(EVA_VARIANTS[name].create())).rebuild().eval()

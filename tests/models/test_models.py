@@ -19,7 +19,7 @@ from dcvit.models.surgery import compress_block, draw_kept_units, drop_block
 from dcvit.models.vision_transformer import convolution_of, fuse_tokens, keep_block_heads, place_convolution
 from dcvit.search.plan import plan as make_plan
 from tests.conftest import slow_but
-from tests.variants import VARIANTS, Variant
+from tests.variants import SMALL, VARIANTS, Variant
 
 
 def images_for(model: nn.Module, count: int = 2) -> Tensor:
@@ -239,18 +239,18 @@ def test_student_honours_hooks_dropout_and_autocast(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "part"),
+    ("name", "sizes", "part"),
     [
-        ("vit_base_patch16_18x2_224", "ParallelThingsBlock"),
-        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
-        ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
-        ("vit_base_r26_s32_224", "HybridEmbed"),
-        ("densenet121", "DenseNet"),
-        ("swinv2_cr_tiny_224", "SwinTransformerV2Cr"),
+        ("vit_base_patch16_18x2_224", SMALL, "ParallelThingsBlock"),
+        ("vit_base_patch16_xp_224", SMALL, "ParallelScalingBlock"),
+        ("vit_dwee_patch16_reg1_gap_256", SMALL, "DiffAttention"),
+        ("vit_base_r26_s32_224", {**SMALL, "img_size": 64}, "HybridEmbed"),
+        ("densenet121", {"block_config": (2, 2)}, "DenseNet"),
+        ("swinv2_cr_tiny_224", {"depths": (1, 1), "num_heads": (3, 3)}, "SwinTransformerV2Cr"),
     ],
 )
-def test_what_cannot_be_handled_is_refused_by_name(name: str, part: str) -> None:
-    model = timm.create_model(name)
+def test_what_cannot_be_handled_is_refused_by_name(name: str, sizes: dict[str, Any], part: str) -> None:
+    model = timm.create_model(name, **sizes)
     with pytest.raises(dcvit.errors.UnsupportedModelError, match=part):
         require_supported(model)
     with pytest.raises(dcvit.errors.UnsupportedModelError, match=part):

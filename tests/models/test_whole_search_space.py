@@ -1,6 +1,7 @@
 """Whatever structure a search or a method can choose, of any family, is rebuilt, saved and loaded again."""
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,14 @@ STRUCTURES: dict[str, Callable[[nn.Module], None]] = {
 }
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", slow_but(MODELS, *REPRESENTATIVES, "swin", "basic"))
+@pytest.mark.parametrize(
+    ("kind", "structure"),
+    slow_but(
+        itertools.product(MODELS, STRUCTURES),
+        *itertools.product(("plain", "swin", "basic"), STRUCTURES),
+        *((name, "all kinds") for name in REPRESENTATIVES),
+    ),
+)
 def test_it_is_saved_and_loaded(kind: str, structure: str, tmp_path: Path) -> None:
     model = MODELS[kind]()
     STRUCTURES[structure](model)
@@ -90,7 +97,7 @@ def test_without_any_attention_it_loads_without_dcvit(kind: str, tmp_path: Path)
     torch.testing.assert_close(output_without_dcvit(tmp_path / "small", images), model(images))
 
 
-@pytest.mark.parametrize("kind", ["plain", "beit"])
+@pytest.mark.parametrize("kind", slow_but(["plain", "beit"], "plain"))
 def test_a_budget_of_memory_may_take_all_attention(kind: str, tmp_path: Path) -> None:
     """Memory at its peak is that of one block, so that such a budget compresses every block."""
     model = MODELS[kind]()

@@ -12,6 +12,8 @@ import test_synthesis_step
 import test_tv_prior
 import torch
 
+from tests.conftest import slow_but
+
 CASES: dict[str, tuple[type[matrix.OpMatrix], Callable[[], matrix.Inputs]]] = {
     # More rows than a block, and than the backward takes in a pass, and the last block is shorter.
     "dropped_mlp": (test_dropped_mlp.TestMatrix, lambda: test_dropped_mlp.make(2567, width=8, hidden=40, kept=33)),
@@ -49,7 +51,7 @@ def results(name: str, threads: int, dtype: torch.dtype = torch.float32) -> tupl
     return test, inputs, test.run("cpp", inputs)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("threads", slow_but([1, 2, 3, 5], 1, 3))
 @pytest.mark.parametrize("name", CASES)
 def test_any_number_of_threads(name: str, threads: int) -> None:
     test, inputs, found = results(name, threads)

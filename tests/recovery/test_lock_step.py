@@ -34,7 +34,7 @@ from dcvit.runtime.seeding import generator
 from dcvit.search import sensitivity as ranking_module
 from dcvit.search.plan import plan as make_plan
 from dcvit.search.sensitivity import RUNGS, Contest, rank, run_probes
-from tests.conftest import PUBLISHED
+from tests.conftest import PUBLISHED, slow_but
 from tests.variants import VARIANTS
 
 DEPTH = 6
@@ -69,11 +69,11 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize(
     ("lock_step", "updated", "views"),
-    [
+    slow_but([
         (1, "front", "fresh"), (1, "around", "none"),
         (3, "front", "none"), (3, "front", "fixed"), (3, "front", "fresh"),
         (3, "around", "fixed"), (3, "around", "fresh"),
-    ],
+    ], (1, "front", "fresh"), (3, "front", "fixed"), (3, "around", "fresh")),
 )  # fmt: skip
 def test_in_lock_step_a_student_learns_the_same_as_separately(
     teacher: nn.Module, few_shot: dcvit.data.images.FewShotImages, lock_step: int, updated: Any, views: str
