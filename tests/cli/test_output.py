@@ -108,6 +108,7 @@ def test_closed_descriptors_are_not_given_to_files(tmp_path: Path) -> None:
     process = os.fork()
     if not process:
         try:
+            signal.alarm(60)  # which ends it if it hangs
             os.closerange(0, 3)
             sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
             main(["methods"])
