@@ -230,14 +230,16 @@ def test_a_result_that_contradicts_itself_is_refused(name: str, folder: Path) ->
 
 
 def test_kept_hidden_units_are_those_of_the_blocks(folder: Path) -> None:
-    (block, *_) = json.loads((folder / "result.json").read_text())["plan"]["kept_units"]
+    result = json.loads((folder / "result.json").read_text())
+    (block, *_) = result["plan"]["kept_units"]
+    hidden = result["report"]["blocks"][int(block)]["hidden_features"]
     change(folder, "plan", "kept_units", block, to=lambda kept: kept[::-1])
     with pytest.raises(
         dcvit.errors.SaveFolderError, match=r"plan\.kept_units\[.\]: expected numbers from 0, ascending"
     ):
         read_record(folder)
-    change(folder, "plan", "kept_units", block, to=lambda kept: [*kept[::-1], 10_000])
-    with pytest.raises(dcvit.errors.SaveFolderError, match=r"keeps hidden unit 10000 of"):
+    change(folder, "plan", "kept_units", block, to=lambda kept: [*kept[::-1], hidden])  # they count from 0
+    with pytest.raises(dcvit.errors.SaveFolderError, match=rf"keeps hidden unit {hidden} of {hidden}"):
         read_record(folder)
     change(folder, "plan", "kept_units", block, to=lambda kept: kept[:-2])
     with pytest.raises(dcvit.errors.SaveFolderError, match=r"keeps .* hidden units, report\.blocks_after\[.\] has"):

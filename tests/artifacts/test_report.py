@@ -267,6 +267,17 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert heights[2] / heights[1] == pytest.approx(4, rel=1e-3)
 
 
+def test_a_line_through_points_goes_from_left_to_right() -> None:
+    points = [Point(3.0, 1.0, "c"), Point(1.0, 4.0, "a"), Point(2.0, 3.0, "b")]
+    group = Group("accent", "circle", points, joined=True)
+    root = ElementTree.fromstring(scatter(720, [group], "MACs", "r").markup())
+    (path,) = (part.attrib["d"] for part in root.iter("path") if "curve" in part.attrib.get("class", ""))
+    line = [tuple(map(float, pair)) for pair in re.findall(r"(-?[\d.]+)[ ,](-?[\d.]+)", path)]
+    marks = [(float(mark.attrib["cx"]), float(mark.attrib["cy"])) for mark in root.iter("circle")]
+    assert line == sorted(marks)
+    assert len(line) == 3
+
+
 def test_labels_of_many_curves_do_not_touch() -> None:
     lines = [Curve(f"block {i}", [(0, 1.0), (1, 0.5 + 0.001 * i)]) for i in range(30)]
     root = ElementTree.fromstring(curves(340, lines, "epoch", "loss").markup())

@@ -261,10 +261,10 @@ def test_a_bomb_is_refused_at_once(name: str, tmp_path: Path) -> None:
     kind, change = BOMBS[name]
     folder = saved(kind, tmp_path / "bomb")
     edit(folder, change)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UnsupportedModelError, match=r"different models|could not be loaded"):
         load_model(f"local-dir:{folder}")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_empty_tensors_raise_no_limit(tmp_path: Path) -> None:
